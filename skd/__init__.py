@@ -1,0 +1,34 @@
+"""Stratified Knowledge-Density super-networks: one pre-trained Vision Transformer, every size.
+
+    timm model + images -> convert -> SuperNet -> plan -> dropout list -> extract -> plain timm model -> save
+
+After Li, Qi, Geng, "Stratified Knowledge-Density Super-Network for Scalable Vision Transformers", AAAI 2026
+(arXiv 2511.11683).
+"""
+
+from skd.architecture import create_model
+from skd.convert import convert
+from skd.cost import Cost, cost
+from skd.dropout_list import DropoutList, Operation
+from skd.evaluate import evaluate
+from skd.extract import extract
+from skd.importance import importance
+from skd.planning import plan, rank_operations
+from skd.supernet import SuperNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cost",
+    "DropoutList",
+    "Operation",
+    "SuperNet",
+    "convert",
+    "cost",
+    "create_model",
+    "evaluate",
+    "extract",
+    "importance",
+    "plan",
+    "rank_operations",
+]

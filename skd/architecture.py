@@ -1,0 +1,158 @@
+"""What can be narrowed in a timm Vision Transformer, and what cannot: one `ModuleInfo` per attention and MLP."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+# timm's and PyTorch's activation classes by the names of `skd_kernels.masked_mlp`.
+_ACTIVATIONS = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+    "Swish": "silu",
+}
+ATTENTION_GROUP = 8  # coordinates of a head (METHOD 2)
+MLP_GROUPS = 32  # groups of neurons of an MLP (METHOD 2)
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One attention or MLP of the network, in the method's order 0.attn, 0.mlp, 1.attn, ...
+
+    Attributes:
+        name: "3.attn", "3.mlp".
+        block: index of its block.
+        kind: "attn" or "mlp".
+        full_width: head width D, or hidden width F.
+        group_size: how many coordinates one pruning step removes.
+        binary: it takes the widths 0 and `full_width` only, because something inside mixes its coordinates.
+        rotates_v, rotates_qk: which WPAC rotations preserve its function (attention only).
+        num_heads: H (attention only, else 0).
+        act: name of the activation for `skd_kernels.masked_mlp` (MLP only, else "").
+        gated: the MLP has gate and value rows.
+    """
+
+    name: str
+    block: int
+    kind: str
+    full_width: int
+    group_size: int
+    binary: bool
+    rotates_v: bool = False
+    rotates_qk: bool = False
+    num_heads: int = 0
+    act: str = ""
+    gated: bool = False
+
+
+def attention_group(head_dim: int) -> int:
+    """Coordinates per group of a head: 8."""
+    return min(ATTENTION_GROUP, max(head_dim, 1))
+
+
+def mlp_group(hidden: int) -> int:
+    """Neurons per group: ceil(F / 32), rounded up to a multiple of 8 when F >= 512."""
+    group = max(-(-hidden // MLP_GROUPS), 1)
+    return -(-group // 8) * 8 if hidden >= 512 else group
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` whose error for an unknown name suggests near ones."""
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise ValueError(f"model name is {name!r}; timm has no such model{hint}")
+    model: nn.Module = timm.create_model(name, **kwargs)
+    return model
+
+
+def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
+    """The modules of a timm VisionTransformer, two per block.
+
+    Raises:
+        ValueError: an architecture or feature that has no function-preserving nested form; the message names it.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f"model is a {type(model).__module__}.{type(model).__name__}; "
+            "it must be a timm VisionTransformer (Eva, Swin, NaFlexVit and others are not supported)"
+        )
+    infos: list[ModuleInfo] = []
+    for index, block in enumerate(model.blocks):
+        # A SuperBlock remembers which timm block it was made from.
+        kind = getattr(block, "block_class", type(block))
+        if kind not in (Block, ResPostBlock):
+            raise ValueError(
+                f"blocks.{index} is a {kind.__name__}; parallel and differential blocks are not supported, "
+                "it may be a Block or a ResPostBlock"
+            )
+        infos.append(_describe_attention(index, block.attn))
+        infos.append(_describe_mlp(index, block.mlp))
+    return tuple(infos)
+
+
+def _describe_attention(index: int, attn: Any) -> ModuleInfo:
+    name = f"blocks.{index}.attn"
+    if type(attn) is not Attention:
+        raise ValueError(
+            f"{name} is a {type(attn).__name__}; differential and other attention layers are not supported, "
+            "it must be timm's Attention"
+        )
+    if attn.attn_drop.p > 0 or attn.proj_drop.p > 0:
+        raise ValueError(
+            f"{name} has dropout; build the model with attn_drop_rate=0 and proj_drop_rate=0 "
+            "(drop_path_rate is supported)"
+        )
+    qk_norm = not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity))
+    scale_norm = not isinstance(attn.norm, nn.Identity)
+    gated = getattr(attn, "gate", None) is not None
+    binary = qk_norm or scale_norm or gated
+    head_dim = attn.head_dim
+    return ModuleInfo(
+        name=f"{index}.attn",
+        block=index,
+        kind="attn",
+        full_width=head_dim,
+        group_size=head_dim if binary else attention_group(head_dim),
+        binary=binary,
+        rotates_v=not (scale_norm or gated),
+        rotates_qk=not binary,
+        num_heads=attn.num_heads,
+    )
+
+
+def _describe_mlp(index: int, mlp: Any) -> ModuleInfo:
+    name = f"blocks.{index}.mlp"
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        raise ValueError(f"{name} is a {type(mlp).__name__}; it may be timm's Mlp, GluMlp (SwiGLUPacked) or SwiGLU")
+    if not isinstance(mlp.fc2, nn.Linear):
+        raise ValueError(f"{name} uses convolutions (use_conv=True); it must use linear layers")
+    if mlp.drop1.p > 0 or mlp.drop2.p > 0:
+        raise ValueError(f"{name} has dropout; build the model with proj_drop_rate=0")
+    if isinstance(mlp, GluMlp) and mlp.gate_last:
+        raise ValueError(f"{name} is a GluMlp with gate_last=True; its gate rows must come first")
+    act = _ACTIVATIONS.get(type(mlp.act).__name__)
+    if act is None:
+        raise ValueError(f"{name} has activation {type(mlp.act).__name__}; it may be one of {sorted(_ACTIVATIONS)}")
+    if act == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh":
+        act = "gelu_tanh"
+    hidden = mlp.fc2.in_features
+    binary = not isinstance(mlp.norm, nn.Identity)
+    return ModuleInfo(
+        name=f"{index}.mlp",
+        block=index,
+        kind="mlp",
+        full_width=hidden,
+        group_size=hidden if binary else mlp_group(hidden),
+        binary=binary,
+        act=act,
+        gated=not isinstance(mlp, Mlp),
+    )

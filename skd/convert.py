@@ -1,0 +1,198 @@
+"""WPAC: rotate and reorder a pre-trained Vision Transformer so that leading coordinates know the most (METHOD 1).
+
+The network's function is unchanged: per head one orthogonal matrix for V and the output projection, one for Q and
+K, and per MLP a permutation of its neurons.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skd.architecture import ModuleInfo, describe
+from skd.supernet import SuperNet
+from skd.taps import checked, tapped, total_cost
+from skd_kernels import Moments, taylor_scores, token_moments, weighted_covariance
+
+CENTERINGS = ("dataset", "batch")
+LABELS = ("given", "predicted")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Orthogonal change of basis of one attention, float64; columns are the new coordinates, best first.
+
+    Attributes:
+        v, qk: (H, D, D), or None where it would change the network's function.
+    """
+
+    v: torch.Tensor | None
+    qk: torch.Tensor | None
+
+
+Transform = Rotation | torch.Tensor  # a tensor is the new order of an MLP's neurons, (F,) int64
+
+
+def convert(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    centering: str = "dataset",
+    labels: str = "given",
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> SuperNet:
+    """Convert a timm VisionTransformer to a super-network, from one pass over calibration images.
+
+    Args:
+        model: timm VisionTransformer, pre-trained; it is not touched.
+        batches: iterable of (images, labels): images (B, in_chans, H, W) un-augmented, preprocessed as for
+            evaluation; labels (B,) integers, or None to use the model's own predictions. The paper uses 1,024
+            images of the training set. Labels of a headless model are ignored.
+        centering: "dataset" centres by the mean of all calibration tokens, so the result does not depend on the
+            batch size; "batch" by each batch's own mean, as published.
+        labels: "given", or "predicted" to ignore the labels in favour of the model's own predictions.
+        progress: wraps the batches, e.g. ``tqdm``.
+
+    Returns:
+        A `SuperNet` holding a converted copy, whose dropout list has one entry: the full network. Its logits are the
+        model's to rounding (relative 1e-12 in float64, 1e-5 in float32).
+
+    Raises:
+        ValueError: unsupported architecture, no batches, bad images or labels, or statistics that are not finite.
+    """
+    if centering not in CENTERINGS:
+        raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
+    if labels not in LABELS:
+        raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
+    infos = describe(model)
+    converted = copy.deepcopy(model)
+    statistics = WpacStatistics(centering)
+    batches = batches if progress is None else progress(batches)
+    collect(converted, infos, batches, statistics.add, predicted=labels == "predicted")
+    transforms = {info.name: statistics.transform(info) for info in infos}
+    apply_transforms(converted, infos, transforms)
+    return SuperNet(converted)
+
+
+def collect(
+    model: Any,
+    infos: tuple[ModuleInfo, ...],
+    batches: Iterable[Any],
+    consume: Callable[[ModuleInfo, torch.Tensor, torch.Tensor], None],
+    predicted: bool = False,
+) -> None:
+    """Forward and backward of the cost over `batches`, every (info, feature, gradient) to `consume`."""
+    with tapped(model, infos, consume), torch.enable_grad():
+        for images, targets in checked(model, batches):
+            total_cost(model, model(images), None if predicted else targets).backward()
+
+
+class WpacStatistics:
+    """Running statistics of one calibration: weighted moments at qkv, squared Taylor scores at the neurons."""
+
+    def __init__(self, centering: str = "dataset") -> None:
+        self.centering = centering
+        self.moments: dict[str, Moments] = {}
+        self.covariances: dict[str, torch.Tensor] = {}
+        self.importance: dict[str, torch.Tensor] = {}
+
+    def add(self, info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:
+        """One batch of one module."""
+        name = info.name
+        if info.kind == "mlp":
+            score = taylor_scores(feature, grad, power=2)
+            self.importance[name] = self.importance.get(name, 0.0) + score
+            return
+        # (B, N, 3, H, D) -> tokens of 3 H groups
+        x, g = feature.flatten(2, 3), grad.flatten(2, 3)
+        if self.centering == "batch":
+            self.covariances[name] = self.covariances.get(name, 0.0) + weighted_covariance(x, g)
+        elif name in self.moments:
+            self.moments[name] += token_moments(x, g, self.moments[name].shift)
+        else:
+            self.moments[name] = token_moments(x, g)
+
+    def covariance(self, info: ModuleInfo) -> torch.Tensor:
+        """(3, H, D, D) float64 for q, k and v."""
+        if self.centering == "batch":
+            flat = self.covariances[info.name]
+        else:
+            flat = self.moments[info.name].covariance()
+        return flat.unflatten(0, (3, info.num_heads))
+
+    def transform(self, info: ModuleInfo) -> Transform:
+        """The rotation of an attention, or the order of an MLP's neurons (as it is, where nothing applies)."""
+        if info.kind == "mlp":
+            importance = self.importance[info.name]
+            _require_finite(info, importance)
+            if info.binary:
+                return torch.arange(info.full_width, device=importance.device)
+            return importance.argsort(descending=True, stable=True)
+        q, k, v = self.covariance(info)
+        _require_finite(info, q, k, v)
+        return Rotation(
+            v=principal_axes(v) if info.rotates_v else None,
+            qk=principal_axes(q + k) if info.rotates_qk else None,
+        )
+
+
+def _require_finite(info: ModuleInfo, *statistics: torch.Tensor) -> None:
+    if not all(bool(torch.isfinite(statistic).all()) for statistic in statistics):
+        raise ValueError(
+            f"batches: the statistics of {info.name} are not finite; "
+            "an image, a weight or a gradient is NaN or infinite (fp16 may overflow: use float32 or bfloat16)"
+        )
+
+
+def principal_axes(covariance: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of symmetric (..., D, D) as columns, eigenvalues descending, float64.
+
+    The largest entry of each column is positive, so the result does not depend on the solver's signs.
+    """
+    symmetric = (covariance + covariance.mT) / 2
+    axes = torch.linalg.eigh(symmetric)[1].flip(-1)
+    peak = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
+    return axes * torch.where(peak < 0, -1.0, 1.0)
+
+
+@torch.no_grad()
+def apply_transforms(model: Any, infos: tuple[ModuleInfo, ...], transforms: dict[str, Transform]) -> None:
+    """Fold rotations and orders into the weights of `model`, in float64, in place."""
+    for info in infos:
+        transform, block = transforms[info.name], model.blocks[info.block]
+        if isinstance(transform, Rotation):
+            _rotate(block.attn, info, transform)
+        else:
+            _reorder(block.mlp, transform)
+
+
+def _rotate(attn: Any, info: ModuleInfo, rotation: Rotation) -> None:
+    """W <- T^T W and b <- T^T b per head; W_proj <- W_proj T undoes V's."""
+    parts = (rotation.qk, rotation.qk, rotation.v)
+    for tensor in (attn.qkv.weight, attn.qkv.bias):
+        if tensor is None:
+            continue
+        rows = tensor.double().reshape(3, info.num_heads, info.full_width, -1)
+        turned = [r if t is None else t.mT @ r for t, r in zip(parts, rows, strict=True)]
+        tensor.copy_(torch.stack(turned).reshape(tensor.shape))
+    if rotation.v is not None:
+        weight = attn.proj.weight
+        columns = weight.double().unflatten(1, (info.num_heads, info.full_width))  # (C, H, D)
+        weight.copy_((columns.transpose(0, 1) @ rotation.v).transpose(0, 1).flatten(1))
+
+
+def _reorder(mlp: Any, order: torch.Tensor) -> None:
+    """Permute the neurons: rows of fc1 (gate and value alike) and columns of fc2."""
+    hidden = len(order)
+    for name, layer in mlp.named_children():
+        if not name.startswith("fc1"):
+            continue
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None:
+                rows = tensor.reshape(-1, hidden, *tensor.shape[1:])
+                tensor.copy_(rows[:, order].reshape(tensor.shape))
+    mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])

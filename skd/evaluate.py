@@ -1,0 +1,104 @@
+"""Top-1 accuracy, of a model and of many sub-networks in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from skd.supernet import SuperNet
+from skd.taps import checked, frozen
+
+
+class Top1:
+    """Counts correct predictions of several variants of one network over the same images.
+
+    With a classifier: predictions against labels (without labels: against the reference's own predictions).
+    Headless: an image counts when the nearest, by Euclidean distance, of all the reference network's features is
+    its own (METHOD 1); so nothing can be counted before every image has been seen.
+    """
+
+    def __init__(self, headless: bool) -> None:
+        self.headless = headless
+        self.images = 0
+        self._counts: dict[Hashable, int] = {}
+        self._features: dict[Hashable, list[torch.Tensor]] = {}
+        self._reference: list[torch.Tensor] = []
+        self._labels: torch.Tensor | None = None
+
+    def start(self, reference: torch.Tensor | None, labels: torch.Tensor | None, count: int) -> None:
+        """Begin a batch: the reference network's output (headless, or no labels), the labels, its size."""
+        self.images += count
+        if self.headless:
+            assert reference is not None
+            self._reference.append(reference.flatten(1))
+        elif labels is None:
+            assert reference is not None
+            labels = reference.argmax(-1)
+        self._labels = labels
+
+    def add(self, variant: Hashable, output: torch.Tensor) -> None:
+        """One variant's output on the current batch."""
+        if self.headless:
+            self._features.setdefault(variant, []).append(output.flatten(1))
+        else:
+            correct = int(torch.eq(output.argmax(-1), self._labels).sum())
+            self._counts[variant] = self._counts.get(variant, 0) + correct
+
+    def correct(self, variant: Hashable) -> int:
+        """Correct images of a variant so far: an exact count."""
+        if not self.headless:
+            return self._counts[variant]
+        features, reference = torch.cat(self._features[variant]), torch.cat(self._reference)
+        hits = 0
+        for start in range(0, len(features), 1024):
+            part = features[start : start + 1024]
+            nearest = torch.cdist(part.float(), reference.float()).argmin(1)
+            hits += int((nearest == torch.arange(start, start + len(part), device=part.device)).sum())
+        return hits
+
+    def percent(self, variant: Hashable) -> float:
+        return 100.0 * self.correct(variant) / max(self.images, 1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    entries: Sequence[int] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Any:
+    """Top-1 in percent.
+
+    Args:
+        model: a timm model, or a `SuperNet`.
+        batches: iterable of (images, labels), preprocessed for evaluation.
+        entries: indices into a super-network's dropout list, all evaluated in one pass over the data; None: the
+            (full) network alone.
+        progress: wraps the batches, e.g. ``tqdm``.
+
+    Returns:
+        A float, or with `entries` a list of floats in their order.
+
+    Raises:
+        ValueError: bad batches, an entry out of range, or entries of a plain model.
+    """
+    supernet = isinstance(model, SuperNet)
+    if entries is not None and not supernet:
+        raise ValueError("entries is given with a plain model; only a SuperNet has sub-networks")
+    timm_model = model.model if supernet else model
+    top1 = Top1(timm_model.num_classes == 0)
+    variants: list[int | None] = [None] if entries is None else list(entries)
+    if supernet:
+        for entry in variants:
+            model.widths(entry)
+    with frozen(model):
+        for images, labels in checked(timm_model, batches if progress is None else progress(batches)):
+            reference = timm_model(images) if labels is None else None
+            top1.start(reference, labels, len(images))
+            for entry in variants:
+                top1.add(entry, model(images) if entry is None else model(images, entry=entry))
+    results = [top1.percent(entry) for entry in variants]
+    return results[0] if entries is None else results

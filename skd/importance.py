@@ -1,0 +1,139 @@
+"""What each module and each of its coordinates is worth to the current smallest sub-network (METHOD 2, 1-2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from skd.evaluate import Top1
+from skd.supernet import SuperNet
+from skd.taps import checked, frozen, total_cost
+
+
+def importance(
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    *,
+    widths: Sequence[int] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Taylor scores of every kept coordinate, and the sensitivity of every module, over a proxy set.
+
+    Args:
+        supernet: measured at its present (raw) weights, in evaluation mode.
+        batches: iterable of (images, labels), un-augmented; the paper uses 1,024 training images. Labels may be
+            None: then the full network's own predictions are the labels.
+        widths: of every module, in order; None: those of the last entry of the dropout list.
+        progress: wraps the batches, e.g. ``tqdm``.
+
+    Returns:
+        (scores, sensitivity), keyed by module name.
+        scores[name]: (width,) float64 array, raw: the sum over tokens of ``|x g|``; attention: at the qkv output,
+        q + k + v added, averaged over heads; MLP: at the activation output. A module that takes only the widths 0
+        and full has equal scores.
+        sensitivity[name]: ``max(c - c_skip, 1/2) / max(c, 1)`` with c the number of correct predictions over the
+        whole proxy set and c_skip the same with the module skipped (x -> x). Exact counts: the partition of the
+        images into batches does not matter.
+
+    Raises:
+        ValueError: no batches, bad images or labels, widths out of range.
+    """
+    current = supernet.widths(len(supernet.dropout_list) - 1) if widths is None else list(widths)
+    _check_widths(supernet, current)
+    model = supernet.model
+    buffers = _score_buffers(supernet)
+    totals = [None if buffer is None else buffer.double() for buffer in buffers]
+    top1 = Top1(model.num_classes == 0)
+    with frozen(supernet):
+        for images, labels in checked(model, batches if progress is None else progress(batches)):
+            _add_scores(supernet, current, images, labels, buffers)
+            for total, buffer in zip(totals, buffers, strict=True):
+                if total is not None and buffer is not None:
+                    total += buffer
+                    buffer.zero_()
+            _count_skips(supernet, current, images, labels, top1)
+    scores, sensitivity = {}, {}
+    correct = top1.correct("all")
+    for index, info in enumerate(supernet.infos):
+        scores[info.name] = _readout(totals[index], current[index])
+        skipped = top1.correct(info.name) if current[index] else correct
+        sensitivity[info.name] = max(correct - skipped, 0.5) / max(correct, 1)
+    return scores, sensitivity
+
+
+def _check_widths(supernet: SuperNet, widths: list[int]) -> None:
+    if len(widths) != len(supernet.infos):
+        raise ValueError(f"widths has {len(widths)} numbers; the network has {len(supernet.infos)} modules")
+    for info, width in zip(supernet.infos, widths, strict=True):
+        if not 0 <= width <= info.full_width or (info.binary and width not in (0, info.full_width)):
+            allowed = f"0 or {info.full_width}" if info.binary else f"0..{info.full_width}"
+            raise ValueError(f"widths: {info.name} has {width}; it may be {allowed}")
+
+
+def _score_buffers(supernet: SuperNet) -> list[torch.Tensor | None]:
+    """Where the backward pass leaves each module's scores; None for a module that is all or nothing."""
+    parameter = next(supernet.parameters())
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    shapes = [
+        (3, info.num_heads, info.full_width) if info.kind == "attn" else (info.full_width,) for info in supernet.infos
+    ]
+    return [
+        None if info.binary else torch.zeros(shape, dtype=dtype, device=parameter.device)
+        for info, shape in zip(supernet.infos, shapes, strict=True)
+    ]
+
+
+@torch.enable_grad()
+def _add_scores(
+    supernet: SuperNet,
+    widths: list[int],
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    buffers: list[torch.Tensor | None],
+) -> None:
+    """Forward and backward of the cost; the operations add the scores on their way."""
+    if labels is None and supernet.model.num_classes:
+        with torch.no_grad():
+            labels = supernet(images).argmax(-1)
+    x = supernet.embed(images).detach().requires_grad_()
+    for index, width in enumerate(widths):
+        x = supernet.step(index, x, width, buffers[index])
+    total_cost(supernet.model, supernet.head(x), labels).backward()
+
+
+@torch.no_grad()
+def _count_skips(
+    supernet: SuperNet,
+    widths: list[int],
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    top1: Top1,
+) -> None:
+    """Correct predictions of the current network, and with each module skipped.
+
+    The part before a skipped module is shared: each variant starts from the stream that enters its module.
+    """
+    needs_reference = top1.headless or labels is None
+    top1.start(supernet(images) if needs_reference else None, labels, len(images))
+    x = supernet.embed(images)
+    active = [index for index, width in enumerate(widths) if width]
+    for position, index in enumerate(active):
+        branch = x
+        for later in active[position + 1 :]:
+            branch = supernet.step(later, branch, widths[later])
+        top1.add(supernet.infos[index].name, supernet.head(branch))
+        x = supernet.step(index, x, widths[index])
+    top1.add("all", supernet.head(x))
+
+
+def _readout(total: torch.Tensor | None, width: int) -> np.ndarray:
+    """Raw scores of the kept coordinates."""
+    if total is None:
+        return np.ones(width)
+    if total.ndim == 3:  # q + k + v, mean over heads
+        total = total.sum(0).mean(0)
+    kept: np.ndarray = total[:width].cpu().numpy()
+    return kept

@@ -1,0 +1,147 @@
+"""From importance to nested sub-networks: the planner of METHOD 2, steps 3 and 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from skd.cost import check_convention, planning_macs_per_unit
+from skd.dropout_list import DropoutList, Operation
+from skd.importance import importance
+from skd.supernet import SuperNet
+
+# Two scores closer than this are equal: sums of the same numbers differ in their last bits.
+_ROUNDING = 1e-12
+
+
+def rank_operations(
+    scores: Mapping[str, Any],
+    sensitivity: Mapping[str, float],
+    macs_per_unit: Mapping[str, float],
+    group_size: Mapping[str, int],
+    widths: Mapping[str, int],
+    *,
+    floor: float = 1e-4,
+) -> list[Operation]:
+    """All reductions worth considering at the current widths, the cheapest loss per MAC first (METHOD 2, step 3).
+
+    Every argument is keyed by module name; the order of `widths` is the modules' order.
+
+    Args:
+        scores: (width,) float arrays, raw, non-negative; normalised here to sum 1 within the module (a zero sum
+            becomes uniform).
+        sensitivity: gamma of each module; values below `floor` count as `floor`.
+        macs_per_unit: MACs of one unit of width.
+        group_size: units removed by one step.
+        widths: current widths.
+
+    Returns:
+        Operations sorted by (score, module order, larger width first). Within a module, width p is proposed when
+        removing everything past it loses no more per MAC than the last smaller width proposed.
+
+    Raises:
+        ValueError: a missing module, scores of the wrong length, negative or not finite, a group or price < 1.
+    """
+    operations: list[tuple[float, int, int, Operation]] = []
+    for order, (name, width) in enumerate(widths.items()):
+        for mapping, label in (
+            (scores, "scores"),
+            (sensitivity, "sensitivity"),
+            (macs_per_unit, "macs_per_unit"),
+            (group_size, "group_size"),
+        ):
+            if name not in mapping:
+                raise ValueError(f"{label} has no module {name!r}")
+        if width == 0:
+            continue
+        normal = _normalised(name, scores[name], width) * max(float(sensitivity[name]), floor)
+        unit, group = float(macs_per_unit[name]), int(group_size[name])
+        if not unit > 0 or group < 1:
+            raise ValueError(f"{name}: macs_per_unit is {unit} and group_size {group}; they must be positive")
+        kept = _kept_widths(normal, unit, group)
+        ends = [next_width for next_width, _ in kept[1:]] + [width]
+        for (p, score), end in zip(kept, ends, strict=True):
+            operations.append((score, order, -p, Operation(name, p, (end - p) * unit, score)))
+    return [operation for *_, operation in sorted(operations, key=lambda item: item[:3])]
+
+
+def _normalised(name: str, raw: Any, width: int) -> np.ndarray:
+    array = np.asarray(raw, dtype=np.float64)
+    if array.shape != (width,):
+        raise ValueError(f"scores of {name} has shape {array.shape}; its width is {width}")
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(f"scores of {name} has a negative or non-finite value")
+    total = array.sum()
+    normal: np.ndarray = array / total if total > 0 else np.full(width, 1.0 / width)
+    return normal
+
+
+def _kept_widths(normal: np.ndarray, unit: float, group: int) -> list[tuple[int, float]]:
+    """(p, score) for p = 0, g, 2g, ... wherever the score does not rise above the last kept one."""
+    width = len(normal)
+    last = normal.sum() / unit
+    kept = []
+    for p in range(0, width, group):
+        score = float(normal[p:].sum() / ((width - p) * unit))
+        if score <= last * (1 + _ROUNDING):
+            last = min(score, last)
+            kept.append((p, last))
+    return kept
+
+
+def plan(
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    *,
+    target: float = 0.875,
+    rounds: int = 10,
+    convention: str = "full",
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> DropoutList:
+    """Sizes in minutes: a dropout list from repeated importance passes, without any training.
+
+    Args:
+        supernet: the converted network; not changed. Assign the result to ``supernet.dropout_list``.
+        batches: proxy images as for `importance`; read once per round, so a list or a DataLoader.
+        target: share of the model's MACs that the smallest entry has removed (the paper trains with 0.875).
+        rounds: passes; importance is measured afresh at the widths reached, the target grows linearly.
+        convention: of the MACs that budgets count ("full" or "linear", see `skd.cost`).
+        progress: wraps the rounds, e.g. ``tqdm``.
+
+    Returns:
+        A `DropoutList` that starts at the full network.
+
+    Raises:
+        ValueError: target outside (0, 1], rounds < 1, bad batches.
+    """
+    if not 0 < target <= 1:
+        raise ValueError(f"target is {target}; it must be above 0 and at most 1")
+    if rounds < 1:
+        raise ValueError(f"rounds is {rounds}; it must be at least 1")
+    check_convention(convention)
+    if iter(batches) is batches:
+        batches = list(batches)  # an iterator would be empty in the second round
+    total = int(supernet.costs.macs(supernet.widths(), convention))
+    grown = DropoutList(supernet.modules_in_order, [supernet.widths()], supernet.costs)
+    steps: Iterable[int] = range(1, rounds + 1)
+    for step in steps if progress is None else progress(steps):
+        operations = propose(supernet, batches, grown, convention=convention)
+        grown = grown.extended(operations, target * total * step / rounds)
+    return grown
+
+
+def propose(
+    supernet: SuperNet, batches: Iterable[Any], current: DropoutList, *, convention: str = "full"
+) -> list[Operation]:
+    """One round: importance at the last entry of `current`, ranked into operations."""
+    widths = current.entry(len(current) - 1)
+    scores, sensitivity = importance(supernet, batches, widths=list(widths.values()))
+    return rank_operations(
+        scores,
+        sensitivity,
+        planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, convention),
+        {info.name: info.group_size for info in supernet.infos},
+        widths,
+    )

@@ -1,0 +1,271 @@
+"""The super-network: a timm Vision Transformer that can run at the widths of any entry of its dropout list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.models import checkpoint_seq
+from torch import nn
+
+from skd.architecture import ModuleInfo, describe
+from skd.cost import CostModel, cost_model
+from skd.dropout_list import DropoutList
+from skd_kernels import masked_attention, masked_mlp
+
+Width = int | torch.Tensor
+
+
+class SuperBlock(nn.Module):
+    """A timm Block (or ResPostBlock) whose attention and MLP take a width; children keep their names.
+
+    ``forward(x)`` is the timm block's function; narrower widths keep leading coordinates. Width 0 skips the module
+    together with its norm.
+    """
+
+    def __init__(self, block: nn.Module, attn: ModuleInfo, mlp: ModuleInfo) -> None:
+        super().__init__()
+        self.block_class = type(block)
+        self.post_norm = self.block_class.__name__ == "ResPostBlock"
+        self.attn_info, self.mlp_info = attn, mlp
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.train(block.training)
+
+    def forward(
+        self, x: torch.Tensor, attn_width: Width | None = None, mlp_width: Width | None = None
+    ) -> torch.Tensor:
+        return self.feed_forward(self.attend(x, attn_width), mlp_width)
+
+    def attend(self, x: torch.Tensor, width: Width | None = None, scores: torch.Tensor | None = None) -> torch.Tensor:
+        """x plus the attention branch at `width` (None: full); `scores` as in `masked_attention`."""
+        return self._residual(x, self.attn_info, self._attention, width, scores)
+
+    def feed_forward(
+        self, x: torch.Tensor, width: Width | None = None, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x plus the MLP branch at `width` (None: full); `scores` as in `masked_mlp`."""
+        return self._residual(x, self.mlp_info, self._mlp, width, scores)
+
+    def _residual(
+        self, x: torch.Tensor, info: ModuleInfo, branch: Any, width: Width | None, scores: Any
+    ) -> torch.Tensor:
+        width = info.full_width if width is None else width
+        which = "1" if info.kind == "attn" else "2"
+        norm, drop_path = getattr(self, f"norm{which}"), getattr(self, f"drop_path{which}")
+        scale = getattr(self, f"ls{which}", nn.Identity())
+        if isinstance(width, int) and width == 0:
+            return _skip(x, [getattr(self, info.kind), norm, scale])
+        y = norm(branch(x, width, scores)) if self.post_norm else branch(norm(x), width, scores)
+        if isinstance(width, torch.Tensor) and (self.post_norm or info.binary):
+            # The operation gives zeros at width 0, but a norm after it, or a whole module, does not.
+            y = torch.where(width > 0, y, 0.0)
+        return x + drop_path(scale(y))
+
+    def _attention(self, x: torch.Tensor, width: Width, scores: Any) -> torch.Tensor:
+        attn: Any = self.attn
+        if self.attn_info.binary:
+            return attn(x)
+        return masked_attention(
+            x,
+            attn.qkv.weight,
+            attn.qkv.bias,
+            attn.proj.weight,
+            attn.proj.bias,
+            width,
+            num_heads=self.attn_info.num_heads,
+            scores=scores,
+        )
+
+    def _mlp(self, x: torch.Tensor, width: Width, scores: Any) -> torch.Tensor:
+        mlp: Any = self.mlp
+        if self.mlp_info.binary:
+            return mlp(x)
+        if hasattr(mlp, "fc1"):
+            w1, b1 = mlp.fc1.weight, mlp.fc1.bias
+        else:  # SwiGLU keeps its gate and value rows in two layers
+            w1 = torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight])
+            b1 = None if mlp.fc1_g.bias is None else torch.cat([mlp.fc1_g.bias, mlp.fc1_x.bias])
+        info = self.mlp_info
+        w2, b2 = mlp.fc2.weight, mlp.fc2.bias
+        return masked_mlp(x, w1, b1, w2, b2, width, act=info.act, gated=info.gated, scores=scores)
+
+
+def _skip(x: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:
+    """`x`, with the parameters of skipped modules in the graph: their gradients are zeros, not None."""
+    if torch.is_grad_enabled():
+        for module in modules:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    x = x + parameter.reshape(-1)[:0].sum()
+    return x
+
+
+class SuperNet(nn.Module):
+    """A converted Vision Transformer and its dropout list of nested sub-networks.
+
+    ``supernet(images)`` is the full network, ``supernet(images, entry=i)`` the i-th sub-network. `entry` may be a
+    0-d integer tensor on the device: then widths are looked up there and nothing is read by the host.
+
+    Attributes:
+        model: the timm model, a copy whose blocks are `SuperBlock`s.
+        infos: what is known of each module, in order.
+        costs: prices of every width (`skd.cost`).
+        dropout_list: settable; a new one must name the same modules and start at the full widths.
+
+    State-dict keys are timm's own. `SuperNet(model)` takes the model over as it is, without reordering any weight;
+    `skd.convert` works on a copy and concentrates its knowledge first.
+    """
+
+    model: Any
+    width_table: torch.Tensor
+
+    def __init__(self, model: Any, dropout_list: DropoutList | None = None) -> None:
+        super().__init__()
+        infos = describe(model)
+        self.model = model
+        self.infos = infos
+        self.costs: CostModel = cost_model(model, infos)
+        blocks = [SuperBlock(b, infos[2 * i], infos[2 * i + 1]) for i, b in enumerate(model.blocks)]
+        self.model.blocks = nn.Sequential(*blocks)
+        groups = sum(-(-info.full_width // info.group_size) for info in infos)
+        device = next(model.parameters()).device
+        # Static shape: the list grows in place, without a new graph.
+        table = torch.zeros(1 + groups, len(infos), dtype=torch.int32, device=device)
+        self.register_buffer("width_table", table, persistent=False)
+        full = DropoutList(self.modules_in_order, [[info.full_width for info in infos]])
+        self.dropout_list = full if dropout_list is None else dropout_list
+        self.register_state_dict_post_hook(_strip_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.train(model.training)
+
+    @property
+    def modules_in_order(self) -> tuple[str, ...]:
+        """Names of the modules: "0.attn", "0.mlp", "1.attn", ..."""
+        return tuple(info.name for info in self.infos)
+
+    @property
+    def dropout_list(self) -> DropoutList:
+        return self._dropout_list
+
+    @dropout_list.setter
+    def dropout_list(self, value: DropoutList) -> None:
+        if not isinstance(value, DropoutList):
+            raise ValueError(f"dropout_list is a {type(value).__name__}; it must be a DropoutList")
+        if value.modules != self.modules_in_order:
+            raise ValueError(f"dropout_list is of modules {value.modules}; this network has {self.modules_in_order}")
+        full = [info.full_width for info in self.infos]
+        if value.widths[0].tolist() != full:
+            raise ValueError(f"dropout_list starts at {value.widths[0].tolist()}; entry 0 must be {full}")
+        for info, widths in zip(self.infos, value.widths.T, strict=True):
+            if info.binary and not set(widths.tolist()) <= {0, info.full_width}:
+                raise ValueError(f"dropout_list: {info.name} may only have the widths 0 and {info.full_width}")
+        self._dropout_list = replace(value, costs=self.costs)
+        self._fill_table()
+
+    def _fill_table(self) -> None:
+        widths = torch.from_numpy(self._dropout_list.widths.copy()).to(self.width_table)
+        if len(widths) > len(self.width_table):
+            self.width_table = torch.zeros_like(widths)
+        # Rows past the end repeat the smallest sub-network: no index reads garbage.
+        with torch.no_grad():
+            self.width_table[: len(widths)] = widths
+            self.width_table[len(widths) :] = widths[-1]
+
+    def widths(self, entry: int | None = None) -> list[int]:
+        """Widths of the modules of one entry (None: the full network), in order.
+
+        Raises:
+            ValueError: entry out of range.
+        """
+        if entry is None:
+            return [info.full_width for info in self.infos]
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise ValueError(f"entry is {entry!r}; it must be an int")
+        if not 0 <= entry < len(self.dropout_list):
+            raise ValueError(f"entry is {entry}; it may be 0..{len(self.dropout_list) - 1}")
+        row: list[int] = self.dropout_list.widths[entry].tolist()
+        return row
+
+    def _resolve(self, entry: int | torch.Tensor | None) -> Sequence[Width]:
+        if not isinstance(entry, torch.Tensor):
+            return self.widths(entry)
+        if entry.ndim != 0 or entry.is_floating_point():
+            raise ValueError(f"entry has shape {tuple(entry.shape)}; it must be a 0-d integer tensor")
+        return self.width_table.index_select(0, entry.reshape(1).long())[0].unbind()
+
+    def forward(self, images: torch.Tensor, entry: int | torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (features for a headless model) of the sub-network `entry`, or of the full network.
+
+        Args:
+            images: (B, in_chans, height, width).
+            entry: None, an int in 0..len(dropout_list) - 1, or a 0-d integer tensor (not range-checked; past the end
+                it means the last entry).
+
+        Raises:
+            ValueError: entry out of range or images of the wrong shape.
+        """
+        widths = self._resolve(entry)
+        x = self.embed(images)
+        blocks = self.model.blocks
+        if self.model.grad_checkpointing and torch.is_grad_enabled():
+            steps = [_AtWidths(b, widths[2 * i], widths[2 * i + 1]) for i, b in enumerate(blocks)]
+            x = checkpoint_seq(steps, x)
+        else:
+            for i, block in enumerate(blocks):
+                x = block(x, widths[2 * i], widths[2 * i + 1])
+        return self.head(x)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, height, width) to the first block's input (B, N, C)."""
+        check_images(self.model, images)
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None) -> torch.Tensor:
+        """Module `index` (in order) applied to the residual stream at `width`."""
+        block = self.model.blocks[index // 2]
+        return block.feed_forward(x, width, scores) if index % 2 else block.attend(x, width, scores)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """The last block's output (B, N, C) to logits (or features of a headless model)."""
+        return self.model.forward_head(self.model.norm(x))
+
+
+class _AtWidths:
+    """A block with its widths, for timm's checkpointing of a sequence of functions of x."""
+
+    def __init__(self, block: nn.Module, attn_width: Width, mlp_width: Width) -> None:
+        self.block, self.attn_width, self.mlp_width = block, attn_width, mlp_width
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.block(x, self.attn_width, self.mlp_width)
+        return y
+
+
+def check_images(model: Any, images: Any) -> None:
+    """`images` are a batch that `model` takes; otherwise ValueError."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images is {got}; it must be a (B, {model.in_chans}, height, width) tensor")
+    if images.shape[1] != model.in_chans:
+        raise ValueError(f"images has {images.shape[1]} channels; the model takes {model.in_chans}")
+    size = model.patch_embed.img_size
+    if not model.dynamic_img_size and size is not None and tuple(images.shape[2:]) != tuple(size):
+        raise ValueError(f"images has size {tuple(images.shape[2:])}; the model takes {tuple(size)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images has dtype {images.dtype}; it must be a floating-point tensor")
+
+
+def _strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict post-hook: ``model.blocks.0...`` is saved as timm's ``blocks.0...``."""
+    for key in [key for key in state if key.startswith(prefix + "model.")]:
+        state[prefix + key[len(prefix) + len("model.") :]] = state.pop(key)
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """load_state_dict pre-hook: the inverse of `_strip_prefix`."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[prefix + "model." + key[len(prefix) :]] = state.pop(key)

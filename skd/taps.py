@@ -1,0 +1,125 @@
+"""Reading features and gradients of a timm Vision Transformer: the cost, and taps at the places METHOD names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from skd.architecture import ModuleInfo
+from skd.supernet import check_images
+
+Batch = tuple[torch.Tensor, torch.Tensor | None]
+Consumer = Callable[[ModuleInfo, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def tapped(model: Any, infos: Iterable[ModuleInfo], consume: Consumer) -> Iterator[None]:
+    """Inside the block every backward pass calls ``consume(info, feature, gradient)`` once per module.
+
+    For attention the feature is the qkv projection's output, (B, N, 3, H, D); for an MLP the hidden features that
+    enter fc2, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
+    """
+    handles = [model.blocks[0].register_forward_pre_hook(_start_graph)]
+    for info in infos:
+        block = model.blocks[info.block]
+        if info.kind == "attn":
+            handles.append(block.attn.qkv.register_forward_hook(_qkv_hook(info, consume)))
+        else:
+            handles.append(block.mlp.fc2.register_forward_pre_hook(_hidden_hook(info, consume)))
+    try:
+        with frozen(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside the block; both restored after it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = {module: module.training for module in model.modules()}
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """With frozen parameters the graph has to begin somewhere: at the first block."""
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])
+
+
+def _qkv_hook(info: ModuleInfo, consume: Consumer) -> Any:
+    def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        shape = (*output.shape[:-1], 3, info.num_heads, info.full_width)
+        feature = output.detach().view(shape)  # detached: a hook that held its own graph would never be freed
+        output.register_hook(lambda grad: consume(info, feature, grad.reshape(shape)))
+
+    return hook
+
+
+def _hidden_hook(info: ModuleInfo, consume: Consumer) -> Any:
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        feature = inputs[0].detach()
+        inputs[0].register_hook(lambda grad: consume(info, feature, grad))
+
+    return hook
+
+
+def total_cost(model: Any, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """The cost whose gradients METHOD uses, summed over the batch.
+
+    The logit of the true class; without labels, of the predicted class; for a headless model
+    (num_classes = 0) half the squared norm of the pooled features.
+    """
+    if model.num_classes == 0:
+        # In float32 at least: squares of half-precision features overflow.
+        return 0.5 * output.to(torch.promote_types(output.dtype, torch.float32)).square().sum()
+    labels = output.argmax(-1) if labels is None else labels
+    return output.gather(1, labels[:, None]).sum()
+
+
+def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterator[Batch]:
+    """The batches on the model's device and in its dtype, each checked.
+
+    Raises:
+        ValueError: no batch at all, not (images, labels), images of a wrong shape, labels of a wrong shape or out of
+            range of the head; the message has the number of the batch.
+    """
+    parameter = next(model.parameters())
+    seen = False
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise ValueError(f"{name}[{index}] is a {type(batch).__name__}; it must be (images, labels)")
+        images, labels = batch
+        try:
+            check_images(model, images)
+            labels = _check_labels(model, labels, len(images))
+        except ValueError as error:
+            raise ValueError(f"{name}[{index}]: {error}") from None
+        seen = True
+        labels = None if labels is None else labels.to(parameter.device)
+        yield images.to(parameter.device, parameter.dtype), labels
+    if not seen:
+        raise ValueError(f"{name} has no batch; it must yield at least one (images, labels)")
+
+
+def _check_labels(model: Any, labels: Any, count: int) -> torch.Tensor | None:
+    if labels is None or model.num_classes == 0:
+        return None
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != (count,):
+        got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f"labels is {got}; it must be an integer tensor of shape ({count},), or None")
+    low, high = (int(labels.min()), int(labels.max())) if count else (0, 0)
+    if low < 0 or high >= model.num_classes:
+        raise ValueError(f"labels has {low}..{high}; the head has classes 0..{model.num_classes - 1}")
+    return labels.long()

@@ -1,0 +1,207 @@
+"""How a call finds its implementation: a small registry, `explain`, `use` and `build_info`.
+
+Every operation registers its implementations in order of preference. An implementation is a function with the
+operation's own arguments and a predicate that returns None, or the reason why it refuses this call. Predicates see
+`TensorSpec`s, never tensors, so `explain` answers from shapes alone and selection cannot touch data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a predicate may know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorSpec:
+        return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device.type)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation; `refuses(**arguments)` gives None or the reason."""
+
+    name: str
+    function: Callable[..., Any]
+    refuses: Callable[..., str | None]
+
+
+@dataclass
+class Operation:
+    """A public function and its implementations, best first."""
+
+    name: str
+    signature: inspect.Signature
+    implementations: list[Implementation] = field(default_factory=list)
+
+    def implementation(self, name: str, refuses: Callable[..., str | None]) -> Callable[..., Any]:
+        """Decorator that registers an implementation under `name`."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.implementations.append(Implementation(name, function, refuses))
+            return function
+
+        return register
+
+    def names(self) -> list[str]:
+        return [implementation.name for implementation in self.implementations]
+
+    def select(self, arguments: dict[str, Any]) -> tuple[Implementation, dict[str, str]]:
+        """The implementation for `arguments` and the reason of each one refused before it."""
+        specs = {name: _spec(value) for name, value in arguments.items()}
+        forced = _forced.get()
+        forced = forced if forced in self.names() else None
+        refused: dict[str, str] = {}
+        for implementation in self.implementations:
+            if forced and implementation.name != forced:
+                refused[implementation.name] = f"use({forced!r}) is in force"
+                continue
+            reason = implementation.refuses(**specs)
+            if reason is None:
+                return implementation, refused
+            refused[implementation.name] = reason
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"{self.name}: no implementation accepts this call ({reasons})")
+
+    def __call__(self, **arguments: Any) -> Any:
+        implementation, _ = self.select(arguments)
+        return implementation.function(**arguments)
+
+
+_operations: dict[str, Operation] = {}
+_forced: ContextVar[str | None] = ContextVar("skd_kernels_forced", default=None)
+
+
+def operation(public: Callable[..., Any]) -> Operation:
+    """Create (once) the registry entry of a public function."""
+    return _operations.setdefault(public.__name__, Operation(public.__name__, inspect.signature(public)))
+
+
+def always(**_: Any) -> None:
+    """The predicate of a reference: it refuses nothing."""
+
+
+def _spec(value: Any) -> Any:
+    return TensorSpec.of(value) if isinstance(value, torch.Tensor) else value
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call gets.
+
+    Attributes:
+        operation: name of the operation.
+        chosen: name of the implementation that would run.
+        refused: for each implementation not taken, the reason.
+    """
+
+    operation: str
+    chosen: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation}: {self.chosen}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    op: str | Callable[..., Any],
+    *args: Any,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **kwargs: Any,
+) -> Explanation:
+    """Say which implementation of `op` a call would get, and why each other one would not run.
+
+    Args:
+        op: the public function or its name, e.g. ``skd_kernels.masked_mlp`` or ``"masked_mlp"``.
+        *args, **kwargs: the arguments of the call. Wherever the call takes a tensor, a shape (tuple of int) does
+            too: no memory is allocated.
+        dtype, device: of the tensors given as shapes.
+
+    Returns:
+        An `Explanation`; ``print`` it for a readable table.
+
+    Raises:
+        ValueError: unknown operation, arguments that do not bind to it, or no implementation that accepts them.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name == "weighted_covariance":
+        name = "token_moments"  # it is that operation's covariance
+    if name not in _operations:
+        raise ValueError(f"op is {name!r}; it may be one of {sorted(_operations)}")
+    entry = _operations[name]
+    try:
+        bound = entry.signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+    bound.apply_defaults()
+    spec_device = torch.device(device).type
+
+    def spec(value: Any) -> Any:
+        if isinstance(value, tuple | list | torch.Size):
+            return TensorSpec(tuple(int(size) for size in value), dtype, spec_device)
+        return _spec(value)
+
+    chosen, refused = entry.select({key: spec(value) for key, value in bound.arguments.items()})
+    after = entry.names()[entry.names().index(chosen.name) + 1 :]
+    refused |= {other: f"{chosen.name} is preferred" for other in after if other not in refused}
+    return Explanation(name, chosen.name, refused)
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force the implementation called `name` in every operation that has one of that name.
+
+    Inside the block such an operation raises ValueError when `name` refuses the call; operations without an
+    implementation of that name choose as usual.
+
+    Raises:
+        ValueError: no operation has an implementation of that name.
+    """
+    known = sorted({n for entry in _operations.values() for n in entry.names()})
+    if name not in known:
+        raise ValueError(f"name is {name!r}; it may be one of {known}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, and what of the package is compiled in this installation."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "skd": installed("skd"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "timm": installed("timm"),
+        "cuda_available": torch.cuda.is_available(),
+        "compiled": False,
+        "reason": "this version has no compiled code: every operation runs in PyTorch",
+        "implementations": {name: entry.names() for name, entry in _operations.items()},
+    }

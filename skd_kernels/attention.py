@@ -1,0 +1,139 @@
+"""Masked-width attention: the first k coordinates of every head, one set of weights for every k."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from skd_kernels._checks import check_alike, check_scores, check_tensor, check_width
+from skd_kernels._dispatch import always, operation
+from skd_kernels.mlp import refuses_to_slice, select
+from skd_kernels.taylor import with_taylor_scores
+
+
+def masked_attention(
+    x: torch.Tensor,
+    w_qkv: torch.Tensor,
+    b_qkv: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    b_proj: torch.Tensor | None,
+    width: int | torch.Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    scores: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multi-head self-attention with only the first `width` of the D coordinates of every head.
+
+    The same k coordinates are kept in Q, K, V and in the columns of the output projection, for all H heads.
+
+    Args:
+        x: (B, N, C), float32, float64, bfloat16 or float16.
+        w_qkv: (3 H D, C), rows in timm's order (3, H, D). b_qkv: (3 H D,) or None.
+        w_proj: (C, H D). b_proj: (C,) or None.
+        width: int in 0..D, or a 0-d int32 tensor on the device of `x` (never read by the host on a GPU and not
+            range-checked). Width 0 gives zeros, the bias included; every parameter stays in the graph and gets a
+            zero gradient, as does everything past the width.
+        num_heads: H.
+        scale: softmax scale; None: ``D ** -0.5`` of the full head width D, whatever the width kept.
+        scores: (3, H, D) float32 buffer (float64 accepted) to which the backward pass adds the sum over tokens of
+            ``|x * dx|`` at the kept coordinates of q, k and v (bias included).
+
+    Returns:
+        (B, N, C). Under autocast the result is what ``F.linear`` would give.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or number of heads, or an int width out of range.
+    """
+    check_tensor("x", x, (None, None, None))
+    channels = x.shape[-1]
+    check_tensor("w_proj", w_proj, (channels, None))
+    inner = w_proj.shape[1]
+    if num_heads < 1 or inner % num_heads:
+        raise ValueError(f"num_heads is {num_heads}; it must divide the {inner} columns of w_proj")
+    check_tensor("w_qkv", w_qkv, (3 * inner, channels))
+    for name, bias, size in (("b_qkv", b_qkv, 3 * inner), ("b_proj", b_proj, channels)):
+        if bias is not None:
+            check_tensor(name, bias, (size,))
+    for name, tensor in (("w_qkv", w_qkv), ("b_qkv", b_qkv), ("w_proj", w_proj), ("b_proj", b_proj)):
+        check_alike(name, tensor, "x", x)
+    head_dim = inner // num_heads
+    check_width(width, head_dim, x.device)
+    check_scores(scores, (3, num_heads, head_dim), x.device)
+    result: torch.Tensor = _operation(
+        x=x,
+        w_qkv=w_qkv,
+        b_qkv=b_qkv,
+        w_proj=w_proj,
+        b_proj=b_proj,
+        width=width,
+        num_heads=num_heads,
+        scale=head_dim**-0.5 if scale is None and head_dim else scale,
+        scores=scores,
+    )
+    return result
+
+
+_operation = operation(masked_attention)
+
+
+@_operation.implementation("slices", refuses_to_slice)
+def masked_attention_slices(
+    x: torch.Tensor,
+    w_qkv: torch.Tensor,
+    b_qkv: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    b_proj: torch.Tensor | None,
+    width: int | torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """Exact shapes for the library: the kept rows and columns are gathered, work follows the width."""
+    k = int(width)
+    channels = x.shape[-1]
+    heads_qkv = w_qkv.reshape(3, num_heads, -1, channels)[:, :, :k]
+    bias = None if b_qkv is None else b_qkv.reshape(3, num_heads, -1)[:, :, :k].reshape(-1)
+    columns = w_proj.reshape(channels, num_heads, -1)[:, :, :k].reshape(channels, -1)
+    qkv = F.linear(x, heads_qkv.reshape(-1, channels), bias)
+    qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, k)
+    if k == 0:
+        # (B, N, 0) times (0, C) is zero and keeps every weight in the graph; so does the sum of nothing.
+        out = F.linear(qkv.reshape(*x.shape[:-1], 0), columns)
+        return out if b_proj is None else out + b_proj[:0].sum()
+    if scores is not None:
+        qkv = with_taylor_scores(qkv, scores[:, :, :k])
+    return F.linear(_attend(qkv, scale), columns, b_proj)
+
+
+@_operation.implementation("reference", always)
+def masked_attention_reference(
+    x: torch.Tensor,
+    w_qkv: torch.Tensor,
+    b_qkv: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    b_proj: torch.Tensor | None,
+    width: int | torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """The specification: parameters past the width are zero, selected and never multiplied (0 * NaN is NaN).
+
+    Zero coordinates of q and k add nothing to the attention logits, zero coordinates of v give zero outputs.
+    """
+    inner = w_proj.shape[1]
+    keep_head = torch.arange(inner // num_heads, device=x.device) < width
+    keep = keep_head.repeat(num_heads)
+    keep_rows = keep.repeat(3)
+    qkv = F.linear(x, select(keep_rows[:, None], w_qkv), select(keep_rows, b_qkv))
+    qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, inner // num_heads)
+    qkv = with_taylor_scores(qkv, scores)
+    return F.linear(_attend(qkv, scale), select(keep, w_proj), select(keep[:1], b_proj))
+
+
+def _attend(qkv: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """softmax(scale q k^T) v of packed (B, N, 3, H, k): (B, N, H k)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,150 @@
+"""Streaming second moments of tokens, weighted by how much each token matters (METHOD 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from skd_kernels._checks import check_pair, check_tensor
+from skd_kernels._dispatch import always, operation
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted moments of T tokens in G groups of D coordinates, about a fixed `shift`. All float64.
+
+    With ``y = x - shift`` and the token weight ``w = mean_d |x * grad|``:
+
+    Attributes:
+        count: number of tokens T, 0-d.
+        shift: (G, D), the point the sums are taken about.
+        weight: (G,), sum of w.
+        plain_sum: (G, D), sum of y.
+        weighted_sum: (G, D), sum of w y.
+        weighted_outer: (G, D, D), sum of w y y^T.
+
+    Summing about a shift close to the mean keeps the precision that centring afterwards would otherwise cancel.
+    """
+
+    count: torch.Tensor
+    shift: torch.Tensor
+    weight: torch.Tensor
+    plain_sum: torch.Tensor
+    weighted_sum: torch.Tensor
+    weighted_outer: torch.Tensor
+
+    def about(self, shift: torch.Tensor) -> Moments:
+        """The same moments re-based to another `shift`, (G, D)."""
+        check_tensor("shift", shift, tuple(self.shift.shape))
+        shift = shift.to(self.shift)
+        step = self.shift - shift
+        cross = _outer(self.weighted_sum, step)
+        return Moments(
+            count=self.count,
+            shift=shift,
+            weight=self.weight,
+            plain_sum=self.plain_sum + self.count * step,
+            weighted_sum=self.weighted_sum + self.weight[:, None] * step,
+            weighted_outer=self.weighted_outer + (cross + cross.mT) + self.weight[:, None, None] * _outer(step, step),
+        )
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both sets of tokens, about the shift of the left one."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        other = other.about(self.shift)
+        return Moments(
+            count=self.count + other.count,
+            shift=self.shift,
+            weight=self.weight + other.weight,
+            plain_sum=self.plain_sum + other.plain_sum,
+            weighted_sum=self.weighted_sum + other.weighted_sum,
+            weighted_outer=self.weighted_outer + other.weighted_outer,
+        )
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
+        """Moments of the tokens of every rank of `group`, about the first rank's shift; the same on all ranks."""
+        shift = self.shift.detach().clone()
+        first = dist.get_global_rank(group, 0) if group is not None else 0
+        dist.broadcast(shift, src=first, group=group)
+        mine = self.about(shift)
+        parts = [
+            mine.count,
+            mine.weight,
+            mine.plain_sum,
+            mine.weighted_sum,
+            mine.weighted_outer,
+        ]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        dist.all_reduce(flat, group=group)
+        split = flat.split([part.numel() for part in parts])
+        count, *rest = [piece.reshape(part.shape) for piece, part in zip(split, parts, strict=True)]
+        return Moments(count, shift, *rest)
+
+    def covariance(self) -> torch.Tensor:
+        """``sum w (x - mu)(x - mu)^T`` with mu the plain (unweighted) mean: (G, D, D), not normalised.
+
+        Zeros when no token was seen.
+        """
+        mean = self.plain_sum / self.count.clamp(min=1)  # of y, that is mu - shift
+        cross = _outer(self.weighted_sum, mean)
+        return self.weighted_outer - (cross + cross.mT) + self.weight[:, None, None] * _outer(mean, mean)
+
+
+def token_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None = None) -> Moments:
+    """Moments of the tokens of one batch, weighted by the mean over d of ``|x * grad|`` (METHOD 1, WPAC).
+
+    Args:
+        x: features, (..., G, D), any floating dtype and strides; every leading index is a token. At the output of a
+            qkv projection G runs over (q, k, v) x heads.
+        grad: gradient of the cost at `x`, same shape, dtype and device.
+        shift: (G, D), the point the sums are taken about; None: the mean of this call. Pass the first batch's
+            ``moments.shift`` to later calls, or just add the results: ``+`` re-bases its right operand.
+
+    Returns:
+        `Moments`, float64. An empty batch gives zeros. NaN and Inf propagate. Differentiable in `x` and `grad`.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+    """
+    check_pair(x, grad)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must have shape (..., G, D)")
+    if shift is not None:
+        check_tensor("shift", shift, tuple(x.shape[-2:]))
+    return _operation(x=x, grad=grad, shift=shift)
+
+
+def weighted_covariance(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """``token_moments(x, grad).covariance()``: (G, D, D) float64, centred by the plain mean of this call."""
+    return token_moments(x, grad).covariance()
+
+
+_operation = operation(token_moments)
+
+
+@_operation.implementation("reference", always)
+def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
+    x64 = x.double().reshape(-1, *x.shape[-2:])  # (T, G, D)
+    grad64 = grad.double().reshape(x64.shape)
+    tokens = x64.shape[0]
+    # A constant of the computation: every derived quantity is independent of it.
+    constant = x64.sum(0) / max(tokens, 1) if shift is None else shift.to(x64)
+    shift64 = constant.detach()
+    weight = (x64 * grad64).abs().mean(-1)  # (T, G)
+    y = x64 - shift64
+    weighted = weight[..., None] * y
+    return Moments(
+        count=torch.tensor(float(tokens), dtype=torch.float64, device=x.device),
+        shift=shift64,
+        weight=weight.sum(0),
+        plain_sum=y.sum(0),
+        weighted_sum=weighted.sum(0),
+        weighted_outer=weighted.permute(1, 2, 0) @ y.permute(1, 0, 2),
+    )
+
+
+def _outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a[..., :, None] * b[..., None, :]
