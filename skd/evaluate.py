@@ -43,6 +43,7 @@ class Top1:
         if self.headless:
             self._features.setdefault(variant, []).append(output.flatten(1))
         else:
+            assert self._labels is not None
             correct = int(torch.eq(output.argmax(-1), self._labels).sum())
             self._counts[variant] = self._counts.get(variant, 0) + correct
 
