@@ -12,6 +12,7 @@ from skd.cost import Cost, cost
 from skd.dropout_list import DropoutList, Operation
 from skd.evaluate import evaluate
 from skd.extract import extract
+from skd.files import load, save
 from skd.importance import importance
 from skd.planning import plan, rank_operations
 from skd.supernet import SuperNet
@@ -29,6 +30,8 @@ __all__ = [
     "evaluate",
     "extract",
     "importance",
+    "load",
     "plan",
     "rank_operations",
+    "save",
 ]

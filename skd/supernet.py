@@ -11,6 +11,7 @@ from timm.models import checkpoint_seq
 from torch import nn
 
 from skd.architecture import ModuleInfo, describe
+from skd.construction import remember_construction
 from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
 from skd_kernels import masked_attention, masked_mlp
@@ -125,6 +126,7 @@ class SuperNet(nn.Module):
     def __init__(self, model: Any, dropout_list: DropoutList | None = None) -> None:
         super().__init__()
         infos = describe(model)
+        remember_construction(model)
         self.model = model
         self.infos = infos
         self.costs: CostModel = cost_model(model, infos)

@@ -1,0 +1,194 @@
+"""Super-networks and extracted models as safetensors files that rebuild themselves; nothing is pickled.
+
+The tensors have timm's names. The JSON header, under the metadata key "skd", says how to build what they fit:
+
+    format          1
+    kind            "supernet" or "model"
+    architecture    timm's name, or null: then model_args are VisionTransformer's own constructor arguments
+    model_class     "VisionTransformer" or "VisionTransformerDistilled"
+    model_args      keyword arguments
+    norm_eps        of all norms, where it is not timm's default (directly built models), else null
+    widths          [[attention, MLP], ...], one pair per block
+    dropout_list    what `DropoutList.to_json` wrote, or null
+    data            mean, std, interpolation, crop_pct, input_size, ...
+    label_names     class names, or null
+    versions        of skd, torch and timm when written
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+
+from skd.architecture import describe
+from skd.construction import build, construction
+from skd.dropout_list import DropoutList
+from skd.extract import extract
+from skd.supernet import SuperNet
+from skd.taps import frozen
+
+KEY = "skd"
+FORMAT = 1
+# Largest relative difference of logits after a round trip, by dtype; the arithmetic is the same, so nearly zero.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> None:
+    """Write a super-network, an extracted model or any timm VisionTransformer to a safetensors file.
+
+    The file is rebuilt and compared with `obj` (keys, shapes, logits of a random image) before it takes its place:
+    a file that exists can be loaded, and a failure leaves what was there before.
+
+    Raises:
+        ValueError: `obj` is something else, `path` is not a file in an existing folder, or the model cannot be
+            rebuilt from timm's constructor arguments.
+        OSError: the file cannot be written (a full disk, no permission).
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
+    header = _header(obj)
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in obj.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+        _verify(obj, temporary)
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """Read what `save` wrote.
+
+    Returns:
+        A `SuperNet` with its dropout list, or a timm VisionTransformer; on `device`, in evaluation mode.
+
+    Raises:
+        ValueError: no such file, truncated or padded, not written by `save`, by a newer version, of an unknown
+            architecture, or with tensors that do not fit it.
+    """
+    header, state = _read(Path(path), device)
+    try:
+        return _rebuild(header, state, device)
+    except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
+        raise ValueError(f"path {str(path)!r} cannot be rebuilt: {error}") from error
+
+
+def _header(obj: Any) -> dict[str, Any]:
+    supernet = isinstance(obj, SuperNet)
+    model = obj.model if supernet else obj
+    infos = describe(model)
+    return {
+        "format": FORMAT,
+        "kind": "supernet" if supernet else "model",
+        **construction(model),
+        "widths": [[infos[i].full_width, infos[i + 1].full_width] for i in range(0, len(infos), 2)],
+        "dropout_list": obj.dropout_list.to_json() if supernet else None,
+        "data": resolve_model_data_config(model),
+        "label_names": getattr(model, "pretrained_cfg", {}).get("label_names"),
+        "versions": {"skd": version("skd"), "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
+def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"path is {str(path)!r}; there is no such file")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if KEY not in metadata:
+                raise ValueError(f"path {str(path)!r} is a safetensors file, but skd did not write it")
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"path {str(path)!r} is truncated, padded or no safetensors file: {error}") from None
+    try:
+        header = json.loads(metadata[KEY])
+        written = int(header["format"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"path {str(path)!r} has a damaged header") from None
+    if written > FORMAT:
+        raise ValueError(f"path {str(path)!r} has format {written}; this version of skd reads up to {FORMAT}")
+    return header, state
+
+
+def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any) -> Any:
+    """Shapes are compared on the meta device first, so a wrong header cannot ask for memory."""
+    with torch.device("meta"):
+        model = _narrowed(build(header), header["widths"])
+    _check_fit(model, state)
+    model.load_state_dict(state, assign=True)
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        # Buffers that are not saved exist only in a model that was really built.
+        model = _narrowed(build(header), header["widths"]).to(device)
+        model.load_state_dict(state, assign=True)
+    label_names = header["label_names"]
+    model.pretrained_cfg = {
+        **getattr(model, "pretrained_cfg", {}),
+        **header["data"],
+        "architecture": header["architecture"],
+        "label_names": label_names,
+    }
+    if header["architecture"] is None:
+        model._model_args = header["model_args"] | {"norm_eps": header["norm_eps"]}
+    if header["kind"] == "supernet":
+        return SuperNet(model, DropoutList.from_json(header["dropout_list"])).eval()
+    return model.eval()
+
+
+def _narrowed(model: Any, widths: list[list[int]]) -> Any:
+    """`model` cut to the widths of a file: the plain model itself, or what extraction makes of it."""
+    flat = [width for pair in widths for width in pair]
+    full = [info.full_width for info in describe(model)]
+    if flat == full:
+        return model
+    supernet = SuperNet(model)
+    supernet.dropout_list = DropoutList(supernet.modules_in_order, [full, flat])
+    return extract(supernet, entry=1)
+
+
+def _check_fit(model: Any, state: dict[str, torch.Tensor]) -> None:
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    wrong = [
+        f"{key} is {found.get(key, 'missing')}, it should be {expected.get(key, 'absent')}"
+        for key in sorted(expected.keys() | found.keys())
+        if expected.get(key) != found.get(key)
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit the architecture: {'; '.join(wrong[:3])}")
+
+
+@torch.no_grad()
+def _verify(obj: Any, path: Path) -> None:
+    """The file gives the same keys, shapes and logits as `obj`; otherwise ValueError."""
+    model = obj.model if isinstance(obj, SuperNet) else obj
+    parameter = next(model.parameters())
+    copy = load(path, parameter.device)
+    _check_fit(copy, obj.state_dict())
+    image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(parameter.device, parameter.dtype)
+    entries: list[dict[str, int]] = [{}]
+    if isinstance(obj, SuperNet):
+        entries.append({"entry": len(obj.dropout_list) - 1})
+    with frozen(obj):
+        for entry in entries:
+            expected, found = obj(image, **entry).double(), copy(image, **entry).double()
+            error = (found - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp(min=1e-30)
+            if error > _TOLERANCE[parameter.dtype] or not torch.equal(expected.isnan(), found.isnan()):
+                raise ValueError(
+                    f"obj is not rebuilt by timm's constructor arguments: logits differ by {float(error):.1e}; "
+                    "was a layer replaced by hand?"
+                )

@@ -1,0 +1,161 @@
+"""What must hold of any supported architecture, checked in float64 on one tiny model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from architectures import batches, images
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+
+import skd
+from skd.architecture import ModuleInfo
+
+TOLERANCE = 1e-10
+
+
+def check(model: Any) -> tuple[float, float]:
+    """Convert, narrow, extract, price and score `model`; the worst relative errors of function and extraction."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = batches(model)
+    supernet = skd.convert(model, data)
+    check_untouched(model, before)
+    check_rewritten(supernet, before)
+    function_error = check_function(model, supernet)
+    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, ladder(supernet.infos))
+    entries = range(len(supernet.dropout_list))
+    extraction_error = max(check_entry(supernet, entry) for entry in entries)
+    check_importance(supernet, data)
+    return function_error, extraction_error
+
+
+def check_untouched(model: Any, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def check_rewritten(supernet: Any, before: dict[str, torch.Tensor]) -> None:
+    """The weights that the transform names are new, all others are the same bits under the same keys."""
+    after = supernet.state_dict()
+    assert list(after) == list(before)
+    flags = rewritten(supernet.infos)
+    for name, old in before.items():
+        parts = flags.get(name, (False,))
+        pairs = zip(old.reshape(len(parts), -1), after[name].reshape(len(parts), -1), parts, strict=True)
+        for index, (was, now, changes) in enumerate(pairs):
+            moved = relative(now, was) > 1e-3 if changes else not torch.equal(now, was)
+            assert moved == changes, f"part {index} of {name} must {'' if changes else 'not '}change"
+
+
+def rewritten(infos: tuple[ModuleInfo, ...]) -> dict[str, tuple[bool, ...]]:
+    """Which equal parts (rows of q, k, v) of each parameter WPAC rewrites; absent: none."""
+    flags: dict[str, tuple[bool, ...]] = {}
+    for info in infos:
+        prefix = f"blocks.{info.block}.{info.kind}."
+        if info.kind == "attn":
+            rows = (info.rotates_qk, info.rotates_qk, info.rotates_v)
+            flags |= {prefix + "qkv.weight": rows, prefix + "qkv.bias": rows}
+            flags[prefix + "proj.weight"] = (info.rotates_v,)
+        else:
+            layers = [f"{layer}.{kind}" for layer in ("fc1", "fc1_g", "fc1_x") for kind in ("weight", "bias")]
+            flags |= {prefix + name: (not info.binary,) for name in [*layers, "fc2.weight"]}
+    return flags
+
+
+@torch.no_grad()
+def check_function(model: Any, supernet: Any) -> float:
+    """The super-network at full width, called every way, is the model."""
+    x = images(model, 3)
+    expected = model(x)
+    assert expected.isfinite().all() and expected.std() > 0.01
+    outputs = supernet(x), supernet(x, entry=0), supernet(x, torch.tensor(0))
+    error = max(relative(output, expected) for output in outputs)
+    assert error <= TOLERANCE
+    return error
+
+
+def ladder(infos: tuple[ModuleInfo, ...]) -> list[list[int]]:
+    """Nested widths: full, about half, every second module gone, block 0 gone too, nothing left."""
+    half = [narrowed(info) for info in infos]
+    kept = [(info.kind == "attn") == (info.block % 2 == 0) for info in infos]
+    alternate = [width * keep for width, keep in zip(half, kept, strict=True)]
+    # A width that is no whole number of groups is a width too.
+    ragged = [w - (w > 1 and not info.binary) for info, w in zip(infos, alternate, strict=True)]
+    headless = [0 if info.block == 0 else width for info, width in zip(infos, ragged, strict=True)]
+    return [[info.full_width for info in infos], half, ragged, headless, [0] * len(infos)]
+
+
+def narrowed(info: ModuleInfo) -> int:
+    """About half of the groups; a module that is all or nothing stays whole."""
+    if info.binary:
+        return info.full_width
+    return info.full_width // 2 // info.group_size * info.group_size or info.full_width // 2
+
+
+@torch.no_grad()
+def check_entry(supernet: Any, entry: int) -> float:
+    """Extraction, both ways to name the entry, and zeroed weights of the full network are one function."""
+    x = images(supernet.model, 3)
+    widths = supernet.widths(entry)
+    expected = zeroed(skd.extract(supernet, entry=0), supernet.infos, widths)(x)
+    extracted = skd.extract(supernet, entry=entry)
+    outputs = extracted(x), supernet(x, entry=entry), supernet(x, torch.tensor(entry))
+    error = max(relative(output, expected) for output in outputs)
+    assert error <= TOLERANCE, f"entry {entry}, widths {widths}"
+    check_plain(extracted)
+    check_cost(supernet, extracted, entry)
+    return error
+
+
+def zeroed(model: Any, infos: tuple[ModuleInfo, ...], widths: list[int]) -> Any:
+    """The full network with zeros where `widths` cut: the definition of a sub-network, in timm's own code."""
+    for info, width in zip(infos, widths, strict=True):
+        block = model.blocks[info.block]
+        module = getattr(block, info.kind)
+        last = module.proj if info.kind == "attn" else module.fc2
+        if width == 0:
+            norm = block.norm1 if info.kind == "attn" else block.norm2
+            tail = norm if isinstance(block, ResPostBlock) else last  # what the residual adds
+            for parameter in tail.parameters():
+                parameter.zero_()
+        elif info.kind == "attn":
+            last.weight.unflatten(1, (info.num_heads, -1))[:, :, width:] = 0
+            for tensor in module.qkv.parameters():
+                tensor.unflatten(0, (3, info.num_heads, -1))[0, :, width:] = 0
+        else:
+            last.weight[:, width:] = 0
+    return model
+
+
+def check_plain(extracted: Any) -> None:
+    """Only timm's and PyTorch's classes, so skd is not needed to load it; it copies and trains."""
+    assert isinstance(extracted, VisionTransformer)
+    assert {type(module).__module__.split(".")[0] for module in extracted.modules()} <= {"timm", "torch"}
+    assert all(parameter.requires_grad for parameter in extracted.parameters())
+    assert list(copy.deepcopy(extracted).state_dict()) == list(extracted.state_dict())
+
+
+def check_cost(supernet: Any, extracted: Any, entry: int) -> None:
+    for convention in ("full", "linear"):
+        price = skd.cost(supernet, entry=entry, convention=convention)
+        assert skd.cost(extracted, convention=convention) == price
+        assert price.params == sum(parameter.numel() for parameter in extracted.parameters())
+
+
+def check_importance(supernet: Any, data: Any) -> None:
+    """Finite, non-negative, not all zero, of the widths asked for."""
+    widths = supernet.widths(1)
+    scores, sensitivity = skd.importance(supernet, data, widths=widths)
+    for info, width in zip(supernet.infos, widths, strict=True):
+        assert scores[info.name].shape == (width,)
+        assert np.isfinite(scores[info.name]).all() and scores[info.name].min() >= 0 < scores[info.name].max()
+        assert 0 < sensitivity[info.name] <= 1
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((value - expected).abs().max() / expected.abs().max())

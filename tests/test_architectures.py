@@ -1,0 +1,38 @@
+"""Every VisionTransformer of timm's registry, at a tiny size, converts and extracts exactly or is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import skd
+from architectures import batches, names, tiny
+from equivalence import check
+
+# What a refusal must name.
+REFUSED = {
+    "vit_small_patch16_18x2_224": "ParallelThingsBlock",
+    "vit_base_patch16_18x2_224": "ParallelThingsBlock",
+    "vit_base_patch16_xp_224": "ParallelScalingBlock",
+    "vit_large_patch14_xp_224": "ParallelScalingBlock",
+    "vit_huge_patch14_xp_224": "ParallelScalingBlock",
+    "vit_pwee_patch16_reg1_gap_256": "ParallelScalingBlock",
+    "vit_dpwee_patch16_reg1_gap_256": "DiffParallelScalingBlock",
+    "vit_dwee_patch16_reg1_gap_256": "DiffAttention",
+    "vit_dlittle_patch16_reg1_gap_256": "DiffAttention",
+} | {name: "GeGluMlp" for name in names() if name.startswith("vitamin_")}
+
+
+def test_registry_is_walked() -> None:
+    assert len(names()) >= 206
+    assert set(REFUSED) < set(names())
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in REFUSED])
+def test_architecture(name: str) -> None:
+    check(tiny(name))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str) -> None:
+    model = tiny(name)
+    with pytest.raises(ValueError, match=rf"blocks\.0\S* is a {REFUSED[name]}\b"):
+        skd.convert(model, batches(model))
