@@ -68,7 +68,7 @@ def convert(
         raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
     if labels not in LABELS:
         raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
-    infos = describe(model)
+    infos = tuple(info for info in describe(model) if info.full_width)  # not the modules an extraction skipped
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
     batches = batches if progress is None else progress(batches)

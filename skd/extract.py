@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+import warnings
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def extract(
         _extract_block(block, widths[2 * i], widths[2 * i + 1]) for i, block in enumerate(supernet.model.blocks)
     ]
     # Everything outside of the blocks is copied; the blocks are already cut, and are not copied again.
-    model: VisionTransformer = copy.deepcopy(supernet.model, {id(supernet.model.blocks): nn.Sequential(*blocks)})
+    cut = nn.Sequential(*blocks).train(supernet.model.training)
+    model: VisionTransformer = copy.deepcopy(supernet.model, {id(supernet.model.blocks): cut})
     return model
 
 
@@ -184,6 +186,8 @@ def _first_rows(layer: nn.Linear, full: int, width: int) -> nn.Linear:
 def _linear_like(layer: nn.Linear, rows: int, columns: int, bias: bool) -> nn.Linear:
     """A Linear of another size, uninitialised, with the dtype, device, mode and grad flag of `layer`."""
     weight = layer.weight
-    linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device=weight.device, dtype=weight.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device=weight.device, dtype=weight.dtype)
     linear.requires_grad_(weight.requires_grad).train(layer.training)
     return linear

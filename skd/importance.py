@@ -49,12 +49,16 @@ def importance(
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
         for images, labels in checked(model, batches if progress is None else progress(batches)):
-            _add_scores(supernet, current, images, labels, buffers)
+            streams, output = _add_scores(supernet, current, images, labels, buffers)
             for total, buffer in zip(totals, buffers, strict=True):
                 if total is not None and buffer is not None:
                     total += buffer
                     buffer.zero_()
-            _count_skips(supernet, current, images, labels, top1)
+            needs_reference = top1.headless or labels is None
+            with torch.no_grad():
+                top1.start(supernet(images) if needs_reference else None, labels, len(images))
+                top1.add("all", output)
+                _count_skips(supernet, current, streams, top1)
     scores, sensitivity = {}, {}
     correct = top1.correct("all")
     for index, info in enumerate(supernet.infos):
@@ -93,40 +97,41 @@ def _add_scores(
     images: torch.Tensor,
     labels: torch.Tensor | None,
     buffers: list[torch.Tensor | None],
-) -> None:
-    """Forward and backward of the cost; the operations add the scores on their way."""
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Forward and backward of the cost; the operations add the scores on their way.
+
+    Returns the residual stream that enters each module, and the output; both detached.
+    """
     if labels is None and supernet.model.num_classes:
         with torch.no_grad():
             labels = supernet(images).argmax(-1)
     x = supernet.embed(images).detach().requires_grad_()
+    streams = []
     for index, width in enumerate(widths):
+        streams.append(x.detach())
         x = supernet.step(index, x, width, buffers[index])
-    total_cost(supernet.model, supernet.head(x), labels).backward()
+    output = supernet.head(x)
+    total_cost(supernet.model, output, labels).backward()
+    return streams, output.detach()
 
 
 @torch.no_grad()
-def _count_skips(
-    supernet: SuperNet,
-    widths: list[int],
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    top1: Top1,
-) -> None:
-    """Correct predictions of the current network, and with each module skipped.
+def _count_skips(supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], top1: Top1) -> None:
+    """Correct predictions with each module skipped.
 
-    The part before a skipped module is shared: each variant starts from the stream that enters its module.
+    The part before the skipped module is not computed again: each variant starts from the stream entering it.
     """
-    needs_reference = top1.headless or labels is None
-    top1.start(supernet(images) if needs_reference else None, labels, len(images))
-    x = supernet.embed(images)
+    model, last = supernet.model, len(widths) - 1
+    # With token pooling nothing but the prefix tokens is read after the last attention.
+    pooled_tokens = model.num_prefix_tokens if model.global_pool == "token" and model.attn_pool is None else None
     active = [index for index, width in enumerate(widths) if width]
-    for position, index in enumerate(active):
-        branch = x
-        for later in active[position + 1 :]:
-            branch = supernet.step(later, branch, widths[later])
-        top1.add(supernet.infos[index].name, supernet.head(branch))
-        x = supernet.step(index, x, widths[index])
-    top1.add("all", supernet.head(x))
+    for position, skipped in enumerate(active):
+        x = streams[skipped]
+        for index in active[position + 1 :]:
+            if index == last:
+                x = x[:, :pooled_tokens]
+            x = supernet.step(index, x, widths[index])
+        top1.add(supernet.infos[skipped].name, supernet.head(x))
 
 
 def _readout(total: torch.Tensor | None, width: int) -> np.ndarray:

@@ -127,9 +127,9 @@ _operation = operation(token_moments)
 
 @_operation.implementation("reference", always)
 def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
-    x64 = x.double().reshape(-1, *x.shape[-2:])  # (T, G, D)
+    tokens = x.shape[:-2].numel()
+    x64 = x.double().reshape(tokens, *x.shape[-2:])  # (T, G, D)
     grad64 = grad.double().reshape(x64.shape)
-    tokens = x64.shape[0]
     # A constant of the computation: every derived quantity is independent of it.
     constant = x64.sum(0) / max(tokens, 1) if shift is None else shift.to(x64)
     shift64 = constant.detach()

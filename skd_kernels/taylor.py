@@ -41,7 +41,7 @@ _operation = operation(taylor_scores)
 
 @_operation.implementation("reference", always)
 def taylor_scores_reference(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
-    product = (x.double() * grad.double()).reshape(-1, x.shape[-1])
+    product = (x.double() * grad.double()).reshape(x.shape[:-1].numel(), x.shape[-1])
     return (product.abs() if power == 1 else product.square()).sum(0)
 
 

@@ -1,6 +1,6 @@
 """Tiny random copies of every architecture that timm builds as a VisionTransformer.
 
-A copy keeps what makes the architecture its own (block and MLP classes, norms, biases, tokens, pooling, patch embedding)
+A copy keeps what makes the architecture its own (classes of block and MLP, norms, biases, tokens, pooling, embedding)
 and shrinks sizes only: 2 blocks, 36 to 51 channels, a handful of tokens. No pre-trained weight is read.
 """
 
@@ -80,20 +80,27 @@ def build(seed: int = 0, **kwargs: Any) -> Any:
 def narrow_backbones() -> Iterator[None]:
     """Hybrids build their convolutional stems with few channels."""
     hybrid = vision_transformer_hybrid
+    sizes = {"layers": (1,) * 4, "channels": (8,) * 4, "stem_width": 8}
     narrow = {
-        # group norms of 32 groups and bottlenecks of a quarter: 128 is the least
-        "ResNetV2": partial(hybrid.ResNetV2, channels=(128,) * 4, stem_chs=32),
-        "create_resnetv2_stem": partial(hybrid.create_resnetv2_stem, out_chs=32),
-        "resnet26d": partial(hybrid.resnet26d, channels=(8,) * 4, stem_width=8),
-        "resnet50d": partial(hybrid.resnet50d, channels=(8,) * 4, stem_width=8),
+        "_resnetv2": narrow_resnetv2(hybrid._resnetv2),
+        "resnet26d": partial(hybrid.resnet26d, **sizes),
+        "resnet50d": partial(hybrid.resnet50d, **sizes),
         "ConvStem": partial(narrow_stem, hybrid.ConvStem),
     }
-    with mock.patch.multiple(hybrid, **narrow):
+    # Group norms of 32 groups and bottlenecks of a quarter: 128 channels are the least.
+    resnet = partial(hybrid.ResNetV2, channels=(128,) * 4, stem_chs=32)
+    stem = partial(hybrid.create_resnetv2_stem, out_chs=32)
+    with mock.patch.multiple(hybrid, ResNetV2=resnet, create_resnetv2_stem=stem, **narrow):
         yield
 
 
+def narrow_resnetv2(build_backbone: Any) -> Any:
+    """As many stages, of one layer each."""
+    return lambda layers=(1, 1, 1), **kwargs: build_backbone((1,) * len(layers), **kwargs)
+
+
 def narrow_stem(stem: Any, channels: tuple[int, ...], **kwargs: Any) -> nn.Module:
-    """A ConvStem that ends in the channels of `vit_base_mci_224`'s tiny copy."""
+    """A ConvStem that ends in as many channels as the tiny `vit_base_mci_224` has."""
     last = SIZES[seed_of("vit_base_mci_224") % len(SIZES)][0]
     return stem(channels=(8,) * (len(channels) - 1) + (last,), **kwargs)
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import skd
+import skd_kernels
 
 FOLDER = Path(__file__).parent / "golden"
 TOKENS, HEADS, DEPTH = 17, 3, 3
@@ -116,6 +118,11 @@ def replay():
 def start_weights(scenario, epoch):
     """Weights at the start of an epoch of a scenario."""
     return transformed() if scenario == "A_plain" else replay()[0][epoch]
+
+
+def forced(implementation):
+    """Context in which every operation uses one implementation; "auto" leaves the choice to it."""
+    return nullcontext() if implementation == "auto" else skd_kernels.use(implementation)
 
 
 def relative(actual, expected):

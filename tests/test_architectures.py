@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import timm
+
 import skd
-from architectures import batches, names, tiny
-from equivalence import check
+from tests.architectures import batches, names, tiny
+from tests.equivalence import check
+from tests.make_architecture_table import split, table
 
 # What a refusal must name.
 REFUSED = {
@@ -36,3 +41,15 @@ def test_refused_by_name(name: str) -> None:
     model = tiny(name)
     with pytest.raises(ValueError, match=rf"blocks\.0\S* is a {REFUSED[name]}\b"):
         skd.convert(model, batches(model))
+
+
+def test_readme_table_is_fresh() -> None:
+    """README's table of architectures is what the code says (of the timm release that it names)."""
+    readme = Path(__file__).parent.parent / "README.md"
+    try:
+        _, written, _ = split(readme.read_text())
+    except (OSError, ValueError) as error:
+        pytest.fail(f"README.md: {error}")
+    if not written.startswith(f"timm {timm.__version__} "):
+        pytest.skip(f"README's table is of another release: {written[:20]!r}; installed is timm {timm.__version__}")
+    assert written == table(), "run: python -m tests.make_architecture_table --write README.md"

@@ -1,9 +1,9 @@
 """Cut the subset that the tests use out of the full golden folder: ``python make.py SOURCE [DESTINATION]``.
 
-SOURCE holds wpac.npz, piad.npz, piad.json and planner_units.json. Arrays are copied bit for bit, with two exceptions. The
-transformed neurons are left out, because they are a permutation of the original ones (asserted here). Of the float32
-weights that SGD reached only the lowest bit is kept: the tests replay the training in float64, and the bit says which
-of the two float32 neighbours of the result was stored.
+SOURCE holds wpac.npz, piad.npz, piad.json and planner_units.json. Arrays are copied bit for bit, with two exceptions.
+The transformed neurons are left out, because they are a permutation of the original ones (asserted here). Of the
+float32 weights that SGD reached only the lowest bit is kept, and a sample in full: the tests replay the training in
+float64, and the bit says which of the two float32 neighbours of a result was stored.
 """
 
 import argparse

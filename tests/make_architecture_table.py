@@ -1,0 +1,165 @@
+"""The table of supported architectures, made from the code: what `skd.architecture.describe` says of every name.
+
+python -m tests.make_architecture_table                      print it
+python -m tests.make_architecture_table --write README.md    put it between the file's two marker lines
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import HybridEmbed, LayerScale, RmsNorm
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ResPostBlock
+from torch import nn
+
+from skd.architecture import ModuleInfo, describe
+from tests.architectures import names, tiny
+
+BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
+
+# The first pattern found in a name decides its family.
+FAMILIES = (
+    ("DeiT III", r"^deit3_"),
+    ("DeiT distilled", r"^deit_.*distilled"),
+    ("DeiT", r"^deit_"),
+    ("AIMv2", r"^aimv2_"),
+    ("BEiT-3", r"^beit3_"),
+    ("EVA, fine-tuned as plain ViT", r"^eva_"),
+    ("FlexiViT", r"^flexivit_"),
+    ("DINOv2", r"_dinov2$"),
+    ("TIPSv2", r"_tipsv2$"),
+    ("C-RADIO v3, v4", r"_radio_"),
+    ("SigLIP, SigLIP 2", r"_siglip_"),
+    ("CLIP", r"_clip_"),
+    ("InternViT", r"_intern"),
+    ("Hybrid: convolutions, then ViT", r"_r\d*_s\d|_resnet|_mci_"),
+    ("timm's test models", r"^test_"),
+    ("ViT, post-norm", r"_rpn_"),
+    ("ViT with registers", r"_reg\d_"),
+    ("ViT without class token", r"_gap_"),
+    ("ViT (original, AugReg, MIIL)", r"^vit_"),
+)
+
+NOTES = {
+    "LayerScale": lambda model: isinstance(getattr(model.blocks[0], "ls1", None), LayerScale),
+    "post-norm": lambda model: isinstance(model.blocks[0], ResPostBlock),
+    "norm before the blocks": lambda model: not isinstance(model.norm_pre, nn.Identity),
+    "RMSNorm": lambda model: isinstance(model.blocks[0].norm1, RmsNorm),
+    "norm inside attention and MLP": lambda model: not isinstance(model.blocks[0].attn.norm, nn.Identity),
+    "no qkv bias": lambda model: model.blocks[0].attn.qkv.bias is None,
+    "two heads": lambda model: isinstance(model, VisionTransformerDistilled),
+    "registers": lambda model: model.num_reg_tokens > 0,
+    "attention pool": lambda model: model.attn_pool is not None,
+    "average pool": lambda model: model.global_pool == "avg",
+    "hybrid embedding": lambda model: isinstance(model.patch_embed, HybridEmbed),
+    "headless": lambda model: model.num_classes == 0,
+}
+ACTIVATIONS = {"gelu": "GELU", "gelu_tanh": "tanh GELU", "quick_gelu": "quick GELU", "silu": "SiLU"}
+
+
+def family(name: str) -> str:
+    return next(label for label, pattern in FAMILIES if re.search(pattern, name))
+
+
+def conversion(infos: tuple[ModuleInfo, ...]) -> tuple[str, ...]:
+    """The columns V, Q and K, MLP, attention widths, MLP widths."""
+    attn, mlp = infos[:2]
+    order = "kept" if mlp.binary else "sorted, gate and value together" if mlp.gated else "sorted"
+    return (
+        "rotated" if attn.rotates_v else "kept",
+        "rotated" if attn.rotates_qk else "kept",
+        order,
+        *("0 or full" if info.binary else "every group" for info in (attn, mlp)),
+    )
+
+
+def notes(models: Iterable[tuple[Any, tuple[ModuleInfo, ...]]]) -> str:
+    """What the models of a row share, and what only some of them have."""
+    found: defaultdict[str, int] = defaultdict(int)
+    count = 0
+    for model, infos in models:
+        count += 1
+        activation = ACTIVATIONS[infos[1].act] if infos[1].act != "gelu" else None
+        for note in [activation, *(note for note, has in NOTES.items() if has(model))]:
+            if note:
+                found[note] += 1
+    shared = [note for note, hits in found.items() if hits == count]
+    others = [note for note in found if note not in shared]
+    parts = [", ".join(shared), f"some: {', '.join(others)}" if others else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def supported_and_refused() -> tuple[dict[tuple[str, ...], list[Any]], dict[tuple[str, str], list[str]]]:
+    """Rows of each table: (family, columns...) -> (name, model, infos), and (class, where) -> names."""
+    supported, refused = defaultdict(list), defaultdict(list)
+    for name in names():
+        model = tiny(name)
+        try:
+            infos = describe(model)
+        except ValueError as error:
+            where, feature = re.match(r"blocks\.0(\S*) is a (\w+)", str(error)).groups()
+            place = {"": "block", ".attn": "attention", ".mlp": "MLP"}[where]
+            refused[feature, place].append(name)
+        else:
+            supported[family(name), *conversion(infos)].append((name, model, infos))
+    return dict(supported), dict(refused)
+
+
+def table() -> str:
+    """The two Markdown tables with their captions."""
+    supported, refused = supported_and_refused()
+    good, bad = (sum(map(len, rows.values())) for rows in (supported, refused))
+    lines = [
+        f"timm {timm.__version__} builds {good + bad} names as a VisionTransformer; {good} of them convert.",
+        "A group is 8 coordinates of every head, or about 1/32 of the MLP's neurons.",
+        "",
+        "| family | names | example | V | Q, K | MLP neurons | attention widths | MLP widths | notes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = [label for label, _ in FAMILIES]
+    for key, rows in sorted(supported.items(), key=lambda item: (order.index(item[0][0]), -len(item[1]))):
+        label, *columns = key
+        note = notes((model, infos) for _, model, infos in rows)
+        lines.append(f"| {' | '.join([label, str(len(rows)), f'`{rows[0][0]}`', *columns, note])} |")
+    lines += [
+        "",
+        f"The other {bad} names, and every model that is not a timm VisionTransformer (Eva, Beit, Swin, NaFlexVit),",
+        "are refused with a ValueError that names the feature or the class:",
+        "",
+        "| feature | where | names | example |",
+        "|---|---|---|---|",
+    ]
+    for (feature, place), refused_names in sorted(refused.items(), key=lambda item: -len(item[1])):
+        lines.append(f"| `{feature}` | {place} | {len(refused_names)} | `{refused_names[0]}` |")
+    return "\n".join(lines)
+
+
+def split(text: str) -> tuple[str, str, str]:
+    """The text before the table, the table, and the text after it."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the table belongs between the lines {BEGIN} and {END}; each must be there once, in order")
+    before, rest = text.split(BEGIN)
+    inside, after = rest.split(END)
+    return before, inside.strip(), after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the table of supported architectures.")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="rewrite the table between FILE's markers")
+    path = parser.parse_args().write
+    if path is None:
+        print(table())
+        return
+    before, _, after = split(path.read_text())
+    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

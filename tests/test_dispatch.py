@@ -1,0 +1,65 @@
+"""explain, use and build_info."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import skd_kernels as kernels
+
+SHAPES = ((2, 5, 12), (20, 12), (20,), (12, 20), (12,))
+
+
+def test_explain_from_shapes_alone() -> None:
+    explanation = kernels.explain(kernels.masked_mlp, *SHAPES, 7)
+    assert explanation.operation == "masked_mlp"
+    assert explanation.chosen == "slices"
+    assert "reference" in explanation.refused
+    assert "masked_mlp: slices" in str(explanation)
+
+
+def test_explain_from_tensors_and_names() -> None:
+    tensors: list[Any] = [torch.zeros(shape) for shape in SHAPES]
+    assert kernels.explain("masked_mlp", *tensors, torch.tensor(3)).chosen == "slices"
+    assert kernels.explain("taylor_scores", (4, 8), (4, 8), dtype=torch.bfloat16).chosen == "reference"
+    assert kernels.explain("weighted_covariance", (4, 2, 8), (4, 2, 8)).chosen == "reference"
+
+
+def test_a_device_width_is_not_read_by_the_host() -> None:
+    width = torch.empty((), dtype=torch.int32, device="meta")
+    explanation = kernels.explain("masked_mlp", *SHAPES, width, device="meta")
+    assert explanation.chosen == "reference"
+    assert "stall the host" in explanation.refused["slices"]
+
+
+def test_explain_rejects_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="op is 'conv'"):
+        kernels.explain("conv")
+    with pytest.raises(ValueError, match="missing a required argument"):
+        kernels.explain("masked_mlp", (2, 5, 12))
+
+
+def test_use_forces_and_restores() -> None:
+    with kernels.use("reference"):
+        explanation = kernels.explain("masked_mlp", *SHAPES, 7)
+        assert explanation.chosen == "reference"
+        assert "is in force" in explanation.refused["slices"]
+    assert kernels.explain("masked_mlp", *SHAPES, 7).chosen == "slices"
+
+
+def test_use_raises_when_the_call_is_not_eligible() -> None:
+    width = torch.empty((), dtype=torch.int32, device="meta")
+    tensors: list[Any] = [torch.zeros(shape, device="meta") for shape in SHAPES]
+    with kernels.use("slices"), pytest.raises(ValueError, match=r"no implementation accepts.*stall the host"):
+        kernels.masked_mlp(*tensors, width)
+    with pytest.raises(ValueError, match="name is 'magic'"), kernels.use("magic"):
+        pass
+
+
+def test_build_info_says_what_is_compiled() -> None:
+    info = kernels.build_info()
+    assert info["compiled"] is False and info["reason"]
+    assert info["torch"] == torch.__version__
+    assert set(info["implementations"]) == {"token_moments", "taylor_scores", "masked_mlp", "masked_attention"}

@@ -1,0 +1,72 @@
+"""README's code runs: the tour of the API, and the rebuilding of a saved model without skd."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import skd
+from tests.conftest import random_batches, tiny_vit
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks_of_code() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def rebuild_snippet() -> str:
+    return re.search(r"<!-- snippet: rebuild -->\n```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+
+
+def named_model() -> Any:
+    torch.manual_seed(0)
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return timm.create_model("deit3_small_patch16_224", **args).eval()
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_vit(torch.float32), named_model], ids=["constructor", "timm name"])
+def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
+    batches = random_batches(dtype=torch.float32)
+    supernet = skd.convert(build(), batches)
+    full = supernet.widths()
+    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, [full, [full[0], 24, 8, 24], [0, 24, 8, 0]])
+    for entry in range(3):
+        skd.save(skd.extract(supernet, entry=entry), tmp_path / "small.safetensors")
+        images = batches[0][0]
+        with torch.no_grad():
+            torch.save((images, supernet(images, entry=entry)), tmp_path / "expected.pt")
+        check = (
+            rebuild_snippet()
+            + "\nimport sys\nassert not any(name.split('.')[0] in ('skd', 'skd_kernels') for name in sys.modules)\n"
+            + "images, expected = torch.load('expected.pt')\nmodel.eval()\n"
+            + "torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)\n"
+        )
+        subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, check=True)
+
+
+def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's first code block, on a tiny model in place of the downloaded one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: tiny_vit(torch.float32))
+    code = blocks_of_code()[0].replace("params=6_000_000", "params=20_000")
+    batches = random_batches(dtype=torch.float32)
+    names: dict[str, Any] = {"batches": batches, "images": batches[0][0]}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "small.safetensors").is_file() and (tmp_path / "supernet.safetensors").is_file()
+    assert names["logits"].shape == (4, 5)
+    assert sum(p.numel() for p in names["tiny"].parameters()) <= 20_000
+
+
+def test_costs_quoted_in_the_readme() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("deit_small_patch16_224")
+    assert f"{skd.cost(model).macs:,} MACs in `full`" in README.replace("\n", " ")
+    assert f"and {skd.cost(model, convention='linear').macs:,} in `linear`" in README

@@ -1,0 +1,170 @@
+"""token_moments, weighted_covariance and taylor_scores against their definitions."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import skd_kernels as kernels
+
+
+def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return draw[0], draw[1]
+
+
+def covariance_by_loops(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """METHOD 1, one token and one group at a time."""
+    groups, dims = x.shape[-2:]
+    x, grad = x.reshape(-1, groups, dims).double(), grad.reshape(-1, groups, dims).double()
+    result = torch.zeros(groups, dims, dims, dtype=torch.float64)
+    for group in range(groups):
+        mean = x[:, group].mean(0)
+        for token in range(len(x)):
+            centred = x[token, group] - mean
+            weight = (x[token, group] * grad[token, group]).abs().mean()
+            result[group] += weight * torch.outer(centred, centred)
+    return result
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    dims=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_covariance_is_its_definition(batch: int, tokens: int, groups: int, dims: int, seed: int) -> None:
+    x, grad = pair(batch, tokens, groups, dims, seed=seed)
+    torch.testing.assert_close(
+        kernels.weighted_covariance(x, grad), covariance_by_loops(x, grad), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_inputs_are_accumulated_in_float64(dtype: torch.dtype) -> None:
+    x, grad = pair(4, 7, 3, 8, dtype=dtype)
+    found = kernels.weighted_covariance(x, grad)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, covariance_by_loops(x, grad), rtol=1e-10, atol=1e-12)
+
+
+def test_a_large_mean_does_not_cancel() -> None:
+    """One-pass centring without a shift loses all digits when |mean| >> std."""
+    x, grad = pair(64, 2, 4)
+    centred = kernels.weighted_covariance(x, grad / x)
+    moved = x + 1e6
+    found = kernels.weighted_covariance(moved, grad / moved)
+    assert ((found - centred).norm() / centred.norm()) < 1e-8
+
+
+def test_sums_do_not_depend_on_the_partition_or_the_shift() -> None:
+    x, grad = pair(24, 5, 3, 8)
+    whole = kernels.token_moments(x, grad)
+    parts = [kernels.token_moments(a, b) for a, b in zip(x.split(7), grad.split(7), strict=True)]
+    added = parts[0] + parts[1] + parts[2] + parts[3]
+    assert torch.equal(added.shift, parts[0].shift)
+    assert int(added.count) == 24 * 5
+    torch.testing.assert_close(added.covariance(), whole.covariance(), rtol=1e-10, atol=1e-12)
+    moved = whole.about(whole.shift + 3)
+    direct = kernels.token_moments(x, grad, shift=whole.shift + 3)
+    for name in ("weight", "plain_sum", "weighted_sum", "weighted_outer"):
+        torch.testing.assert_close(getattr(moved, name), getattr(direct, name), rtol=1e-10, atol=1e-9)
+
+
+def test_a_repeated_token_adds_no_variance_but_counts() -> None:
+    x, grad = pair(1, 1, 2, 4)
+    moments = kernels.token_moments(x.expand(3, 5, 2, 4), grad.expand(3, 5, 2, 4))
+    assert int(moments.count) == 15
+    assert moments.covariance().abs().max() < 1e-12
+
+
+def test_an_empty_batch_is_zero_and_neutral() -> None:
+    x, grad = pair(6, 3, 4)
+    empty = kernels.token_moments(x[:0], grad[:0])
+    assert empty.covariance().eq(0).all() and int(empty.count) == 0
+    whole = kernels.token_moments(x, grad)
+    torch.testing.assert_close((whole + empty).covariance(), whole.covariance())
+    torch.testing.assert_close((empty + whole).covariance(), whole.covariance(), rtol=1e-8, atol=1e-10)
+
+
+def test_nan_propagates_to_its_group_only() -> None:
+    x, grad = pair(6, 3, 4)
+    x[2, 1, 0] = float("nan")
+    covariance = kernels.weighted_covariance(x, grad)
+    assert covariance[1].isnan().any() and covariance[[0, 2]].isfinite().all()
+
+
+def test_strided_views_need_no_copy_to_be_right() -> None:
+    x, grad = pair(4, 5, 3, 2, 8)
+    transposed = x.transpose(0, 1)
+    found = kernels.weighted_covariance(transposed.flatten(2, 3), grad.transpose(0, 1).flatten(2, 3))
+    torch.testing.assert_close(found, kernels.weighted_covariance(x.flatten(2, 3), grad.flatten(2, 3)))
+
+
+@pytest.mark.parametrize("function", [kernels.weighted_covariance, kernels.taylor_scores])
+def test_statistics_gradcheck(function: Any) -> None:
+    x, grad = (tensor.requires_grad_() for tensor in pair(5, 2, 4))
+    assert torch.autograd.gradcheck(function, (x, grad))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_taylor_scores_are_their_definition(power: int, dtype: torch.dtype) -> None:
+    x, grad = pair(3, 5, 7, dtype=dtype)
+    expected = sum((x[b, n].double() * grad[b, n].double()).abs() ** power for b in range(3) for n in range(5))
+    torch.testing.assert_close(kernels.taylor_scores(x, grad, power=power), expected, rtol=1e-12, atol=0)
+
+
+def test_taylor_scores_of_nothing_are_zero() -> None:
+    assert kernels.taylor_scores(torch.zeros(0, 3), torch.zeros(0, 3)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 4)), "grad has shape"),
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3).double()), "grad is torch.float64"),
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3).long(), torch.zeros(2, 3).long()), "x has dtype"),
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3), power=3), "power is 3"),
+        (lambda: kernels.taylor_scores(torch.tensor(1.0), torch.tensor(1.0)), "no dimension"),
+        (lambda: kernels.token_moments(torch.zeros(3), torch.zeros(3)), r"\(\.\.\., G, D\)"),
+        (
+            lambda: kernels.token_moments(torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), torch.zeros(4)),
+            "shift has shape",
+        ),
+        (lambda: kernels.weighted_covariance(None, torch.zeros(3, 2, 4)), "x is a NoneType"),
+    ],
+)
+def test_statistics_reject(call: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def _reduce_on_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, grad = pair(24, 5, 3, 8)
+    half = slice(0, 9) if rank == 0 else slice(9, 24)
+    moments = kernels.token_moments(x[half], grad[half]).all_reduce()
+    torch.save(copy.deepcopy(vars(moments)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_all_reduce_gives_every_rank_the_moments_of_all_tokens(tmp_path: Path) -> None:
+    mp.spawn(_reduce_on_rank, args=(str(tmp_path),), nprocs=2)
+    ranks = [kernels.Moments(**torch.load(tmp_path / f"rank{rank}.pt")) for rank in range(2)]
+    whole = kernels.token_moments(*pair(24, 5, 3, 8))
+    for name in vars(ranks[0]):
+        assert torch.equal(getattr(ranks[0], name), getattr(ranks[1], name))
+    assert int(ranks[0].count) == 120
+    torch.testing.assert_close(ranks[0].covariance(), whole.covariance(), rtol=1e-10, atol=1e-12)

@@ -1,0 +1,141 @@
+"""SuperNet: full and masked forward, device entries, state dict, gradients, the dropout list's place in it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import skd
+from tests.conftest import random_batches, tiny_vit
+
+
+def test_wrapping_changes_neither_function_nor_keys(model: Any, batches: Any) -> None:
+    images = batches[0][0]
+    expected, keys = model(images), list(model.state_dict())
+    supernet = skd.SuperNet(copy.deepcopy(model))
+    torch.testing.assert_close(supernet(images), expected)
+    torch.testing.assert_close(supernet.model(images), expected)
+    assert list(supernet.state_dict()) == keys
+    supernet.load_state_dict(model.state_dict())
+
+
+def test_state_dict_nests_and_reports_missing_keys(planned: skd.SuperNet, model: Any) -> None:
+    parent = torch.nn.ModuleDict({"net": planned})
+    assert "net.blocks.0.attn.qkv.weight" in parent.state_dict()
+    parent.load_state_dict(parent.state_dict())
+    state = model.state_dict()
+    del state["blocks.0.attn.qkv.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        planned.load_state_dict(state)
+
+
+def test_a_device_entry_is_the_int_entry(planned: skd.SuperNet, batches: Any) -> None:
+    images = batches[0][0]
+    for entry in range(len(planned.dropout_list)):
+        expected = planned(images, entry=entry)
+        torch.testing.assert_close(planned(images, entry=torch.tensor(entry)), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_entries_get_smaller_and_differ(planned: skd.SuperNet, batches: Any) -> None:
+    assert len(planned.dropout_list) > 10
+    assert (planned.dropout_list.macs[1:] < planned.dropout_list.macs[:-1]).all()
+    last = len(planned.dropout_list) - 1
+    assert (planned(batches[0][0]) - planned(batches[0][0], entry=last)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_every_parameter_stays_in_the_graph(planned: skd.SuperNet, batches: Any, as_tensor: bool) -> None:
+    """Skipped modules have zero gradients, not None, so DistributedDataParallel needs no search for unused ones."""
+    smallest = [info.full_width if info.name == "0.attn" else 0 for info in planned.infos]
+    planned.dropout_list = skd.DropoutList(planned.modules_in_order, [planned.widths(), smallest])
+    entry = torch.tensor(1) if as_tensor else 1
+    planned(batches[0][0], entry=entry).square().sum().backward()
+    for name, parameter in planned.model.named_parameters():
+        assert parameter.grad is not None, name
+        skipped = name.startswith(("blocks.0.mlp", "blocks.0.norm2", "blocks.1."))
+        assert bool(parameter.grad.eq(0).all()) == skipped, name
+
+
+def test_one_compiled_graph_serves_twenty_entries(batches: Any) -> None:
+    supernet = skd.SuperNet(tiny_vit())
+    full, rows = supernet.widths(), [supernet.widths()]
+    for step in range(1, 21):
+        rows.append([max(full[0] - step, 0), max(full[1] - 3 * step, 0), full[2], max(full[3] - 2 * step, 0)])
+    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, rows)
+    torch._dynamo.reset()
+    compiled = torch.compile(supernet, fullgraph=True, backend="aot_eager")
+    images = batches[0][0]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for entry in range(21):
+            found = compiled(images, torch.tensor(entry))
+            torch.testing.assert_close(found, supernet(images, entry=entry), rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(planned: skd.SuperNet, batches: Any) -> None:
+    planned.train()
+    entry = len(planned.dropout_list) // 2
+    grads = []
+    for checkpointing in (False, True):
+        planned.model.set_grad_checkpointing(checkpointing)
+        planned.zero_grad()
+        planned(batches[0][0], entry=entry).square().sum().backward()
+        grads.append([p.grad.clone() for p in planned.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_the_width_table_has_room_for_every_group(planned: skd.SuperNet) -> None:
+    capacity = 1 + sum(-(-info.full_width // info.group_size) for info in planned.infos)
+    assert planned.width_table.shape == (capacity, 4)
+    assert "width_table" not in planned.state_dict()
+
+
+@pytest.mark.parametrize("entry", [-1, 10_000, True, 1.0])
+def test_bad_entries(planned: skd.SuperNet, batches: Any, entry: Any) -> None:
+    with pytest.raises(ValueError, match="entry is"):
+        planned(batches[0][0], entry=entry)
+
+
+@pytest.mark.parametrize(
+    ("images", "match"),
+    [
+        (torch.zeros(2, 1, 32, 32), "1 channels; the model takes 3"),
+        (torch.zeros(2, 3, 32, 24), r"size \(32, 24\); the model takes \(32, 32\)"),
+        (torch.zeros(3, 32, 32), r"images is \(3, 32, 32\)"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "dtype torch.uint8"),
+        ("cat.jpg", "images is str"),
+    ],
+)
+def test_bad_images(planned: skd.SuperNet, images: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        planned(images)
+
+
+def test_bad_dropout_lists(planned: skd.SuperNet) -> None:
+    modules, full = planned.modules_in_order, planned.widths()
+    with pytest.raises(ValueError, match="it must be a DropoutList"):
+        planned.dropout_list = [[1]]  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="this network has"):
+        planned.dropout_list = skd.DropoutList(("a",), [[1]])
+    with pytest.raises(ValueError, match="entry 0 must be"):
+        planned.dropout_list = skd.DropoutList(modules, [[8] * len(full)])
+    binary = skd.SuperNet(tiny_vit(qk_norm=True))
+    with pytest.raises(ValueError, match=r"0\.attn may only have the widths 0 and 16"):
+        binary.dropout_list = skd.DropoutList(modules, [full, [8, *full[1:]]])
+
+
+def test_a_longer_list_than_planned_for_still_fits(planned: skd.SuperNet, batches: Any) -> None:
+    full = planned.widths()
+    rows = [[full[0], width, *full[2:]] for width in range(full[1], -1, -1)]
+    planned.dropout_list = skd.DropoutList(planned.modules_in_order, rows)
+    images = batches[0][0]
+    torch.testing.assert_close(planned(images, entry=torch.tensor(70)), planned(images, entry=70))
+
+
+def test_float32_and_bfloat16_run() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        supernet = skd.convert(tiny_vit(dtype), random_batches(dtype=dtype))
+        assert supernet(random_batches(dtype=dtype)[0][0]).dtype == dtype
