@@ -99,7 +99,7 @@ def evaluate(
         for images, labels in checked(timm_model, batches if progress is None else progress(batches)):
             reference = timm_model(images) if labels is None else None
             top1.start(reference, labels, len(images))
-            for entry in variants:
+            for entry in dict.fromkeys(variants):
                 top1.add(entry, model(images) if entry is None else model(images, entry=entry))
     results = [top1.percent(entry) for entry in variants]
     return results[0] if entries is None else results

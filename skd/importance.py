@@ -45,7 +45,7 @@ def importance(
     _check_widths(supernet, current)
     model = supernet.model
     buffers = _score_buffers(supernet)
-    totals = [None if buffer is None else buffer.double() for buffer in buffers]
+    totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
         for images, labels in checked(model, batches if progress is None else progress(batches)):

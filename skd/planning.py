@@ -44,6 +44,8 @@ def rank_operations(
     Raises:
         ValueError: a missing module, scores of the wrong length, negative or not finite, a group or price < 1.
     """
+    if not floor >= 0:
+        raise ValueError(f"floor is {floor}; it may not be negative")
     operations: list[tuple[float, int, int, Operation]] = []
     for order, (name, width) in enumerate(widths.items()):
         for mapping, label in (
@@ -56,7 +58,10 @@ def rank_operations(
                 raise ValueError(f"{label} has no module {name!r}")
         if width == 0:
             continue
-        normal = _normalised(name, scores[name], width) * max(float(sensitivity[name]), floor)
+        gamma = float(sensitivity[name])
+        if not np.isfinite(gamma):
+            raise ValueError(f"sensitivity of {name} is {gamma}; it must be finite")
+        normal = _normalised(name, scores[name], width) * max(gamma, floor)
         unit, group = float(macs_per_unit[name]), int(group_size[name])
         if not unit > 0 or group < 1:
             raise ValueError(f"{name}: macs_per_unit is {unit} and group_size {group}; they must be positive")

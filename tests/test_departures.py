@@ -134,8 +134,11 @@ def test_sensitivity_above_the_floor_counts():
 
 
 def test_scores_of_zero_sum_are_uniform():
-    rest = {"0.mlp": 0.3}, {"0.mlp": 2}, {"0.mlp": 4}, {"0.mlp": 18}
-    assert skd.rank_operations({"0.mlp": np.zeros(18)}, *rest) == skd.rank_operations({"0.mlp": np.ones(18)}, *rest)
+    """Published: NaN, and no operation. Uniform scores allow every group, whatever the rounding of their sums."""
+    rest = {"0.mlp": 0.3}, {"0.mlp": 2}, {"0.mlp": 6}, {"0.mlp": 192}
+    operations = skd.rank_operations({"0.mlp": np.zeros(192)}, *rest)
+    assert operations == skd.rank_operations({"0.mlp": np.ones(192)}, *rest)
+    assert [operation.width for operation in operations] == list(range(186, -1, -6))
 
 
 def test_planning_counts_the_attention_products(supernet):

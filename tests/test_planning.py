@@ -98,6 +98,8 @@ def test_an_exact_hit_is_taken_and_one_more_is_not() -> None:
         ({"scores": {"0.attn": [float("nan")] * 4, "0.mlp": [1] * 8}}, "negative or non-finite"),
         ({"macs_per_unit": {"0.attn": 0.0, "0.mlp": 1.0}}, "must be positive"),
         ({"group_size": {"0.attn": 0, "0.mlp": 1}}, "must be positive"),
+        ({"sensitivity": {"0.attn": float("nan"), "0.mlp": 1.0}}, "sensitivity of 0.attn is nan"),
+        ({"floor": -1.0}, "floor is -1.0"),
     ],
 )
 def test_rank_operations_rejects(changes: dict[str, Any], match: str) -> None:

@@ -1,0 +1,106 @@
+"""Passes of the method on DeiT: calibration, sensitivities, extraction; each against the plain way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import skd
+from benchmarks.timing import side_by_side
+from skd.evaluate import Top1
+from skd.importance import _add_scores, _count_skips, _score_buffers
+from skd.taps import frozen, total_cost
+
+BATCH = 16
+
+
+def deit(size: str, device: str) -> Any:
+    return timm.create_model(f"deit_{size}_patch16_224").to(device).eval()
+
+
+def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 3, 224, 224, generator=generator)
+    return images.to(device), torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str, size: str) -> None:
+    """Only gradients of activations, from the first block on, against all gradients."""
+    supernet, (images, labels) = skd.SuperNet(deit(size, device)), batch(device)
+
+    def everything() -> None:
+        total_cost(supernet.model, supernet(images), labels).backward()
+        supernet.zero_grad()
+
+    def activations_only() -> None:
+        with frozen(supernet):
+            x = supernet.embed(images).requires_grad_()
+            for index, width in enumerate(supernet.widths()):
+                x = supernet.step(index, x, width)
+            total_cost(supernet.model, supernet.head(x), labels).backward()
+
+    report(benchmark, {"frozen": activations_only, "all gradients": everything})
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str) -> None:
+    """One pass per module, from that module on, against one whole pass per module."""
+    supernet, (images, labels) = skd.SuperNet(deit(size, device)), batch(device)
+    widths = supernet.widths()
+    with frozen(supernet):
+        streams, _ = _add_scores(supernet, widths, images, labels, _score_buffers(supernet))
+
+    def counted(top1: Top1) -> list[int]:
+        return [top1.correct(info.name) for info in supernet.infos]
+
+    def whole_passes() -> list[int]:
+        top1 = Top1(headless=False)
+        top1.start(None, labels, BATCH)
+        with torch.no_grad():
+            supernet(images)
+            for skipped in supernet.infos:
+                x = supernet.embed(images)
+                for index, info in enumerate(supernet.infos):
+                    x = x if info is skipped else supernet.step(index, x, widths[index])
+                top1.add(skipped.name, supernet.head(x))
+        return counted(top1)
+
+    def prefix_reuse() -> list[int]:
+        top1 = Top1(headless=False)
+        top1.start(None, labels, BATCH)
+        _count_skips(supernet, widths, streams, top1)
+        return counted(top1)
+
+    assert prefix_reuse() == whole_passes()
+    report(benchmark, {"prefix reuse": prefix_reuse, "whole passes": whole_passes}, rounds=3)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> None:
+    """Time of one `skd.extract`, against copying as many bytes of parameters."""
+    supernet = skd.SuperNet(deit(size, device))
+    full = supernet.widths()
+    supernet.dropout_list = skd.DropoutList(
+        supernet.modules_in_order, [full, [int(width * fraction) for width in full]]
+    )
+    parameters = [torch.rand(p.shape, device=device) for p in skd.extract(supernet, entry=1).parameters()]
+    contenders = {
+        "extract": lambda: skd.extract(supernet, entry=1),
+        "copy": lambda: [parameter.clone() for parameter in parameters],
+    }
+    report(benchmark, contenders, rounds=15)
+
+
+def report(benchmark: Any, contenders: dict[str, Any], rounds: int = 5) -> None:
+    """Time the first contender for the JSON, and keep its ratio to each other one beside it."""
+    medians = side_by_side(contenders, rounds)
+    ours, *others = contenders
+    benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in medians.items()}
+    for other in others:
+        benchmark.extra_info[f"{other} / {ours}"] = round(medians[other] / medians[ours], 3)
+    benchmark.pedantic(contenders[ours], rounds=rounds, warmup_rounds=1)

@@ -1,0 +1,71 @@
+"""scikit-learn's handwritten digits as tensors: 1,797 real 8x8 grey images that need no download."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.nn import functional as F
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+TEST_IMAGES = 450
+MEAN, STD = 0.3053, 0.3761  # of all pixels, scaled to [0, 1]
+_DARK = (0.0 - MEAN) / STD  # background, normalised
+
+# What a model trained on `digits` expects, in the form of timm's `model.pretrained_cfg`.
+PREPROCESSING: dict[str, Any] = {
+    "input_size": (1, 8, 8),
+    "mean": (MEAN,),
+    "std": (STD,),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+    "num_classes": 10,
+    "label_names": [str(digit) for digit in range(10)],
+}
+
+
+class Split(NamedTuple):
+    """Images (n, 1, 8, 8) float32, normalised, and labels (n,) int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+def digits(seed: int = 0) -> tuple[Split, Split]:
+    """The digits as (train, test): 1,347 and 450 images, split at random with equal shares of every class.
+
+    Args:
+        seed: of the split, 0..2**32 - 1.
+    """
+    raw = load_digits()
+    images = (torch.from_numpy(raw.images).float()[:, None] / 16 - MEAN) / STD
+    labels = torch.from_numpy(raw.target).long()
+    train, test = train_test_split(
+        torch.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=seed
+    )
+    return Split(images[train], labels[train]), Split(images[test], labels[test])
+
+
+def batched(split: Split, size: int = 256) -> Batches:
+    """(images, labels) pairs of up to `size` images, in order.
+
+    Raises:
+        ValueError: size < 1.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; it must be at least 1")
+    return list(zip(split.images.split(size), split.labels.split(size), strict=True))
+
+
+def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image moved by -1, 0 or 1 pixel along both axes at random; what comes in is background."""
+    count, _, height, width = images.shape
+    padded = F.pad(images[:, 0], (1, 1, 1, 1), value=_DARK)
+    down, right = torch.randint(0, 3, (2, count, 1), generator=generator)
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    image = torch.arange(count)[:, None, None]
+    return padded[image, rows[:, :, None], columns[:, None, :]][:, None]
