@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,32 +38,40 @@ class DropoutList:
     Attributes:
         modules: module names in order, ("0.attn", "0.mlp", "1.attn", ...).
         widths: (entries, modules) int array, read-only.
-        costs: prices of the network it belongs to (set when it is attached to a `SuperNet`), or None.
+        macs: (entries,) MACs per image in the `full` convention, or None while the network is not known.
+        params: (entries,) numbers of parameters, or None.
+        costs: prices of the network the list belongs to; `macs` and `params` follow from it. Assigning the list to a
+            `SuperNet` sets it.
         removed_macs: MACs removed by the last entry as the planner counted them (METHOD 2, step 4); the next round's
-            target is measured against it.
+            target is measured against it. Where it is not given, the difference of the last and the first `macs`.
     """
 
     modules: tuple[str, ...]
     widths: Any
+    macs: Any = None
+    params: Any = None
     costs: CostModel | None = None
-    removed_macs: float = 0.0
+    removed_macs: Any = None
 
     def __post_init__(self) -> None:
         widths = np.array(self.widths, dtype=np.int64)
-        object.__setattr__(self, "modules", tuple(self.modules))
-        if widths.ndim != 2 or widths.shape[0] < 1 or widths.shape[1] != len(self.modules):
-            raise ValueError(
-                f"widths has shape {widths.shape}; it must be (entries >= 1, {len(self.modules)} modules)"
-            )
-        if len(set(self.modules)) != len(self.modules):
-            raise ValueError("modules has a name twice; names must differ")
-        if widths.min(initial=0) < 0:
-            raise ValueError(f"widths has {widths.min()}; a width may not be negative")
-        if (np.diff(widths, axis=0) > 0).any():
-            entry = int(np.argwhere(np.diff(widths, axis=0) > 0)[0, 0]) + 1
-            raise ValueError(f"widths: entry {entry} is wider than the one before; entries must be nested")
+        _check_widths(tuple(self.modules), widths)
         widths.setflags(write=False)
-        object.__setattr__(self, "widths", widths)
+        set_field = partial(object.__setattr__, self)
+        set_field("modules", tuple(self.modules))
+        set_field("widths", widths)
+        if self.costs is not None:
+            set_field("macs", self.costs.macs(widths))
+            set_field("params", self.costs.params(widths))
+        for name in ("macs", "params"):
+            value = getattr(self, name)
+            if value is not None:
+                value = np.array(value, dtype=np.int64)
+                if value.shape != widths.shape[:1]:
+                    raise ValueError(f"{name} has shape {value.shape}; it must be ({len(widths)} entries,)")
+                set_field(name, value)
+        if self.removed_macs is None:
+            set_field("removed_macs", 0.0 if self.macs is None else float(self.macs[0] - self.macs[-1]))
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -71,21 +80,6 @@ class DropoutList:
         if not isinstance(other, DropoutList):
             return NotImplemented
         return self.modules == other.modules and np.array_equal(self.widths, other.widths)
-
-    @property
-    def macs(self) -> np.ndarray:
-        """(entries,) int64, MACs per image in the `full` convention."""
-        return self._costs().macs(self.widths)
-
-    @property
-    def params(self) -> np.ndarray:
-        """(entries,) int64, parameters."""
-        return self._costs().params(self.widths)
-
-    def _costs(self) -> CostModel:
-        if self.costs is None:
-            raise ValueError("this DropoutList has no costs; assign it to a SuperNet's dropout_list first")
-        return self.costs
 
     def entry(self, index: int) -> dict[str, int]:
         """Widths of one sub-network by module name."""
@@ -124,29 +118,46 @@ class DropoutList:
             row[position[operation.module]] = operation.width
             rows.append(row.copy())
         widths = np.concatenate([self.widths, np.array(rows, dtype=np.int64).reshape(-1, len(self.modules))])
-        return replace(self, widths=widths, removed_macs=removed)
+        # Without prices the sizes of the new entries are not known.
+        return DropoutList(self.modules, widths, costs=self.costs, removed_macs=removed)
 
     def to_json(self) -> str:
         """JSON text of integers and names only; `removed_macs` is an exact fraction."""
         document: dict[str, Any] = {
             "modules": list(self.modules),
             "widths": self.widths.tolist(),
-            "removed_macs": list(self.removed_macs.as_integer_ratio()),
+            "macs": None if self.macs is None else self.macs.tolist(),
+            "params": None if self.params is None else self.params.tolist(),
+            "removed_macs": list(float(self.removed_macs).as_integer_ratio()),
         }
-        if self.costs is not None:
-            document |= {"macs": self.macs.tolist(), "params": self.params.tolist()}
         return json.dumps(document)
 
     @staticmethod
     def from_json(text: str) -> DropoutList:
-        """Read `to_json`'s text; costs come back when the list is attached to its `SuperNet`.
+        """Read `to_json`'s text.
 
         Raises:
             ValueError: not such a text.
         """
         try:
             document = json.loads(text)
-            removed = float(Fraction(*document.get("removed_macs", [0, 1])))
-            return DropoutList(tuple(document["modules"]), document["widths"], None, removed)
+            fields = {name: document.get(name) for name in ("macs", "params", "removed_macs")}
+            if fields["removed_macs"] is not None:
+                fields["removed_macs"] = float(Fraction(*fields["removed_macs"]))
+            return DropoutList(document["modules"], document["widths"], **fields)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"text is not a dropout list: {error}") from None
+
+
+def _check_widths(modules: tuple[str, ...], widths: np.ndarray) -> None:
+    if widths.ndim != 2 or widths.shape[0] < 1 or widths.shape[1] != len(modules):
+        raise ValueError(f"widths has shape {widths.shape}; it must be (entries >= 1, {len(modules)} modules)")
+    if len(set(modules)) != len(modules):
+        raise ValueError("modules has a name twice; names must differ")
+    if widths.min(initial=0) < 0:
+        raise ValueError(f"widths has {widths.min()}; a width may not be negative")
+    growing = (np.diff(widths, axis=0) > 0).any(axis=1)
+    if growing.any():
+        raise ValueError(
+            f"widths: entry {int(growing.argmax()) + 1} is wider than the one before; entries must be nested"
+        )

@@ -27,7 +27,7 @@ def rank_operations(
 ) -> list[Operation]:
     """All reductions worth considering at the current widths, the cheapest loss per MAC first (METHOD 2, step 3).
 
-    Every argument is keyed by module name; the order of `widths` is the modules' order.
+    Every argument is keyed by module name: "0.attn", "0.mlp", "1.attn", ..., which is also the modules' order.
 
     Args:
         scores: (width,) float arrays, raw, non-negative; normalised here to sum 1 within the module (a zero sum
@@ -47,7 +47,8 @@ def rank_operations(
     if not floor >= 0:
         raise ValueError(f"floor is {floor}; it may not be negative")
     operations: list[tuple[float, int, int, Operation]] = []
-    for order, (name, width) in enumerate(widths.items()):
+    for order, name in enumerate(sorted(widths, key=_module_order)):
+        width = widths[name]
         for mapping, label in (
             (scores, "scores"),
             (sensitivity, "sensitivity"),
@@ -70,6 +71,13 @@ def rank_operations(
         for (p, score), end in zip(kept, ends, strict=True):
             operations.append((score, order, -p, Operation(name, p, (end - p) * unit, score)))
     return [operation for *_, operation in sorted(operations, key=lambda item: item[:3])]
+
+
+def _module_order(name: str) -> tuple[int, str]:
+    block, _, kind = name.partition(".")
+    if not block.isdigit() or kind not in ("attn", "mlp"):
+        raise ValueError(f"module name is {name!r}; it must be like '0.attn' or '11.mlp'")
+    return int(block), kind
 
 
 def _normalised(name: str, raw: Any, width: int) -> np.ndarray:
@@ -129,7 +137,7 @@ def plan(
     if iter(batches) is batches:
         batches = list(batches)  # an iterator would be empty in the second round
     total = int(supernet.costs.macs(supernet.widths(), convention))
-    grown = DropoutList(supernet.modules_in_order, [supernet.widths()], supernet.costs)
+    grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs)
     steps: Iterable[int] = range(1, rounds + 1)
     for step in steps if progress is None else progress(steps):
         operations = propose(supernet, batches, grown, convention=convention)

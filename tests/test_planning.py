@@ -80,6 +80,17 @@ def test_any_plan_is_nested_and_every_operation_removes_something(
         assert len(operations) == sum(-(-w // group) for w in widths.values())
 
 
+def test_modules_are_ordered_by_block_number_whatever_the_order_of_the_dicts() -> None:
+    names = ["10.attn", "2.mlp", "2.attn"]
+    operations = skd.rank_operations(
+        {n: [1.0] for n in names}, dict.fromkeys(names, 1), dict.fromkeys(names, 1), dict.fromkeys(names, 1),
+        dict.fromkeys(names, 1),
+    )  # fmt: skip
+    assert [op.module for op in operations] == ["2.attn", "2.mlp", "10.attn"]
+    with pytest.raises(ValueError, match="module name is 'head'"):
+        skd.rank_operations({}, {}, {}, {}, {"head": 3})
+
+
 def test_an_exact_hit_is_taken_and_one_more_is_not() -> None:
     operations = ranked([[4, 3, 2, 1], [8, 7, 6, 5, 4, 3, 2, 1]], macs_per_unit={"0.attn": 0.2, "0.mlp": 0.1})
     first_three = sum(op.macs for op in operations[:3])
@@ -121,8 +132,8 @@ def test_dropout_list_rejects() -> None:
         whole.extended([skd.Operation("7.attn", 0, 1.0, 0.1)], 10)
     with pytest.raises(ValueError, match="it must be below 8"):
         whole.extended([skd.Operation("0.mlp", 8, 1.0, 0.1)], 10)
-    with pytest.raises(ValueError, match="no costs"):
-        _ = whole.macs
+    with pytest.raises(ValueError, match=r"macs has shape \(2,\)"):
+        skd.DropoutList(NAMES, [[4, 8]], macs=[3, 4])
     with pytest.raises(ValueError, match=r"entry is 1; it may be 0\.\.0"):
         whole.entry(1)
     for text in ("[", "{}", "[]", "null"):
@@ -154,8 +165,8 @@ def test_plan_reaches_its_target_and_leaves_the_supernet_alone(model: Any, batch
     assert all(torch.equal(before[key], value) for key, value in supernet.state_dict().items())
     full = skd.cost(supernet).macs
     assert grown.removed_macs <= 0.6 * full
-    # what is left out is less than one more group: the largest costs less than a sixth of this small model
-    assert 0.4 <= grown.macs[-1] / full < 0.6
+    # The planner shares a module's MACs evenly over its width; the exact count differs by norms and biases.
+    assert 0.38 < grown.macs[-1] / full < 0.6
     assert skd.plan(supernet, batches, target=0.6, rounds=4) == grown
 
 
