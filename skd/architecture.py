@@ -9,6 +9,7 @@ from typing import Any
 import timm
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 # timm's and PyTorch's activation classes by the names of `skd_kernels.masked_mlp`.
@@ -18,6 +19,13 @@ _ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
     "SiLU": "silu",
     "Swish": "silu",
+}
+# Layers into and out of the hidden neurons of each MLP; the gate's first.
+_MLP_LAYERS: dict[Any, tuple[tuple[str, ...], str]] = {
+    Mlp: (("fc1",), "fc2"),
+    GluMlp: (("fc1",), "fc2"),
+    SwiGLU: (("fc1_g", "fc1_x"), "fc2"),
+    GeGluMlp: (("w0", "w1"), "w2"),
 }
 ATTENTION_GROUP = 8  # coordinates of a head (METHOD 2)
 MLP_GROUPS = 32  # groups of neurons of an MLP (METHOD 2)
@@ -38,6 +46,9 @@ class ModuleInfo:
         num_heads: H (attention only, else 0).
         act: name of the activation for `skd_kernels.masked_mlp` (MLP only, else "").
         gated: the MLP has gate and value rows.
+        inputs: names of the layers into the hidden neurons, the gate's first (MLP only): one layer holding the rows
+            of both, or two.
+        output: name of the layer out of them (MLP only).
     """
 
     name: str
@@ -51,6 +62,8 @@ class ModuleInfo:
     num_heads: int = 0
     act: str = ""
     gated: bool = False
+    inputs: tuple[str, ...] = ()
+    output: str = ""
 
 
 def attention_group(head_dim: int) -> int:
@@ -85,6 +98,12 @@ def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
             f"model is a {type(model).__module__}.{type(model).__name__}; "
             "it must be a timm VisionTransformer (Eva, Swin, NaFlexVit and others are not supported)"
         )
+    if len(model.blocks) == 0:
+        raise ValueError("model has no blocks; it must have at least one")
+    if model.num_classes and not model.global_pool and model.attn_pool is None:
+        raise ValueError(
+            "model has global_pool='' and a classifier, so logits per token; it may have one or the other"
+        )
     infos: list[ModuleInfo] = []
     for index, block in enumerate(model.blocks):
         # A SuperBlock remembers which timm block it was made from.
@@ -96,6 +115,9 @@ def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
             )
         infos.append(_describe_attention(index, block.attn))
         infos.append(_describe_mlp(index, block.mlp))
+    parameters = [id(p) for _, p in model.blocks.named_parameters(remove_duplicate=False)]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError("model shares a parameter between two layers; every layer must have its own")
     return tuple(infos)
 
 
@@ -106,6 +128,8 @@ def _describe_attention(index: int, attn: Any) -> ModuleInfo:
             f"{name} is a {type(attn).__name__}; differential and other attention layers are not supported, "
             "it must be timm's Attention"
         )
+    for layer in ("qkv", "proj"):
+        _require_linear(f"{name}.{layer}", getattr(attn, layer))
     if attn.attn_drop.p > 0 or attn.proj_drop.p > 0:
         raise ValueError(
             f"{name} has dropout; build the model with attn_drop_rate=0 and proj_drop_rate=0 "
@@ -131,11 +155,13 @@ def _describe_attention(index: int, attn: Any) -> ModuleInfo:
 
 def _describe_mlp(index: int, mlp: Any) -> ModuleInfo:
     name = f"blocks.{index}.mlp"
-    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
-        raise ValueError(f"{name} is a {type(mlp).__name__}; it may be timm's Mlp, GluMlp (SwiGLUPacked) or SwiGLU")
-    if not isinstance(mlp.fc2, nn.Linear):
-        raise ValueError(f"{name} uses convolutions (use_conv=True); it must use linear layers")
-    if mlp.drop1.p > 0 or mlp.drop2.p > 0:
+    if type(mlp) not in _MLP_LAYERS:
+        known = ", ".join(sorted(cls.__name__ for cls in _MLP_LAYERS))
+        raise ValueError(f"{name} is a {type(mlp).__name__}; it may be one of timm's {known}")
+    inputs, output = _MLP_LAYERS[type(mlp)]
+    for layer in (*inputs, output):
+        _require_linear(f"{name}.{layer}", getattr(mlp, layer))
+    if any(module.p > 0 for module in mlp.modules() if isinstance(module, nn.Dropout)):
         raise ValueError(f"{name} has dropout; build the model with proj_drop_rate=0")
     if isinstance(mlp, GluMlp) and mlp.gate_last:
         raise ValueError(f"{name} is a GluMlp with gate_last=True; its gate rows must come first")
@@ -144,8 +170,9 @@ def _describe_mlp(index: int, mlp: Any) -> ModuleInfo:
         raise ValueError(f"{name} has activation {type(mlp.act).__name__}; it may be one of {sorted(_ACTIVATIONS)}")
     if act == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh":
         act = "gelu_tanh"
-    hidden = mlp.fc2.in_features
-    binary = not isinstance(mlp.norm, nn.Identity)
+    hidden = getattr(mlp, output).in_features
+    # GeGluMlp has its norm before the first layer, the others between the two: there it mixes the neurons.
+    binary = not isinstance(mlp, GeGluMlp) and not isinstance(mlp.norm, nn.Identity)
     return ModuleInfo(
         name=f"{index}.mlp",
         block=index,
@@ -155,4 +182,12 @@ def _describe_mlp(index: int, mlp: Any) -> ModuleInfo:
         binary=binary,
         act=act,
         gated=not isinstance(mlp, Mlp),
+        inputs=inputs,
+        output=output,
     )
+
+
+def _require_linear(name: str, layer: Any) -> None:
+    """Weights that are computed (weight norm, adapters, quantisation) cannot be rewritten in place."""
+    if type(layer) is not nn.Linear:
+        raise ValueError(f"{name} is a {type(layer).__name__}; it must be a plain torch.nn.Linear")

@@ -122,7 +122,7 @@ def constructor_args(model: Any) -> dict[str, Any]:
         "norm_eps": None if norm.eps == _DEFAULT_EPS else norm.eps,
         **_class_names(first),
     }
-    if _present(model.patch_embed.norm):
+    if _present(getattr(model.patch_embed, "norm", None)):
         args["embed_norm_layer"] = args["norm_layer"]
     return args
 

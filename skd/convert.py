@@ -167,7 +167,7 @@ def apply_transforms(model: Any, infos: tuple[ModuleInfo, ...], transforms: dict
         if isinstance(transform, Rotation):
             _rotate(block.attn, info, transform)
         else:
-            _reorder(block.mlp, transform)
+            _reorder(block.mlp, info, transform)
 
 
 def _rotate(attn: Any, info: ModuleInfo, rotation: Rotation) -> None:
@@ -185,14 +185,12 @@ def _rotate(attn: Any, info: ModuleInfo, rotation: Rotation) -> None:
         weight.copy_((columns.transpose(0, 1) @ rotation.v).transpose(0, 1).flatten(1))
 
 
-def _reorder(mlp: Any, order: torch.Tensor) -> None:
-    """Permute the neurons: rows of fc1 (gate and value alike) and columns of fc2."""
-    hidden = len(order)
-    for name, layer in mlp.named_children():
-        if not name.startswith("fc1"):
-            continue
+def _reorder(mlp: Any, info: ModuleInfo, order: torch.Tensor) -> None:
+    """Permute the neurons: rows of the input layers (gate and value alike), columns of the output layer."""
+    for layer in (getattr(mlp, name) for name in info.inputs):
         for tensor in (layer.weight, layer.bias):
             if tensor is not None:
-                rows = tensor.reshape(-1, hidden, *tensor.shape[1:])
+                rows = tensor.reshape(-1, info.full_width, *tensor.shape[1:])
                 tensor.copy_(rows[:, order].reshape(tensor.shape))
-    mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
+    output = getattr(mlp, info.output)
+    output.weight.copy_(output.weight[:, order])

@@ -162,14 +162,17 @@ def _attention_prices(block: Any, info: ModuleInfo) -> tuple[int, int, int, int,
 
 def _mlp_prices(block: Any, info: ModuleInfo) -> tuple[int, int, int, int, int]:
     """Per token: MACs per unit, per token pair per unit, fixed; parameters per unit, fixed."""
-    mlp = block.mlp
-    dim = mlp.fc2.out_features
-    first = [layer for name, layer in mlp.named_children() if name.startswith("fc1")]
+    mlp, output = block.mlp, getattr(block.mlp, info.output)
+    dim, first = output.out_features, [getattr(block.mlp, name) for name in info.inputs]
     inputs = 2 if info.gated else 1
     per_unit = dim * (inputs + 1) + inputs * _has_bias(first[0]) + 2 + (inputs - 1)
-    per_unit += not isinstance(mlp.norm, nn.Identity)
-    scaling = _numel(*first, mlp.norm) + mlp.fc2.weight.numel()
-    fixed = dim * _has_bias(mlp.fc2) + dim
+    fixed = dim * _has_bias(output) + dim
+    scaling = _numel(*first) + output.weight.numel()
+    if info.binary:  # the norm over the neurons
+        per_unit += 1
+        scaling += _numel(mlp.norm)
+    elif not isinstance(mlp.norm, nn.Identity):  # a norm over the input
+        fixed += dim
     others = _numel(mlp, block.norm2, getattr(block, "ls2", None)) - scaling
     return per_unit, 0, fixed, scaling // max(info.full_width, 1), others
 

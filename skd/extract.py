@@ -156,16 +156,15 @@ def narrow_mlp(mlp: Any, info: ModuleInfo, width: int) -> nn.Module:
     """timm's MLP with its first `width` neurons."""
     if width == info.full_width:
         return copy.deepcopy(mlp)
-    memo: dict[int, Any] = {}
-    for name, layer in mlp.named_children():
-        if name.startswith("fc1"):
-            memo[id(layer)] = _first_rows(layer, info.full_width, width)
-    fc2 = _linear_like(mlp.fc2, mlp.fc2.out_features, width, mlp.fc2.bias is not None and width > 0)
+    inputs = [getattr(mlp, name) for name in info.inputs]
+    memo: dict[int, Any] = {id(layer): _first_rows(layer, info.full_width, width) for layer in inputs}
+    output = getattr(mlp, info.output)
+    columns = _linear_like(output, output.out_features, width, output.bias is not None and width > 0)
     with torch.no_grad():
-        fc2.weight.copy_(mlp.fc2.weight[:, :width])
-        if fc2.bias is not None:
-            fc2.bias.copy_(mlp.fc2.bias)
-    narrow: nn.Module = copy.deepcopy(mlp, memo | {id(mlp.fc2): fc2})
+        columns.weight.copy_(output.weight[:, :width])
+        if columns.bias is not None:
+            columns.bias.copy_(output.bias)
+    narrow: nn.Module = copy.deepcopy(mlp, memo | {id(output): columns})
     if width == 0:
         narrow.norm = nn.Identity()
     return narrow

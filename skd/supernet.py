@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,14 +85,16 @@ class SuperBlock(nn.Module):
         mlp: Any = self.mlp
         if self.mlp_info.binary:
             return mlp(x)
-        if hasattr(mlp, "fc1"):
-            w1, b1 = mlp.fc1.weight, mlp.fc1.bias
-        else:  # SwiGLU keeps its gate and value rows in two layers
-            w1 = torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight])
-            b1 = None if mlp.fc1_g.bias is None else torch.cat([mlp.fc1_g.bias, mlp.fc1_x.bias])
         info = self.mlp_info
-        w2, b2 = mlp.fc2.weight, mlp.fc2.bias
-        return masked_mlp(x, w1, b1, w2, b2, width, act=info.act, gated=info.gated, scores=scores)
+        first, *second = [getattr(mlp, name) for name in info.inputs]
+        w1, b1 = first.weight, first.bias
+        if second:  # gate and value rows are in two layers
+            w1 = torch.cat([w1, second[0].weight])
+            b1 = None if b1 is None else torch.cat([b1, second[0].bias])
+        last = getattr(mlp, info.output)
+        # Only a norm over the input is left here: one over the neurons makes the module binary.
+        x = mlp.norm(x)
+        return masked_mlp(x, w1, b1, last.weight, last.bias, width, act=info.act, gated=info.gated, scores=scores)
 
 
 def _skip(x: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:
@@ -184,7 +187,7 @@ class SuperNet(nn.Module):
         """
         if entry is None:
             return [info.full_width for info in self.infos]
-        if isinstance(entry, bool) or not isinstance(entry, int):
+        if isinstance(entry, bool) or not isinstance(entry, numbers.Integral):
             raise ValueError(f"entry is {entry!r}; it must be an int")
         if not 0 <= entry < len(self.dropout_list):
             raise ValueError(f"entry is {entry}; it may be 0..{len(self.dropout_list) - 1}")

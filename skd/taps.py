@@ -21,15 +21,17 @@ def tapped(model: Any, infos: Iterable[ModuleInfo], consume: Consumer) -> Iterat
     """Inside the block every backward pass calls ``consume(info, feature, gradient)`` once per module.
 
     For attention the feature is the qkv projection's output, (B, N, 3, H, D); for an MLP the hidden features that
-    enter fc2, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
+    enter its output layer, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients are needed, and torch.inference_mode() is on; call this outside of it")
     handles = [model.blocks[0].register_forward_pre_hook(_start_graph)]
     for info in infos:
         block = model.blocks[info.block]
         if info.kind == "attn":
             handles.append(block.attn.qkv.register_forward_hook(_qkv_hook(info, consume)))
         else:
-            handles.append(block.mlp.fc2.register_forward_pre_hook(_hidden_hook(info, consume)))
+            handles.append(getattr(block.mlp, info.output).register_forward_pre_hook(_hidden_hook(info, consume)))
     try:
         with frozen(model):
             yield

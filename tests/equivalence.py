@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import Mlp
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 import skd
-from skd.architecture import ModuleInfo
+from skd.architecture import ModuleInfo, describe
 from tests.architectures import batches, images
 
 TOLERANCE = 1e-10
@@ -63,8 +62,8 @@ def rewritten(infos: tuple[ModuleInfo, ...]) -> dict[str, tuple[bool, ...]]:
             flags |= {prefix + "qkv.weight": rows, prefix + "qkv.bias": rows}
             flags[prefix + "proj.weight"] = (info.rotates_v,)
         else:
-            layers = [f"{layer}.{kind}" for layer in ("fc1", "fc1_g", "fc1_x") for kind in ("weight", "bias")]
-            flags |= {prefix + name: (not info.binary,) for name in [*layers, "fc2.weight"]}
+            layers = [f"{layer}.{kind}" for layer in info.inputs for kind in ("weight", "bias")]
+            flags |= {prefix + name: (not info.binary,) for name in [*layers, f"{info.output}.weight"]}
     return flags
 
 
@@ -118,7 +117,7 @@ def zeroed(model: Any, infos: tuple[ModuleInfo, ...], widths: list[int]) -> Any:
     for info, width in zip(infos, widths, strict=True):
         block = model.blocks[info.block]
         module = getattr(block, info.kind)
-        last = module.proj if info.kind == "attn" else module.fc2
+        last = module.proj if info.kind == "attn" else getattr(module, info.output)
         if width == 0:
             norm = block.norm1 if info.kind == "attn" else block.norm2
             tail = norm if isinstance(block, ResPostBlock) else last  # what the residual adds
@@ -170,7 +169,7 @@ def counted(model: Any) -> tuple[int, int]:
         handle.remove()
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     gates = sum(block.attn.attn_dim * (block.attn.gate is not None) for block in model.blocks)
-    gates += sum(block.mlp.fc2.in_features * (not isinstance(block.mlp, Mlp)) for block in model.blocks)
+    gates += sum(info.full_width for info in describe(model) if info.gated)
     total += gates * tokens
     return total, total + 2 * tokens**2 * sum(block.attn.attn_dim for block in model.blocks)
 

@@ -40,6 +40,7 @@ FAMILIES = (
     ("CLIP", r"_clip_"),
     ("InternViT", r"_intern"),
     ("Hybrid: convolutions, then ViT", r"_r\d*_s\d|_resnet|_mci_"),
+    ("ViTamin", r"^vitamin_"),
     ("timm's test models", r"^test_"),
     ("ViT, post-norm", r"_rpn_"),
     ("ViT with registers", r"_reg\d_"),

@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "proj_drop_rate": ({"proj_drop_rate": 0.1}, r"blocks\.0\.attn has dropout.*proj_drop_rate=0"),
     "ReLU": ({"act_layer": "relu"}, r"blocks\.0\.mlp has activation ReLU.*GELU"),
     "gate_last": ({"mlp_layer": GluMlp}, r"blocks\.0\.mlp is a GluMlp with gate_last=True"),
-    "use_conv": ({"mlp_layer": partial(Mlp, use_conv=True)}, r"blocks\.0\.mlp uses convolutions"),
+    "use_conv": ({"mlp_layer": partial(Mlp, use_conv=True)}, r"blocks\.0\.mlp\.fc1 is a Conv2d"),
     "attention subclass": ({"attn_layer": OtherAttention}, r"blocks\.0\.attn is a OtherAttention"),
     "DiffAttention": ({"attn_layer": "diff"}, r"blocks\.0\.attn is a DiffAttention"),
     "ParallelThingsBlock": ({"block_fn": ParallelThingsBlock}, r"blocks\.0 is a ParallelThingsBlock"),
