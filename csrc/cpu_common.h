@@ -1,0 +1,43 @@
+// Shared by the CPU kernels: clones for the instruction sets worth having, and loads of every input type.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// One binary, three versions of a hot function; the loader picks the best one the processor has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SKD_NO_CLONES)
+#define SKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SKD_CLONES
+#endif
+#define SKD_INLINE inline __attribute__((always_inline))
+
+namespace skd {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+SKD_INLINE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SKD_INLINE double load(double value) { return value; }
+SKD_INLINE float load(float value) { return value; }
+SKD_INLINE float load(BFloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
+SKD_INLINE float load(Float16 value) {
+  // Shift exponent and mantissa into place and scale by 2^112: exact for subnormals too. Inf and NaN, the only values
+  // that come out at 2^16 or more, get the largest exponent. No branch, so the compiler vectorises it.
+  const float magnitude = from_bits(uint32_t(value.bits & 0x7fff) << 13) * 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, sizeof bits);
+  bits |= magnitude >= 65536.0f ? 0x7f800000u : 0u;
+  return from_bits(bits | uint32_t(value.bits & 0x8000) << 16);
+}
+
+}  // namespace skd

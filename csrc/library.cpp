@@ -1,0 +1,8 @@
+// Schemas of the compiled operations; implementations register themselves, one file per operation and device.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(skd_kernels, m) {
+  m.def("token_moments(Tensor x, Tensor grad, Tensor shift) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("taylor_scores(Tensor x, Tensor grad, int power) -> Tensor");
+}
