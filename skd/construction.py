@@ -27,6 +27,8 @@ _CLASSES: dict[str, dict[str, Any]] = {
 }
 _NORMS = {"layernorm": LayerNorm, "layernormfp32": LayerNormFp32, "rmsnorm": RmsNorm}
 _DEFAULT_EPS = 1e-6
+# Arguments of timm.create_model that read something other than the architecture.
+_NOT_ARCHITECTURE = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
 def remember_construction(model: Any) -> None:
@@ -57,6 +59,9 @@ def build(header: dict[str, Any]) -> Any:
         ValueError: unknown architecture or class.
     """
     args = dict(header["model_args"])
+    forbidden = _NOT_ARCHITECTURE & args.keys()
+    if forbidden:
+        raise ValueError(f"model_args has {sorted(forbidden)}; a file may not name other files or weights")
     if header["architecture"] is not None:
         return create_model(header["architecture"], pretrained=False, **args)
     if header["model_class"] not in MODEL_CLASSES:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from skd.architecture import ModuleInfo, describe
-from skd.supernet import SuperNet
-from skd.taps import checked, tapped, total_cost
+from skd.supernet import SuperBlock, SuperNet
+from skd.taps import checked, frozen, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments, weighted_covariance
 
 CENTERINGS = ("dataset", "batch")
@@ -68,6 +68,8 @@ def convert(
         raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
     if labels not in LABELS:
         raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
+    if any(isinstance(block, SuperBlock) for block in getattr(model, "blocks", ())):
+        raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
     infos = tuple(info for info in describe(model) if info.full_width)  # not the modules an extraction skipped
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
@@ -75,7 +77,26 @@ def convert(
     collect(converted, infos, batches, statistics.add, predicted=labels == "predicted")
     transforms = {info.name: statistics.transform(info) for info in infos}
     apply_transforms(converted, infos, transforms)
-    return SuperNet(converted)
+    supernet = SuperNet(converted)
+    _check_function(model, supernet)
+    return supernet
+
+
+@torch.no_grad()
+def _check_function(model: Any, supernet: SuperNet) -> None:
+    """A model with a forward of its own (a subclass, a hook) is not what its modules say."""
+    parameter = next(model.parameters())
+    image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(parameter.device, parameter.dtype)
+    with frozen(model), frozen(supernet):
+        expected, found = model(image).double(), supernet(image).double()
+    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    # Far above rounding: what a foreign forward changes is not small.
+    if error > (1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.2):
+        raise ValueError(
+            f"model is a {type(model).__name__} whose forward is not that of its modules: its output and that of its "
+            f"super-network differ by {error:.1e}; a subclass with a forward of its own and hooks are not supported"
+        )
 
 
 def collect(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -41,6 +39,9 @@ def digits(seed: int = 0) -> tuple[Split, Split]:
     Args:
         seed: of the split, 0..2**32 - 1.
     """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     raw = load_digits()
     images = (torch.from_numpy(raw.images).float()[:, None] / 16 - MEAN) / STD
     labels = torch.from_numpy(raw.target).long()

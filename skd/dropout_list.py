@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -54,7 +55,7 @@ class DropoutList:
     removed_macs: Any = None
 
     def __post_init__(self) -> None:
-        widths = np.array(self.widths, dtype=np.int64)
+        widths = _integers("widths", self.widths)
         _check_widths(tuple(self.modules), widths)
         widths.setflags(write=False)
         set_field = partial(object.__setattr__, self)
@@ -66,7 +67,7 @@ class DropoutList:
         for name in ("macs", "params"):
             value = getattr(self, name)
             if value is not None:
-                value = np.array(value, dtype=np.int64)
+                value = _integers(name, value)
                 if value.shape != widths.shape[:1]:
                     raise ValueError(f"{name} has shape {value.shape}; it must be ({len(widths)} entries,)")
                 set_field(name, value)
@@ -101,6 +102,8 @@ class DropoutList:
             ValueError: an operation of an unknown module, or one that removes nothing.
         """
         position = {name: index for index, name in enumerate(self.modules)}
+        if not math.isfinite(target_macs):
+            raise ValueError(f"target_macs is {target_macs}; it must be finite")
         # Sums of floats: an exact hit of the target must not be lost to the last bit.
         budget = target_macs + 1e-9 * abs(target_macs)
         removed, rows, row = self.removed_macs, [], self.widths[-1].copy()
@@ -111,6 +114,10 @@ class DropoutList:
                 raise ValueError(
                     f"operation narrows {operation.module} to {operation.width}; "
                     f"it must be below {row[position[operation.module]]}"
+                )
+            if not 0 < operation.macs < math.inf:
+                raise ValueError(
+                    f"operation of {operation.module} removes {operation.macs} MACs; it must be positive"
                 )
             if removed + operation.macs > budget:
                 break
@@ -145,8 +152,20 @@ class DropoutList:
             if fields["removed_macs"] is not None:
                 fields["removed_macs"] = float(Fraction(*fields["removed_macs"]))
             return DropoutList(document["modules"], document["widths"], **fields)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
             raise ValueError(f"text is not a dropout list: {error}") from None
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    """As an int64 array, refusing what is not whole."""
+    try:
+        exact = np.array(values)
+        array = exact.astype(np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} is not an array of integers") from None
+    if exact.dtype == object or not np.array_equal(array, exact):
+        raise ValueError(f"{name} has a value that is not a 64-bit integer")
+    return array
 
 
 def _check_widths(modules: tuple[str, ...], widths: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from skd.architecture import describe
 from skd.supernet import SuperNet
 from skd.taps import checked, frozen
 
@@ -55,7 +56,9 @@ class Top1:
         hits = 0
         for start in range(0, len(features), 1024):
             part = features[start : start + 1024]
-            nearest = torch.cdist(part.float(), reference.float()).argmin(1)
+            # Differences, not products: those lose a small distance between large features.
+            exact = "donot_use_mm_for_euclid_dist"
+            nearest = torch.cdist(part.double(), reference.double(), compute_mode=exact).argmin(1)
             hits += int((nearest == torch.arange(start, start + len(part), device=part.device)).sum())
         return hits
 
@@ -84,9 +87,11 @@ def evaluate(
         A float, or with `entries` a list of floats in their order.
 
     Raises:
-        ValueError: bad batches, an entry out of range, or entries of a plain model.
+        ValueError: an unsupported model, bad batches, an entry out of range, or entries of a plain model.
     """
     supernet = isinstance(model, SuperNet)
+    if not supernet:
+        describe(model)
     if entries is not None and not supernet:
         raise ValueError("entries is given with a plain model; only a SuperNet has sub-networks")
     timm_model = model.model if supernet else model

@@ -15,7 +15,7 @@ from torch import nn
 
 from skd.architecture import ModuleInfo
 from skd.cost import check_convention
-from skd.supernet import SuperBlock, SuperNet
+from skd.supernet import SuperBlock, SuperNet, check_supernet
 
 
 def extract(
@@ -44,7 +44,8 @@ def extract(
     Raises:
         ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network.
     """
-    widths = supernet.widths(choose_entry(supernet, macs=macs, params=params, entry=entry, convention=convention))
+    chosen = choose_entry(supernet, macs=macs, params=params, entry=entry, convention=convention)
+    widths = supernet.widths(chosen)
     blocks = [
         _extract_block(block, widths[2 * i], widths[2 * i + 1]) for i, block in enumerate(supernet.model.blocks)
     ]
@@ -68,6 +69,7 @@ def choose_entry(
     if len(chosen) != 1:
         raise ValueError(f"exactly one of macs, params and entry must be given; got {chosen or 'none'}")
     check_convention(convention)
+    check_supernet(supernet)
     if entry is not None:
         supernet.widths(entry)
         return entry
@@ -97,7 +99,9 @@ def _budget(name: str, value: Any, full: int) -> int:
         return int(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if 0 < float(value) <= 1:
-            return math.floor(float(value) * full)
+            count = math.floor(float(value) * full)
+            # A fraction that was computed as count / full means that count, whatever the product rounds to.
+            return count + 1 if (count + 1) / full <= float(value) else count
         raise ValueError(f"{name} is {value}; a float is a fraction in (0, 1], an int an absolute count")
     raise ValueError(f"{name} is {value!r}; it must be a float in (0, 1] or an int")
 

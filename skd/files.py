@@ -46,6 +46,7 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, t
 def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> None:
     """Write a super-network, an extracted model or any timm VisionTransformer to a safetensors file.
 
+    Drop rates are not part of the file (timm leaves them out of a model's arguments): a loaded model has none.
     The file is rebuilt and compared with `obj` (keys, shapes, logits of a random image) before it takes its place:
     a file that exists can be loaded, and a failure leaves what was there before.
 
@@ -61,11 +62,9 @@ def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> Non
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in obj.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
+        _write(tensors, header, temporary)
         _verify(obj, temporary)
         os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -83,24 +82,39 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     header, state = _read(Path(path), device)
     try:
         return _rebuild(header, state, device)
-    except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
-        raise ValueError(f"path {str(path)!r} cannot be rebuilt: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever timm makes of a damaged header
+        raise ValueError(f"path {str(path)!r} cannot be rebuilt: {type(error).__name__}: {error}") from error
 
 
 def _header(obj: Any) -> dict[str, Any]:
     supernet = isinstance(obj, SuperNet)
     model = obj.model if supernet else obj
     infos = describe(model)
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
     return {
         "format": FORMAT,
         "kind": "supernet" if supernet else "model",
         **construction(model),
         "widths": [[infos[i].full_width, infos[i + 1].full_width] for i in range(0, len(infos), 2)],
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
-        "data": resolve_model_data_config(model),
-        "label_names": getattr(model, "pretrained_cfg", {}).get("label_names"),
+        "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *model.patch_embed.img_size]},
+        "label_names": None if names is None else [str(name) for name in names],
         "versions": {"skd": version("skd"), "torch": torch.__version__, "timm": timm.__version__},
     }
+
+
+def _write(tensors: dict[str, torch.Tensor], header: dict[str, Any], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={KEY: json.dumps(header)})
+    except SafetensorError as error:
+        raise OSError(f"the file could not be written: {error}") from None
+    except RuntimeError as error:  # tied tensors
+        raise ValueError(f"obj cannot be saved: {error}") from None
+    mask = os.umask(0)  # safetensors makes files that only their owner can read
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -117,15 +131,20 @@ def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[
     try:
         header = json.loads(metadata[KEY])
         written = int(header["format"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         raise ValueError(f"path {str(path)!r} has a damaged header") from None
-    if written > FORMAT:
-        raise ValueError(f"path {str(path)!r} has format {written}; this version of skd reads up to {FORMAT}")
+    if not 1 <= written <= FORMAT:
+        raise ValueError(f"path {str(path)!r} has format {written}; this version of skd reads 1 to {FORMAT}")
     return header, state
 
 
 def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any) -> Any:
     """Shapes are compared on the meta device first, so a wrong header cannot ask for memory."""
+    if header["kind"] not in ("supernet", "model"):
+        raise ValueError(f"kind is {header['kind']!r}; it may be 'supernet' or 'model'")
+    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+    if not len(blocks) <= len(header["widths"]) == header["model_args"].get("depth", len(header["widths"])):
+        raise ValueError(f"the file has {len(blocks)} blocks; its header has {len(header['widths'])}")
     with torch.device("meta"):
         model = _narrowed(build(header), header["widths"])
     _check_fit(model, state)
@@ -176,8 +195,11 @@ def _verify(obj: Any, path: Path) -> None:
     """The file gives the same keys, shapes and logits as `obj`; otherwise ValueError."""
     model = obj.model if isinstance(obj, SuperNet) else obj
     parameter = next(model.parameters())
-    copy = load(path, parameter.device)
-    _check_fit(copy, obj.state_dict())
+    try:
+        copy = _rebuild(*_read(path, parameter.device), parameter.device)
+        _check_fit(copy, obj.state_dict())
+    except Exception as reason:
+        raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
     image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     image = image.to(parameter.device, parameter.dtype)
     entries: list[dict[str, int]] = [{}]
@@ -189,6 +211,6 @@ def _verify(obj: Any, path: Path) -> None:
             error = (found - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp(min=1e-30)
             if error > _TOLERANCE[parameter.dtype] or not torch.equal(expected.isnan(), found.isnan()):
                 raise ValueError(
-                    f"obj is not rebuilt by timm's constructor arguments: logits differ by {float(error):.1e}; "
+                    f"obj cannot be rebuilt from its constructor arguments: logits differ by {float(error):.1e}; "
                     "was a layer replaced by hand?"
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 
 from skd.evaluate import Top1
-from skd.supernet import SuperNet
-from skd.taps import checked, frozen, total_cost
+from skd.supernet import SuperNet, check_supernet
+from skd.taps import check_gradients_possible, checked, frozen, total_cost
 
 
 def importance(
@@ -41,8 +42,10 @@ def importance(
     Raises:
         ValueError: no batches, bad images or labels, widths out of range.
     """
-    current = supernet.widths(len(supernet.dropout_list) - 1) if widths is None else list(widths)
-    _check_widths(supernet, current)
+    check_supernet(supernet)
+    check_gradients_possible()
+    last = len(supernet.dropout_list) - 1
+    current = supernet.widths(last) if widths is None else _checked_widths(supernet, widths)
     model = supernet.model
     buffers = _score_buffers(supernet)
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
@@ -68,13 +71,18 @@ def importance(
     return scores, sensitivity
 
 
-def _check_widths(supernet: SuperNet, widths: list[int]) -> None:
+def _checked_widths(supernet: SuperNet, given: Sequence[int]) -> list[int]:
+    try:
+        widths = [operator.index(width) for width in given]
+    except TypeError:
+        raise ValueError(f"widths is {given!r}; it must be a sequence of int, one per module") from None
     if len(widths) != len(supernet.infos):
         raise ValueError(f"widths has {len(widths)} numbers; the network has {len(supernet.infos)} modules")
     for info, width in zip(supernet.infos, widths, strict=True):
         if not 0 <= width <= info.full_width or (info.binary and width not in (0, info.full_width)):
             allowed = f"0 or {info.full_width}" if info.binary else f"0..{info.full_width}"
             raise ValueError(f"widths: {info.name} has {width}; it may be {allowed}")
+    return widths
 
 
 def _score_buffers(supernet: SuperNet) -> list[torch.Tensor | None]:

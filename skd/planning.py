@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from skd.cost import check_convention, planning_macs_per_unit
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
-from skd.supernet import SuperNet
+from skd.supernet import SuperNet, check_supernet
 
 # Two scores closer than this are equal: sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
@@ -86,8 +86,9 @@ def _normalised(name: str, raw: Any, width: int) -> np.ndarray:
         raise ValueError(f"scores of {name} has shape {array.shape}; its width is {width}")
     if not np.isfinite(array).all() or (array < 0).any():
         raise ValueError(f"scores of {name} has a negative or non-finite value")
-    total = array.sum()
-    normal: np.ndarray = array / total if total > 0 else np.full(width, 1.0 / width)
+    peak = array.max()
+    scaled = array / peak if peak > 0 else np.ones(width)  # first, so that the sum cannot overflow
+    normal: np.ndarray = scaled / scaled.sum()
     return normal
 
 
@@ -131,10 +132,11 @@ def plan(
     """
     if not 0 < target <= 1:
         raise ValueError(f"target is {target}; it must be above 0 and at most 1")
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; it must be at least 1")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds is {rounds!r}; it must be an int of at least 1")
+    check_supernet(supernet)
     check_convention(convention)
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         batches = list(batches)  # an iterator would be empty in the second round
     total = int(supernet.costs.macs(supernet.widths(), convention))
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs)

@@ -99,12 +99,11 @@ class SuperBlock(nn.Module):
 
 def _skip(x: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:
     """`x`, with the parameters of skipped modules in the graph: their gradients are zeros, not None."""
-    if torch.is_grad_enabled():
-        for module in modules:
-            for parameter in module.parameters():
-                if parameter.requires_grad:
-                    x = x + parameter.reshape(-1)[:0].sum()
-    return x
+    if not torch.is_grad_enabled():
+        return x
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    nothing = [p.reshape(-1)[:0].sum() for p in parameters]
+    return x + torch.stack(nothing).sum() if nothing else x
 
 
 class SuperNet(nn.Module):
@@ -197,17 +196,18 @@ class SuperNet(nn.Module):
     def _resolve(self, entry: int | torch.Tensor | None) -> Sequence[Width]:
         if not isinstance(entry, torch.Tensor):
             return self.widths(entry)
-        if entry.ndim != 0 or entry.is_floating_point():
-            raise ValueError(f"entry has shape {tuple(entry.shape)}; it must be a 0-d integer tensor")
-        return self.width_table.index_select(0, entry.reshape(1).long())[0].unbind()
+        if entry.ndim != 0 or entry.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"entry is {entry.dtype} of shape {tuple(entry.shape)}; it must be a 0-d integer tensor")
+        index = entry.reshape(1).long().clamp(0, len(self.width_table) - 1)
+        return self.width_table.index_select(0, index)[0].unbind()
 
     def forward(self, images: torch.Tensor, entry: int | torch.Tensor | None = None) -> torch.Tensor:
         """Logits (features for a headless model) of the sub-network `entry`, or of the full network.
 
         Args:
             images: (B, in_chans, height, width).
-            entry: None, an int in 0..len(dropout_list) - 1, or a 0-d integer tensor (not range-checked; past the end
-                it means the last entry).
+            entry: None, an int in 0..len(dropout_list) - 1, or a 0-d int32 or int64 tensor (clamped to that range,
+                not checked).
 
         Raises:
             ValueError: entry out of range or images of the wrong shape.
@@ -225,8 +225,11 @@ class SuperNet(nn.Module):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, height, width) to the first block's input (B, N, C)."""
-        check_images(self.model, images)
         model = self.model
+        check_images(model, images)
+        dtype = next(model.parameters()).dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(f"images has dtype {images.dtype}; the model has {dtype}")
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
     def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None) -> torch.Tensor:
@@ -250,6 +253,11 @@ class _AtWidths:
         return y
 
 
+def check_supernet(supernet: Any) -> None:
+    if not isinstance(supernet, SuperNet):
+        raise ValueError(f"supernet is a {type(supernet).__name__}; it must be a SuperNet (see skd.convert)")
+
+
 def check_images(model: Any, images: Any) -> None:
     """`images` are a batch that `model` takes; otherwise ValueError."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
@@ -260,6 +268,10 @@ def check_images(model: Any, images: Any) -> None:
     size = model.patch_embed.img_size
     if not model.dynamic_img_size and size is not None and tuple(images.shape[2:]) != tuple(size):
         raise ValueError(f"images has size {tuple(images.shape[2:])}; the model takes {tuple(size)}")
+    patch = model.patch_embed.patch_size
+    divisible = not any(pixels % side for pixels, side in zip(images.shape[2:], patch, strict=True))
+    if model.dynamic_img_size and not divisible and not getattr(model.patch_embed, "dynamic_img_pad", False):
+        raise ValueError(f"images has size {tuple(images.shape[2:])}; both must be multiples of {tuple(patch)}")
     if not images.is_floating_point():
         raise ValueError(f"images has dtype {images.dtype}; it must be a floating-point tensor")
 

@@ -23,8 +23,7 @@ def tapped(model: Any, infos: Iterable[ModuleInfo], consume: Consumer) -> Iterat
     For attention the feature is the qkv projection's output, (B, N, 3, H, D); for an MLP the hidden features that
     enter its output layer, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("gradients are needed, and torch.inference_mode() is on; call this outside of it")
+    check_gradients_possible()
     handles = [model.blocks[0].register_forward_pre_hook(_start_graph)]
     for info in infos:
         block = model.blocks[info.block]
@@ -38,6 +37,11 @@ def tapped(model: Any, infos: Iterable[ModuleInfo], consume: Consumer) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_gradients_possible() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients are needed, but torch.inference_mode() is on; call this outside of it")
 
 
 @contextmanager
@@ -99,7 +103,13 @@ def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterat
     """
     parameter = next(model.parameters())
     seen = False
-    for index, batch in enumerate(batches):
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise ValueError(
+            f"{name} is a {type(batches).__name__}; it must be an iterable of (images, labels)"
+        ) from None
+    for index, batch in enumerate(iterator):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(f"{name}[{index}] is a {type(batch).__name__}; it must be (images, labels)")
         images, labels = batch
@@ -109,16 +119,22 @@ def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterat
         except ValueError as error:
             raise ValueError(f"{name}[{index}]: {error}") from None
         seen = True
-        labels = None if labels is None else labels.to(parameter.device)
-        yield images.to(parameter.device, parameter.dtype), labels
+        images = _usable(images).to(parameter.device, parameter.dtype)
+        yield images, None if labels is None else _usable(labels).to(parameter.device)
     if not seen:
         raise ValueError(f"{name} has no batch; it must yield at least one (images, labels)")
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """Tensors made in inference mode cannot take part in a backward pass; their copies can."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _check_labels(model: Any, labels: Any, count: int) -> torch.Tensor | None:
     if labels is None or model.num_classes == 0:
         return None
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != (count,):
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(labels, torch.Tensor) or labels.dtype not in integers or labels.shape != (count,):
         got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise ValueError(f"labels is {got}; it must be an integer tensor of shape ({count},), or None")
     low, high = (int(labels.min()), int(labels.max())) if count else (0, 0)

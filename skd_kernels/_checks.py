@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -52,10 +53,17 @@ def check_width(width: Any, full: int, device: torch.device) -> None:
             )
         if width.device != device:
             raise ValueError(f"width is on {width.device}; x is on {device}")
-    elif isinstance(width, bool) or not isinstance(width, int):
+    elif isinstance(width, bool) or not isinstance(width, numbers.Integral):
         raise ValueError(f"width is {width!r}; it must be an int or a 0-d int32 tensor")
-    elif not 0 <= width <= full:
+    else:
+        check_range(int(width), full)
+
+
+def check_range(width: int, full: int) -> int:
+    """`width`, if it is in 0..full."""
+    if not 0 <= width <= full:
         raise ValueError(f"width is {width}; it may be 0..{full}")
+    return width
 
 
 def check_scores(scores: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from skd_kernels._checks import check_alike, check_scores, check_tensor, check_width
+from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import always, operation
 from skd_kernels.mlp import refuses_to_slice, select
 from skd_kernels.taylor import with_taylor_scores
@@ -49,8 +49,8 @@ def masked_attention(
     channels = x.shape[-1]
     check_tensor("w_proj", w_proj, (channels, None))
     inner = w_proj.shape[1]
-    if num_heads < 1 or inner % num_heads:
-        raise ValueError(f"num_heads is {num_heads}; it must divide the {inner} columns of w_proj")
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1 or inner % num_heads:
+        raise ValueError(f"num_heads is {num_heads!r}; it must be an int that divides the {inner} columns of w_proj")
     check_tensor("w_qkv", w_qkv, (3 * inner, channels))
     for name, bias, size in (("b_qkv", b_qkv, 3 * inner), ("b_proj", b_proj, channels)):
         if bias is not None:
@@ -90,7 +90,7 @@ def masked_attention_slices(
     scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """Exact shapes for the library: the kept rows and columns are gathered, work follows the width."""
-    k = int(width)
+    k = check_range(int(width), w_proj.shape[1] // num_heads)
     channels = x.shape[-1]
     heads_qkv = w_qkv.reshape(3, num_heads, -1, channels)[:, :, :k]
     bias = None if b_qkv is None else b_qkv.reshape(3, num_heads, -1)[:, :, :k].reshape(-1)
@@ -129,7 +129,8 @@ def masked_attention_reference(
     qkv = F.linear(x, select(keep_rows[:, None], w_qkv), select(keep_rows, b_qkv))
     qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, inner // num_heads)
     qkv = with_taylor_scores(qkv, scores)
-    return F.linear(_attend(qkv, scale), select(keep, w_proj), select(keep[:1], b_proj))
+    output_bias = select(torch.arange(1, device=x.device) < width, b_proj)
+    return F.linear(_attend(qkv, scale), select(keep, w_proj), output_bias)
 
 
 def _attend(qkv: torch.Tensor, scale: float | None) -> torch.Tensor:

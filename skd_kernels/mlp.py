@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from skd_kernels._checks import check_alike, check_scores, check_tensor, check_width
+from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
 from skd_kernels.taylor import with_taylor_scores
 
@@ -64,7 +64,7 @@ def masked_mlp(
             check_tensor(name, bias, (size,))
     for name, tensor in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         check_alike(name, tensor, "x", x)
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}; it may be one of {sorted(ACTIVATIONS)}")
     check_width(width, hidden, x.device)
     check_scores(scores, (hidden,), x.device)
@@ -100,8 +100,8 @@ def masked_mlp_slices(
     scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """The first rows of fc1 and columns of fc2, as views: work and traffic follow the width."""
-    m = int(width)
     hidden = w2.shape[1]
+    m = check_range(int(width), hidden)
     h = ACTIVATIONS[act](F.linear(x, w1[:m], None if b1 is None else b1[:m]))
     if gated:
         value = slice(hidden, hidden + m)
@@ -139,7 +139,7 @@ def masked_mlp_reference(
     else:
         h = ACTIVATIONS[act](z)
     h = with_taylor_scores(h, scores)
-    return F.linear(h, select(keep, w2), select(keep[:1], b2))
+    return F.linear(h, select(keep, w2), select(torch.arange(1, device=x.device) < width, b2))
 
 
 def select(keep: torch.Tensor, parameter: Any) -> Any:

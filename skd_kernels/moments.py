@@ -51,24 +51,26 @@ class Moments:
         )
 
     def __add__(self, other: Moments) -> Moments:
-        """Moments of both sets of tokens, about the shift of the left one."""
+        """Moments of both sets of tokens, about the shift of the left one (of the right one if the left is empty)."""
         if not isinstance(other, Moments):
             return NotImplemented
-        other = other.about(self.shift)
+        # Moments of nothing have no shift worth keeping.
+        mine = self.about(torch.where(self.count > 0, self.shift, other.shift))
+        other = other.about(mine.shift)
         return Moments(
-            count=self.count + other.count,
-            shift=self.shift,
-            weight=self.weight + other.weight,
-            plain_sum=self.plain_sum + other.plain_sum,
-            weighted_sum=self.weighted_sum + other.weighted_sum,
-            weighted_outer=self.weighted_outer + other.weighted_outer,
+            count=mine.count + other.count,
+            shift=mine.shift,
+            weight=mine.weight + other.weight,
+            plain_sum=mine.plain_sum + other.plain_sum,
+            weighted_sum=mine.weighted_sum + other.weighted_sum,
+            weighted_outer=mine.weighted_outer + other.weighted_outer,
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Moments of the tokens of every rank of `group`, about the first rank's shift; the same on all ranks."""
-        shift = self.shift.detach().clone()
-        first = dist.get_global_rank(group, 0) if group is not None else 0
-        dist.broadcast(shift, src=first, group=group)
+        """Moments of the tokens of every rank of `group`, about the mean of their shifts; the same on all ranks."""
+        common = torch.cat([self.count.reshape(1), (self.count * self.shift).reshape(-1)])
+        dist.all_reduce(common, group=group)
+        shift = (common[1:] / common[0].clamp(min=1)).reshape(self.shift.shape)
         mine = self.about(shift)
         parts = [
             mine.count,

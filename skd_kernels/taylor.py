@@ -60,14 +60,14 @@ class AddTaylorScores(torch.autograd.Function):
         (grad,) = grads
         scores = ctx.scores
         tokens = h.detach().reshape(-1, scores.numel())
-        added = taylor_scores(tokens, grad.reshape(tokens.shape).to(tokens.dtype))
+        added = taylor_scores(tokens, grad.detach().reshape(tokens.shape).to(tokens.dtype))
         scores.add_(added.reshape(scores.shape).to(scores.dtype))
         return grad, None
 
 
 def with_taylor_scores(h: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
     """`h`, recorded so that a backward pass adds sum over tokens of ``|h * dh|`` to `scores`."""
-    if scores is None or not (torch.is_grad_enabled() and h.requires_grad):
+    if scores is None or scores.numel() == 0 or not (torch.is_grad_enabled() and h.requires_grad):
         return h
     result: torch.Tensor = AddTaylorScores.apply(h, scores)
     return result

@@ -1,0 +1,153 @@
+"""What `skd demo` shows: stage times, tables, the accuracy curve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from skd.cost import cost
+
+Rows = list[dict[str, Any]]
+_METHOD_NAMES = {
+    "random": "random",
+    "magnitude": "magnitude",
+    "taylor": "Taylor |x g|",
+    "hessian": "Hessian 1/2 (x g)^2",
+    "wpac": "WPAC",
+}
+
+
+class Clock:
+    """Wall-clock seconds of each stage, printed as it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+        self.console.print(f"[dim]{stage.replace('_', ' '):<24}{self.seconds[stage]:6.1f} s[/]", highlight=False)
+
+    def total(self) -> float:
+        return round(sum(self.seconds.values()), 3)
+
+
+def print_conversion(console: Console, model: Any, top1: float, errors: dict[str, float]) -> None:
+    full, linear = cost(model), cost(model, convention="linear")
+    console.print(
+        f"\nStand-in: {top1:.1f} % top-1 on test images, {full.params:,} parameters,\n"
+        f"  {_millions(full.macs)} MACs per image (full), {_millions(linear.macs)} (linear, without QK and AV)\n"
+        "Conversion: largest change of a logit, relative to the largest logit,\n"
+        f"  {errors['fp32']:.1e} in float32, {errors['fp64']:.1e} in float64\n",
+        highlight=False,
+    )
+
+
+def print_concentration(console: Console, table: dict[str, dict[str, float]], draws: int) -> None:
+    """One row per order; the best of each column in bold."""
+    shares = list(next(iter(table.values())))
+    view = Table(title="Knowledge concentration: top-1 (%) with a share of every width kept, no training")
+    view.add_column("order of the coordinates")
+    for share in shares:
+        view.add_column(f"{float(share):.0%} kept", justify="right")
+    best = {share: max(row[share] for row in table.values()) for share in shares}
+    for method, row in table.items():
+        name = _METHOD_NAMES[method] + (f" (mean of {draws})" if method == "random" else "")
+        view.add_row(name, *(_emphasised(row[share], row[share] == best[share]) for share in shares))
+    console.print(view)
+
+
+def _millions(macs: int) -> str:
+    return f"{macs / 1e6:.2f} M"
+
+
+def _emphasised(value: float, strong: bool) -> str:
+    return f"[bold]{value:.1f}[/]" if strong else f"{value:.1f}"
+
+
+def print_subnetworks(console: Console, rows: Rows, original: Rows, entries: int) -> None:
+    """One row per sub-network; "original order" has the same widths without WPAC."""
+    view = Table(title=f"{len(rows)} of {entries} nested sub-networks, no training")
+    for heading in (
+        "entry",
+        "MACs (full)",
+        "of full",
+        "MACs (linear)",
+        "parameters",
+        "top-1 (%)",
+        "original order (%)",
+    ):
+        view.add_column(heading, justify="right")
+    for row, other in zip(rows, original, strict=True):
+        view.add_row(
+            str(row["entry"]),
+            _millions(row["macs"]),
+            f"{row['macs_fraction']:.1%}",
+            _millions(row["macs_linear"]),
+            f"{row['params']:,}",
+            f"{row['top1']:.1f}",
+            f"{other['top1']:.1f}",
+        )
+    console.print(view)
+
+
+def print_end(console: Console, folder: Path, names: Sequence[str], clock: Clock) -> None:
+    console.print(f"\nWrote {', '.join(names)} to {folder} in {clock.total():.0f} s", soft_wrap=True)
+
+
+def draw_curve(path: Path, rows: Rows, original: Rows) -> None:
+    """PNG of top-1 against MACs, in both conventions, of the sub-networks and of the same widths without WPAC."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    macs = np.array([row["macs"] for row in rows]) / 1e6
+    linear = np.array([row["macs_linear"] for row in rows]) / 1e6
+    axes.axhline(rows[0]["top1"], color="0.6", linewidth=1, linestyle=":", zorder=0)
+    axes.annotate(
+        f"full network {rows[0]['top1']:.1f} %",
+        (macs[-1], rows[0]["top1"]),
+        xytext=(0, 4),
+        textcoords="offset points",
+        color="0.4",
+        fontsize=8,
+    )
+    axes.plot(macs, [row["top1"] for row in rows], "o-", color="C0", markersize=4, label="WPAC, planned widths")
+    axes.plot(
+        macs,
+        [row["top1"] for row in original],
+        "s--",
+        color="C1",
+        markersize=4,
+        label="the same widths, coordinates in their original order",
+    )
+    axes.axhline(10, color="0.6", linewidth=1, linestyle="-.", label="chance", zorder=0)
+    axes.set(
+        xlabel="MACs per image, full convention (millions)",
+        ylabel="top-1 accuracy on test images (%)",
+        title="Digits: sub-networks of one super-network, no training",
+        xlim=(0, macs[0] * 1.03),
+        ylim=(0, 104),
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=9)
+    _linear_axis(axes, macs, linear)
+    figure.savefig(path, format="png")
+
+
+def _linear_axis(axes: Any, full: np.ndarray, linear: np.ndarray) -> None:
+    """Second scale on top: the same networks in the other convention, interpolated between them."""
+    x = np.concatenate([[0.0], full[::-1], 2 * full[:1]])
+    y = np.concatenate([[0.0], linear[::-1], 2 * linear[:1]])
+    secondary = axes.secondary_xaxis("top", functions=(lambda v: np.interp(v, x, y), lambda v: np.interp(v, y, x)))
+    secondary.set_xlabel("the same in the linear convention (without QKᵀ and AV)")

@@ -1,0 +1,108 @@
+"""The command line: help, info, and mistakes answered by one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skd
+import skd.demo
+import skd_kernels
+from skd.cli import main
+
+COMMANDS = ("demo", "info")
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake must be found before any work."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("training started")
+
+    monkeypatch.setattr(skd.demo, "train_stand_in", fail)
+
+
+def exit_status(*argv: str) -> Any:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    return stop.value.code
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("--help") == 0
+    overview = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in overview
+        assert exit_status(command, "--help") == 0
+        assert "--json" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("--version") == 0
+    assert skd.__version__ in capsys.readouterr().out
+
+
+def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((tmp_path / "info.json").read_text())
+    assert document == skd_kernels.build_info()
+    assert document["torch"] in printed
+    for operation in document["implementations"]:
+        assert operation in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["info.json"]
+
+
+def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_demo(out: str, **options: Any) -> dict[str, Any]:
+        return {"out": out, **options}
+
+    monkeypatch.setattr(skd.demo, "run_demo", run_demo)
+    file = tmp_path / "demo.json"
+    assert main(["demo", "--out", "there", "--seed", "7", "--epochs", "3", "--json", str(file)]) == 0
+    assert json.loads(file.read_text()) == {"out": "there", "seed": 7, "epochs": 3}
+
+
+def test_module_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    command = [sys.executable, "-m", "skd", "demo", "--out", "taken"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: out is 'taken', a file") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["demo", "--out", "{tmp}/file"], "a file; it must be a folder"),
+        (["demo", "--out", "{tmp}/file/below"], "cannot be written to"),
+        (["demo", "--out", "{tmp}/occupied"], "curve.png in it is a folder"),
+        (["demo", "--out", "{tmp}/new", "--epochs", "0"], "epochs is 0"),
+        (["demo", "--out", "{tmp}/new", "--seed", "-1"], "seed is -1"),
+        (["demo", "--out", "{tmp}/new", "--json", "{tmp}/nowhere/x.json"], "--json is"),
+        (["demo", "--out", "{tmp}/new", "--json", "{tmp}"], "a folder; it must be a file"),
+        (["info", "--json", "{tmp}/file/x.json"], "--json is"),
+    ],
+)
+def test_mistakes(
+    argv: list[str], message: str, tmp_path: Path, no_training: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "occupied" / "curve.png").mkdir(parents=True)
+    assert main([part.format(tmp=tmp_path) for part in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--seed", "one"], ["info", "--out", "x"]])
+def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(*argv) == 2
+    assert "usage: skd" in capsys.readouterr().err
