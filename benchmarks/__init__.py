@@ -1,1 +1,8 @@
-"""Benchmarks. `pytest benchmarks --benchmark-json benchmarks/results/NAME.json` runs all of them."""
+"""Benchmarks: how fast the operations and the passes of the method are, next to the other ways to compute the same.
+
+pytest benchmarks --benchmark-json benchmarks/results/cpu.json         measure everything
+python -m benchmarks.op token_moments --shape 25216,36,64              one operation at a shape of yours
+python -m benchmarks.memory                                            peak memory of a calibration
+python -m benchmarks.compare OLD.json NEW.json                         did anything become slower?
+python -m benchmarks.table benchmarks/results/cpu.json --write README.md
+"""

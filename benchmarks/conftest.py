@@ -1,4 +1,4 @@
-"""What the JSON of a benchmark run says of the machine: versions and device, no host name."""
+"""What the JSON of a benchmark run says of the machine: versions and device, no name of host, folder or branch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ import torch
 import skd_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRIVATE = ("node", "release", "machine_id")
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)
+    for key in PRIVATE:
+        machine_info.pop(key, None)
+    processor = machine_info.get("cpu", {}).get("brand_raw", "CPU")
+    machine_info["cpu"] = {"brand_raw": processor, "capability": torch.backends.cpu.get_cpu_capability()}
     machine_info["build"] = skd_kernels.build_info()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["cores"] = os.cpu_count()
-    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else processor
+
+
+def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    for key in ("project", "branch"):
+        output_json["commit_info"].pop(key, None)
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
 
 
 @pytest.fixture
@@ -27,8 +38,10 @@ def device() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
-    """The ratios, as a short table."""
+    """How much longer the other contenders take, as a short table."""
     session = getattr(config, "_benchmarksession", None)
     for benchmark in getattr(session, "benchmarks", []):
-        info = ", ".join(f"{name}: {value}" for name, value in benchmark.extra_info.items())
-        terminalreporter.write_line(f"{benchmark.name}: {info}")
+        info = benchmark.extra_info
+        ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in info.get("ratio", {}).items())
+        speed = f"; {info['percent_of_copy']} % of copy" if "percent_of_copy" in info else ""
+        terminalreporter.write_line(f"{benchmark.name}: {ratios}{speed}")

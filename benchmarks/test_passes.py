@@ -9,7 +9,8 @@ import timm
 import torch
 
 import skd
-from benchmarks.timing import side_by_side
+from benchmarks import memory, published
+from benchmarks.timing import report
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, _score_buffers
 from skd.taps import frozen, total_cost
@@ -25,6 +26,19 @@ def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, 224, 224, generator=generator)
     return images.to(device), torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_calibration(benchmark: Any, device: str, size: str) -> None:
+    """`skd.convert` of one batch, against the published way; and the peak memory of both."""
+    model, batches = deit(size, device), [batch(device)]
+    contenders = {
+        "streamed": lambda: skd.convert(model, batches, centering="batch"),
+        "published": lambda: published.convert(model, batches),
+    }
+    report(benchmark, contenders)
+    peaks = memory.peaks(f"deit_{size}_patch16_224", BATCH, device)
+    benchmark.extra_info["peak_mb_over_loading"] = {way: round(peaks[way] - peaks["load"]) for way in contenders}
 
 
 @pytest.mark.parametrize("size", ["tiny"])
@@ -94,13 +108,3 @@ def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> 
         "copy": lambda: [parameter.clone() for parameter in parameters],
     }
     report(benchmark, contenders, rounds=15)
-
-
-def report(benchmark: Any, contenders: dict[str, Any], rounds: int = 5) -> None:
-    """Time the first contender for the JSON, and keep its ratio to each other one beside it."""
-    medians = side_by_side(contenders, rounds)
-    ours, *others = contenders
-    benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in medians.items()}
-    for other in others:
-        benchmark.extra_info[f"{other} / {ours}"] = round(medians[other] / medians[ours], 3)
-    benchmark.pedantic(contenders[ours], rounds=rounds, warmup_rounds=1)

@@ -5,24 +5,78 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+Call = Callable[[], object]
 
-def side_by_side(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contender over `rounds` rounds of one call each, in turn, after one warm-up."""
+QUEUE_CYCLES = 10_000_000  # about 5 ms at 1.98 GHz: longer than the launches of any contender take the host
+MOST_ROUNDS = 60
+
+
+def side_by_side(
+    contenders: dict[str, Call], rounds: int, *, budget: float = 0.0, clock: Callable[[Call], float] | None = None
+) -> dict[str, float]:
+    """Median seconds of each contender over rounds of one call each, in turn, after one warm-up.
+
+    Args:
+        contenders: what to call, by name.
+        rounds: at least so many.
+        budget: go on until this many seconds are spent (or `MOST_ROUNDS`), if that is later.
+        clock: times one call; `wall` by default.
+    """
+    clock = clock or wall
+    for call in contenders.values():
+        call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
+    start, turn = time.perf_counter(), 0
+    while turn < rounds or (turn < MOST_ROUNDS and time.perf_counter() - start < budget):
         for name, call in contenders.items():
-            _synchronize()
-            start = time.perf_counter()
-            call()
-            _synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock(call))
+        turn += 1
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _synchronize() -> None:
+def wall(call: Call) -> float:
+    """Seconds until the result is there, launches included."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def on_device(call: Call) -> float:
+    """Seconds on the current CUDA device. The host queues the work while the device is kept busy: no gaps."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUE_CYCLES)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def report(benchmark: Any, contenders: dict[str, Call], rounds: int = 5) -> None:
+    """Time the first contender for the JSON, and keep its ratio to each other one beside it."""
+    medians = side_by_side(contenders, rounds)
+    ours, *others = contenders
+    benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in medians.items()}
+    benchmark.extra_info["ratio"] = {other: round(medians[other] / medians[ours], 3) for other in others}
+    record(benchmark, contenders[ours], rounds)
+
+
+def record(benchmark: Any, call: Call, rounds: int = 5) -> None:
+    """Put the times of `call` itself into the JSON, where `benchmarks.compare` finds them."""
+
+    def complete() -> None:
+        call()
+        synchronize()
+
+    benchmark.pedantic(complete, rounds=rounds, warmup_rounds=1)

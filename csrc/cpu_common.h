@@ -7,8 +7,10 @@
 // One binary, three versions of a hot function; the loader picks the best one the processor has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SKD_NO_CLONES)
 #define SKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define SKD_CPU_LEVELS "x86-64-v4, x86-64-v3, default"
 #else
 #define SKD_CLONES
+#define SKD_CPU_LEVELS "default"
 #endif
 #define SKD_INLINE inline __attribute__((always_inline))
 

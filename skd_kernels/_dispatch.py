@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from skd_kernels import _native
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -26,10 +28,12 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    needs_grad: bool = False
 
     @staticmethod
     def of(tensor: torch.Tensor) -> TensorSpec:
-        return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device.type)
+        needs_grad = tensor.requires_grad and torch.is_grad_enabled()
+        return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device.type, needs_grad)
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ def build_info() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
+    module = _native.module()
     return {
         "skd": installed("skd"),
         "python": platform.python_version(),
@@ -201,7 +206,8 @@ def build_info() -> dict[str, Any]:
         "triton": installed("triton"),
         "timm": installed("timm"),
         "cuda_available": torch.cuda.is_available(),
-        "compiled": False,
-        "reason": "this version has no compiled code: every operation runs in PyTorch",
+        "compiled": module is not None,
+        "reason": _native.failure(),
+        **(module.build_info() if module is not None else {}),
         "implementations": {name: entry.names() for name, entry in _operations.items()},
     }

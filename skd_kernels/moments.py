@@ -9,6 +9,9 @@ import torch.distributed as dist
 
 from skd_kernels._checks import check_pair, check_tensor
 from skd_kernels._dispatch import always, operation
+from skd_kernels._native import refuses_statistics, rows
+
+_SAMPLE = 64  # tokens whose mean stands in for that of all, to begin with
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,24 @@ def weighted_covariance(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 _operation = operation(token_moments)
+
+
+@_operation.implementation("compiled", refuses_statistics)
+def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
+    """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean.
+
+    The point must be exact in the precision that the kernel works in, so the sums are re-based to `shift` (or to the
+    mean, which is known only afterwards) in float64.
+    """
+    x, grad = rows(x, 2), rows(grad, 2)
+    tokens = x.shape[0]
+    working = torch.float64 if x.dtype == torch.float64 else torch.float32
+    near = x[:_SAMPLE].double().sum(0) / max(min(tokens, _SAMPLE), 1) if shift is None else shift.detach()
+    near = near.to(x.device, working).double().contiguous()
+    weight, plain, weighted, outer = torch.ops.skd_kernels.token_moments(x, grad, near)
+    count = torch.tensor(float(tokens), dtype=torch.float64, device=x.device)
+    sums = Moments(count, near, weight, plain, weighted, outer)
+    return sums.about(near + plain / count.clamp(min=1) if shift is None else shift.detach())
 
 
 @_operation.implementation("reference", always)

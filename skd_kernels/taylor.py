@@ -8,6 +8,7 @@ import torch
 
 from skd_kernels._checks import check_pair
 from skd_kernels._dispatch import always, operation
+from skd_kernels._native import refuses_statistics, rows
 
 
 def taylor_scores(x: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
@@ -37,6 +38,13 @@ def taylor_scores(x: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.
 
 
 _operation = operation(taylor_scores)
+
+
+@_operation.implementation("compiled", refuses_statistics)
+def taylor_scores_compiled(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
+    """csrc/taylor_cpu.cpp, csrc/taylor_cuda.cu: one pass; float32 over a few tokens, float64 across."""
+    scores: torch.Tensor = torch.ops.skd_kernels.taylor_scores(rows(x, 1), rows(grad, 1), power)
+    return scores
 
 
 @_operation.implementation("reference", always)

@@ -1,0 +1,38 @@
+"""The statistics at the layers of DeiT: ours against eager, blocked eager, torch.compile and the published way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.conftest import DEVICE
+from benchmarks.measure import measure
+from benchmarks.operations import HEADS, OPERATIONS
+from benchmarks.timing import record
+
+BATCH = 128 if DEVICE == "cuda" else 16
+THREADS = ["gpu"] if DEVICE == "cuda" else [1, 2]
+
+
+@pytest.fixture
+def threads(request: Any) -> Iterator[Any]:
+    """Threads of PyTorch during the test; "gpu" leaves them alone."""
+    before = torch.get_num_threads()
+    if request.param != "gpu":
+        torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", THREADS, ids=lambda n: n if n == "gpu" else f"{n}-threads", indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", HEADS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation(benchmark: Any, device: str, name: str, model: str, dtype: str, threads: Any) -> None:
+    operation = OPERATIONS[name]
+    found = measure(operation, operation.shape(model, BATCH), getattr(torch, dtype), device)
+    benchmark.extra_info.update(model=model, batch=BATCH, threads=threads, **found.extra_info())
+    record(benchmark, found.calls["ours"], rounds=5)

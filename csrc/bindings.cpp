@@ -1,0 +1,47 @@
+// The Python module: importing it registers the operations; it exposes what is not a tensor.
+
+#include <pybind11/pybind11.h>
+
+#include "cpu_common.h"
+
+namespace {
+
+#define SKD_STRING2(x) #x
+#define SKD_STRING(x) SKD_STRING2(x)
+
+const char* cpu_level() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    return "x86-64-v4";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
+#endif
+  return "default";
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " SKD_STRING(__clang_major__) "." SKD_STRING(__clang_minor__);
+#else
+  info["compiler"] = "g++ " SKD_STRING(__GNUC__) "." SKD_STRING(__GNUC_MINOR__);
+#endif
+  info["built_with_torch"] = SKD_BUILT_WITH_TORCH;
+  info["cpu_levels"] = SKD_CPU_LEVELS;
+  info["cpu_level_in_use"] = cpu_level();
+#ifdef USE_CUDA
+  info["cuda"] = true;
+  info["cuda_architectures"] = SKD_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled half of skd_kernels.";
+  m.def("build_info", &build_info, "What was compiled, with what, for what.");
+}

@@ -1,0 +1,71 @@
+"""The compiled extension: loaded at first use, a failure remembered and told with every refusal."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch  # before the extension, which needs its libraries loaded
+
+STATISTICS_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    try:
+        module = importlib.import_module("skd_kernels._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "skd_kernels._C":
+            return None, "the extension is not built (no compiler when skd was installed?); reinstall with one"
+        return None, f"the extension does not load: {error}"
+    _register_fakes()
+    return module, ""
+
+
+def module() -> Any:
+    """`skd_kernels._C`, or None; then `failure` says why."""
+    return _load()[0]
+
+
+def failure() -> str:
+    """Why there is no extension; empty when there is one."""
+    return _load()[1]
+
+
+def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
+    """Whether the compiled statistics take features `x` and gradients `grad`: None, or why not."""
+    if module() is None:
+        return failure()
+    if x.device not in STATISTICS_DTYPES:
+        return f"there is no kernel for {x.device}"
+    if x.device == "cuda" and not module().build_info()["cuda"]:
+        return "the extension was built without CUDA (SKD_CUDA=on builds it)"
+    if x.dtype not in STATISTICS_DTYPES[x.device]:
+        return f"dtype {x.dtype} is not compiled for {x.device}"
+    if x.needs_grad or grad.needs_grad:
+        return "a gradient is asked for; the compiled statistics have none"
+    return None
+
+
+def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
+    """`tensor` as (tokens, ...last `trailing` dims) with unit stride along the last: a view where there is one."""
+    flat = tensor.detach().reshape(tensor.shape[: tensor.ndim - trailing].numel(), *tensor.shape[-trailing:])
+    return flat if flat.shape[-1] < 2 or flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the outputs, for torch.compile."""
+
+    @torch.library.register_fake("skd_kernels::token_moments")
+    def _(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        groups, dims = x.shape[-2:]
+        sizes = ((groups,), (groups, dims), (groups, dims), (groups, dims, dims))
+        return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
+
+    @torch.library.register_fake("skd_kernels::taylor_scores")
+    def _(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
+        return x.new_empty(x.shape[-1:], dtype=torch.float64)

@@ -1,0 +1,182 @@
+"""The tools of benchmarks/: contenders agree, `op` prints, `compare` judges, README is fresh. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compare, op, published, runs, table
+from benchmarks.measure import check
+from benchmarks.operations import COMPILED, OPERATIONS, inputs
+from benchmarks.timing import side_by_side
+from skd.convert import convert
+from tests.conftest import random_batches, tiny_vit
+
+ROOT = Path(__file__).parent.parent
+PLAIN = ["ours", "eager", "blocked", "published"]  # torch.compile takes seconds
+SHAPES = {"token_moments": (700, 3, 8), "taylor_scores": (5000, 40)}
+
+
+def written(path: Path, device: str = "A", **medians: float) -> str:
+    """A result file of benchmarks of these medians."""
+    benchmarks = [{"name": name, "stats": {"median": seconds}} for name, seconds in medians.items()]
+    path.write_text(json.dumps({"machine_info": {"device": device}, "benchmarks": benchmarks}))
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_contenders_agree(name: str, dtype: torch.dtype) -> None:
+    names = ["ours"] if dtype == torch.float64 else PLAIN  # the others sum in float32
+    pair = inputs(SHAPES[name], dtype, "cpu", 0)[0]
+    errors = check(OPERATIONS[name], OPERATIONS[name].contenders(pair[0], names), pair)
+    assert set(errors) == set(names)
+
+
+def test_a_wrong_contender_is_caught() -> None:
+    operation = OPERATIONS["taylor_scores"]
+    pair = inputs((300, 8), torch.float32, "cpu", 0)[0]
+    with pytest.raises(RuntimeError, match="taylor_scores: signed is off by"):
+        check(operation, {"signed": lambda x, grad: (x * grad).sum(0)}, pair)
+    with pytest.raises(RuntimeError, match="ours is off by"):
+        check(operation, {"ours": lambda x, grad: operation.eager(x, grad) * (1 + 1e-5)}, pair)
+    with pytest.raises(RuntimeError, match="nan is off by nan"):
+        check(operation, {"nan": lambda x, grad: grad[0] * float("nan")}, pair)
+
+
+def test_inputs_take_turns_and_outgrow_the_cache() -> None:
+    pairs = inputs((64, 16), torch.bfloat16, "cpu", total_bytes=20 * 4096)
+    assert len(pairs) == 20 and len({x.data_ptr() for x, _ in pairs}) == 20
+    assert all(torch.equal(x, pairs[0][0]) for x, _ in pairs)
+
+
+def test_work_counts_inputs_and_outputs_once() -> None:
+    shape = OPERATIONS["token_moments"].shape("base", 128)
+    assert shape == (25216, 36, 64)
+    found = OPERATIONS["token_moments"].work(shape, torch.bfloat16)
+    assert found.bytes == 2 * 25216 * 36 * 64 * 2 + 8 * (36 * 64 + 36 * (1 + 64 + 64 + 64 * 64))
+    scores = OPERATIONS["taylor_scores"].work((10, 8), torch.float32)
+    assert (scores.bytes, scores.flops) == (2 * 80 * 4 + 64, 160)
+
+
+def test_side_by_side_calls_in_turn() -> None:
+    calls: list[str] = []
+    contenders = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    found = side_by_side(contenders, 3, clock=lambda call: (call(), 2.0)[1])
+    assert calls == list("abababab") and found == {"a": 2.0, "b": 2.0}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_op_prints_a_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ",".join(str(size) for size in SHAPES[name])
+    before = torch.get_num_threads()
+    arguments = [name, "--shape", shape, "--dtype", "bfloat16", "--device", "cpu", "--threads", "1"]
+    arguments += ["--contenders", ",".join(PLAIN), "--rounds", "1", "--seconds", "0", "--megabytes", "1"]
+    assert op.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{name} {shape} bfloat16 on cpu, threads: 1; ours: ")
+    assert [line.split()[0] for line in lines[2:]] == ["contender", *PLAIN]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "3,4"], "--shape is '3,4'; token_moments takes T,G,D"),
+        (["--shape", "3,4,0"], "--shape is '3,4,0'"),
+        (["--shape", "3,4,5", "--contenders", "ours,best"], r"contenders has \['best'\]"),
+        (["--shape", "3,4,5", "--implementation", "fastest"], "name is 'fastest'"),
+    ],
+)
+def test_op_names_a_wrong_argument(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert op.main(["token_moments", "--device", "cpu", "--megabytes", "1", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_compare_gates_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = written(tmp_path / "old.json", a=1.0, b=1.0, gone=1.0)
+    assert compare.main([old, written(tmp_path / "same.json", a=1.09, b=0.5, fresh=9.0)]) == 0
+    worse = written(tmp_path / "worse.json", a=1.11, b=1.0)
+    capsys.readouterr()
+    assert compare.main([old, worse]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"a +1000.000 +1110.000 +1.11  SLOWER", shown) and shown.count("SLOWER") == 1
+    assert "gone  only in the old run" in shown
+    assert compare.main([old, worse, "--threshold", "1.2"]) == 0
+
+
+def test_compare_prefers_the_times_taken_side_by_side() -> None:
+    entry = {"name": "a", "stats": {"median": 5.0}, "extra_info": {"median_ms": {"ours": 2.0, "eager": 9.0}}}
+    assert runs.medians({"benchmarks": [entry]}) == {"a": 2e-3}
+
+
+def test_compare_refuses_what_it_cannot_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = written(tmp_path / "good.json", a=1.0)
+    (tmp_path / "text.json").write_text("text")
+    (tmp_path / "other.json").write_text('{"benchmarks": [{"title": 1}]}')
+    refused = {
+        str(tmp_path / "missing.json"): "No such file",
+        str(tmp_path / "text.json"): "is not JSON",
+        str(tmp_path / "other.json"): "is not a result of pytest --benchmark-json",
+        written(tmp_path / "apart.json", z=1.0): "no benchmark in common",
+        written(tmp_path / "gpu.json", device="B", a=1.0): "measured on A, .* on B",
+    }
+    for path, message in refused.items():
+        assert compare.main([good, path]) == 2
+        assert re.search(message, capsys.readouterr().err), path
+    assert compare.main([good, str(tmp_path / "gpu.json"), "--across-devices"]) == 0
+
+
+def run_of(ratios: dict[str, float]) -> dict[str, Any]:
+    info = {"operation": "taylor_scores", "model": "tiny", "dtype": "float32", "threads": 1, "batch": 16}
+    info |= {"implementation": "compiled", "median_ms": {"ours": 1.5}, "gigabytes_per_second": 12.0}
+    info |= {"percent_of_copy": 97.2, "ratio": ratios}
+    return {
+        "machine_info": {"device": "A", "cores": 2, "build": {"torch": "2.11"}},
+        "commit_info": {"id": "0123456789", "dirty": False},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [{"name": "a", "stats": {"median": 1.0}, "extra_info": info}],
+    }
+
+
+def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
+    result, readme = tmp_path / "a.json", tmp_path / "README.md"
+    result.write_text(json.dumps(run_of({"eager": 4.25, COMPILED: 3.0})))
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    assert table.main([str(result), "--write", str(readme)]) == 0
+    before, inside, after = table.split(readme.read_text())
+    assert (before, after) == ("before\n", "\nafter\n")
+    assert (
+        inside.splitlines()[-1]
+        == "| `taylor_scores` | Tiny | float32 | 1 | compiled | 1.5 | 12 | 97 | 4.25x | 3.00x |"
+    )
+    readme.write_text("no markers")
+    assert table.main([str(result), "--write", str(readme)]) == 1
+    assert readme.read_text() == "no markers"
+
+
+def test_readme_table_is_fresh() -> None:
+    """README's numbers are those of the committed results that it names."""
+    _, inside, _ = table.split((ROOT / "README.md").read_text())
+    paths = [ROOT / "benchmarks" / "results" / name for name in re.findall(r"^`(\S+\.json)`: ", inside, re.MULTILINE)]
+    expected = table.section(paths) if paths else "Not measured yet."
+    assert inside == expected, "run: python -m benchmarks.table benchmarks/results/*.json --write README.md"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_committed_results_name_no_machine(path: Path) -> None:
+    run = runs.read(path)
+    assert not {"node", "release"} & set(run["machine_info"])
+    assert not re.search(r'"/|"[a-z_]+@', path.read_text()), "a path or an account"
+
+
+def test_the_published_conversion_is_ours() -> None:
+    batches = random_batches()
+    found, expected = published.convert(tiny_vit(), batches), convert(tiny_vit(), batches, centering="batch")
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)

@@ -1,0 +1,325 @@
+"""The CUDA kernels without a GPU: compiled for every architecture without spills, and run on the CPU by emulation.
+
+The emulation (tests/cuda) executes the kernels' own source thread by thread, with the matrix instructions written
+from the layouts in the PTX manual. What needs a device is at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ["moments_cuda.cu", "taylor_cuda.cu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around a mean of 0.5 and small gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    return (x + 0.5).to(dtype), (grad * 1e-3).to(dtype)
+
+
+def exact_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Weight, plain, weighted and outer sums of (T, G, D) in float64."""
+    x, grad = x.double(), grad.double()
+    weight = (x * grad).abs().mean(-1)
+    y = x - shift
+    outer = torch.einsum("tg,tgi,tgj->gij", weight, y, y)
+    return weight.sum(0), y.sum(0), torch.einsum("tg,tgi->gi", weight, y), outer
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def check_moments(found: tuple[torch.Tensor, ...], x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> None:
+    weight, plain, weighted, outer = exact_moments(x, grad, shift)
+    spread = (x.double() - shift).abs()  # the linear sums cancel: their error is that of the sum of magnitudes
+    heavy = torch.einsum("tg,tgi->gi", (x.double() * grad.double()).abs().mean(-1), spread)
+    assert error(found[0], weight) < 1e-6
+    assert float((found[1] - plain).norm() / spread.sum(0).norm()) < 1e-6
+    assert float((found[2] - weighted).norm() / heavy.norm()) < 1e-6
+    assert error(found[3], outer) < 1e-5
+
+
+# Compilation ---------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> tuple[str, str]:
+    """nvcc and the root of its toolkit, or skip. nvcc may be a wrapper: only a dry run tells where the toolkit is."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run.stderr + dry_run.stdout, re.MULTILINE)
+    if top is None:
+        pytest.skip("nvcc --dryrun names no toolkit (no TOP= line)")
+    return nvcc, str(Path(top[1]).resolve())
+
+
+def compile_kernels(source: str, architecture: str, folder: Path) -> dict[str, dict[str, int]]:
+    """Per kernel: registers, shared memory, stack frame and spills in bytes, as ptxas reports them."""
+    from torch.utils.cpp_extension import include_paths
+
+    nvcc, toolkit = find_nvcc()
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    if f"sm_{architecture}" not in listed:
+        pytest.skip(f"this nvcc does not list sm_{architecture}")
+    command = [nvcc, "-cubin", "-O3", "-std=c++20", "-Xptxas", "-v", "-arch", f"sm_{architecture}"]
+    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += [f"-I{path}" for path in [*include_paths(), f"{toolkit}/include"]]
+    command += [str(ROOT / "csrc" / source), "-o", str(folder / "kernels.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels: dict[str, dict[str, int]] = {}
+    for name, report in re.findall(r"entry function '(\S+)'(.*?)Used", result.stderr, re.DOTALL):
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert numbers, report
+        kernels[name] = dict(zip(("stack", "stores", "loads"), map(int, numbers.groups()), strict=True))
+    return kernels
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "architecture", ["90", pytest.param("80", marks=pytest.mark.slow), pytest.param("100", marks=pytest.mark.slow)]
+)
+def test_no_kernel_spills(source: str, architecture: str, tmp_path: Path) -> None:
+    kernels = compile_kernels(source, architecture, tmp_path)
+    assert len(kernels) == 13  # 3 dtypes x 4 sizes or variants, and the sum over blocks
+    assert {name: report for name, report in kernels.items() if any(report.values())} == {}
+
+
+# Emulation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on PATH")
+    library = tmp_path_factory.mktemp("emulation") / "emulate.so"
+    command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(ROOT / "tests/cuda/emulate.cpp"), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulate_choose_splits.restype = ctypes.c_int64
+    return loaded
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def is_aligned(*tensors: torch.Tensor) -> bool:
+    """cuda_common.h's is_aligned of all of them."""
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and all(n * tensor.element_size() % 16 == 0 for n in (*tensor.stride()[:-1], tensor.shape[-1]))
+        for tensor in tensors
+    )
+
+
+def emulate_moments(
+    emulated: Any, x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor, splits: int
+) -> tuple[torch.Tensor, ...]:
+    tokens, groups, dims = x.shape
+    outputs = [torch.full(size, torch.nan, dtype=torch.float64) for size in [(groups,), *[(groups, dims)] * 2]]
+    outputs.append(torch.full((groups, dims, dims), torch.nan, dtype=torch.float64))
+    integers = [*x.stride()[:2], *grad.stride()[:2], tokens, groups]
+    emulated.emulate_moments(
+        DTYPES.index(x.dtype),
+        pointer(x),
+        pointer(grad),
+        pointer(shift),
+        *map(ctypes.c_int64, integers),
+        dims,
+        ctypes.c_bool(is_aligned(x, grad)),
+        ctypes.c_int64(splits),
+        *map(pointer, outputs),
+    )
+    return tuple(outputs)
+
+
+def emulate_taylor(emulated: Any, x: torch.Tensor, grad: torch.Tensor, power: int, splits: int) -> torch.Tensor:
+    tokens, dims = x.shape
+    scores = torch.full((dims,), torch.nan, dtype=torch.float64)
+    integers = [x.stride(0), grad.stride(0), tokens, dims, splits]
+    emulated.emulate_taylor(
+        DTYPES.index(x.dtype),
+        pointer(x),
+        pointer(grad),
+        *map(ctypes.c_int64, integers),
+        ctypes.c_bool(power == 2),
+        ctypes.c_bool(is_aligned(x, grad)),
+        pointer(scores),
+    )
+    return scores
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "groups", "dims", "splits"),
+    [
+        (1, 1, 8, 1),
+        (300, 2, 16, 2),
+        (257, 1, 13, 1),
+        (150, 2, 24, 1),
+        (200, 3, 64, 3),
+        (65, 1, 80, 1),
+        (40, 1, 128, 1),
+    ],
+)
+def test_emulated_moments(
+    emulated: Any, tokens: int, groups: int, dims: int, splits: int, dtype: torch.dtype
+) -> None:
+    x, grad = pair(tokens, groups, dims, dtype=dtype)
+    shift = torch.full((groups, dims), 0.4375, dtype=torch.float64)
+    found = emulate_moments(emulated, x, grad, shift, splits)
+    check_moments(found, x, grad, shift)
+    assert torch.equal(found[3], found[3].mT)
+
+
+def test_two_halves_are_worth_a_float_and_one_is_not(emulated: Any) -> None:
+    x, grad = pair(500, 2, 64)
+    shift = x.mean(0).double()
+    expected = exact_moments(x, grad, shift)[3]
+    assert error(emulate_moments(emulated, x, grad, shift, 1)[3], expected) < 5e-6
+    scaled = (x * grad).abs().mean(-1, keepdim=True).sqrt() * (x - shift.float())
+    single = scaled.bfloat16().double().permute(1, 2, 0)
+    assert error(single @ single.mT, expected) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_moments_of_views(emulated: Any, dtype: torch.dtype) -> None:
+    """Token-major and group-major views, aligned and not; what lies between the rows is never used."""
+    for dims, extra in [(16, 16), (16, 3), (13, 3)]:
+        x, grad = (torch.full((2, 70, dims + extra), torch.nan, dtype=dtype) for _ in range(2))
+        values = pair(70, 2, dims, dtype=dtype)
+        x, grad = x[..., 1 if extra == 3 else 0 :][..., :dims].transpose(0, 1), grad[..., :dims].transpose(0, 1)
+        x.copy_(values[0]), grad.copy_(values[1])
+        shift = torch.zeros(2, dims, dtype=torch.float64)
+        assert is_aligned(x, grad) == (extra == 16)
+        for found, expected in zip(
+            emulate_moments(emulated, x, grad, shift, 2), exact_moments(x, grad, shift), strict=True
+        ):
+            assert error(found, expected) < 1e-5
+
+
+def test_emulated_moments_keep_nan_in_its_group(emulated: Any) -> None:
+    x, grad = pair(100, 2, 40)
+    x[70, 1, 3] = torch.nan
+    for found in emulate_moments(emulated, x, grad, torch.zeros(2, 40, dtype=torch.float64), 1):
+        assert found[0].isfinite().all() and found[1].isnan().any()
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "dims", "splits"), [(1, 1, 1), (3, 300, 1), (130, 8, 2), (700, 520, 2), (67, 45, 3), (5000, 16, 1)]
+)
+def test_emulated_taylor(emulated: Any, tokens: int, dims: int, splits: int, dtype: torch.dtype, power: int) -> None:
+    x, grad = pair(tokens, dims, dtype=dtype)
+    expected = (x.double() * grad.double()).abs().pow(power).sum(0)
+    torch.testing.assert_close(emulate_taylor(emulated, x, grad, power, splits), expected, rtol=3e-6, atol=0)
+
+
+def test_emulated_squares_do_not_underflow(emulated: Any) -> None:
+    x, grad = torch.full((2, 9, 8), 1e-15, dtype=torch.bfloat16)
+    expected = (x.double() * grad.double()).square().sum(0)
+    torch.testing.assert_close(emulate_taylor(emulated, x, grad, 2, 1), expected, rtol=1e-12, atol=0)
+
+
+def test_splits_fill_the_device_and_bound_the_float_sums(emulated: Any) -> None:
+    def choose(*arguments: int) -> int:
+        return int(emulated.emulate_choose_splits(*map(ctypes.c_int64, arguments)))
+
+    assert choose(36, 394, 396, 1024) == 11  # DeiT-Base, batch 128, H100: one full wave
+    assert choose(1000, 394, 396, 1024) >= 1
+    assert choose(1, 1, 396, 1024) == 1
+    assert choose(10**6, 10**6, 396, 1024) >= 10**6 // 1024
+
+
+# On a device ---------------------------------------------------------------------------------------
+
+
+def compiled(name: str) -> Callable[..., Any]:
+    """The compiled operation on CUDA, or skip."""
+    import skd_kernels  # noqa: F401  (loads the extension)
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch.cuda.is_available() is False")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"skd_kernels::{name}", "CUDA"):
+        pytest.skip("the extension was built without CUDA")
+    return getattr(torch.ops.skd_kernels, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [8, 13, 16, 32, 40, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (997, 3), (25216, 36)])
+def test_moments_on_the_device(tokens: int, groups: int, dims: int, dtype: torch.dtype) -> None:
+    operation = compiled("token_moments")
+    x, grad = (tensor.cuda() for tensor in pair(tokens, groups, dims, dtype=dtype))
+    shift = torch.full((groups, dims), 0.4375, dtype=torch.float64, device="cuda")
+    found = operation(x, grad, shift)
+    check_moments(found, x, grad, shift)
+    for first, second in zip(found, operation(x, grad, shift), strict=True):
+        assert torch.equal(first, second)  # to the bit
+    assert torch.equal(found[3], found[3].mT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_of_views_and_of_nothing_on_the_device(dtype: torch.dtype) -> None:
+    operation = compiled("token_moments")
+    x, grad = (tensor.cuda() for tensor in pair(6, 500, 131, dtype=dtype))
+    shift = torch.zeros(6, 64, dtype=torch.float64, device="cuda")
+    for start in (0, 1):
+        views = [tensor[..., start : start + 64].transpose(0, 1) for tensor in (x, grad)]
+        for found, expected in zip(operation(*views, shift), exact_moments(*views, shift), strict=True):
+            assert error(found, expected) < 1e-5
+    for shape in [(0, 2, 8), (5, 0, 8), (5, 2, 0)]:
+        empty = torch.zeros(shape, dtype=dtype, device="cuda")
+        for found in operation(empty, empty, torch.zeros(shape[1:], dtype=torch.float64, device="cuda")):
+            assert found.eq(0).all()
+    with pytest.raises(RuntimeError, match="at most 128"):
+        operation(x, grad, torch.zeros(500, 131, dtype=torch.float64, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(("tokens", "dims"), [(0, 5), (5, 0), (1, 1), (997, 45), (25216, 3072), (200_000, 16)])
+def test_taylor_on_the_device(tokens: int, dims: int, power: int, dtype: torch.dtype) -> None:
+    operation = compiled("taylor_scores")
+    x, grad = (tensor.cuda() for tensor in pair(tokens, dims, dtype=dtype))
+    found = operation(x, grad, power)
+    expected = (x.double() * grad.double()).abs().pow(power).sum(0)
+    torch.testing.assert_close(found, expected, rtol=3e-6, atol=0)
+    assert torch.equal(found, operation(x, grad, power))
+    view = operation(x[::2, 1:], grad[::2, 1:], power)
+    torch.testing.assert_close(
+        view, (x[::2, 1:].double() * grad[::2, 1:].double()).abs().pow(power).sum(0), rtol=3e-6, atol=0
+    )
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements_on_the_device() -> None:
+    operation, scores = compiled("token_moments"), compiled("taylor_scores")
+    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB of device memory")
+    x = torch.zeros(2**21 + 5, 16, 64, dtype=torch.bfloat16, device="cuda")  # 2^31 and 5120 elements
+    x[-1] = 2
+    zero = torch.zeros(16, 64, dtype=torch.float64, device="cuda")
+    weight, plain, _, outer = operation(x, x, zero)
+    assert weight.eq(4).all() and plain.eq(2).all() and outer.eq(16).all()
+    assert scores(x.flatten(1), x.flatten(1), 1).eq(4).all()
