@@ -79,11 +79,11 @@ def _shape(info: ModuleInfo) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _row_norms(model: Any, info: ModuleInfo) -> torch.Tensor:
-    """L2 norm of the rows of qkv, or of fc1 (of a gated MLP: gate and value row together)."""
+    """L2 norm of the rows of qkv, or of the MLP's first layer (gated: gate and value row together)."""
     block = model.blocks[info.block]
     if info.kind == "attn":
         return block.attn.qkv.weight.double().norm(dim=1).reshape(_shape(info))
-    first = [layer.weight for name, layer in block.mlp.named_children() if name.startswith("fc1")]
+    first = [getattr(block.mlp, name).weight for name in info.inputs]
     rows = torch.cat([weight.double().norm(dim=1).reshape(-1, info.full_width) for weight in first])
     return rows.norm(dim=0)
 

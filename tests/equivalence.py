@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from architectures import batches, images
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 import skd
 from skd.architecture import ModuleInfo, describe
-from tests.architectures import batches, images
 
 TOLERANCE = 1e-10
 

@@ -1,7 +1,7 @@
 """The table of supported architectures, made from the code: what `skd.architecture.describe` says of every name.
 
-python -m tests.make_architecture_table                      print it
-python -m tests.make_architecture_table --write README.md    put it between the file's two marker lines
+python tests/make_architecture_table.py                      print it
+python tests/make_architecture_table.py --write README.md    put it between the file's two marker lines
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from architectures import names, tiny
 from timm.layers import HybridEmbed, LayerScale, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from skd.architecture import ModuleInfo, describe
-from tests.architectures import names, tiny
 
 BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
 

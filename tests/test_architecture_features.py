@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from architectures import CLASSES, batches, build, images, randomise, tiny
+from equivalence import TOLERANCE, check, relative
 from timm.layers import Attention, GluMlp, Mlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
@@ -20,8 +22,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import skd
 from skd.architecture import describe
-from tests.architectures import CLASSES, batches, build, images, randomise, tiny
-from tests.equivalence import TOLERANCE, check, relative
 
 
 class OtherAttention(Attention):

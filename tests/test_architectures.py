@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import timm
+from architectures import batches, names, tiny
+from equivalence import check
+from make_architecture_table import split, table
 
 import skd
-from tests.architectures import batches, names, tiny
-from tests.equivalence import check
-from tests.make_architecture_table import split, table
 
 # What a refusal must name.
 REFUSED = {
@@ -52,4 +52,4 @@ def test_readme_table_is_fresh() -> None:
         pytest.fail(f"README.md: {error}")
     if not written.startswith(f"timm {timm.__version__} "):
         pytest.skip(f"README's table is of another release: {written[:20]!r}; installed is timm {timm.__version__}")
-    assert written == table(), "run: python -m tests.make_architecture_table --write README.md"
+    assert written == table(), "run: python tests/make_architecture_table.py --write README.md"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 from timm.layers import SwiGLU, SwiGLUPacked
 
 import skd
 from skd.baselines import METHODS, coordinate_scores, reordered
-from tests.conftest import random_batches, tiny_vit
 
 SCORED = ("magnitude", "taylor", "hessian")
 VARIANTS = {

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 from torch import nn
 
 import skd
 from skd.convert import principal_axes
-from tests.conftest import random_batches, tiny_vit
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

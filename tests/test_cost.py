@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import tiny_vit
 from torch.utils.flop_counter import FlopCounterMode
 
 import skd
 from skd.cost import planning_macs_per_unit
-from tests.conftest import tiny_vit
 
 # Published whole-model MACs and the planner's per-module MACs (linear convention), N = 197.
 PUBLISHED = {

@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-import skd
-import skd_kernels
-from skd.architecture import describe
-from skd.convert import WpacStatistics, collect
-from skd.cost import planning_macs_per_unit
-from tests.golden_data import (
+from golden_data import (
     FULL,
     HEADS,
     MODULES,
@@ -23,6 +16,13 @@ from tests.golden_data import (
     relative,
     transformed,
 )
+from torch import nn
+
+import skd
+import skd_kernels
+from skd.architecture import describe
+from skd.convert import WpacStatistics, collect
+from skd.cost import planning_macs_per_unit
 
 IMAGES = 160  # the five batches of 32 of the published passes
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 from torch import nn
 
 import skd
-from tests.conftest import random_batches, tiny_vit
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])

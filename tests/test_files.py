@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import perturb, random_batches, tiny_vit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import SwiGLU, SwiGLUPacked
 from torch import nn
 
 import skd
-from tests.conftest import perturb, random_batches, tiny_vit
 
 
 def header_of(path: Path) -> dict[str, Any]:

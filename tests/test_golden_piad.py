@@ -5,11 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-
-import skd
-from skd.architecture import describe
-from skd.cost import cost_model, planning_macs_per_unit
-from tests.golden_data import (
+from golden_data import (
     FULL,
     HEADS,
     MODULES,
@@ -25,6 +21,10 @@ from tests.golden_data import (
     start_weights,
     stored_list,
 )
+
+import skd
+from skd.architecture import describe
+from skd.cost import cost_model, planning_macs_per_unit
 
 EXACT = 1e-8
 BATCH = 32

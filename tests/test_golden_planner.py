@@ -5,9 +5,9 @@ Where the published behaviour is a defect, the test is named for what happens in
 
 import numpy as np
 import pytest
+from golden_data import document
 
 import skd
-from tests.golden_data import document
 
 CASES = {case["name"]: case["calls"] for case in document("planner_units")["cases"]}
 AGREEING = ("decreasing", "nonmonotone", "cross_module_ties", "add_ops_zero")

@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 import torch
-
-import skd
-import skd_kernels
-from skd.architecture import describe
-from skd.convert import WpacStatistics, collect
-from tests.golden_data import (
+from golden_data import (
     DEPTH,
     HEADS,
     MODULES,
@@ -21,6 +16,11 @@ from tests.golden_data import (
     relative,
     transformed,
 )
+
+import skd
+import skd_kernels
+from skd.architecture import describe
+from skd.convert import WpacStatistics, collect
 
 EXACT = 1e-8
 IMAGES, SEEN = 16, 64  # per batch; in the four batches of the statistics

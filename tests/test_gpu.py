@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 
 import skd
 import skd_kernels as kernels
-from tests.conftest import random_batches, tiny_vit
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skd
-from tests.conftest import random_batches, tiny_vit
 
 NAMES = ("0.attn", "0.mlp")
 

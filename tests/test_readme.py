@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import random_batches, tiny_vit
 
 import skd
-from tests.conftest import random_batches, tiny_vit
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import perturb, random_batches, tiny_vit
+from test_files import header_of, rewrite
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 import skd
 import skd_kernels as kernels
-from tests.conftest import perturb, random_batches, tiny_vit
-from tests.test_files import header_of, rewrite
 
 
 def test_float64_scores_are_not_an_alias_of_their_buffer(model: Any, batches: Any) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 
 import skd
-from tests.conftest import random_batches, tiny_vit
 
 
 def test_wrapping_changes_neither_function_nor_keys(model: Any, batches: Any) -> None:
