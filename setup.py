@@ -23,7 +23,7 @@ DEFAULT_ARCHITECTURES = "8.0;9.0;10.0"
 GIGABYTES_PER_JOB = 3  # nvcc on the stable ABI's headers
 # Reassociation is what vectorised sums need; -ffast-math would also assume that there is no NaN.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-Xptxas", "-v", "--expt-relaxed-constexpr"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 # The oldest torch whose stable ABI is used: one build serves it and every later one.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
@@ -111,6 +111,7 @@ def extensions() -> tuple[list, dict]:
         libraries=["torch_cpu", "c10"],
         extra_compile_args={"cxx": [*CXX_FLAGS, *defines], "nvcc": [*NVCC_FLAGS, *defines]},
         extra_link_args=link,
+        depends=sorted(str(path) for path in CSRC.glob("*.h")),
         language="c++",
     )
     return [extension], {"build_ext": cpp_extension.BuildExtension}

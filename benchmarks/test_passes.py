@@ -36,7 +36,7 @@ def test_calibration(benchmark: Any, device: str, size: str) -> None:
         "streamed": lambda: skd.convert(model, batches, centering="batch"),
         "published": lambda: published.convert(model, batches),
     }
-    report(benchmark, contenders)
+    report(benchmark, contenders, rounds=3)
     peaks = memory.peaks(f"deit_{size}_patch16_224", BATCH, device)
     benchmark.extra_info["peak_mb_over_loading"] = {way: round(peaks[way] - peaks["load"]) for way in contenders}
 

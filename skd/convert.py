@@ -7,6 +7,7 @@ K, and per MLP a permutation of its neurons.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from skd.architecture import ModuleInfo, describe
 from skd.supernet import SuperBlock, SuperNet
 from skd.taps import checked, frozen, tapped, total_cost
-from skd_kernels import Moments, taylor_scores, token_moments, weighted_covariance
+from skd_kernels import Moments, taylor_scores, token_moments
 
 CENTERINGS = ("dataset", "batch")
 LABELS = ("given", "predicted")
@@ -62,7 +63,8 @@ def convert(
         model's to rounding (relative 1e-12 in float64, 1e-5 in float32).
 
     Raises:
-        ValueError: unsupported architecture, no batches, bad images or labels, or statistics that are not finite.
+        ValueError: unsupported architecture, no batches, bad images or labels, or no batch with finite statistics;
+            a batch whose statistics are not finite is left out with a warning that counts them.
     """
     if centering not in CENTERINGS:
         raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
@@ -74,12 +76,22 @@ def convert(
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
     batches = batches if progress is None else progress(batches)
-    collect(converted, infos, batches, statistics.add, predicted=labels == "predicted")
+    collect(converted, infos, batches, statistics.add, statistics.end_batch, predicted=labels == "predicted")
+    if statistics.skipped:
+        _report_skipped(statistics)
     transforms = {info.name: statistics.transform(info) for info in infos}
     apply_transforms(converted, infos, transforms)
     supernet = SuperNet(converted)
     _check_function(model, supernet)
     return supernet
+
+
+def _report_skipped(statistics: WpacStatistics) -> None:
+    """Batches left out are counted aloud; with none left there is nothing to convert by."""
+    cause = "an image, a weight or a gradient is NaN or infinite (fp16 may overflow: use float32 or bfloat16)"
+    if not statistics.importance:
+        raise ValueError(f"batches: none has finite statistics; {cause}")
+    warnings.warn(f"batches: {statistics.skipped} were left out, not finite; {cause}", stacklevel=3)
 
 
 @torch.no_grad()
@@ -104,38 +116,57 @@ def collect(
     infos: tuple[ModuleInfo, ...],
     batches: Iterable[Any],
     consume: Callable[[ModuleInfo, torch.Tensor, torch.Tensor], None],
+    end_batch: Callable[[], None] = lambda: None,
     predicted: bool = False,
 ) -> None:
     """Forward and backward of the cost over `batches`, every (info, feature, gradient) to `consume`."""
     with tapped(model, infos, consume), torch.enable_grad():
         for images, targets in checked(model, batches):
             total_cost(model, model(images), None if predicted else targets).backward()
+            end_batch()
 
 
 class WpacStatistics:
-    """Running statistics of one calibration: weighted moments at qkv, squared Taylor scores at the neurons."""
+    """Running statistics of one calibration: weighted moments at qkv, squared Taylor scores at the neurons.
+
+    A batch counts as a whole, in `end_batch`: if any of its statistics is not finite it is left out.
+
+    Attributes:
+        skipped: number of batches left out.
+    """
 
     def __init__(self, centering: str = "dataset") -> None:
         self.centering = centering
         self.moments: dict[str, Moments] = {}
         self.covariances: dict[str, torch.Tensor] = {}
         self.importance: dict[str, torch.Tensor] = {}
+        self.skipped = 0
+        self._batch: dict[str, Moments | torch.Tensor] = {}
 
     def add(self, info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:
-        """One batch of one module."""
-        name = info.name
+        """One module of the present batch."""
         if info.kind == "mlp":
-            score = taylor_scores(feature, grad, power=2)
-            self.importance[name] = self.importance.get(name, 0.0) + score
+            self._batch[info.name] = taylor_scores(feature, grad, power=2)
             return
-        # (B, N, 3, H, D) -> tokens of 3 H groups
+        # (B, N, 3, H, D) -> tokens of 3 H groups, about the first batch's mean
         x, g = feature.flatten(2, 3), grad.flatten(2, 3)
-        if self.centering == "batch":
-            self.covariances[name] = self.covariances.get(name, 0.0) + weighted_covariance(x, g)
-        elif name in self.moments:
-            self.moments[name] += token_moments(x, g, self.moments[name].shift)
-        else:
-            self.moments[name] = token_moments(x, g)
+        known = self.moments.get(info.name)
+        self._batch[info.name] = token_moments(x, g, None if known is None else known.shift)
+
+    def end_batch(self) -> None:
+        """Take the present batch into the sums, or count it as skipped."""
+        batch, self._batch = self._batch, {}
+        sums = [part.weight if isinstance(part, Moments) else part for part in batch.values()]
+        if not bool(torch.isfinite(torch.cat(sums)).all()):  # one look for all modules
+            self.skipped += 1
+            return
+        for name, part in batch.items():
+            if isinstance(part, torch.Tensor):
+                self.importance[name] = self.importance.get(name, 0.0) + part
+            elif self.centering == "batch":
+                self.covariances[name] = self.covariances.get(name, 0.0) + part.covariance()
+            else:
+                self.moments[name] = self.moments[name] + part if name in self.moments else part
 
     def covariance(self, info: ModuleInfo) -> torch.Tensor:
         """(3, H, D, D) float64 for q, k and v."""
@@ -149,23 +180,13 @@ class WpacStatistics:
         """The rotation of an attention, or the order of an MLP's neurons (as it is, where nothing applies)."""
         if info.kind == "mlp":
             importance = self.importance[info.name]
-            _require_finite(info, importance)
             if info.binary:
                 return torch.arange(info.full_width, device=importance.device)
             return importance.argsort(descending=True, stable=True)
         q, k, v = self.covariance(info)
-        _require_finite(info, q, k, v)
         return Rotation(
             v=principal_axes(v) if info.rotates_v else None,
             qk=principal_axes(q + k) if info.rotates_qk else None,
-        )
-
-
-def _require_finite(info: ModuleInfo, *statistics: torch.Tensor) -> None:
-    if not all(bool(torch.isfinite(statistic).all()) for statistic in statistics):
-        raise ValueError(
-            f"batches: the statistics of {info.name} are not finite; "
-            "an image, a weight or a gradient is NaN or infinite (fp16 may overflow: use float32 or bfloat16)"
         )
 
 

@@ -12,6 +12,7 @@ STATISTICS_DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
+CUDA_LARGEST_GROUP = 128
 
 
 @functools.cache
@@ -51,6 +52,13 @@ def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
     return None
 
 
+def refuses_moments(*, x: Any, grad: Any, **_: Any) -> str | None:
+    """As `refuses_statistics`; the CUDA kernel holds a group's square in registers, so its size is bounded."""
+    if x.device == "cuda" and x.shape[-1] > CUDA_LARGEST_GROUP:
+        return f"groups of {x.shape[-1]} coordinates; the CUDA kernel takes up to {CUDA_LARGEST_GROUP}"
+    return refuses_statistics(x=x, grad=grad)
+
+
 def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
     """`tensor` as (tokens, ...last `trailing` dims) with unit stride along the last: a view where there is one."""
     flat = tensor.detach().reshape(tensor.shape[: tensor.ndim - trailing].numel(), *tensor.shape[-trailing:])
@@ -59,13 +67,15 @@ def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
 
 def _register_fakes() -> None:
     """Shapes and dtypes of the outputs, for torch.compile."""
+    torch.library.register_fake("skd_kernels::token_moments", _fake_moments)
+    torch.library.register_fake("skd_kernels::taylor_scores", _fake_scores)
 
-    @torch.library.register_fake("skd_kernels::token_moments")
-    def _(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        groups, dims = x.shape[-2:]
-        sizes = ((groups,), (groups, dims), (groups, dims), (groups, dims, dims))
-        return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
 
-    @torch.library.register_fake("skd_kernels::taylor_scores")
-    def _(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
-        return x.new_empty(x.shape[-1:], dtype=torch.float64)
+def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    groups, dims = x.shape[-2:]
+    sizes = ((groups,), (groups, dims), (groups, dims), (groups, dims, dims))
+    return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
+
+
+def _fake_scores(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
+    return x.new_empty(x.shape[-1:], dtype=torch.float64)

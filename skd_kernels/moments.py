@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from skd_kernels._checks import check_pair, check_tensor
 from skd_kernels._dispatch import always, operation
-from skd_kernels._native import refuses_statistics, rows
+from skd_kernels._native import refuses_moments, rows
 
 _SAMPLE = 64  # tokens whose mean stands in for that of all, to begin with
 
@@ -130,7 +130,7 @@ def weighted_covariance(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 _operation = operation(token_moments)
 
 
-@_operation.implementation("compiled", refuses_statistics)
+@_operation.implementation("compiled", refuses_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean.
 
@@ -156,7 +156,7 @@ def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Te
     # A constant of the computation: every derived quantity is independent of it.
     constant = x64.sum(0) / max(tokens, 1) if shift is None else shift.to(x64)
     shift64 = constant.detach()
-    weight = (x64 * grad64).abs().mean(-1)  # (T, G)
+    weight = (x64 * grad64).abs().sum(-1) / max(x.shape[-1], 1)  # (T, G)
     y = x64 - shift64
     weighted = weight[..., None] * y
     return Moments(

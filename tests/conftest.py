@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,9 @@ import torch
 from helpers import random_batches, tiny_vit
 
 import skd
+
+# For `benchmarks`. Last, so that the installed skd is the one tested, and not the checkout beside it.
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 @pytest.fixture

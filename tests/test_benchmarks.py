@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_batches, tiny_vit
 
 from benchmarks import compare, op, published, runs, table
 from benchmarks.measure import check
 from benchmarks.operations import COMPILED, OPERATIONS, inputs
 from benchmarks.timing import side_by_side
 from skd.convert import convert
-from tests.conftest import random_batches, tiny_vit
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["ours", "eager", "blocked", "published"]  # torch.compile takes seconds

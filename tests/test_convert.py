@@ -102,7 +102,7 @@ def test_principal_axes_are_sorted_eigenvectors() -> None:
         ([(torch.zeros(2, 3, 32, 32), torch.zeros(2))], "labels is"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 5]))], r"labels has 0\.\.5; the head has classes 0\.\.4"),
         ([(torch.zeros(2, 3, 32, 32), torch.tensor([-1, 0]))], r"labels has -1\.\.0"),
-        ([(torch.full((2, 3, 32, 32), float("nan")), torch.zeros(2).long())], "0.attn are not finite"),
+        ([(torch.full((2, 3, 32, 32), float("nan")), torch.zeros(2).long())], "none has finite statistics"),
     ],
 )
 def test_bad_batches(model: Any, batches: Any, match: str) -> None:
@@ -112,6 +112,15 @@ def test_bad_batches(model: Any, batches: Any, match: str) -> None:
         skd.convert(model, batches, centering="mean")
     with pytest.raises(ValueError, match="labels is 'mine'"):
         skd.convert(model, batches, labels="mine")
+
+
+def test_a_bad_batch_is_left_out_and_counted(model: Any, batches: Any) -> None:
+    bad = (torch.full((4, 3, 32, 32), float("nan"), dtype=torch.float64), torch.zeros(4).long())
+    for centering in ("dataset", "batch"):
+        with pytest.warns(UserWarning, match="1 were left out"):
+            found = skd.convert(model, [bad, *batches], centering=centering)
+        expected = skd.convert(model, batches, centering=centering)
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
 
 
 def test_bad_models(batches: Any) -> None:

@@ -161,7 +161,7 @@ def covariances(centering, size):
     """[(3, H, D, D)] of each attention, from 64 images."""
     model, statistics = build(original()), WpacStatistics(centering)
     infos = describe(model)
-    collect(model, infos, proxy(size, 64), statistics.add)
+    collect(model, infos, proxy(size, 64), statistics.add, statistics.end_batch)
     return [statistics.covariance(info) for info in infos if info.kind == "attn"]
 
 

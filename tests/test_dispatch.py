@@ -23,8 +23,19 @@ def test_explain_from_shapes_alone() -> None:
 def test_explain_from_tensors_and_names() -> None:
     tensors: list[Any] = [torch.zeros(shape) for shape in SHAPES]
     assert kernels.explain("masked_mlp", *tensors, torch.tensor(3)).chosen == "slices"
-    assert kernels.explain("taylor_scores", (4, 8), (4, 8), dtype=torch.bfloat16).chosen == "reference"
-    assert kernels.explain("weighted_covariance", (4, 2, 8), (4, 2, 8)).chosen == "reference"
+    assert kernels.explain("taylor_scores", (4, 8), (4, 8), dtype=torch.bfloat16).chosen == "compiled"
+    assert kernels.explain("weighted_covariance", (4, 2, 8), (4, 2, 8)).chosen == "compiled"
+
+
+def test_why_the_compiled_statistics_are_refused() -> None:
+    x = torch.zeros(4, 8, requires_grad=True)
+    assert "a gradient is asked for" in kernels.explain("taylor_scores", x, x).refused["compiled"]
+    with torch.no_grad():
+        assert kernels.explain("taylor_scores", x, x).chosen == "compiled"
+    meta = kernels.explain("taylor_scores", (4, 8), (4, 8), device="meta")
+    assert meta.refused["compiled"] == "there is no kernel for meta"
+    double = kernels.explain("token_moments", (4, 2, 8), (4, 2, 8), dtype=torch.float64, device="cuda")
+    assert double.chosen == "reference"
 
 
 def test_a_device_width_is_not_read_by_the_host() -> None:
@@ -60,6 +71,7 @@ def test_use_raises_when_the_call_is_not_eligible() -> None:
 
 def test_build_info_says_what_is_compiled() -> None:
     info = kernels.build_info()
-    assert info["compiled"] is False and info["reason"]
+    assert info["compiled"] is True and info["reason"] == ""
+    assert info["compiler"] and info["cpu_level_in_use"]
     assert info["torch"] == torch.__version__
     assert set(info["implementations"]) == {"token_moments", "taylor_scores", "masked_mlp", "masked_attention"}

@@ -40,7 +40,7 @@ def gathered(count):
         statistics.add(info, feature, grad)
         taps[info.name] = feature, grad
 
-    collect(model, describe(model), batches(count, IMAGES), consume)
+    collect(model, describe(model), batches(count, IMAGES), consume, statistics.end_batch)
     return statistics, taps
 
 

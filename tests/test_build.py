@@ -1,0 +1,91 @@
+"""setup.py: what it builds, what it says, what the packages hold. Builds nothing itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what is packaged, so that nothing is left in the tree."""
+    for name in SOURCES:
+        source, target = ROOT / name, tmp_path / "checkout" / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return tmp_path / "checkout"
+
+
+def setup(
+    checkout: Path, *arguments: str, path: str | None = None, **environment: str
+) -> subprocess.CompletedProcess:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "CXX"))}
+    if path is not None:
+        variables["PATH"] = path
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(
+        command, cwd=checkout, env=variables | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def only_a_compiler(tmp_path: Path) -> str:
+    """A PATH with a C++ compiler and no nvcc."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "c++").symlink_to("/usr/bin/true")
+    return str(tmp_path / "bin")
+
+
+def test_without_a_compiler_it_warns_and_goes_on(checkout: Path, tmp_path: Path) -> None:
+    done = setup(checkout, "--name", path=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.strip().endswith("skd")
+    assert "no C++ compiler, nothing is compiled" in done.stderr
+
+
+def test_without_nvcc_it_says_so(checkout: Path, only_a_compiler: str) -> None:
+    done = setup(checkout, "--name", path=only_a_compiler)
+    assert done.returncode == 0
+    assert "CUDA kernels are not built: nvcc is not on PATH" in done.stderr and "building CPU kernels" in done.stderr
+    done = setup(checkout, "--name", path=only_a_compiler, SKD_CUDA="off")
+    assert "CUDA kernels are not built: SKD_CUDA=off" in done.stderr
+
+
+def test_cuda_on_without_nvcc_is_an_error_with_the_fix(checkout: Path, only_a_compiler: str) -> None:
+    done = setup(checkout, "--name", path=only_a_compiler, SKD_CUDA="on")
+    assert done.returncode != 0
+    assert "SKD_CUDA=on, but nvcc is not on PATH (install the CUDA toolkit, or set CUDA_HOME" in done.stderr
+    done = setup(checkout, "--name", SKD_CUDA="perhaps")
+    assert done.returncode != 0 and "it may be auto, on or off" in done.stderr
+
+
+def test_a_wrapped_nvcc_still_finds_its_toolkit(checkout: Path, only_a_compiler: str, tmp_path: Path) -> None:
+    """nvcc on PATH may be a script; only nvcc itself knows where it lives."""
+    nvcc = Path(only_a_compiler) / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    done = setup(checkout, "--name", path=f"{only_a_compiler}:/usr/bin:/bin")
+    assert f"toolkit {tmp_path}/toolkit, architectures 8.0;9.0;10.0" in done.stderr
+
+
+def test_the_source_distribution_has_every_source(checkout: Path, tmp_path: Path) -> None:
+    done = setup(checkout, "-q", "sdist", "--dist-dir", str(tmp_path / "dist"), SKD_CUDA="off")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    wanted |= {"LICENSE", "setup.py", "skd/py.typed", "skd_kernels/py.typed", "skd_kernels/_native.py"}
+    assert wanted <= names
+    assert not [name for name in names if name.endswith(".so") or name.startswith("tests/golden")]
