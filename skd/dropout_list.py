@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from skd.cost import CostModel
+from skd.prices import CostModel
 
 
 @dataclass(frozen=True)

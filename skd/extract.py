@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from skd.architecture import ModuleInfo
-from skd.cost import check_convention
+from skd.prices import check_convention
 from skd.supernet import SuperBlock, SuperNet, check_supernet
 
 

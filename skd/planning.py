@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from skd.cost import check_convention, planning_macs_per_unit
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
+from skd.prices import check_convention, planning_macs_per_unit
 from skd.supernet import SuperNet, check_supernet
 
 # Two scores closer than this are equal: sums of the same numbers differ in their last bits.

@@ -13,8 +13,8 @@ from torch import nn
 
 from skd.architecture import ModuleInfo, describe
 from skd.construction import remember_construction
-from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
+from skd.prices import CostModel, cost_model
 from skd_kernels import masked_attention, masked_mlp
 
 Width = int | torch.Tensor

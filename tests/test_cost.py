@@ -12,7 +12,7 @@ from helpers import tiny_vit
 from torch.utils.flop_counter import FlopCounterMode
 
 import skd
-from skd.cost import planning_macs_per_unit
+from skd.prices import planning_macs_per_unit
 
 # Published whole-model MACs and the planner's per-module MACs (linear convention), N = 197.
 PUBLISHED = {

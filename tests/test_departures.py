@@ -22,7 +22,7 @@ import skd
 import skd_kernels
 from skd.architecture import describe
 from skd.convert import WpacStatistics, collect
-from skd.cost import planning_macs_per_unit
+from skd.prices import planning_macs_per_unit
 
 IMAGES = 160  # the five batches of 32 of the published passes
 

@@ -24,7 +24,7 @@ from golden_data import (
 
 import skd
 from skd.architecture import describe
-from skd.cost import cost_model, planning_macs_per_unit
+from skd.prices import cost_model, planning_macs_per_unit
 
 EXACT = 1e-8
 BATCH = 32
