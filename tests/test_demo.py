@@ -21,12 +21,13 @@ ROW = {"entry", "macs", "macs_fraction", "macs_linear", "params", "top1"}
 
 
 def short_demo(out: Path, seed: int = 0) -> tuple[dict[str, Any], str]:
-    """Two epochs, 128 calibration images; the summary and what was printed."""
+    """One epoch, 128 calibration images, fewer budgets; the summary and what was printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CALIBRATION_IMAGES", 128)
         patch.setattr(demo, "RANDOM_DRAWS", 1)
+        patch.setattr(demo, "BUDGETS", (1.0, 0.75, 0.5, 0.25))
         console = Console(file=io.StringIO(), width=100)
-        summary = demo.run_demo(out, seed=seed, epochs=2, console=console)
+        summary = demo.run_demo(out, seed=seed, epochs=1, console=console)
     return summary, console.file.getvalue()
 
 
