@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-import warnings
 from typing import Any
 
 import numpy as np
@@ -189,8 +188,10 @@ def _first_rows(layer: nn.Linear, full: int, width: int) -> nn.Linear:
 def _linear_like(layer: nn.Linear, rows: int, columns: int, bias: bool) -> nn.Linear:
     """A Linear of another size, uninitialised, with the dtype, device, mode and grad flag of `layer`."""
     weight = layer.weight
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        linear = nn.utils.skip_init(nn.Linear, columns, rows, bias=bias, device=weight.device, dtype=weight.dtype)
+    linear = nn.Linear(1, 1, bias=bias, device="meta")  # nothing to initialise, and no random number drawn
+    linear.in_features, linear.out_features = columns, rows
+    linear.weight = nn.Parameter(weight.new_empty(rows, columns))
+    if bias:
+        linear.bias = nn.Parameter(weight.new_empty(rows))
     linear.requires_grad_(weight.requires_grad).train(layer.training)
     return linear
