@@ -24,7 +24,7 @@ with kernels.use("compiled"):
 with kernels.use("reference"):
     reference = kernels.weighted_covariance(x, grad), kernels.taylor_scores(x, grad)
 for a, b in zip(compiled, reference):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert (a - b).norm() <= 1e-6 * b.norm()
 info = kernels.build_info()
 print(f"ok: built with torch {info['built_with_torch']}, runs under {torch.__version__}")
 PY
