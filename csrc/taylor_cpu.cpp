@@ -43,22 +43,23 @@ SKD_INLINE void add_rows(const T* x, const T* grad, int64_t x_stride, int64_t gr
     for (int64_t d = 0; d < dims; ++d) sum[d] += term<Squared, A>(load(x[d]), load(grad[d]));
 }
 
-#define SKD_ADD(T, A)                                                                                               \
-  SKD_CLONES void add(const T* x, const T* grad, int64_t x_stride, int64_t grad_stride, int64_t tokens, int64_t dims, \
-                      bool squared, A* sum) {                                                                       \
-    if (squared)                                                                                                    \
-      add_rows<true, T, A>(x, grad, x_stride, grad_stride, tokens, dims, sum);                                      \
-    else                                                                                                            \
-      add_rows<false, T, A>(x, grad, x_stride, grad_stride, tokens, dims, sum);                                     \
+#define SKD_ADD(T, A)                                                                                                 \
+  SKD_CLONES void add(const T* x, const T* grad, int64_t x_stride, int64_t grad_stride, int64_t tokens, int64_t dims,  \
+                      A* sum) {                                                                                       \
+    add_rows<false, T, A>(x, grad, x_stride, grad_stride, tokens, dims, sum);                                         \
+  }                                                                                                                   \
+  SKD_CLONES void add_squares(const T* x, const T* grad, int64_t x_stride, int64_t grad_stride, int64_t tokens,        \
+                              int64_t dims, double* sum) {                                                            \
+    add_rows<true, T, double>(x, grad, x_stride, grad_stride, tokens, dims, sum);                                     \
   }
-// Squares of small half-precision products leave the range of float32: those are summed in float64.
 SKD_ADD(float, float)
 SKD_ADD(BFloat16, float)
 SKD_ADD(Float16, float)
 SKD_ADD(double, double)
 
-template <typename T, typename A>
-void run(const Tensor& x, const Tensor& grad, bool squared, double* scores) {
+// Sums of type A within a block of tokens, by `add_block`; float64 across blocks.
+template <typename T, typename A, typename Add>
+void sum_tokens(const Tensor& x, const Tensor& grad, double* scores, Add add_block) {
   const int64_t tokens = x.size(0), dims = x.size(1);
   const int64_t splits = std::clamp<int64_t>(tokens / kTokensPerTask, 1, kMaxSplits);
   std::vector<double> partial(splits * dims, 0.0);
@@ -68,15 +69,24 @@ void run(const Tensor& x, const Tensor& grad, bool squared, double* scores) {
       const int64_t last = tokens * (split + 1) / splits;
       for (int64_t token = tokens * split / splits; token < last; token += kBlock) {
         std::fill(sum.begin(), sum.end(), A(0));
-        add(static_cast<const T*>(x.const_data_ptr()) + token * x.stride(0),
-            static_cast<const T*>(grad.const_data_ptr()) + token * grad.stride(0), x.stride(0), grad.stride(0),
-            std::min(kBlock, last - token), dims, squared, sum.data());
+        add_block(static_cast<const T*>(x.const_data_ptr()) + token * x.stride(0),
+                  static_cast<const T*>(grad.const_data_ptr()) + token * grad.stride(0), x.stride(0), grad.stride(0),
+                  std::min(kBlock, last - token), dims, sum.data());
         for (int64_t d = 0; d < dims; ++d) partial[split * dims + d] += sum[d];
       }
     }
   });
   for (int64_t split = 0; split < splits; ++split)
     for (int64_t d = 0; d < dims; ++d) scores[d] += partial[split * dims + d];
+}
+
+// Squares of small products leave the range of float32: those are formed and summed in float64.
+template <typename T, typename A>
+void run(const Tensor& x, const Tensor& grad, bool squared, double* scores) {
+  if (squared)
+    sum_tokens<T, double>(x, grad, scores, [](auto... arguments) { add_squares(arguments...); });
+  else
+    sum_tokens<T, A>(x, grad, scores, [](auto... arguments) { add(arguments...); });
 }
 
 // x, grad (T, D) with unit stride along D. Returns (D) float64.

@@ -16,7 +16,7 @@ import torch
 
 from skd.architecture import ModuleInfo, describe
 from skd.supernet import SuperBlock, SuperNet
-from skd.taps import checked, frozen, tapped, total_cost
+from skd.taps import checked, frozen, probe, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments
 
 CENTERINGS = ("dataset", "batch")
@@ -97,14 +97,12 @@ def _report_skipped(statistics: WpacStatistics) -> None:
 @torch.no_grad()
 def _check_function(model: Any, supernet: SuperNet) -> None:
     """A model with a forward of its own (a subclass, a hook) is not what its modules say."""
-    parameter = next(model.parameters())
-    image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    image = image.to(parameter.device, parameter.dtype)
+    image = probe(model)
     with frozen(model), frozen(supernet):
         expected, found = model(image).double(), supernet(image).double()
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     # Far above rounding: what a foreign forward changes is not small.
-    if error > (1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.2):
+    if error > (1e-3 if image.dtype in (torch.float32, torch.float64) else 0.2):
         raise ValueError(
             f"model is a {type(model).__name__} whose forward is not that of its modules: its output and that of its "
             f"super-network differ by {error:.1e}; a subclass with a forward of its own and hooks are not supported"

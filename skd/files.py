@@ -35,7 +35,7 @@ from skd.construction import build, construction
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.supernet import SuperNet
-from skd.taps import frozen
+from skd.taps import frozen, probe
 
 KEY = "skd"
 FORMAT = 1
@@ -200,8 +200,7 @@ def _verify(obj: Any, path: Path) -> None:
         _check_fit(copy, obj.state_dict())
     except Exception as reason:
         raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
-    image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    image = image.to(parameter.device, parameter.dtype)
+    image = probe(model)
     entries: list[dict[str, int]] = [{}]
     if isinstance(obj, SuperNet):
         entries.append({"entry": len(obj.dropout_list) - 1})

@@ -52,16 +52,18 @@ def importance(
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
         for images, labels in checked(model, batches if progress is None else progress(batches)):
+            with torch.no_grad():
+                reference = supernet(images) if top1.headless or labels is None else None
+            if labels is None and reference is not None and not top1.headless:
+                labels = reference.argmax(-1)
+            top1.start(reference, labels, len(images))
             streams, output = _add_scores(supernet, current, images, labels, buffers)
             for total, buffer in zip(totals, buffers, strict=True):
                 if total is not None and buffer is not None:
                     total += buffer
                     buffer.zero_()
-            needs_reference = top1.headless or labels is None
-            with torch.no_grad():
-                top1.start(supernet(images) if needs_reference else None, labels, len(images))
-                top1.add("all", output)
-                _count_skips(supernet, current, streams, top1)
+            top1.add("all", output)
+            _count_skips(supernet, current, streams, top1)
     scores, sensitivity = {}, {}
     correct = top1.correct("all")
     for index, info in enumerate(supernet.infos):
@@ -110,9 +112,6 @@ def _add_scores(
 
     Returns the residual stream that enters each module, and the output; both detached.
     """
-    if labels is None and supernet.model.num_classes:
-        with torch.no_grad():
-            labels = supernet(images).argmax(-1)
     x = supernet.embed(images).detach().requires_grad_()
     streams = []
     for index, width in enumerate(widths):

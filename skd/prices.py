@@ -58,7 +58,7 @@ def check_convention(convention: str) -> str:
 
 def cost_model(model: Any, infos: tuple[ModuleInfo, ...]) -> CostModel:
     """The price list of a timm VisionTransformer at its present widths."""
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    tokens = _tokens(model)
     base_linear, base_full = _outside_macs(model)
     rows = []
     for info in infos:
@@ -87,7 +87,7 @@ def planning_macs_per_unit(
     norm, and the activation once, where the whole-model figure counts it twice.
     """
     row = CONVENTIONS.index(check_convention(convention))
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    tokens = _tokens(model)
     shares = {}
     for index, info in enumerate(infos):
         if info.full_width == 0:
@@ -100,6 +100,11 @@ def planning_macs_per_unit(
         fixed = int(costs.macs_fixed[index]) - norm
         shares[info.name] = (per_unit * info.full_width + fixed) / info.full_width
     return shares
+
+
+def _tokens(model: Any) -> int:
+    """Tokens in the blocks."""
+    return int(model.patch_embed.num_patches + model.num_prefix_tokens)
 
 
 def _attention_prices(block: Any, info: ModuleInfo) -> tuple[int, int, int, int, int]:
@@ -172,14 +177,13 @@ def _outside_macs(model: Any) -> tuple[int, int]:
 
 def _meta_forward(model: Any) -> None:
     """Run everything but the blocks on tensors without data."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    outside = {name: torch.empty_like(t, device="meta") for name, t in tensors if not name.startswith("blocks.")}
     height, width = model.patch_embed.img_size
     dtype = next(model.parameters()).dtype
     image = torch.empty(1, model.in_chans, height, width, device="meta", dtype=dtype)
     blocks, model.blocks = model.blocks, nn.Sequential()
     try:
-        outside = {name: tensor for name, tensor in meta.items() if not name.startswith("blocks.")}
         with torch.no_grad():
             functional_call(model, outside, (image,))
     finally:
@@ -207,8 +211,6 @@ def _pool_attention_macs(model: Any) -> int:
     pool = model.attn_pool
     if pool is None:
         return 0
-    tokens: int = model.patch_embed.num_patches
-    if model.pool_include_prefix:
-        tokens += model.num_prefix_tokens
+    tokens: int = _tokens(model) if model.pool_include_prefix else model.patch_embed.num_patches
     queries = pool.latent_len if isinstance(pool, AttentionPoolLatent) else tokens
     return 2 * queries * tokens * int(model.embed_dim)

@@ -81,6 +81,13 @@ def _hidden_hook(info: ModuleInfo, consume: Consumer) -> Any:
     return hook
 
 
+def probe(model: Any) -> torch.Tensor:
+    """One random image, the same each time, as `model` takes it: to compare two networks by."""
+    parameter = next(model.parameters())
+    image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    return image.to(parameter.device, parameter.dtype)
+
+
 def total_cost(model: Any, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """The cost whose gradients METHOD uses, summed over the batch.
 

@@ -106,6 +106,17 @@ def test_nan_and_infinity_propagate(implementation: str) -> None:
         assert not scores[13].isfinite() and scores.isfinite().sum() == 23
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squares_of_small_products_do_not_underflow(dtype: torch.dtype, implementation: str) -> None:
+    """1e-15 times 1e-15, squared, is below the smallest float32."""
+    x, grad = (1e-15 * tensor.double() for tensor in pair(200, 8))
+    with kernels.use(implementation):
+        found = kernels.taylor_scores(x.to(dtype), grad.to(dtype), power=2)
+    expected = (x.to(dtype).double() * grad.to(dtype).double()).square().sum(0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     x, grad = pair(9000, 5, 24, dtype=torch.float32)
     before = torch.get_num_threads()
