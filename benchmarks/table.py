@@ -65,13 +65,19 @@ def operation_table(operations: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def split(text: str) -> tuple[str, str, str]:
-    """The text before the table, the table, and the text after it."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the table belongs between the lines {BEGIN} and {END}; each must be there once, in order")
-    before, rest = text.split(BEGIN)
-    inside, after = rest.split(END)
+def split(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
+    """The text before the table between two markers, the table, and the text after it."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the table belongs between the lines {begin} and {end}; each must be there once, in order")
+    before, rest = text.split(begin)
+    inside, after = rest.split(end)
     return before, inside.strip(), after
+
+
+def rewrite(path: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put `table` between the markers of a file."""
+    before, _, after = split(path.read_text(), begin, end)
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,8 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.write is None:
             print(text)
         else:
-            before, _, after = split(args.write.read_text())
-            args.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+            rewrite(args.write, text)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 """The table of supported architectures, made from the code: what `skd.architecture.describe` says of every name.
 
-python tests/make_architecture_table.py                      print it
-python tests/make_architecture_table.py --write README.md    put it between the file's two marker lines
+PYTHONPATH=. python tests/make_architecture_table.py                      print it
+PYTHONPATH=. python tests/make_architecture_table.py --write README.md    put it between the file's two marker lines
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
+from benchmarks.table import rewrite
 from skd.architecture import ModuleInfo, describe
 
 BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
@@ -142,15 +143,6 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def split(text: str) -> tuple[str, str, str]:
-    """The text before the table, the table, and the text after it."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the table belongs between the lines {BEGIN} and {END}; each must be there once, in order")
-    before, rest = text.split(BEGIN)
-    inside, after = rest.split(END)
-    return before, inside.strip(), after
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the table of supported architectures.")
     parser.add_argument("--write", type=Path, metavar="FILE", help="rewrite the table between FILE's markers")
@@ -158,8 +150,7 @@ def main() -> None:
     if path is None:
         print(table())
         return
-    before, _, after = split(path.read_text())
-    path.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+    rewrite(path, table(), BEGIN, END)
 
 
 if __name__ == "__main__":
