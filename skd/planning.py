@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -142,21 +142,35 @@ def plan(
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs)
     steps: Iterable[int] = range(1, rounds + 1)
     for step in steps if progress is None else progress(steps):
-        operations = propose(supernet, batches, grown, convention=convention)
-        grown = grown.extended(operations, target * total * step / rounds)
+        proposal = propose(supernet, batches, grown, convention=convention)
+        grown = grown.extended(proposal.operations, target * total * step / rounds)
     return grown
+
+
+class Proposal(NamedTuple):
+    """What one round found at the widths of the last entry.
+
+    Attributes:
+        operations: as `rank_operations` gives them.
+        scores, sensitivity: as `importance` gives them.
+    """
+
+    operations: list[Operation]
+    scores: dict[str, np.ndarray]
+    sensitivity: dict[str, float]
 
 
 def propose(
     supernet: SuperNet, batches: Iterable[Any], current: DropoutList, *, convention: str = "full"
-) -> list[Operation]:
+) -> Proposal:
     """One round: importance at the last entry of `current`, ranked into operations."""
     widths = current.entry(len(current) - 1)
     scores, sensitivity = importance(supernet, batches, widths=list(widths.values()))
-    return rank_operations(
+    operations = rank_operations(
         scores,
         sensitivity,
         planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, convention),
         {info.name: info.group_size for info in supernet.infos},
         widths,
     )
+    return Proposal(operations, scores, sensitivity)

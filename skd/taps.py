@@ -105,10 +105,8 @@ def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterat
     """The batches on the model's device and in its dtype, each checked.
 
     Raises:
-        ValueError: no batch at all, not (images, labels), images of a wrong shape, labels of a wrong shape or out of
-            range of the head; the message has the number of the batch.
+        ValueError: no batch at all, or one that `checked_batch` refuses; the message has the number of the batch.
     """
-    parameter = next(model.parameters())
     seen = False
     try:
         iterator = iter(batches)
@@ -117,19 +115,29 @@ def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterat
             f"{name} is a {type(batches).__name__}; it must be an iterable of (images, labels)"
         ) from None
     for index, batch in enumerate(iterator):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ValueError(f"{name}[{index}] is a {type(batch).__name__}; it must be (images, labels)")
-        images, labels = batch
-        try:
-            check_images(model, images)
-            labels = _check_labels(model, labels, len(images))
-        except ValueError as error:
-            raise ValueError(f"{name}[{index}]: {error}") from None
         seen = True
-        images = _usable(images).to(parameter.device, parameter.dtype)
-        yield images, None if labels is None else _usable(labels).to(parameter.device)
+        yield checked_batch(model, batch, f"{name}[{index}]")
     if not seen:
         raise ValueError(f"{name} has no batch; it must yield at least one (images, labels)")
+
+
+def checked_batch(model: Any, batch: Any, name: str) -> Batch:
+    """One batch on the model's device and in its dtype.
+
+    Raises:
+        ValueError: not (images, labels), images of a wrong shape, labels of a wrong shape or out of range.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"{name} is a {type(batch).__name__}; it must be (images, labels)")
+    images, labels = batch
+    try:
+        check_images(model, images)
+        labels = _check_labels(model, labels, len(images))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    parameter = next(model.parameters())
+    images = _usable(images).to(parameter.device, parameter.dtype, non_blocking=True)
+    return images, None if labels is None else _usable(labels).to(parameter.device, non_blocking=True)
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,81 @@
+"""The accuracy-MACs curve of a super-network: its sub-networks on a grid of budgets, in one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from skd.evaluate import evaluate
+from skd.extract import choose_entry
+from skd.supernet import SuperNet
+
+Rows = list[dict[str, Any]]
+
+
+def entries_within(supernet: SuperNet, budgets: Iterable[float]) -> dict[float, int]:
+    """The largest sub-network within each share of the full MACs; budgets below the smallest are left out."""
+    sizes = supernet.costs.macs(supernet.dropout_list.widths)
+    smallest = int(sizes[-1]) / int(sizes[0])
+    return {budget: choose_entry(supernet, macs=float(budget)) for budget in budgets if budget >= smallest}
+
+
+def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
+    """Cost of each entry: entry, macs (full convention), macs_fraction, macs_linear, params."""
+    widths = supernet.dropout_list.widths[list(entries)]
+    macs, linear = supernet.costs.macs(widths), supernet.costs.macs(widths, "linear")
+    params = supernet.costs.params(widths)
+    full = int(supernet.costs.macs(supernet.widths()))
+    return [
+        {
+            "entry": int(entry),
+            "macs": int(macs[row]),
+            "macs_fraction": int(macs[row]) / full,
+            "macs_linear": int(linear[row]),
+            "params": int(params[row]),
+        }
+        for row, entry in enumerate(entries)
+    ]
+
+
+def measure_curve(
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    budgets: Iterable[float],
+    *,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Rows:
+    """Top-1 of the largest sub-network within each budget.
+
+    Args:
+        supernet: with its dropout list.
+        batches: as for `skd.evaluate`; read once for all sub-networks.
+        budgets: shares of the full network's MACs (full convention).
+        progress: wraps the batches.
+
+    Returns:
+        One row per budget that a sub-network meets, in the order given: "budget", those of `sizes_of`, and "top1" in
+        percent.
+    """
+    chosen = entries_within(supernet, budgets)
+    entries = list(chosen.values())
+    top1 = evaluate(supernet, batches, entries=entries, progress=progress) if entries else []
+    rows = sizes_of(supernet, entries)
+    return [
+        {"budget": budget, **row, "top1": accuracy} for budget, row, accuracy in zip(chosen, rows, top1, strict=True)
+    ]
+
+
+def area(rows: Rows, budgets: Sequence[float]) -> float:
+    """Mean top-1 over the range of `budgets`, in percent: the area under the accuracy-MACs curve.
+
+    Trapezoids between the budgets; a budget that no sub-network meets counts as 0, so that lists of different length
+    can be compared.
+    """
+    grid = np.unique(np.asarray(budgets, dtype=float))
+    known = {row["budget"]: row["top1"] for row in rows}
+    top1 = np.array([known.get(budget, 0.0) for budget in grid.tolist()])
+    if len(grid) == 1:
+        return float(top1[0])
+    return float((np.diff(grid) * (top1[1:] + top1[:-1]) / 2).sum() / (grid[-1] - grid[0]))

@@ -1,0 +1,23 @@
+"""Training a super-network (PIAD) and fine-tuning what was cut out of it.
+
+config.py       every setting, with its published value
+loop.py         `train` and `finetune`
+trainer.py      one run: epochs, steps, evaluation
+batches.py      the batches of an epoch, from any place in it
+state.py        putting a run away, and taking it up
+checkpoints.py  files that appear whole or not at all
+dropping.py     stochastic depth with counted masks
+mixing.py       Mixup, CutMix and the loss
+decay.py        weight decay by inclusion probability
+history.py      what happened, epoch by epoch
+report.py       the same for people: Markdown and plots
+screen.py       bars and lines
+stopping.py     signals, and the ways a run ends early
+"""
+
+from skd.training.config import TrainConfig, finetune_config
+from skd.training.history import History
+from skd.training.loop import finetune, train
+from skd.training.stopping import Diverged, Stopped
+
+__all__ = ["Diverged", "History", "Stopped", "TrainConfig", "finetune", "finetune_config", "train"]

@@ -1,0 +1,119 @@
+"""Checkpoints of a training run: safetensors files that appear whole or not at all; nothing is pickled.
+
+Tensors: "model.*" and "ema.*" with timm's names, "optimizer.STATE.*" per parameter. The JSON under the metadata key
+"skd-checkpoint" has everything else: where the run is, its settings, dropout list, history. Random numbers need no
+place in it, because they are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from skd.outputs import replacing
+
+KEY = "skd-checkpoint"
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{9})\.safetensors")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}.safetensors"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted((path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def write(folder: Path, step: int, tensors: dict[str, torch.Tensor], header: dict[str, Any], keep: int) -> Path:
+    """Write one checkpoint atomically, then delete all but the newest `keep`.
+
+    Raises:
+        OSError: it cannot be written (a full disk); the earlier checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, step)
+    header = header | {"format": FORMAT, "step": step}
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(on_cpu, temporary, metadata={KEY: json.dumps(header)})
+    except (SafetensorError, OSError) as error:
+        last = checkpoints(folder)
+        whole = f"the last whole checkpoint is {last[0]}" if last else "there is no earlier checkpoint"
+        raise OSError(f"checkpoint {path} could not be written: {error}; {whole}") from None
+    for old in checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, header) of one checkpoint.
+
+    Raises:
+        ValueError: damaged, or not a checkpoint of this version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = json.loads(metadata[KEY])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} is damaged: {error}") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {header.get('format')}; this version of skd reads {FORMAT}")
+    return tensors, header
+
+
+def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None; a damaged one is passed over with a warning."""
+    for path in checkpoints(folder):
+        try:
+            return read(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; going on from an earlier one", stacklevel=3)
+    return None
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[int, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """State of an optimizer by parameter name: its tensors, and its plain numbers."""
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for parameter, state in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{key}.{name}"] = value
+            elif isinstance(value, int | float | bool) or value is None:
+                numbers.setdefault(name, {})[key] = value
+            else:
+                raise ValueError(f"opt: the state of {type(optimizer).__name__} has a {type(value).__name__}, {key}")
+    return tensors, numbers
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: dict[int, str],
+    tensors: dict[str, torch.Tensor],
+    numbers: dict[str, dict[str, Any]],
+) -> None:
+    """The inverse of `optimizer_tensors`; settings of the parameter groups stay as they are."""
+    state = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {names[id(parameter)]: index for index, parameter in enumerate(parameters)}
+    restored: dict[int, dict[str, Any]] = {places[name]: dict(values) for name, values in numbers.items()}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, field, name = key.split(".", 2)
+            restored.setdefault(places[name], {})[field] = tensor
+    # load_state_dict puts each tensor where, and in the dtype that, its parameter wants it.
+    optimizer.load_state_dict({"state": restored, "param_groups": state["param_groups"]})

@@ -1,0 +1,56 @@
+"""Weight decay in proportion to how often a coordinate takes part: ``decay="expected"`` (METHOD 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from skd.architecture import ModuleInfo
+from skd.dropout_list import DropoutList
+from skd.supernet import SuperNet
+
+
+def inclusion(dropout_list: DropoutList, module: int, full_width: int) -> np.ndarray:
+    """P, (full_width,): the share of entries that include each coordinate of one module."""
+    widths = dropout_list.widths[:, module]
+    return (np.arange(full_width)[:, None] < widths[None, :]).mean(1)
+
+
+class ExpectedDecay:
+    """``p *= 1 - lr * weight_decay * P`` with P the inclusion probability of p's coordinate under the list.
+
+    The published way decays every coordinate at every step, so what is rarely drawn shrinks for want of gradients.
+    """
+
+    def __init__(self, supernet: SuperNet, parameters: Sequence[torch.Tensor], weight_decay: float) -> None:
+        self.supernet, self.parameters, self.weight_decay = supernet, list(parameters), weight_decay
+        self.update()
+
+    def update(self) -> None:
+        """Take P from the present dropout list; call it whenever the list has grown."""
+        shares: dict[int, torch.Tensor] = {}
+        for index, info in enumerate(self.supernet.infos):
+            if info.full_width:
+                block = self.supernet.model.blocks[info.block]
+                own = inclusion(self.supernet.dropout_list, index, info.full_width)
+                shares |= _by_parameter(block, info, torch.from_numpy(own))
+        one = torch.ones(())
+        self.shares = [shares.get(id(p), one).to(p.device, p.dtype) for p in self.parameters]
+
+    @torch.no_grad()
+    def apply(self, lr: float) -> None:
+        for parameter, share in zip(self.parameters, self.shares, strict=True):
+            parameter.mul_(1 - lr * self.weight_decay * share)
+
+
+def _by_parameter(block: Any, info: ModuleInfo, share: torch.Tensor) -> dict[int, torch.Tensor]:
+    """`share` laid out along the rows or columns that each weight of the module has for its coordinates."""
+    if info.kind == "attn":
+        columns = share.repeat(info.num_heads)
+        return {id(block.attn.qkv.weight): columns.repeat(3)[:, None], id(block.attn.proj.weight): columns[None]}
+    inputs = [getattr(block.mlp, name).weight for name in info.inputs]
+    rows = {id(weight): share.repeat(len(weight) // info.full_width)[:, None] for weight in inputs}
+    return rows | {id(getattr(block.mlp, info.output).weight): share[None]}

@@ -1,0 +1,161 @@
+"""`skd.train` and `skd.finetune`: training runs from Python; the command line calls the same functions."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skd.architecture import describe
+from skd.outputs import output_folder, write_json
+from skd.supernet import SuperBlock, SuperNet, check_supernet
+from skd.training.checkpoints import checkpoints
+from skd.training.config import TrainConfig, finetune_config
+from skd.training.history import History
+from skd.training.screen import Screen
+from skd.training.trainer import Trainer
+from skd_kernels import build_info
+
+RESUME = (None, "auto")
+
+
+def train(
+    supernet: SuperNet,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
+    config: TrainConfig | None = None,
+    *,
+    calibration: Iterable[Any] | None,
+    out: str | os.PathLike[str] | None = None,
+    resume: str | None = None,
+    console: Console | None = None,
+) -> History:
+    """Train a super-network by progressive importance-aware dropout (PIAD, METHOD 2), in place.
+
+    In each of the first epochs importance is measured on the calibration images and the dropout list grows; every
+    step draws one of its entries uniformly, the last included, and trains that sub-network.
+
+    Args:
+        supernet: from `skd.convert`. Its dropout list grows; at the end it holds the weights of the evaluated epoch
+            with the largest area under the accuracy-MACs curve (the average of the weights, where model_ema is on).
+        train_loader: batches (images (B, in_chans, H, W) float, labels (B,) int), augmented and preprocessed; Mixup
+            is applied here. Read once per epoch; ``set_epoch(epoch)`` is called where it exists. skd's own
+            (`skd.data.train_loader`) resume in the middle of an epoch without reading what was before; with those, or
+            a list, a run depends on the seed alone.
+        val_loader: batches to evaluate on; None: no evaluation, the last weights are kept.
+        config: settings; None: the paper's.
+        calibration: un-augmented batches of training images for importance (the paper: 1,024 images); read in each
+            epoch that grows the list, so not an iterator. May be None where progressive_epochs is 0.
+        out: folder for supernet.safetensors (the best so far), dropout_list.json, history.jsonl, run.json and
+            checkpoints/. None: nothing is written, and signals are left alone.
+        resume: "auto" goes on from the newest checkpoint in `out`, or starts where there is none. The run ends as if
+            it had never stopped: with the same weights, bit for bit, on a CPU.
+        console: where lines and bars go; None: standard error.
+
+    Returns:
+        What happened in each epoch.
+
+    Raises:
+        ValueError: bad settings, batches or labels; a headless network; `out` holds a run already; a checkpoint of
+            another run.
+        Diverged: the loss became NaN or infinite; names the last good checkpoint.
+        Stopped: SIGTERM or SIGINT, after a checkpoint was written.
+        OSError: something could not be written or read (full disk, vanished data set).
+    """
+    config = TrainConfig() if config is None else config
+    _check(supernet, train_loader, val_loader, config, calibration, resume)
+    folder = None if out is None else _run_folder(out, resume)
+    screen = Screen(console)
+    trainer = Trainer(supernet, train_loader, val_loader, config, calibration or (), folder, screen)
+    if resume is not None and trainer.resume():
+        screen.line(f"going on after epoch {trainer.epoch}, step {trainer.step}")
+    history = trainer.run()
+    if folder is not None:
+        write_json(folder / "run.json", _record(history, config))
+    return history
+
+
+def finetune(
+    model: Any,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
+    config: TrainConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: str | None = None,
+    console: Console | None = None,
+) -> History:
+    """Train a plain model, such as an extracted sub-network (METHOD 3), in place.
+
+    Args:
+        model: a timm VisionTransformer; also a freshly initialised one. At the end it holds the weights of the best
+            evaluated epoch.
+        train_loader, val_loader, out, resume, console: as for `train`. `out` gets the model wrapped as a
+            super-network of one entry.
+        config: settings; None: `finetune_config()`, the paper's 30 epochs at 5e-5.
+
+    Returns, Raises:
+        as `train`.
+    """
+    if any(isinstance(block, SuperBlock) for block in getattr(model, "blocks", ())):
+        raise ValueError("model belongs to a SuperNet; fine-tune what skd.extract gives")
+    describe(model)
+    config = finetune_config() if config is None else config
+    if config.growing_epochs:
+        raise ValueError(
+            f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
+        )
+    supernet = SuperNet(copy.deepcopy(model))
+    history = train(
+        supernet, train_loader, val_loader, config, calibration=None, out=out, resume=resume, console=console
+    )
+    model.load_state_dict(supernet.state_dict())
+    return history
+
+
+def _check(
+    supernet: Any, train_loader: Any, val_loader: Any, config: Any, calibration: Any, resume: str | None
+) -> None:
+    """What can be wrong before any work."""
+    check_supernet(supernet)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config is a {type(config).__name__}; it must be a TrainConfig")
+    if supernet.model.num_classes == 0:
+        raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
+    if resume not in RESUME:
+        raise ValueError(f"resume is {resume!r}; it may be one of {RESUME}")
+    loaders = {"train_loader": train_loader, "val_loader": val_loader, "calibration": calibration}
+    for name, batches in loaders.items():
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"{name} is an iterator, empty after one pass; it must be a list, a DataLoader or the like"
+            )
+    if calibration is None and config.growing_epochs:
+        raise ValueError("calibration is None; importance needs un-augmented batches of training images")
+
+
+def _run_folder(out: str | os.PathLike[str], resume: str | None) -> Path:
+    folder = output_folder(out)
+    output_folder(folder / "checkpoints")
+    if resume is None and checkpoints(folder / "checkpoints"):
+        raise ValueError(
+            f"out is {str(folder)!r}, which holds a run already; resume it (auto), or choose another folder"
+        )
+    return folder
+
+
+def _record(history: History, config: TrainConfig) -> dict[str, Any]:
+    info = build_info()
+    return {
+        "original_top1": history.original_top1,
+        "best_epoch": history.best_epoch,
+        "area": history.area,
+        "curve": history.curve,
+        "seconds": sum(row["seconds"]["total"] for row in history.epochs),
+        "config": config.to_dict(),
+        "versions": {name: info[name] for name in ("skd", "python", "torch", "timm")},
+    }

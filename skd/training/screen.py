@@ -1,0 +1,84 @@
+"""What a run shows while it goes on: bars in a terminal, one line per epoch everywhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+
+class Seconds:
+    """Wall-clock seconds by name, and in all."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
+
+    def all(self) -> dict[str, float]:
+        return {**self.parts, "total": time.perf_counter() - self.start}
+
+
+class _Steps:
+    """The bar of one epoch; its text shows the loss."""
+
+    def __init__(self, progress: Progress, task: Any, title: str) -> None:
+        self.progress, self.task, self.title = progress, task, title
+
+    def advance(self, loss: float | None) -> None:
+        if loss is not None:
+            self.progress.update(self.task, description=f"{self.title}, loss {loss:.3f}")
+        self.progress.advance(self.task)
+
+
+class Screen:
+    """A console, and whether it can show bars."""
+
+    def __init__(self, console: Console | None) -> None:
+        self.console = Console(stderr=True) if console is None else console
+
+    def line(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def bar(self, items: Iterable[Any], description: str) -> Iterable[Any]:
+        """`items`, with a bar that goes away when they are through."""
+        total = len(items) if isinstance(items, Sized) else None
+        return track(
+            items,
+            description=description,
+            total=total,
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    @contextmanager
+    def steps(self, epoch: int, epochs: int, total: int | None, done: int) -> Iterator[_Steps]:
+        title = f"Epoch {epoch + 1}/{epochs}"
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        off = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
+            yield _Steps(progress, progress.add_task(title, total=total, completed=done), title)
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """One line for a finished epoch."""
+        speed = row["images"] / max(row["seconds"]["total"], 1e-9)
+        text = (
+            f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['entries']} "
+            f"sub-networks down to {row['macs_fraction']:.1%} of the MACs, {speed:.0f} images/s"
+        )
+        if row["curve"]:
+            points = "  ".join(f"{point['macs_fraction']:.0%}: {point['top1']:.1f}" for point in row["curve"])
+            text += f"\n  top-1 by MACs  {points};  area {row['area']:.2f}{' (best)' if row['best'] else ''}"
+        self.line(text)

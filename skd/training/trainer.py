@@ -1,0 +1,391 @@
+"""One training run: what it holds, what it does in an epoch, and how it is put away and taken up again."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.nn.utils import clip_grad_norm_
+
+from skd.curve import area, measure_curve
+from skd.data.counted import generator, seeded
+from skd.dropout_list import DropoutList
+from skd.files import load, save
+from skd.outputs import replacing
+from skd.planning import propose
+from skd.supernet import SuperNet
+from skd.taps import checked_batch
+from skd.training import checkpoints
+from skd.training.batches import start_epoch
+from skd.training.config import TrainConfig
+from skd.training.decay import ExpectedDecay
+from skd.training.dropping import DropPaths, drop_paths
+from skd.training.history import History, StepLog, drawn_means
+from skd.training.mixing import Mixing
+from skd.training.screen import Screen, Seconds
+from skd.training.state import capture, restore
+from skd.training.stopping import Diverged, Stopped, StopSignal, stop_signals
+
+
+class _StopNow(Exception):
+    """A signal was seen at a place where the run can be put away."""
+
+
+class Trainer:
+    """PIAD training of one super-network (METHOD 2); `run` does it all.
+
+    Attributes:
+        epoch, step_in_epoch: the next step's epoch, and how many steps of it are done.
+        step: optimizer steps done in all.
+        grown: the dropout list has been grown for this epoch.
+    """
+
+    def __init__(
+        self,
+        supernet: SuperNet,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        config: TrainConfig,
+        calibration: Iterable[Any],
+        folder: Path | None,
+        screen: Screen,
+    ) -> None:
+        self.supernet, self.config, self.folder, self.screen = supernet, config, folder, screen
+        self.train_loader, self.val_loader, self.calibration = train_loader, val_loader, calibration
+        self.device = next(supernet.parameters()).device
+        self.history = History()
+        self.epoch = self.step = self.step_in_epoch = 0
+        self.grown = False
+        self.sensitivity: dict[str, float] | None = None
+        self.best_state: dict[str, torch.Tensor] | None = None
+        self.log = StepLog(self.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.stop = StopSignal()
+        self.paths: DropPaths | None = None
+        self.mixing = Mixing(config, supernet.model.num_classes)
+        # Before stochastic depth is put in: the average is a super-network as convert made it.
+        self.ema: Any = None
+        if config.model_ema:
+            self.ema = ModelEmaV3(supernet, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+        self.names = {id(parameter): name for name, parameter in supernet.model.named_parameters()}
+        self._make_optimizer()
+
+    @property
+    def averaged(self) -> SuperNet:
+        """The network that is evaluated and saved."""
+        return self.supernet if self.ema is None else self.ema.module
+
+    def _make_optimizer(self) -> None:
+        config, model = self.config, self.supernet.model
+        never = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=never)
+        self.decay: ExpectedDecay | None = None
+        if config.decay == "expected":
+            decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
+            groups = [group | {"weight_decay": 0.0} for group in groups]
+            self.decay = ExpectedDecay(self.supernet, decayed, config.weight_decay)
+        try:
+            self.optimizer = create_optimizer_v2(
+                groups, opt=config.opt, lr=config.peak_lr, weight_decay=0.0, eps=config.opt_eps
+            )
+        except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"opt is {config.opt!r}; timm cannot make that optimizer: {error}") from None
+        self.steps_per_epoch = None
+        if isinstance(self.train_loader, Sized):
+            self.steps_per_epoch = len(self.train_loader) // config.grad_accum_steps
+        if config.sched_on_updates and not self.steps_per_epoch:
+            raise ValueError("sched_on_updates is true, but train_loader has no length")
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched="cosine",
+            num_epochs=config.epochs,
+            min_lr=min(config.min_lr, config.peak_lr),
+            warmup_lr=min(config.warmup_lr, config.peak_lr),
+            warmup_epochs=config.warmup,
+            step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=self.steps_per_epoch or 0,
+        )
+        self.amp_dtype = _amp_dtype(config.amp_dtype, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
+
+    # The run
+
+    def run(self) -> History:
+        """All epochs from where the run stands; the super-network then holds the weights that were kept."""
+        training = self.supernet.training
+        checkpointing = self.supernet.model.grad_checkpointing
+        self.supernet.model.set_grad_checkpointing(checkpointing or self.config.grad_checkpointing)
+        try:
+            with (
+                drop_paths(self.supernet, self.config.drop_path, self.config.seed) as self.paths,
+                stop_signals(self.folder is not None) as self.stop,
+            ):
+                self._run_epochs()
+        finally:
+            self.supernet.model.set_grad_checkpointing(checkpointing)
+            self.supernet.train(training)
+        if self.best_state is not None:
+            self.supernet.load_state_dict(self.best_state)
+        return self.history
+
+    def _run_epochs(self) -> None:
+        try:
+            if self.step == 0 and self.history.original_top1 is None:
+                self._measure_original()
+            while self.epoch < self.config.epochs:
+                self._run_epoch()
+        except _StopNow:
+            assert self.stop.number is not None
+            raise Stopped(self.stop.number, self.checkpoint()) from None
+
+    def _run_epoch(self) -> None:
+        seconds = Seconds()
+        if self.epoch < self.config.growing_epochs and not self.grown:
+            with seconds("importance"):
+                self._grow()
+        self._train_epoch(seconds)
+        summary = self.log.summary(self.supernet.dropout_list)
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": summary["loss"] / max(summary["count"], 1),
+            "images": summary["images"],
+            "entries": len(self.supernet.dropout_list),
+            "macs_fraction": float(self.supernet.dropout_list.macs[-1] / self.supernet.dropout_list.macs[0]),
+            "sensitivity": self.sensitivity,
+            "drawn": drawn_means(summary),
+            "curve": None,
+            "area": None,
+            "best": False,
+        }
+        last = self.epoch == self.config.epochs - 1
+        if last or (self.epoch + 1) % self.config.eval_every == 0:
+            with seconds("evaluate"):
+                self._evaluate(row)
+        self.history.epochs.append(row)
+        self.epoch, self.step_in_epoch, self.grown, self.sensitivity = self.epoch + 1, 0, False, None
+        self.log = StepLog(self.device)
+        row["seconds"] = seconds.all()
+        with seconds("checkpoint"):
+            self.checkpoint()
+        row["seconds"] = seconds.all()  # the copy in the checkpoint cannot know how long it took
+        self._write_records()
+        self.screen.epoch(row, self.config.epochs)
+
+    def _measure_original(self) -> None:
+        if self.val_loader is None:
+            return
+        rows = self._curve(self.supernet, (1.0,), "Evaluating the network before training")
+        top1 = rows[0]["top1"]
+        self.history.original_top1 = top1
+        self.screen.line(f"before training: {top1:.2f} % top-1")
+        expected = self.config.expected_top1
+        if expected is not None and abs(top1 - expected) > 0.5:
+            warnings.warn(
+                f"the network scores {top1:.2f} % before training, but {expected:.2f} % was expected: "
+                "are the weights, the preprocessing and the order of the classes right?",
+                stacklevel=4,
+            )
+
+    def _grow(self) -> None:
+        """One round of METHOD 2, steps 1-4, at the present raw weights; the list grows in place."""
+        current, costs = self.supernet.dropout_list, self.supernet.costs
+        batches = self._stoppable(self.calibration, "Measuring importance")
+        proposal = propose(self.supernet, batches, current, convention=self.config.convention)
+        total = int(costs.macs(self.supernet.widths(), self.config.convention))
+        share = self.config.target * (self.epoch + 1) / self.config.growing_epochs
+        grown = current.extended(proposal.operations, share * total)
+        self.use(grown)
+        self.grown, self.sensitivity = True, proposal.sensitivity
+
+    def use(self, dropout_list: DropoutList) -> None:
+        """`dropout_list` from now on, in the trained network and in its average."""
+        self.supernet.dropout_list = dropout_list
+        if self.ema is not None:
+            self.ema.module.dropout_list = dropout_list
+        if self.decay is not None:
+            self.decay.update()
+
+    # One epoch of steps
+
+    def _train_epoch(self, seconds: Seconds) -> None:
+        self.supernet.train()
+        accumulated = self.config.grad_accum_steps
+        batches = start_epoch(self.train_loader, self.config.seed, self.epoch, self.step_in_epoch * accumulated)
+        if not self.config.sched_on_updates:
+            self.scheduler.step(self.epoch)
+        with self.screen.steps(self.epoch, self.config.epochs, self.steps_per_epoch, self.step_in_epoch) as bar:
+            while True:
+                with seconds("data"):
+                    group = [
+                        checked_batch(self.supernet.model, batch, f"train_loader, epoch {self.epoch}")
+                        for batch in itertools.islice(batches, accumulated)
+                    ]
+                if len(group) < accumulated:
+                    break
+                with seconds("steps"):
+                    self._step(group)
+                self._after_step(bar)
+        if self.step_in_epoch == 0:
+            raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
+        self._check_finite()
+
+    def _step(self, group: list[Any]) -> None:
+        """Draw an entry, train it on one batch (in parts), update the weights and their average."""
+        if self.config.sched_on_updates:
+            self.scheduler.step_update(self.step)
+        entry = int(generator(self.config.seed, "entry", self.step).integers(len(self.supernet.dropout_list)))
+        images = sum(len(part) for part, _ in group)
+        self._check_batch_size(images)
+        start = self._now()
+        masks = None if self.paths is None else self.paths.masks(self.step, images)
+        loss = torch.zeros((), device=self.device)
+        done = 0
+        with seeded(self.config.seed, "step", self.step):
+            for part, labels in group:
+                if masks is not None and self.paths is not None:
+                    self.paths.set(masks[:, done : done + len(part)])
+                done += len(part)
+                part, targets = self.mixing(part, labels)
+                with self.autocast():
+                    share = self.mixing.loss(self.supernet(part, entry=entry), targets) * (len(targets) / images)
+                self.scaler.scale(share).backward()
+                loss += share.detach()
+        self._update()
+        self.finite &= torch.isfinite(loss)
+        self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+        if self.ema is not None:
+            self.ema.update(self.supernet, step=self.step)
+        end = self._now()
+        self.log.add(entry, loss, (start, end) if self.device.type == "cuda" else end - start, images)
+
+    def _update(self) -> None:
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.supernet.parameters(), self.config.clip_grad)
+        if self.decay is not None:
+            self.decay.apply(self.optimizer.param_groups[0]["lr"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _after_step(self, bar: Any) -> None:
+        # On a GPU reading the loss would wait for the step: look now and then.
+        if self.device.type != "cuda" or self.step % self.config.log_interval == 0:
+            self._check_finite()
+            bar.advance(self.log.last_loss())
+        else:
+            bar.advance(None)
+        if self.stop.number is not None:
+            raise _StopNow
+        if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
+            self.checkpoint()
+
+    def _check_finite(self) -> None:
+        if bool(self.finite):
+            return
+        known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
+        last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
+        raise Diverged(f"the loss is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
+
+    def _check_batch_size(self, images: int) -> None:
+        if self.step == 0 and self.config.lr is None and images != self.config.batch_size:
+            warnings.warn(
+                f"train_loader gives {images} images per step, but batch_size is {self.config.batch_size}: "
+                f"the learning rate, {self.config.peak_lr:.1e}, is for the latter",
+                stacklevel=5,
+            )
+
+    # Evaluation
+
+    def _evaluate(self, row: dict[str, Any]) -> None:
+        """The curve of the averaged weights; they are kept if its area is the largest so far."""
+        self._check_finite()
+        if self.val_loader is not None:
+            row["curve"] = self._curve(self.averaged, self.config.budgets, "Evaluating")
+            row["area"] = area(row["curve"], self.config.budgets)
+            best = self.history.area
+            if best is not None and row["area"] < best:  # of equals the later, which has trained longer
+                return
+        elif self.epoch < self.config.epochs - 1:
+            return
+        row["best"], self.history.best_epoch = True, self.epoch
+        for earlier in self.history.epochs:
+            earlier["best"] = False
+        state = self.averaged.state_dict()
+        self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+        if self.folder is not None:
+            save(self.averaged, self.folder / "supernet.safetensors")
+
+    def _curve(self, supernet: SuperNet, budgets: Iterable[float], description: str) -> list[dict[str, Any]]:
+        assert self.val_loader is not None
+        with self.autocast():
+            return measure_curve(supernet, self._stoppable(self.val_loader, description), budgets)
+
+    def _stoppable(self, batches: Iterable[Any], description: str) -> Iterator[Any]:
+        for batch in self.screen.bar(batches, description):
+            yield batch
+            if self.stop.number is not None:
+                raise _StopNow
+
+    # Files
+
+    def checkpoint(self) -> Path:
+        """Write where the run stands; nothing where there is no folder."""
+        if self.folder is None:
+            return Path()
+        self._check_finite()
+        return checkpoints.write(self.folder / "checkpoints", self.step, *capture(self), self.config.checkpoint_hist)
+
+    def resume(self) -> bool:
+        """Take up the newest checkpoint of the folder; False if there is none.
+
+        Raises:
+            ValueError: it is of a run with other settings, another network or other data.
+        """
+        assert self.folder is not None
+        found = checkpoints.newest(self.folder / "checkpoints")
+        if found is None:
+            return False
+        restore(self, *found)
+        if self.history.best_epoch is not None:
+            self.best_state = load(self.folder / "supernet.safetensors").state_dict()
+        return True
+
+    def _write_records(self) -> None:
+        """history.jsonl and dropout_list.json, whole each time."""
+        if self.folder is None:
+            return
+        for name, text in (
+            ("history.jsonl", self.history.to_jsonl()),
+            ("dropout_list.json", self.supernet.dropout_list.to_json() + "\n"),
+        ):
+            with replacing(self.folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
+
+def _amp_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
