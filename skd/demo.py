@@ -18,28 +18,39 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from timm.models.vision_transformer import VisionTransformer
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from skd import demo_report as report
 from skd.baselines import METHODS, reordered
 from skd.convert import convert
-from skd.data import PREPROCESSING, Batches, Split, batched, digits, shifted
+from skd.curve import Rows, sizes_of
+from skd.data import PREPROCESSING, Batches, Split, batched, digits, generator, shifted
 from skd.dropout_list import DropoutList
 from skd.evaluate import evaluate
 from skd.extract import choose_entry, extract
 from skd.files import save
 from skd.outputs import output_folder, replacing, write_json
-from skd.planning import plan
 from skd.supernet import SuperNet
+from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd_kernels import build_info
 
-EPOCHS = 50
-BATCH, LEARNING_RATE, WARMUP_EPOCHS = 128, 1e-3, 3
+EPOCHS, TRAIN_EPOCHS = 40, 24
+BATCH = 128
+# Of both trainings; images so small bear little augmentation, and networks so small no stochastic depth.
+RECIPE: dict[str, Any] = {
+    "batch_size": BATCH,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "sched_on_updates": True,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "drop_path": 0.0,
+    "model_ema": False,
+}
 CALIBRATION_IMAGES = 1024
 KEPT = (0.75, 0.5, 0.25)  # of every width, in the table of knowledge concentration
 RANDOM_DRAWS = 5
-BUDGETS = tuple(percent / 100 for percent in range(100, 10, -5))  # of the full network's MACs
+BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)  # of the full network's MACs
 SAVED = {"sub-75.safetensors": 0.75, "sub-50.safetensors": 0.5, "sub-25.safetensors": 0.25}
 FILES = ("summary.json", "curve.png", "supernet.safetensors", *SAVED)
 
@@ -57,6 +68,7 @@ def run_demo(
     *,
     seed: int = 0,
     epochs: int = EPOCHS,
+    train_epochs: int = TRAIN_EPOCHS,
     progress: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -67,6 +79,7 @@ def run_demo(
         seed: of everything random; on one kind of processor two runs with the same seed differ in nothing but
             "seconds".
         epochs: of the stand-in's training.
+        train_epochs: of the super-network's training.
         progress: show progress bars.
         console: where tables go; None: standard output.
 
@@ -76,45 +89,55 @@ def run_demo(
     Raises:
         ValueError: `out` cannot be written to, seed outside 0..2**32 - 1, epochs < 1.
     """
-    folder = _checked(out, seed, epochs)
+    folder = _checked(out, seed, {"epochs": epochs, "train_epochs": train_epochs})
     console = Console() if console is None else console
     bar = partial(track, console=console, disable=not (progress and console.is_terminal), transient=True)
     clock = report.Clock(console)
     with reproducible(seed):
-        return _run(folder, seed, epochs, console, bar, clock)
+        return _run(folder, seed, epochs, train_epochs, console, bar, clock)
 
 
-def _run(folder: Path, seed: int, epochs: int, console: Console, bar: Any, clock: report.Clock) -> dict[str, Any]:
+def _run(
+    folder: Path, seed: int, epochs: int, train_epochs: int, console: Console, bar: Any, clock: report.Clock
+) -> dict[str, Any]:
     """The stages, in order."""
     with clock("data"):
-        data = prepare_data(seed)
-    with clock("train"):
-        model = train_stand_in(data, seed, epochs, bar)
+        data = prepare_data()
+    with clock("stand_in"):
+        model = train_stand_in(data, seed, epochs, console)
     with clock("convert"):
         supernet = convert(model, data.calibration, progress=partial(bar, description="Converting"))
         errors = function_errors(model, supernet, data)
-    report.print_conversion(console, model, evaluate(model, data.test), errors)
+    before = evaluate(model, data.test)
+    report.print_conversion(console, model, before, errors)
     with clock("knowledge_concentration"):
         concentration = knowledge_concentration(model, data, seed, bar)
     report.print_concentration(console, concentration, RANDOM_DRAWS)
-    with clock("plan"):
-        supernet.dropout_list = plan(supernet, data.calibration, progress=partial(bar, description="Planning"))
+    untrained = copy.deepcopy(supernet)
+    with clock("train"):
+        history = train_supernet(supernet, data, seed, train_epochs, console)
     with clock("evaluate"):
         entries = entries_to_measure(supernet)
-        rows = measure(supernet, entries, data.test, bar)
-        original = measure(SuperNet(copy.deepcopy(model), supernet.dropout_list), entries, data.test, bar)
-    report.print_subnetworks(console, rows, original, len(supernet.dropout_list))
+        untrained.dropout_list = supernet.dropout_list
+        unsorted = SuperNet(copy.deepcopy(model), supernet.dropout_list)
+        networks = {"trained": supernet, "converted": untrained, "original_order": unsorted}
+        curves = {name: measure(network, entries, data.test, bar) for name, network in networks.items()}
+    rows = curves["trained"]
+    report.print_subnetworks(console, curves, len(supernet.dropout_list))
     with clock("write"):
         files = save_networks(supernet, folder)
         with replacing(folder / "curve.png") as temporary:
-            report.draw_curve(temporary, rows, original)
+            report.draw_curve(temporary, curves, before)
 
     summary = {
         "function_error": errors["fp32"],
         "function_error_fp64": errors["fp64"],
         "full": {key: value for key, value in rows[0].items() if key != "entry"},
         "subnetworks": rows,
-        "original_order": original,
+        "converted": curves["converted"],
+        "original_order": curves["original_order"],
+        "stand_in_top1": before,
+        "training": [{key: row[key] for key in ("epoch", "loss", "lr", "entries")} for row in history.epochs],
         "knowledge_concentration": concentration,
         "files": files,
         "dropout_list_entries": len(supernet.dropout_list),
@@ -122,6 +145,7 @@ def _run(folder: Path, seed: int, epochs: int, console: Console, bar: Any, clock
         "seconds": {**clock.seconds, "total": clock.total()},
         "seed": seed,
         "epochs": epochs,
+        "train_epochs": train_epochs,
         "versions": {name: build_info()[name] for name in ("skd", "python", "torch", "timm")},
     }
     write_json(folder / "summary.json", summary)
@@ -129,12 +153,13 @@ def _run(folder: Path, seed: int, epochs: int, console: Console, bar: Any, clock
     return summary
 
 
-def _checked(out: str | os.PathLike[str], seed: int, epochs: int) -> Path:
+def _checked(out: str | os.PathLike[str], seed: int, epochs: dict[str, int]) -> Path:
     """All that a user may have got wrong, before minutes of work."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it may be 0..2**32 - 1")
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; it must be at least 1")
+    for name, number in epochs.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1")
     folder = output_folder(out)
     for name in FILES:
         if (folder / name).is_dir():
@@ -159,9 +184,9 @@ def reproducible(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def prepare_data(seed: int) -> Data:
+def prepare_data() -> Data:
     """Digits, and the calibration images: the first of the (shuffled) training images, un-augmented."""
-    train, test = digits(seed)
+    train, test = digits()
     calibration = Split(train.images[:CALIBRATION_IMAGES], train.labels[:CALIBRATION_IMAGES])
     return Data(train, batched(calibration), batched(test))
 
@@ -186,25 +211,43 @@ def build_model() -> VisionTransformer:
     return model
 
 
-def train_stand_in(data: Data, seed: int, epochs: int, bar: Any) -> VisionTransformer:
-    """The network that takes the part of a pre-trained one: AdamW, cosine, label smoothing, shifts by a pixel."""
+class ShiftedBatches:
+    """Training batches in random order, each image moved by up to a pixel: a function of (seed, epoch)."""
+
+    def __init__(self, split: Split, size: int, seed: int) -> None:
+        self.split, self.size, self.seed = split, size, seed
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.split.labels) // self.size
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.epoch, self.start = epoch, start_batch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        seed = int(generator(self.seed, "digits", self.epoch).integers(2**63))
+        numbers = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.split.labels), generator=numbers)
+        for index, batch in enumerate(order.split(self.size)[: len(self)]):
+            images = shifted(self.split.images[batch], numbers)
+            if index >= self.start:
+                yield images, self.split.labels[batch]
+
+
+def train_stand_in(data: Data, seed: int, epochs: int, console: Console) -> VisionTransformer:
+    """The network that takes the part of a pre-trained one."""
     model = build_model()
-    generator = torch.Generator().manual_seed(seed)
-    train, steps = data.train, -(-len(data.train.labels) // BATCH)
-    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=epochs * steps, warmup_t=WARMUP_EPOCHS * steps, lr_min=1e-5, t_in_epochs=False
-    )
-    model.train()
-    for epoch in bar(range(epochs), description="Training the stand-in"):
-        order = torch.randperm(len(train.labels), generator=generator)
-        for step, batch in enumerate(order.split(BATCH)):
-            scheduler.step_update(epoch * steps + step)
-            optimizer.zero_grad()
-            loss(model(shifted(train.images[batch], generator)), train.labels[batch]).backward()
-            optimizer.step()
+    config = finetune_config(epochs=epochs, warmup_epochs=min(3, epochs - 1), eval_every=epochs, seed=seed, **RECIPE)
+    batches = ShiftedBatches(data.train, BATCH, seed)
+    finetune(model, batches, data.test, config, console=console, verbose=False)
     return model.eval()
+
+
+def train_supernet(supernet: SuperNet, data: Data, seed: int, epochs: int, console: Console) -> History:
+    """PIAD: a third of the epochs grow the dropout list. Evaluated at the end only, so no epoch is chosen by it."""
+    config = TrainConfig(epochs=epochs, warmup_epochs=0, eval_every=epochs, seed=seed + 1, **RECIPE)
+    batches = ShiftedBatches(data.train, BATCH, seed + 1)
+    return train(supernet, batches, data.test, config, calibration=data.calibration, console=console, verbose=False)
 
 
 def function_errors(model: VisionTransformer, supernet: SuperNet, data: Data) -> dict[str, float]:
@@ -258,23 +301,12 @@ def _within(supernet: SuperNet, budget: float) -> int:
     return choose_entry(supernet, macs=budget)
 
 
-def measure(supernet: SuperNet, entries: list[int], test: Batches, bar: Any) -> list[dict[str, Any]]:
+def measure(supernet: SuperNet, entries: list[int], test: Batches, bar: Any) -> Rows:
     """Cost and test accuracy of sub-networks, each extracted to a plain timm model first."""
-    widths = supernet.dropout_list.widths[entries]
-    macs, linear = supernet.costs.macs(widths), supernet.costs.macs(widths, "linear")
-    params = supernet.costs.params(widths)
-    full = int(supernet.dropout_list.macs[0])
-    return [
-        {
-            "entry": entry,
-            "macs": int(macs[row]),
-            "macs_fraction": int(macs[row]) / full,
-            "macs_linear": int(linear[row]),
-            "params": int(params[row]),
-            "top1": evaluate(extract(supernet, entry=entry), test),
-        }
-        for row, entry in enumerate(bar(entries, description="Evaluating sub-networks"))
-    ]
+    rows = sizes_of(supernet, entries)
+    for row in bar(rows, description="Evaluating sub-networks"):
+        row["top1"] = evaluate(extract(supernet, entry=row["entry"]), test)
+    return rows
 
 
 def save_networks(supernet: SuperNet, folder: Path) -> dict[str, int]:

@@ -22,6 +22,12 @@ _METHOD_NAMES = {
     "hessian": "Hessian 1/2 (x g)^2",
     "wpac": "WPAC",
 }
+# The same widths cut three ways, and how tables and plots call them.
+CURVES = {
+    "trained": "trained (WPAC, then PIAD)",
+    "converted": "converted only (WPAC)",
+    "original_order": "neither (original order)",
+}
 
 
 class Clock:
@@ -75,28 +81,20 @@ def _emphasised(value: float, strong: bool) -> str:
     return f"[bold]{value:.1f}[/]" if strong else f"{value:.1f}"
 
 
-def print_subnetworks(console: Console, rows: Rows, original: Rows, entries: int) -> None:
-    """One row per sub-network; "original order" has the same widths without WPAC."""
-    view = Table(title=f"{len(rows)} of {entries} nested sub-networks, no training")
-    for heading in (
-        "entry",
-        "MACs (full)",
-        "of full",
-        "MACs (linear)",
-        "parameters",
-        "top-1 (%)",
-        "original order (%)",
-    ):
+def print_subnetworks(console: Console, curves: dict[str, Rows], entries: int) -> None:
+    """One row per sub-network, one column of top-1 per curve."""
+    trained = curves["trained"]
+    view = Table(title=f"{len(trained)} of {entries} nested sub-networks: top-1 (%), the same widths three ways")
+    for heading in ("entry", "MACs (full)", "of full", "(linear)", "parameters", "WPAC+PIAD", "WPAC", "neither"):
         view.add_column(heading, justify="right")
-    for row, other in zip(rows, original, strict=True):
+    for index, row in enumerate(trained):
         view.add_row(
             str(row["entry"]),
             _millions(row["macs"]),
             f"{row['macs_fraction']:.1%}",
             _millions(row["macs_linear"]),
             f"{row['params']:,}",
-            f"{row['top1']:.1f}",
-            f"{other['top1']:.1f}",
+            *(f"{curves[name][index]['top1']:.1f}" for name in CURVES),
         )
     console.print(view)
 
@@ -105,39 +103,35 @@ def print_end(console: Console, folder: Path, names: Sequence[str], clock: Clock
     console.print(f"\nWrote {', '.join(names)} to {folder} in {clock.total():.0f} s", soft_wrap=True)
 
 
-def draw_curve(path: Path, rows: Rows, original: Rows) -> None:
-    """PNG of top-1 against MACs, in both conventions, of the sub-networks and of the same widths without WPAC."""
+def draw_curve(path: Path, curves: dict[str, Rows], before: float) -> None:
+    """PNG of top-1 against MACs, in both conventions, of `CURVES`; a line at the accuracy `before` conversion."""
     from matplotlib.figure import Figure
 
+    rows = curves["trained"]
     figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     macs = np.array([row["macs"] for row in rows]) / 1e6
     linear = np.array([row["macs_linear"] for row in rows]) / 1e6
-    axes.axhline(rows[0]["top1"], color="0.6", linewidth=1, linestyle=":", zorder=0)
+    axes.axhline(before, color="0.6", linewidth=1, linestyle=":", zorder=0)
     axes.annotate(
-        f"full network {rows[0]['top1']:.1f} %",
-        (macs[-1], rows[0]["top1"]),
-        xytext=(0, 4),
+        f"the network before conversion, {before:.1f} %",
+        (0, before),
+        xytext=(4, 4),
         textcoords="offset points",
         color="0.4",
         fontsize=8,
     )
-    axes.plot(macs, [row["top1"] for row in rows], "o-", color="C0", markersize=4, label="WPAC, planned widths")
-    axes.plot(
-        macs,
-        [row["top1"] for row in original],
-        "s--",
-        color="C1",
-        markersize=4,
-        label="the same widths, coordinates in their original order",
-    )
+    for (name, label), style in zip(CURVES.items(), ("o-C2", "^--C0", "s:C1"), strict=True):
+        axes.plot(
+            macs, [row["top1"] for row in curves[name]], style[:-2], color=style[-2:], markersize=4, label=label
+        )
     axes.axhline(10, color="0.6", linewidth=1, linestyle="-.", label="chance", zorder=0)
     axes.set(
         xlabel="MACs per image, full convention (millions)",
         ylabel="top-1 accuracy on test images (%)",
-        title="Digits: sub-networks of one super-network, no training",
+        title="Digits: sub-networks of one super-network, the same widths three ways",
         xlim=(0, macs[0] * 1.03),
-        ylim=(0, 104),
+        ylim=(0, 107),
     )
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=9)

@@ -33,6 +33,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     resume: str | None = None,
     console: Console | None = None,
+    verbose: bool = True,
 ) -> History:
     """Train a super-network by progressive importance-aware dropout (PIAD, METHOD 2), in place.
 
@@ -55,6 +56,7 @@ def train(
         resume: "auto" goes on from the newest checkpoint in `out`, or starts where there is none. The run ends as if
             it had never stopped: with the same weights, bit for bit, on a CPU.
         console: where lines and bars go; None: standard error.
+        verbose: a line per epoch; else only bars, in a terminal.
 
     Returns:
         What happened in each epoch.
@@ -69,14 +71,8 @@ def train(
     config = TrainConfig() if config is None else config
     _check(supernet, train_loader, val_loader, config, calibration, resume)
     folder = None if out is None else _run_folder(out, resume)
-    screen = Screen(console)
-    trainer = Trainer(supernet, train_loader, val_loader, config, calibration or (), folder, screen)
-    if resume is not None and trainer.resume():
-        screen.line(f"going on after epoch {trainer.epoch}, step {trainer.step}")
-    history = trainer.run()
-    if folder is not None:
-        write_json(folder / "run.json", _record(history, config))
-    return history
+    trainer = Trainer(supernet, train_loader, val_loader, config, calibration or (), folder, Screen(console, verbose))
+    return _run(trainer, resume)
 
 
 def finetune(
@@ -88,14 +84,15 @@ def finetune(
     out: str | os.PathLike[str] | None = None,
     resume: str | None = None,
     console: Console | None = None,
+    verbose: bool = True,
 ) -> History:
     """Train a plain model, such as an extracted sub-network (METHOD 3), in place.
 
     Args:
         model: a timm VisionTransformer; also a freshly initialised one. At the end it holds the weights of the best
             evaluated epoch.
-        train_loader, val_loader, out, resume, console: as for `train`. `out` gets the model wrapped as a
-            super-network of one entry.
+        train_loader, val_loader, out, resume, console, verbose: as for `train`; the best weights so far are in
+            model.safetensors.
         config: settings; None: `finetune_config()`, the paper's 30 epochs at 5e-5.
 
     Returns, Raises:
@@ -110,10 +107,22 @@ def finetune(
             f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
         )
     supernet = SuperNet(copy.deepcopy(model))
-    history = train(
-        supernet, train_loader, val_loader, config, calibration=None, out=out, resume=resume, console=console
-    )
+    _check(supernet, train_loader, val_loader, config, None, resume)
+    folder = None if out is None else _run_folder(out, resume)
+    trainer = Trainer(supernet, train_loader, val_loader, config, (), folder, Screen(console, verbose), plain=True)
+    history = _run(trainer, resume)
     model.load_state_dict(supernet.state_dict())
+    return history
+
+
+def _run(trainer: Trainer, resume: str | None) -> History:
+    if resume is not None and trainer.folder is None:
+        raise ValueError(f"resume is {resume!r}, but there is no `out` to go on in")
+    if resume is not None and trainer.resume():
+        trainer.screen.line(f"going on after {trainer.epoch} epochs, {trainer.step} steps")
+    history = trainer.run()
+    if trainer.folder is not None:
+        write_json(trainer.folder / "run.json", _record(history, trainer.config))
     return history
 
 

@@ -43,13 +43,15 @@ class _Steps:
 
 
 class Screen:
-    """A console, and whether it can show bars."""
+    """A console; without `verbose` it shows bars only, and those in a terminal only."""
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None, verbose: bool = True) -> None:
         self.console = Console(stderr=True) if console is None else console
+        self.verbose = verbose
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        if self.verbose:
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def bar(self, items: Iterable[Any], description: str) -> Iterable[Any]:
         """`items`, with a bar that goes away when they are through."""
@@ -74,10 +76,9 @@ class Screen:
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """One line for a finished epoch."""
         speed = row["images"] / max(row["seconds"]["total"], 1e-9)
-        text = (
-            f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.3f}, lr {row['lr']:.2e}, {row['entries']} "
-            f"sub-networks down to {row['macs_fraction']:.1%} of the MACs, {speed:.0f} images/s"
-        )
+        text = f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.3f}, lr {row['lr']:.2e}, {speed:.0f} images/s"
+        if row["entries"] > 1:
+            text += f", {row['entries']} sub-networks down to {row['macs_fraction']:.1%} of the MACs"
         if row["curve"]:
             points = "  ".join(f"{point['macs_fraction']:.0%}: {point['top1']:.1f}" for point in row["curve"])
             text += f"\n  top-1 by MACs  {points};  area {row['area']:.2f}{' (best)' if row['best'] else ''}"

@@ -19,12 +19,14 @@ class Stopped(RuntimeError):
 
     Attributes:
         signal: its number (SIGTERM, SIGINT).
+        interrupted: it was SIGINT, that is Ctrl-C.
         checkpoint: path of the checkpoint.
     """
 
     def __init__(self, number: int, checkpoint: Path) -> None:
         self.signal, self.checkpoint = number, checkpoint
         name = signal.Signals(number).name
+        self.interrupted = number == signal.SIGINT
         super().__init__(f"stopped by {name}; go on from {checkpoint} with --resume auto")
 
 

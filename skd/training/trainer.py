@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from skd.curve import area, measure_curve
 from skd.data.counted import generator, seeded
 from skd.dropout_list import DropoutList
+from skd.extract import extract
 from skd.files import load, save
 from skd.outputs import replacing
 from skd.planning import propose
@@ -46,6 +47,7 @@ class Trainer:
     Attributes:
         epoch, step_in_epoch: the next step's epoch, and how many steps of it are done.
         step: optimizer steps done in all.
+        plain: the network is a plain model in a super-network's clothes, and is saved as a plain model.
         grown: the dropout list has been grown for this epoch.
     """
 
@@ -58,8 +60,10 @@ class Trainer:
         calibration: Iterable[Any],
         folder: Path | None,
         screen: Screen,
+        plain: bool = False,
     ) -> None:
         self.supernet, self.config, self.folder, self.screen = supernet, config, folder, screen
+        self.plain = plain
         self.train_loader, self.val_loader, self.calibration = train_loader, val_loader, calibration
         self.device = next(supernet.parameters()).device
         self.history = History()
@@ -83,6 +87,12 @@ class Trainer:
     def averaged(self) -> SuperNet:
         """The network that is evaluated and saved."""
         return self.supernet if self.ema is None else self.ema.module
+
+    @property
+    def product(self) -> Path:
+        """The file with the best weights so far."""
+        assert self.folder is not None
+        return self.folder / ("model.safetensors" if self.plain else "supernet.safetensors")
 
     def _make_optimizer(self) -> None:
         config, model = self.config, self.supernet.model
@@ -237,19 +247,18 @@ class Trainer:
                 if len(group) < accumulated:
                     break
                 with seconds("steps"):
-                    self._step(group)
+                    self._check_batch_size(group)
+                    if self.config.sched_on_updates:
+                        self.scheduler.step_update(self.step)
+                    self.train_step(group, self._draw())
                 self._after_step(bar)
         if self.step_in_epoch == 0:
             raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
         self._check_finite()
 
-    def _step(self, group: list[Any]) -> None:
-        """Draw an entry, train it on one batch (in parts), update the weights and their average."""
-        if self.config.sched_on_updates:
-            self.scheduler.step_update(self.step)
-        entry = int(generator(self.config.seed, "entry", self.step).integers(len(self.supernet.dropout_list)))
+    def train_step(self, group: list[Any], entry: int) -> None:
+        """Train one entry on one batch, given in parts: update the weights and their average."""
         images = sum(len(part) for part, _ in group)
-        self._check_batch_size(images)
         start = self._now()
         masks = None if self.paths is None else self.paths.masks(self.step, images)
         loss = torch.zeros((), device=self.device)
@@ -308,7 +317,12 @@ class Trainer:
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
         raise Diverged(f"the loss is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
 
-    def _check_batch_size(self, images: int) -> None:
+    def _draw(self) -> int:
+        """This step's entry: uniform over the list, the last one included."""
+        return int(generator(self.config.seed, "entry", self.step).integers(len(self.supernet.dropout_list)))
+
+    def _check_batch_size(self, group: list[Any]) -> None:
+        images = sum(len(part) for part, _ in group)
         if self.step == 0 and self.config.lr is None and images != self.config.batch_size:
             warnings.warn(
                 f"train_loader gives {images} images per step, but batch_size is {self.config.batch_size}: "
@@ -335,7 +349,7 @@ class Trainer:
         state = self.averaged.state_dict()
         self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         if self.folder is not None:
-            save(self.averaged, self.folder / "supernet.safetensors")
+            save(extract(self.averaged, entry=0) if self.plain else self.averaged, self.product)
 
     def _curve(self, supernet: SuperNet, budgets: Iterable[float], description: str) -> list[dict[str, Any]]:
         assert self.val_loader is not None
@@ -369,17 +383,17 @@ class Trainer:
             return False
         restore(self, *found)
         if self.history.best_epoch is not None:
-            self.best_state = load(self.folder / "supernet.safetensors").state_dict()
+            self.best_state = load(self.product).state_dict()
         return True
 
     def _write_records(self) -> None:
-        """history.jsonl and dropout_list.json, whole each time."""
+        """history.jsonl, and dropout_list.json of a super-network; whole each time."""
         if self.folder is None:
             return
-        for name, text in (
-            ("history.jsonl", self.history.to_jsonl()),
-            ("dropout_list.json", self.supernet.dropout_list.to_json() + "\n"),
-        ):
+        texts = {"history.jsonl": self.history.to_jsonl()}
+        if not self.plain:
+            texts["dropout_list.json"] = self.supernet.dropout_list.to_json() + "\n"
+        for name, text in texts.items():
             with replacing(self.folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 

@@ -1,0 +1,253 @@
+"""What several commands share: data and model arguments, settings as options, tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import Field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timm.models import load_checkpoint
+
+from skd.architecture import create_model
+from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
+from skd.files import load
+from skd.supernet import SuperNet
+from skd.training.config import BAD_IMAGES, TrainConfig, read_settings
+from skd.training.screen import Screen
+
+# Data
+
+
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading: bool = True) -> None:
+    """--data and how to read it; `loading` adds what a TrainConfig would otherwise say."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=required,
+        help="'digits' (built in), a folder (of class folders, or of MNIST-style idx files), or a name of timm's: "
+        "hfds/..., wds/..., torch/...",
+    )
+    group.add_argument("--data-dir", metavar="DIR", help="root folder of a timm data set")
+    group.add_argument("--train-split", default="train", help="name of the training split (default: %(default)s)")
+    group.add_argument("--val-split", default="validation", help="of the validation split (default: %(default)s)")
+    group.add_argument("--class-map", metavar="FILE", help="timm's class map: names of classes to labels")
+    group.add_argument("--download", action="store_true", help="let timm download a torch/ data set")
+    if loading:
+        group.add_argument(
+            "--batch-size", type=int, default=128, help="images in a batch; no result depends on it (%(default)s)"
+        )
+        group.add_argument("--workers", type=int, default=4, help="processes that load images (default: %(default)s)")
+        group.add_argument(
+            "--bad-images",
+            choices=BAD_IMAGES,
+            default="skip",
+            help="an image that cannot be read: skip and count, or fail",
+        )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration-images", type=int, default=1024, help="un-augmented training images to use (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="that chooses them (default: %(default)s)")
+
+
+def source(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
+    """One split of --data, its classes compared with the model's head."""
+    opened = open_source(
+        arguments.data,
+        split,
+        in_chans=model.in_chans,
+        data_dir=arguments.data_dir,
+        class_map=arguments.class_map,
+        download=arguments.download,
+        **options,
+    )
+    if model.num_classes:
+        check_classes(opened, model.num_classes)
+    return opened
+
+
+def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
+    """The un-augmented training images of convert and plan."""
+    return calibration_loader(
+        source(arguments, model, arguments.train_split, training=True),
+        data_config(model),
+        images=arguments.calibration_images,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        bad_images=arguments.bad_images,
+    )
+
+
+def validation(arguments: argparse.Namespace, model: Any) -> Loader:
+    """The validation images of evaluate."""
+    return eval_loader(
+        source(arguments, model, arguments.val_split),
+        data_config(model),
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        bad_images=arguments.bad_images,
+    )
+
+
+# Models
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+
+
+def device(arguments: argparse.Namespace) -> torch.device:
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}; this PyTorch sees no GPU")
+    return chosen
+
+
+def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
+    parser.add_argument("--model", metavar="NAME", required=required, help=help)
+    parser.add_argument(
+        "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded if need be")
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="weights: a state dict (.safetensors, .pth), or skd's file"
+    )
+
+
+def build_model(arguments: argparse.Namespace) -> Any:
+    """The plain model that --model, --model-kwargs and --pretrained or --checkpoint describe."""
+    name, file = arguments.model, arguments.checkpoint
+    if name is None:
+        if file is None:
+            raise ValueError("neither --model nor --checkpoint is given")
+        model = load(file)
+        if isinstance(model, SuperNet):
+            raise ValueError(f"--checkpoint is {file!r}, a super-network; it must be a plain model")
+        return model
+    try:
+        model = create_model(name, pretrained=arguments.pretrained, **arguments.model_kwargs)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"--model {name} cannot be built: {str(error).splitlines()[0]}") from None
+    if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"--checkpoint is {file!r}; there is no such file")
+        try:
+            load_checkpoint(model, file, weights_only=True)
+        except Exception as error:  # whatever timm makes of a file that does not fit
+            raise ValueError(f"--checkpoint {file} does not fit {name}: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def supernet(path: str, where: torch.device) -> SuperNet:
+    """The super-network in a file."""
+    found = load(path, device=where)
+    if not isinstance(found, SuperNet):
+        raise ValueError(f"--supernet is {path!r}, a plain model; it must be what skd convert, plan or train wrote")
+    return found
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object, such as '{\"num_classes\": 10}'")
+    return value
+
+
+# Settings
+
+
+def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+    """--config and one option per field of TrainConfig."""
+    group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
+    group.add_argument("--config", metavar="FILE", help="JSON or YAML file of settings; options take precedence")
+    for setting in fields(TrainConfig):
+        flag = "--" + setting.name.replace("_", "-")
+        default = getattr(defaults, setting.name)
+        shown = " ".join(f"{value:.3g}" for value in default) if isinstance(default, tuple) else default
+        text = f"{setting.metadata['help']} (default: {shown})".replace("%", "%%")
+        group.add_argument(flag, dest=setting.name, default=argparse.SUPPRESS, help=text, **_kind(setting))
+
+
+def _kind(setting: Field[Any]) -> dict[str, Any]:
+    """argparse's arguments for a field, by its annotation."""
+    annotation = str(setting.type)
+    if annotation == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    if annotation.startswith("tuple"):
+        return {"type": float, "nargs": "+", "metavar": "X"}
+    base: Callable[[str], Any] = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+    metavar = {"int": "N", "float": "X", "str": "NAME"}[annotation.split(" ")[0]]
+    return {"type": partial(_or_none, base) if "None" in annotation else base, "metavar": metavar}
+
+
+def _or_none(base: Callable[[str], Any], text: str) -> Any:
+    try:
+        return None if text.lower() == "none" else base(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
+    """`defaults`, changed by --config, changed by the options given."""
+    from_file = {} if arguments.config is None else read_settings(arguments.config)
+    given = {s.name: getattr(arguments, s.name) for s in fields(TrainConfig) if hasattr(arguments, s.name)}
+    return defaults.changed(**(from_file | given))
+
+
+# Output
+
+
+def bar(items: Iterable[Any], description: str) -> Iterable[Any]:
+    return Screen(None).bar(items, description)
+
+
+def progress(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A bar for what takes `progress=`."""
+    return lambda items: bar(items, description)
+
+
+def print_sizes(rows: list[dict[str, Any]], title: str) -> None:
+    """A table of sub-networks: rows of `skd.curve`."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters"):
+        table.add_column(heading, justify="right")
+    measured = bool(rows) and "top1" in rows[0]
+    if measured:
+        table.add_column("top-1 (%)", justify="right")
+    for row in rows:
+        cells = [str(row["entry"]), count(row["macs"]), f"{row['macs_fraction']:.1%}", count(row["macs_linear"])]
+        cells += [f"{row['params']:,}", *([f"{row['top1']:.2f}"] if measured else [])]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def count(number: int) -> str:
+    """MACs for people: 4.62 G, 35.1 M."""
+    unit, name = (1e9, "G") if number >= 1e9 else (1e6, "M")
+    return f"{number / unit:.2f} {name}"
+
+
+def default_workers() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+__all__ = [name for name in dir() if not name.startswith("_") and name != "MISSING"]

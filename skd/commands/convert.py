@@ -1,0 +1,64 @@
+"""``skd convert``: a timm model to a super-network file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from skd.commands import common
+from skd.convert import CENTERINGS, LABELS, convert
+from skd.cost import cost
+from skd.files import save
+from skd.outputs import output_file
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "convert",
+        help="a timm model to a super-network, its function unchanged",
+        description="Rotate and reorder the weights of a timm Vision Transformer so that leading coordinates know "
+        "the most (WPAC), by one pass over some training images. Its function does not change.",
+    )
+    common.add_model(
+        parser, "name in timm, such as deit_small_patch16_224; not needed for skd's own file", required=False
+    )
+    parser.add_argument("--out", metavar="FILE", required=True, help="super-network to write (.safetensors)")
+    common.add_data(parser)
+    common.add_calibration(parser)
+    parser.add_argument("--centering", choices=CENTERINGS, default="dataset", help="'batch' is the published way")
+    parser.add_argument("--labels", choices=LABELS, default="given", help="or the model's own predictions")
+    common.add_device(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    output_file(arguments.out, "--out")
+    model = common.build_model(arguments).to(common.device(arguments))
+    if not arguments.pretrained and arguments.checkpoint is None:
+        print(
+            f"warning: the weights of {arguments.model} are random (no --pretrained, no --checkpoint)",
+            file=sys.stderr,
+        )
+    batches = common.calibration(arguments, model)
+    supernet = convert(
+        model,
+        batches,
+        centering=arguments.centering,
+        labels=arguments.labels,
+        progress=common.progress("Converting"),
+    )
+    save(supernet, arguments.out)
+    full, linear = cost(supernet), cost(supernet, convention="linear")
+    print(
+        f"{arguments.out}: {full.params:,} parameters, {common.count(full.macs)} MACs (full), "
+        f"{common.count(linear.macs)} (linear); next: skd train, or skd plan"
+    )
+    return {
+        "out": arguments.out,
+        "macs": full.macs,
+        "macs_linear": linear.macs,
+        "params": full.params,
+        "skipped_images": sorted(batches.skipped),
+    }

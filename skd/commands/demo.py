@@ -1,0 +1,30 @@
+"""``skd demo``: the whole method on real images in minutes."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from skd.demo import EPOCHS, run_demo
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "demo",
+        help="the whole method on real data in minutes, on a CPU",
+        description="Train a small Vision Transformer on scikit-learn's digits, convert it, train it as a "
+        "super-network, extract and evaluate sub-networks. Needs no download and no GPU.",
+    )
+    parser.add_argument(
+        "--out", default="skd-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, default=EPOCHS, help="of the stand-in's training (default: %(default)s)"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    return run_demo(arguments.out, seed=arguments.seed, epochs=arguments.epochs)

@@ -1,0 +1,64 @@
+"""``skd extract``: one sub-network as a plain timm model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from skd.commands import common
+from skd.curve import sizes_of
+from skd.extract import choose_entry, extract
+from skd.files import save
+from skd.outputs import output_file
+from skd.prices import CONVENTIONS
+
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "extract",
+        help="a sub-network of any size as a plain timm model",
+        description="Cut the largest sub-network within a budget out of a super-network.",
+    )
+    parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd plan or train wrote")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--macs", type=size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)")
+    budget.add_argument("--params", type=size, metavar="X", help="a share (0.5), or a count (22M)")
+    budget.add_argument("--entry", type=int, metavar="I", help="index into the dropout list")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
+    parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def size(text: str) -> int | float:
+    """'0.5' is a share, '4.2G' or '1000000' a count."""
+    unit = _UNITS.get(text[-1:].upper())
+    try:
+        if unit is not None:
+            return round(float(text[:-1]) * unit)
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a share such as 0.5 nor a count such as 4.2G"
+        ) from None
+    return number if number <= 1 else int(number)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    output_file(arguments.out, "--out")
+    supernet = common.supernet(arguments.supernet, torch.device("cpu"))
+    entry = choose_entry(
+        supernet,
+        macs=arguments.macs,
+        params=arguments.params,
+        entry=arguments.entry,
+        convention=arguments.convention,
+    )
+    save(extract(supernet, entry=entry), arguments.out)
+    rows = sizes_of(supernet, [entry])
+    common.print_sizes(rows, arguments.out)
+    return {"out": arguments.out, **rows[0]}

@@ -1,0 +1,185 @@
+"""``skd train`` and ``skd finetune``: a training run on the user's own images."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from skd.architecture import create_model
+from skd.commands import common
+from skd.data import Loader, calibration_loader, data_config, eval_loader, train_loader
+from skd.files import load
+from skd.supernet import SuperNet
+from skd.training import History, TrainConfig, finetune, finetune_config, train
+from skd.training.loop import RESUME
+
+
+def add_train(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="train a super-network by progressive importance-aware dropout",
+        description="PIAD training: the list of nested sub-networks grows by importance, every step trains one. "
+        "Writes supernet.safetensors (the best weights so far), dropout_list.json, history.jsonl, report.md and "
+        "checkpoints/ to --out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
+    )
+    parser.add_argument("--supernet", metavar="FILE", help="what skd convert wrote")
+    parser.add_argument("--model", metavar="NAME", help="with --dry-run, in place of --supernet: a model of timm")
+    parser.add_argument("--dry-run", action="store_true", help="build all, run two steps on synthetic images, report")
+    _add_run(parser, TrainConfig())
+    parser.set_defaults(run=run_train)
+    return parser
+
+
+def add_finetune(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "finetune",
+        help="train a plain model, such as an extracted sub-network",
+        description="Fine-tune an extracted sub-network, or train any timm Vision Transformer; the same recipe with "
+        "nothing dropped. Writes model.safetensors, history.jsonl, report.md and checkpoints/ to --out.",
+    )
+    common.add_model(
+        parser, "file of skd extract, or a name in timm (with --model-kwargs and the like)", required=True
+    )
+    _add_run(parser, finetune_config())
+    parser.set_defaults(run=run_finetune)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+    parser.add_argument("--out", metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--resume", choices=[name for name in RESUME if name], help="go on where a run in --out stopped"
+    )
+    common.add_data(parser, required=False, loading=False)
+    common.add_device(parser)
+    common.add_settings(parser, defaults)
+
+
+def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = common.settings(arguments, TrainConfig())
+    if arguments.dry_run:
+        return _dry_run(arguments, config)
+    for name in ("supernet", "data", "out"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{name} is not given")
+    if arguments.model is not None:
+        raise ValueError("--model is for --dry-run; give a super-network from skd convert as --supernet")
+    supernet = common.supernet(arguments.supernet, common.device(arguments))
+    loaders = _loaders(arguments, supernet.model, config)
+    history = train(
+        supernet,
+        loaders["train"],
+        loaders["val"],
+        config,
+        calibration=loaders["calibration"],
+        out=arguments.out,
+        resume=arguments.resume,
+    )
+    return _finish(arguments, history, supernet, config, loaders, "supernet.safetensors")
+
+
+def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = common.settings(arguments, finetune_config())
+    for name in ("data", "out"):
+        if getattr(arguments, name) is None:
+            raise ValueError(f"--{name} is not given")
+    model = _plain_model(arguments).to(common.device(arguments))
+    loaders = _loaders(arguments, model, config)
+    history = finetune(model, loaders["train"], loaders["val"], config, out=arguments.out, resume=arguments.resume)
+    return _finish(arguments, history, SuperNet(model), config, loaders, "model.safetensors")
+
+
+def _plain_model(arguments: argparse.Namespace) -> Any:
+    """--model as a file of skd's, or as a name in timm."""
+    if not Path(arguments.model).is_file():
+        return common.build_model(arguments)
+    if arguments.pretrained or arguments.checkpoint or arguments.model_kwargs:
+        raise ValueError(f"--model is {arguments.model!r}, a file; it has its own architecture and weights")
+    model = load(arguments.model)
+    if isinstance(model, SuperNet):
+        raise ValueError(f"--model is {arguments.model!r}, a super-network; extract a model from it, or skd train it")
+    return model
+
+
+def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> dict[str, Loader]:
+    """Training, validation and calibration batches, as the model wants its images."""
+    images = data_config(model)
+    training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
+    validation = common.source(arguments, model, arguments.val_split, training=False, require_split=True)
+    plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
+    shared: dict[str, Any] = {"workers": min(config.workers, os.cpu_count() or 1), "bad_images": config.bad_images}
+    augmentation: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in (
+            *("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "reprob", "remode", "recount"),
+            "train_interpolation",
+        )
+    }
+    evaluation_batch = config.validation_batch_size or min(config.batch_size, 256)
+    return {
+        "train": train_loader(
+            training,
+            images,
+            batch_size=config.batch_size // config.grad_accum_steps,
+            seed=config.seed,
+            aug_repeats=config.aug_repeats,
+            **shared,
+            **augmentation,
+        ),
+        "val": eval_loader(validation, images, batch_size=evaluation_batch, **shared),
+        "calibration": calibration_loader(
+            plain,
+            images,
+            images=config.calibration_images,
+            seed=config.seed,
+            batch_size=evaluation_batch,
+            **shared,
+        ),
+    }
+
+
+def _finish(
+    arguments: argparse.Namespace,
+    history: History,
+    supernet: SuperNet,
+    config: TrainConfig,
+    loaders: dict[str, Loader],
+    product: str,
+) -> dict[str, Any]:
+    """The report, the table, and what --json writes."""
+    from skd.training.report import write_report  # and with it matplotlib
+
+    folder = Path(arguments.out)
+    report = write_report(folder, history, supernet, config)
+    if history.curve:
+        common.print_sizes(history.curve, f"{folder / product}: best epoch {(history.best_epoch or 0) + 1}")
+    print(f"wrote {folder / product} and {report}")
+    return {
+        "out": str(folder),
+        "file": str(folder / product),
+        "original_top1": history.original_top1,
+        "best_epoch": history.best_epoch,
+        "area": history.area,
+        "curve": history.curve,
+        "entries": len(supernet.dropout_list),
+        "skipped_images": sorted(set().union(*(loader.skipped for loader in loaders.values()))),
+        "config": config.to_dict(),
+    }
+
+
+def _dry_run(arguments: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+    from skd.training.dry_run import dry_run
+
+    if (arguments.supernet is None) == (arguments.model is None):
+        raise ValueError("--dry-run needs exactly one of --supernet and --model")
+    where = common.device(arguments)
+    if arguments.supernet is not None:
+        supernet = common.supernet(arguments.supernet, where)
+    else:
+        supernet = SuperNet(create_model(arguments.model).to(where))
+    images = None
+    if arguments.data is not None:
+        images = len(common.source(arguments, supernet.model, arguments.train_split, training=True))
+    return dry_run(supernet, config, images)

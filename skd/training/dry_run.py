@@ -1,0 +1,156 @@
+"""``skd train --dry-run``: does it fit, how long will it take, and what will it do; before any image is read."""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from skd.supernet import SuperNet
+from skd.training.config import TrainConfig
+from skd.training.screen import Screen
+from skd.training.trainer import Trainer
+
+IMAGENET = 1_281_167  # training images, assumed where no data set is given
+LARGEST = 8  # images of a step on a CPU
+
+
+def dry_run(
+    supernet: SuperNet, config: TrainConfig, images: int | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Build everything, run two steps on synthetic images, and say what a run would take.
+
+    The steps train the full network, the most expensive entry. On a GPU both have the whole batch. On a CPU they have
+    4 and 8 images (or half of a smaller batch and the batch): memory per image is the difference of the two peaks,
+    time is scaled from the second.
+
+    Args:
+        supernet: changed by two steps of training; do not use it afterwards.
+        config: settings of the run.
+        images: in the training set; None: ImageNet-1k's 1,281,167.
+        console: None: standard output.
+
+    Returns:
+        What is printed: parameters, memory (bytes), seconds per step, schedule.
+
+    Raises:
+        ValueError: a headless network.
+        torch.OutOfMemoryError: a step does not fit on the GPU.
+    """
+    if supernet.model.num_classes == 0:
+        raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
+    device = next(supernet.parameters()).device
+    trainer = Trainer(
+        supernet, [], None, config.changed(sched_on_updates=False), (), None, Screen(Console(quiet=True))
+    )
+    supernet.train()
+    part = config.batch_size // config.grad_accum_steps
+    largest = part if device.type == "cuda" else min(part, LARGEST)
+    sizes = (largest if device.type == "cuda" else -(-largest // 2), largest)
+    steps = [{"images": n, "seconds": _timed_step(trainer, n), "peak_bytes": _peak_memory(device)} for n in sizes]
+    per_image = (steps[1]["peak_bytes"] - steps[0]["peak_bytes"]) / max(sizes[1] - sizes[0], 1)
+    total = IMAGENET if images is None else images
+    per_step = steps[1]["seconds"] * config.batch_size / largest
+    document = {
+        "parameters": sum(p.numel() for p in supernet.parameters()),
+        "device": str(device),
+        "measured": steps,
+        "seconds_per_step": per_step,
+        "state_bytes": _state_bytes(trainer),
+        "peak_bytes": round(steps[1]["peak_bytes"] + per_image * (part - largest)),
+        "images": total,
+        "images_assumed": images is None,
+        "steps_per_epoch": total // config.batch_size,
+        "hours": per_step * (total // config.batch_size) * config.epochs / 3600,
+        "schedule": schedule(config, trainer),
+    }
+    _print(Console() if console is None else console, document, config)
+    return document
+
+
+def schedule(config: TrainConfig, trainer: Trainer) -> list[dict[str, Any]]:
+    """Learning rate and share of MACs removed, at the epochs where something begins or ends."""
+    growing, warmup = config.growing_epochs, config.warmup
+    marks = {0: "start", config.epochs - 1: "last epoch", config.epochs // 2: "half"}
+    if warmup:
+        marks[warmup] = "end of warm-up"
+    if growing:
+        marks[growing - 1] = "dropout list complete"
+    rows = []
+    for epoch in sorted(marks):
+        rates = trainer.scheduler._get_lr(epoch)
+        removed = config.target * min(1.0, (epoch + 1) / growing) if growing else 0.0
+        rows.append({"epoch": epoch + 1, "what": marks[epoch], "lr": float(rates[0]), "macs_removed": removed})
+    return rows
+
+
+def _timed_step(trainer: Trainer, images: int) -> float:
+    model, device = trainer.supernet.model, trainer.device
+    dtype = next(model.parameters()).dtype
+    batch = torch.randn(images, model.in_chans, *model.patch_embed.img_size, device=device, dtype=dtype)
+    labels = torch.randint(model.num_classes, (images,), device=device)
+    _wait(device)
+    start = time.perf_counter()
+    trainer.train_step([(batch, labels)], entry=0)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * (int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Weights, gradients, optimizer state and average: what does not depend on the batch."""
+    weights = sum(p.numel() * p.element_size() for p in trainer.supernet.parameters())
+    state = sum(
+        value.numel() * value.element_size()
+        for values in trainer.optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return 2 * weights + state + (weights if trainer.ema is not None else 0)
+
+
+def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> None:
+    first, second = document["measured"]
+    assumed = " (ImageNet-1k assumed: no --data)" if document["images_assumed"] else ""
+    part = config.batch_size // config.grad_accum_steps
+    scaled = "" if second["images"] == part else ", scaled"
+    table = Table(show_header=False, box=None)
+    for name, value in (
+        ("parameters", f"{document['parameters']:,}"),
+        ("device", document["device"]),
+        ("two steps", f"full network, {_measured(first)}; {_measured(second)}"),
+        ("time per step", f"{document['seconds_per_step']:.2f} s for {config.batch_size} images{scaled}"),
+        ("memory", f"{document['peak_bytes'] / 1e9:.1f} GB at its peak, with {part} images at a time{scaled}"),
+        ("", f"of it {document['state_bytes'] / 1e9:.2f} GB weights, gradients, optimizer state and average"),
+        ("training images", f"{document['images']:,}{assumed}"),
+        ("steps", f"{document['steps_per_epoch']:,} per epoch, {config.epochs} epochs"),
+        ("time in all", f"at most {document['hours']:,.1f} h: sub-networks are cheaper than the full network"),
+    ):
+        table.add_row(name, value)
+    plan = Table("epoch", "", "learning rate", "MACs removed", title="Schedule", title_justify="left")
+    for row in document["schedule"]:
+        plan.add_row(str(row["epoch"]), row["what"], f"{row['lr']:.2e}", f"{row['macs_removed']:.1%}")
+    console.print(table, "", plan, sep="\n")
+
+
+def _measured(step: dict[str, Any]) -> str:
+    return f"{step['images']} images {step['seconds']:.2f} s, {step['peak_bytes'] / 1e9:.2f} GB"
