@@ -70,7 +70,8 @@ def run(data: str, out: Path) -> dict[str, Any]:
 
 def summary(stages: dict[str, Any]) -> dict[str, Any]:
     """The part of what the stages reported that is worth keeping."""
-    from benchmarks.conftest import processor
+    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
+
     from skd_kernels import build_info
 
     trained, planned = stages["train"]["result"], stages["evaluate"]["result"]
@@ -83,7 +84,7 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
         "trained": {"curve": trained["curve"], "area": trained["area"], "entries": trained["entries"]},
         "best_epoch": trained["best_epoch"],
         "extracted_top1": stages["check"]["result"]["top1"],
-        "device": processor,
+        "device": get_cpu_info()["brand_raw"],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: build_info()[name] for name in ("skd", "torch", "timm")},

@@ -15,7 +15,7 @@ import skd.demo
 import skd_kernels
 from skd.cli import main
 
-COMMANDS = ("demo", "info")
+COMMANDS = ("demo", "convert", "plan", "train", "extract", "evaluate", "finetune", "info")
 
 
 @pytest.fixture

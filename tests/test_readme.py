@@ -57,12 +57,15 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: tiny_vit(torch.float32))
     code = blocks_of_code()[0].replace("params=6_000_000", "params=20_000")
+    code = code.replace("epochs=300, batch_size=1024", "epochs=2, batch_size=4, lr=1e-3")
     batches = random_batches(dtype=torch.float32)
-    names: dict[str, Any] = {"batches": batches, "images": batches[0][0]}
+    names: dict[str, Any] = dict.fromkeys(("calibration", "train_loader", "val_loader"), batches)
+    names["images"] = batches[0][0]
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "small.safetensors").is_file() and (tmp_path / "supernet.safetensors").is_file()
     assert names["logits"].shape == (4, 5)
     assert sum(p.numel() for p in names["tiny"].parameters()) <= 20_000
+    assert len(names["history"].epochs) == 2 and (tmp_path / "run" / "supernet.safetensors").is_file()
 
 
 def test_costs_quoted_in_the_readme() -> None:
