@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skd.cost import cost
+from skd.plots import linear_axis
 
 Rows = list[dict[str, Any]]
 _METHOD_NAMES = {
@@ -135,13 +136,5 @@ def draw_curve(path: Path, curves: dict[str, Rows], before: float) -> None:
     )
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=9)
-    _linear_axis(axes, macs, linear)
+    linear_axis(axes, macs, linear)
     figure.savefig(path, format="png")
-
-
-def _linear_axis(axes: Any, full: np.ndarray, linear: np.ndarray) -> None:
-    """Second scale on top: the same networks in the other convention, interpolated between them."""
-    x = np.concatenate([[0.0], full[::-1], 2 * full[:1]])
-    y = np.concatenate([[0.0], linear[::-1], 2 * linear[:1]])
-    secondary = axes.secondary_xaxis("top", functions=(lambda v: np.interp(v, x, y), lambda v: np.interp(v, y, x)))
-    secondary.set_xlabel("the same in the linear convention (without QKᵀ and AV)")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
+Pixels = npt.NDArray[Any]
 
 TEST_IMAGES = 450
-MEAN, STD = 0.3053, 0.3761  # of all pixels, scaled to [0, 1]
+MEAN, STD = 0.3053, 0.3759  # of all pixels, scaled to [0, 1]
 _DARK = (0.0 - MEAN) / STD  # background, normalised
 
 # What a model trained on `digits` expects, in the form of timm's `model.pretrained_cfg`.
@@ -33,22 +36,29 @@ class Split(NamedTuple):
     labels: torch.Tensor
 
 
-def digits(seed: int = 0) -> tuple[Split, Split]:
-    """The digits as (train, test): 1,347 and 450 images, split at random with equal shares of every class.
+def pixels() -> tuple[tuple[Pixels, Pixels], tuple[Pixels, Pixels]]:
+    """The digits as ((images, labels) to train, (images, labels) to test), images (n, 8, 8) uint8, labels (n,) int64.
 
-    Args:
-        seed: of the split, 0..2**32 - 1.
+    1,347 and 450 images: one fixed split, drawn at random with equal shares of every class.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     raw = load_digits()
-    images = (torch.from_numpy(raw.images).float()[:, None] / 16 - MEAN) / STD
-    labels = torch.from_numpy(raw.target).long()
-    train, test = train_test_split(
-        torch.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=seed
+    # 17 levels of grey as 8 bits, so that an image file and a tensor hold the same.
+    images = np.round(raw.images * 255 / 16).astype(np.uint8)
+    train, test = train_test_split(np.arange(len(images)), test_size=TEST_IMAGES, stratify=raw.target, random_state=0)
+    labels = raw.target.astype(np.int64)
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def digits() -> tuple[Split, Split]:
+    """The digits as (train, test): the images of `pixels` as tensors."""
+    train, test = (
+        Split((torch.from_numpy(images).float().div(255)[:, None] - MEAN) / STD, torch.from_numpy(labels))
+        for images, labels in pixels()
     )
-    return Split(images[train], labels[train]), Split(images[test], labels[test])
+    return train, test
 
 
 def batched(split: Split, size: int = 256) -> Batches:

@@ -1,0 +1,40 @@
+"""Data: where images come from, how they are prepared, and batches that are the same for any number of workers.
+
+source = open_source("folder", "train", in_chans=3)
+check_classes(source, model.num_classes)
+loader = train_loader(source, data_config(model), batch_size=256, seed=0, workers=8)
+loader.set_epoch(3)
+for images, labels in loader: ...
+"""
+
+from skd.data.counted import generator, seeded
+from skd.data.digits import MEAN, PREPROCESSING, STD, Batches, Split, batched, digits, shifted
+from skd.data.iteration import Loader
+from skd.data.loaders import calibration_loader, eval_loader, train_loader
+from skd.data.readers import Source
+from skd.data.sources import check_classes, open_source
+from skd.data.transforms import Augmentation, data_config, eval_transform, train_transform
+
+__all__ = [
+    "MEAN",
+    "PREPROCESSING",
+    "STD",
+    "Augmentation",
+    "Batches",
+    "Loader",
+    "Source",
+    "Split",
+    "batched",
+    "calibration_loader",
+    "check_classes",
+    "data_config",
+    "digits",
+    "eval_loader",
+    "eval_transform",
+    "generator",
+    "open_source",
+    "seeded",
+    "shifted",
+    "train_loader",
+    "train_transform",
+]

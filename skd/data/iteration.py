@@ -1,0 +1,208 @@
+"""The main process's side of loading: starts workers, raises what they report, counts what they left out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from skd.data.counted import generator
+from skd.data.plans import FixedPlan, TrainPlan
+from skd.data.readers import StreamSource
+from skd.data.workers import Loaded, MapBatches, Preparation, StreamBatches, UnreadableData
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+_SHOWN = 3  # names of unreadable images in the warning
+
+
+class Loader:
+    """Iterable, again and again, over (images, labels): float32 (B, C, H, W) and int64 (B,).
+
+    One iteration at a time: the workers serve the latest, so an earlier one that goes on is a RuntimeError.
+
+    Attributes:
+        skipped: names of the images that could not be read, of all iterations so far.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.skipped: set[str] = set()
+        self.epoch = 0
+        self.start_batch = 0
+        self._iterations = 0
+
+    def __len__(self) -> int:
+        """Batches in an epoch, from its beginning."""
+        raise NotImplementedError
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose what the next iterations yield: this epoch, from this batch on.
+
+        Raises:
+            ValueError: a negative epoch, or a batch that the epoch does not have.
+        """
+        if epoch < 0 or not 0 <= start_batch <= len(self):
+            raise ValueError(f"epoch is {epoch}, start_batch {start_batch}; they may be 0.. and 0..{len(self)}")
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises what the workers report, and warns at the end of the epoch if images were left out."""
+        bad: dict[str, None] = {}  # a set that keeps its order
+        images = 0
+        self._iterations += 1
+        this = self._iterations
+        for loaded in self._loaded():
+            if self._iterations != this:
+                raise RuntimeError(f"another iteration over the batches of {self.name} began before this one ended")
+            bad.update(dict.fromkeys(loaded.bad))
+            self.skipped.update(loaded.bad)
+            if loaded.failure is not None:
+                self.close()
+                error, message = loaded.failure
+                raise error(message)
+            if loaded.images is not None and loaded.labels is not None:
+                images += len(loaded.images)
+                yield loaded.images, loaded.labels
+        if bad and not images:
+            raise UnreadableData(f"none of the images of {self.name} can be read, such as {next(iter(bad))}")
+        if bad:
+            names = ", ".join(list(bad)[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+            warnings.warn(f"{len(bad)} images of {self.name} cannot be read and were skipped: {names}", stacklevel=2)
+
+    def close(self) -> None:
+        """End the workers now; another iteration starts new ones."""
+
+    def _loaded(self) -> Iterator[Loaded]:
+        raise NotImplementedError
+
+
+class MapLoader(Loader):
+    """Over images that have numbers, by a plan. Its workers stay alive between iterations: keys tell them all."""
+
+    def __init__(
+        self, dataset: MapBatches, plan: TrainPlan | FixedPlan, workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        super().__init__(dataset.source.name)
+        self._dataset = dataset
+        self._plan = plan
+        self._processes = workers
+        self._pin_memory = pin_memory
+        self._loader: DataLoader[Loaded] | None = None
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def close(self) -> None:
+        self._loader = None
+
+    def _loaded(self) -> Iterator[Loaded]:
+        self._plan.epoch, self._plan.start_batch = self.epoch, self.start_batch
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._dataset,
+                sampler=self._plan,
+                batch_size=None,  # a key is a whole batch
+                num_workers=self._processes,
+                collate_fn=_unchanged,
+                pin_memory=self._pin_memory,
+                persistent_workers=self._processes > 0,
+                generator=torch.Generator(),  # else every iteration would draw from the global one
+            )
+        return iter(self._loader)
+
+
+class StreamLoader(Loader):
+    """Over a stream. Every iteration starts workers of its own: their readers remember how far they have come."""
+
+    def __init__(
+        self,
+        source: StreamSource,
+        preparation: Preparation,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(source.name)
+        self._source = source
+        self._preparation = preparation
+        self._rows = max(1, batch_size // world)
+        self._seed = seed
+        self._processes = workers
+        self._rank, self._world = rank, world
+        self._pin_memory = pin_memory
+        self._images = len(source) if limit is None else limit
+        self._limit = limit
+
+    def __len__(self) -> int:
+        """In training exact; otherwise an estimate: every worker may have a smaller last batch."""
+        share = -(-self._images // self._world)
+        return self._images // (self._rows * self._world) if self._training else -(-share // self._rows)
+
+    @property
+    def _training(self) -> bool:
+        return self._preparation.seed is not None
+
+    def _loaded(self) -> Iterator[Loaded]:
+        if self._training:
+            return self._exactly(len(self))
+        return iter(self._workers()) if self._limit is None else self._first(-(-self._limit // self._world))
+
+    def _exactly(self, batches: int) -> Iterator[Loaded]:
+        """As many batches on every rank, or an error: a rank that stops earlier would leave the others waiting."""
+        count = 0
+        for loaded in islice(self._workers(), batches):
+            yield loaded
+            count += 1
+        if count < batches:
+            raise UnreadableData(
+                f"the stream {self.name} ended after {count} of {batches} batches; it needs a shard for each of "
+                f"{max(1, self._processes)} workers on {self._world} ranks, and as many images as it says it has"
+            )
+
+    def _first(self, images: int) -> Iterator[Loaded]:
+        """Batches until there are this many images; the last is cut."""
+        for loaded in self._workers():
+            if loaded.images is not None and loaded.labels is not None:
+                loaded = loaded._replace(images=loaded.images[:images], labels=loaded.labels[:images])
+                images -= len(loaded.images)
+            yield loaded
+            if images <= 0:
+                return
+
+    def _workers(self) -> DataLoader[Loaded]:
+        """What the readers draw from: the same on all ranks for the shards, one of its own for a worker's images."""
+        shards = int(generator(self._seed, "shards").integers(2**31))
+        images = int(generator(self._seed, "stream", self.epoch, self._rank).integers(2**31))
+        self._source.prepare(
+            seed=shards,
+            worker_seed=images,
+            epoch=self.epoch,
+            workers=self._processes,
+            rank=self._rank,
+            world=self._world,
+            rows=self._rows,
+        )
+        counters = (self.epoch, self._rank)
+        dataset = StreamBatches(self._source, self._preparation, self._rows, counters, self.start_batch)
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self._processes,
+            collate_fn=_unchanged,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator().manual_seed(images),  # from which the readers' worker seeds come
+        )
+
+
+def _unchanged(batch: Any) -> Any:
+    """Instead of PyTorch's collation; by name, because spawned workers cannot take a lambda."""
+    return batch

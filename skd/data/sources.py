@@ -1,0 +1,115 @@
+"""`open_source`: a data set by what a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from skd.data.digits import PREPROCESSING, pixels
+from skd.data.folders import EVALUATION, TRAIN, ClassMap, existing_folder, open_folder
+from skd.data.idx import IdxImages, idx_folder
+from skd.data.named import PACKAGES, Request, open_named
+from skd.data.readers import ArrayImages, PairSource, Source
+
+MODES = {1: "L", 3: "RGB"}
+
+
+def open_source(
+    data: str | os.PathLike[str],
+    split: str = "validation",
+    *,
+    in_chans: int = 3,
+    data_dir: str | os.PathLike[str] | None = None,
+    class_map: ClassMap | None = None,
+    require_split: bool = False,
+    download: bool = False,
+    training: bool | None = None,
+    num_samples: int | None = None,
+    **options: Any,
+) -> Source:
+    """Open one split of a data set.
+
+    Args:
+        data: "digits" (built in), a folder, or a name with one of timm's prefixes: "hfds/NAME" (Hugging Face),
+            "hfids/NAME" (the same as a stream), "wds/FOLDER" (web data set), "tfds/NAME", "torch/NAME" (torchvision).
+            A folder holds one sub-folder of images per class, or the idx files of MNIST and its relatives.
+            (A folder that is called like a prefix: "./hfds", or a Path.)
+        split: "train" or "validation", or what the data set itself calls it. In a folder, the sub-folder of that name
+            or of a synonym (`TRAIN`, `EVALUATION`) is taken, or the folder itself if it is not divided.
+        in_chans: channels of the model, which decide the mode of the images: 1 grey, 3 RGB.
+        data_dir: where data sets with a prefix are kept (timm's root): the cache of Hugging Face, the folder of the
+            shards, ...
+        class_map: from class names to labels, a dict or a text file with one name per line.
+        require_split: a folder that is not divided is an error: training would be evaluated on its own images.
+        download: fetch what is not there. Streams of remote data are read over the network anyhow.
+        training: of a stream: shuffled, in whole batches; None: if split is one of `TRAIN`.
+        num_samples: of a stream: how many images it has, where it does not say.
+        options: for timm's reader, such as input_key and target_key.
+
+    Raises:
+        ValueError: one line that says what is wrong: an unknown name, a missing or empty folder, one without class
+            sub-folders, a missing package, data that is not there and may not be downloaded.
+    """
+    if in_chans not in MODES:
+        raise ValueError(f"in_chans is {in_chans}; images can be read with 1 (grey) or 3 (RGB)")
+    mode = MODES[in_chans]
+    if data == "digits":
+        _refuse(class_map, data)
+        return _digits(split, mode)
+    if isinstance(data, str) and data.partition("/")[0].lower() in PACKAGES and "/" in data:
+        request = Request(
+            data, split, mode, data_dir, class_map, require_split, download, training, num_samples, options
+        )
+        return open_named(request)
+    if options or num_samples is not None:
+        raise ValueError(f"{', '.join(options) or 'num_samples'} is given, but data {str(data)!r} takes no options")
+    folder = existing_folder(data)
+    idx = idx_folder(folder)
+    if idx is None:
+        return open_folder(folder, split, mode, class_map, require_split)
+    _refuse(class_map, folder)
+    images = IdxImages(idx, _part(split, str(folder)))
+    return PairSource(images, str(folder), mode, classes=images.classes)
+
+
+def check_classes(source: Source, num_classes: int) -> None:
+    """Compare the classes of a data set with a head's: their number must be the same.
+
+    Nothing is compared for a headless model (0 classes), where a class map decides, or where the classes are unknown;
+    labels are checked as they come in any case.
+
+    Raises:
+        ValueError: the numbers differ; the message says how to make a head that fits.
+    """
+    found = source.classes
+    if not num_classes or source.mapped or found is None or len(found) == num_classes:
+        return
+    count = len(found)
+    shown = ", ".join(found[:5]) + (", ..." if count > 5 else "")
+    kwargs = json.dumps({"num_classes": count})
+    raise ValueError(
+        f"{source.name} has {count} classes ({shown}), the model's head has {num_classes}; give a class map, or make "
+        f"a head that fits: timm.create_model(NAME, num_classes={count}), or --model-kwargs '{kwargs}'"
+    )
+
+
+def _refuse(class_map: ClassMap | None, data: str | os.PathLike[str]) -> None:
+    if class_map is not None:
+        raise ValueError(f"class_map is given, but the labels of data {str(data)!r} have no names to map")
+
+
+def _digits(split: str, mode: str) -> Source:
+    train, test = pixels()
+    part = _part(split, "digits")
+    images = ArrayImages(*(train if part == "train" else test))
+    return PairSource(images, f"digits ({part})", mode, classes=list(PREPROCESSING["label_names"]))
+
+
+def _part(split: str, name: str) -> str:
+    """Which of the two parts of a data set that has just these."""
+    if split in TRAIN:
+        return "train"
+    if split in EVALUATION:
+        return "validation"
+    raise ValueError(f"split is {split!r}; {name} has 'train' and 'validation'")
