@@ -20,13 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM and 130 after Ctrl-C, with a checkpoint written.
     """
     arguments = build_parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        if arguments.json is not None:
-            output_file(arguments.json, "--json")
-        document = arguments.run(arguments)
-        if arguments.json is not None:
-            write_json(arguments.json, document)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _run(arguments)
     except ValueError as error:
         return _fail(error, 2)
     except (OSError, Diverged) as error:
@@ -37,6 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None:
+        output_file(arguments.json, "--json")
+    document = arguments.run(arguments)
+    if arguments.json is not None:
+        write_json(arguments.json, document)
 
 
 def _fail(error: object, status: int) -> int:

@@ -84,7 +84,7 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
         images=arguments.calibration_images,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        workers=arguments.workers,
+        workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
     )
 
@@ -95,9 +95,14 @@ def validation(arguments: argparse.Namespace, model: Any) -> Loader:
         source(arguments, model, arguments.val_split),
         data_config(model),
         batch_size=arguments.batch_size,
-        workers=arguments.workers,
+        workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
     )
+
+
+def workers(wanted: int) -> int:
+    """No more processes than cores: PyTorch warns of them, and no result depends on it."""
+    return min(wanted, os.cpu_count() or 1)
 
 
 # Models
@@ -244,10 +249,3 @@ def count(number: int) -> str:
     """MACs for people: 4.62 G, 35.1 M."""
     unit, name = (1e9, "G") if number >= 1e9 else (1e6, "M")
     return f"{number / unit:.2f} {name}"
-
-
-def default_workers() -> int:
-    return min(4, os.cpu_count() or 1)
-
-
-__all__ = [name for name in dir() if not name.startswith("_") and name != "MISSING"]

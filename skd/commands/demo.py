@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from skd.demo import EPOCHS, run_demo
+from skd import demo
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -20,11 +20,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument(
-        "--epochs", type=int, default=EPOCHS, help="of the stand-in's training (default: %(default)s)"
+        "--epochs", type=int, default=demo.EPOCHS, help="of the stand-in's training (default: %(default)s)"
     )
     parser.set_defaults(run=run)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    return run_demo(arguments.out, seed=arguments.seed, epochs=arguments.epochs)
+    return demo.run_demo(arguments.out, seed=arguments.seed, epochs=arguments.epochs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
     training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     validation = common.source(arguments, model, arguments.val_split, training=False, require_split=True)
     plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    shared: dict[str, Any] = {"workers": min(config.workers, os.cpu_count() or 1), "bad_images": config.bad_images}
+    shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
         for name in (

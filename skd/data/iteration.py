@@ -71,8 +71,9 @@ class Loader:
         if bad and not images:
             raise UnreadableData(f"none of the images of {self.name} can be read, such as {next(iter(bad))}")
         if bad:
+            noun = "image" if len(bad) == 1 else "images"
             names = ", ".join(list(bad)[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
-            warnings.warn(f"{len(bad)} images of {self.name} cannot be read and were skipped: {names}", stacklevel=2)
+            warnings.warn(f"{len(bad)} {noun} of {self.name} cannot be read, skipped: {names}", stacklevel=2)
 
     def close(self) -> None:
         """End the workers now; another iteration starts new ones."""
