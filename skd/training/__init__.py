@@ -3,6 +3,8 @@
 config.py       every setting, with its published value
 loop.py         `train` and `finetune`
 trainer.py      one run: epochs, steps, evaluation
+step.py         one optimizer step
+graph.py        the same as one CUDA graph
 batches.py      the batches of an epoch, from any place in it
 state.py        putting a run away, and taking it up
 checkpoints.py  files that appear whole or not at all
@@ -13,6 +15,7 @@ history.py      what happened, epoch by epoch
 report.py       the same for people: Markdown and plots
 screen.py       bars and lines
 stopping.py     signals, and the ways a run ends early
+dry_run.py      will it fit, how long will it take
 """
 
 from skd.training.config import TrainConfig, finetune_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.nn.utils import clip_grad_norm_
 
 from skd.curve import area, measure_curve
 from skd.data.counted import generator, seeded
@@ -30,10 +29,12 @@ from skd.training.batches import start_epoch
 from skd.training.config import TrainConfig
 from skd.training.decay import ExpectedDecay
 from skd.training.dropping import DropPaths, drop_paths
+from skd.training.graph import StepGraph, refusal
 from skd.training.history import History, StepLog, drawn_means
 from skd.training.mixing import Mixing
 from skd.training.screen import Screen, Seconds
 from skd.training.state import capture, restore
+from skd.training.step import eager_step
 from skd.training.stopping import Diverged, Stopped, StopSignal, stop_signals
 
 
@@ -82,6 +83,13 @@ class Trainer:
             self.ema = ModelEmaV3(supernet, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         self.names = {id(parameter): name for name, parameter in supernet.model.named_parameters()}
         self._make_optimizer()
+        self.graph: StepGraph | None = None
+        if config.cuda_graph:
+            reason = refusal(self)
+            if reason is not None:
+                warnings.warn(f"cuda_graph: the steps run one by one, because {reason}", stacklevel=4)
+            else:
+                self.graph = StepGraph(self)
 
     @property
     def averaged(self) -> SuperNet:
@@ -170,7 +178,7 @@ class Trainer:
         row = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "loss": summary["loss"] / max(summary["count"], 1),
             "images": summary["images"],
             "entries": len(self.supernet.dropout_list),
@@ -236,7 +244,7 @@ class Trainer:
         accumulated = self.config.grad_accum_steps
         batches = start_epoch(self.train_loader, self.config.seed, self.epoch, self.step_in_epoch * accumulated)
         if not self.config.sched_on_updates:
-            self.scheduler.step(self.epoch)
+            self._set_learning_rate(self.scheduler.step, self.epoch)
         with self.screen.steps(self.epoch, self.config.epochs, self.steps_per_epoch, self.step_in_epoch) as bar:
             while True:
                 with seconds("data"):
@@ -249,7 +257,7 @@ class Trainer:
                 with seconds("steps"):
                     self._check_batch_size(group)
                     if self.config.sched_on_updates:
-                        self.scheduler.step_update(self.step)
+                        self._set_learning_rate(self.scheduler.step_update, self.step)
                     self.train_step(group, self._draw())
                 self._after_step(bar)
         if self.step_in_epoch == 0:
@@ -261,35 +269,21 @@ class Trainer:
         images = sum(len(part) for part, _ in group)
         start = self._now()
         masks = None if self.paths is None else self.paths.masks(self.step, images)
-        loss = torch.zeros((), device=self.device)
-        done = 0
         with seeded(self.config.seed, "step", self.step):
-            for part, labels in group:
-                if masks is not None and self.paths is not None:
-                    self.paths.set(masks[:, done : done + len(part)])
-                done += len(part)
-                part, targets = self.mixing(part, labels)
-                with self.autocast():
-                    share = self.mixing.loss(self.supernet(part, entry=entry), targets) * (len(targets) / images)
-                self.scaler.scale(share).backward()
-                loss += share.detach()
-        self._update()
+            if self.graph is None:
+                loss = eager_step(self, group, entry, masks)
+            else:
+                loss = self._replay(group[0], entry, masks)
         self.finite &= torch.isfinite(loss)
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
-        if self.ema is not None:
-            self.ema.update(self.supernet, step=self.step)
         end = self._now()
         self.log.add(entry, loss, (start, end) if self.device.type == "cuda" else end - start, images)
 
-    def _update(self) -> None:
-        if self.config.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.supernet.parameters(), self.config.clip_grad)
-        if self.decay is not None:
-            self.decay.apply(self.optimizer.param_groups[0]["lr"])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+    def _replay(self, batch: Any, entry: int, masks: torch.Tensor | None) -> torch.Tensor:
+        images, targets = self.mixing(*batch)
+        inputs = {"images": images, "targets": targets, "entry": torch.tensor(entry)}
+        assert self.graph is not None
+        return self.graph(inputs if masks is None else inputs | {"masks": masks})
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -316,6 +310,11 @@ class Trainer:
         known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
         raise Diverged(f"the loss is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
+
+    def _set_learning_rate(self, schedule: Callable[[int], None], position: int) -> None:
+        schedule(position)
+        if self.graph is not None:
+            self.graph.set_learning_rate()
 
     def _draw(self) -> int:
         """This step's entry: uniform over the list, the last one included."""

@@ -1,0 +1,49 @@
+"""One optimizer step on one batch: forward and backward in parts, clipping, decay, update, average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+
+def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor | None) -> torch.Tensor:
+    """Train one entry on a batch given in parts of (images, labels).
+
+    Args:
+        trainer: a `Trainer`.
+        parts: on the device; their gradients are those of the whole batch.
+        entry: index into the dropout list.
+        masks: (branches, batch) of stochastic depth, or None.
+
+    Returns:
+        The mean loss, 0-d, not read by the host.
+    """
+    images = sum(len(part) for part, _ in parts)
+    loss, done = torch.zeros((), device=trainer.device), 0
+    for part, labels in parts:
+        if masks is not None:
+            trainer.paths.set(masks[:, done : done + len(part)])
+        done += len(part)
+        part, targets = trainer.mixing(part, labels)
+        with trainer.autocast():
+            logits = trainer.supernet(part, entry=entry)
+            share = trainer.mixing.loss(logits, targets) * (len(targets) / images)
+        trainer.scaler.scale(share).backward()
+        loss += share.detach()
+    _update(trainer)
+    return loss
+
+
+def _update(trainer: Any) -> None:
+    if trainer.config.clip_grad is not None:
+        trainer.scaler.unscale_(trainer.optimizer)
+        clip_grad_norm_(trainer.supernet.parameters(), trainer.config.clip_grad)
+    if trainer.decay is not None:
+        trainer.decay.apply(trainer.optimizer.param_groups[0]["lr"])
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.supernet, step=trainer.step + 1)
