@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from skd.architecture import ModuleInfo, describe
+from skd.ranks import check_group, summed, total
 from skd.supernet import SuperBlock, SuperNet
 from skd.taps import checked, frozen, probe, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments
@@ -45,6 +46,7 @@ def convert(
     centering: str = "dataset",
     labels: str = "given",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    group: Any = None,
 ) -> SuperNet:
     """Convert a timm VisionTransformer to a super-network, from one pass over calibration images.
 
@@ -57,6 +59,9 @@ def convert(
             batch size; "batch" by each batch's own mean, as published.
         labels: "given", or "predicted" to ignore the labels in favour of the model's own predictions.
         progress: wraps the batches, e.g. ``tqdm``.
+        group: a torch.distributed group whose processes all call this with the same model, each with its own share
+            of the batches; the statistics are added up in float64, so the result is that of one process with all
+            batches (to rounding), the same on every rank. None: this process alone.
 
     Returns:
         A `SuperNet` holding a converted copy, whose dropout list has one entry: the full network. Its logits are the
@@ -72,11 +77,13 @@ def convert(
         raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
     if any(isinstance(block, SuperBlock) for block in getattr(model, "blocks", ())):
         raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
+    check_group(group)
     infos = tuple(info for info in describe(model) if info.full_width)  # not the modules an extraction skipped
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
     batches = batches if progress is None else progress(batches)
     collect(converted, infos, batches, statistics.add, statistics.end_batch, predicted=labels == "predicted")
+    statistics.all_reduce(group)
     if statistics.skipped:
         _report_skipped(statistics)
     transforms = {info.name: statistics.transform(info) for info in infos}
@@ -140,9 +147,11 @@ class WpacStatistics:
         self.importance: dict[str, torch.Tensor] = {}
         self.skipped = 0
         self._batch: dict[str, Moments | torch.Tensor] = {}
+        self._device = torch.device("cpu")
 
     def add(self, info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:
         """One module of the present batch."""
+        self._device = feature.device
         if info.kind == "mlp":
             self._batch[info.name] = taylor_scores(feature, grad, power=2)
             return
@@ -165,6 +174,22 @@ class WpacStatistics:
                 self.covariances[name] = self.covariances.get(name, 0.0) + part.covariance()
             else:
                 self.moments[name] = self.moments[name] + part if name in self.moments else part
+
+    def all_reduce(self, group: Any) -> None:
+        """Add up the statistics of all ranks; nothing without a group.
+
+        Raises:
+            ValueError: on every rank, if one of them has no finite batch.
+        """
+        if group is None:
+            return
+        device = self._device
+        self.skipped = total(self.skipped, group, device)
+        if total(not self.importance, group, device):
+            raise ValueError("batches: a rank has none with finite statistics")
+        self.moments = {name: moments.all_reduce(group) for name, moments in self.moments.items()}
+        for sums in (self.covariances, self.importance):
+            sums.update(zip(sums, summed(list(sums.values()), group), strict=True))
 
     def covariance(self, info: ModuleInfo) -> torch.Tensor:
         """(3, H, D, D) float64 for q, k and v."""

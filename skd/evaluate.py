@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from skd.architecture import describe
+from skd.ranks import gathered, summed
 from skd.supernet import SuperNet
 from skd.taps import checked, frozen
 
@@ -27,6 +28,7 @@ class Top1:
         self._features: dict[Hashable, list[torch.Tensor]] = {}
         self._reference: list[torch.Tensor] = []
         self._labels: torch.Tensor | None = None
+        self._device = torch.device("cpu")
 
     def start(self, reference: torch.Tensor | None, labels: torch.Tensor | None, count: int) -> None:
         """Begin a batch: the reference network's output (headless, or no labels), the labels, its size."""
@@ -41,6 +43,7 @@ class Top1:
 
     def add(self, variant: Hashable, output: torch.Tensor) -> None:
         """One variant's output on the current batch."""
+        self._device = output.device
         if self.headless:
             self._features.setdefault(variant, []).append(output.flatten(1))
         else:
@@ -61,6 +64,18 @@ class Top1:
             nearest = torch.cdist(part.double(), reference.double(), compute_mode=exact).argmin(1)
             hits += int((nearest == torch.arange(start, start + len(part), device=part.device)).sum())
         return hits
+
+    def counts(self, variants: Sequence[Hashable], group: Any = None) -> dict[Hashable, int]:
+        """Correct images of several variants, over all ranks of a torch.distributed group."""
+        if group is None:
+            return {variant: self.correct(variant) for variant in variants}
+        if self.headless:  # neighbours are looked for among the features of all ranks
+            whole = Top1(headless=True)
+            whole._reference = [gathered(torch.cat(self._reference), group)]
+            whole._features = {name: [gathered(torch.cat(self._features[name]), group)] for name in variants}
+            return whole.counts(variants)
+        own = [torch.tensor(float(self._counts[name]), dtype=torch.float64, device=self._device) for name in variants]
+        return {name: int(count) for name, count in zip(variants, summed(own, group), strict=True)}
 
     def percent(self, variant: Hashable) -> float:
         return 100.0 * self.correct(variant) / max(self.images, 1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from skd.evaluate import Top1
+from skd.ranks import check_group, summed
 from skd.supernet import SuperNet, check_supernet
 from skd.taps import check_gradients_possible, checked, frozen, total_cost
 
@@ -20,6 +21,7 @@ def importance(
     *,
     widths: Sequence[int] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    group: Any = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Taylor scores of every kept coordinate, and the sensitivity of every module, over a proxy set.
 
@@ -29,6 +31,8 @@ def importance(
             None: then the full network's own predictions are the labels.
         widths: of every module, in order; None: those of the last entry of the dropout list.
         progress: wraps the batches, e.g. ``tqdm``.
+        group: a torch.distributed group whose processes all call this, each with its own share of the batches: scores
+            and counts are added up, and every rank returns the same. None: this process alone.
 
     Returns:
         (scores, sensitivity), keyed by module name.
@@ -44,6 +48,7 @@ def importance(
     """
     check_supernet(supernet)
     check_gradients_possible()
+    check_group(group)
     last = len(supernet.dropout_list) - 1
     current = supernet.widths(last) if widths is None else _checked_widths(supernet, widths)
     model = supernet.model
@@ -64,12 +69,13 @@ def importance(
                     buffer.zero_()
             top1.add("all", output)
             _count_skips(supernet, current, streams, top1)
+    reduced = iter(summed([part for part in totals if part is not None], group))
+    counts = top1.counts(["all", *(i.name for i, w in zip(supernet.infos, current, strict=True) if w)], group)
     scores, sensitivity = {}, {}
-    correct = top1.correct("all")
-    for index, info in enumerate(supernet.infos):
-        scores[info.name] = _readout(totals[index], current[index])
-        skipped = top1.correct(info.name) if current[index] else correct
-        sensitivity[info.name] = max(correct - skipped, 0.5) / max(correct, 1)
+    for info, own, width in zip(supernet.infos, totals, current, strict=True):
+        scores[info.name] = _readout(None if own is None else next(reduced), width)
+        lost = counts["all"] - counts[info.name] if width else 0
+        sensitivity[info.name] = max(lost, 0.5) / max(counts["all"], 1)
     return scores, sensitivity
 
 

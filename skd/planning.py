@@ -113,6 +113,7 @@ def plan(
     rounds: int = 10,
     convention: str = "full",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    group: Any = None,
 ) -> DropoutList:
     """Sizes in minutes: a dropout list from repeated importance passes, without any training.
 
@@ -123,6 +124,7 @@ def plan(
         rounds: passes; importance is measured afresh at the widths reached, the target grows linearly.
         convention: of the MACs that budgets count ("full" or "linear", see `skd.cost`).
         progress: wraps the rounds, e.g. ``tqdm``.
+        group: a torch.distributed group, each of whose processes has its share of the batches (see `importance`).
 
     Returns:
         A `DropoutList` that starts at the full network.
@@ -142,7 +144,7 @@ def plan(
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs)
     steps: Iterable[int] = range(1, rounds + 1)
     for step in steps if progress is None else progress(steps):
-        proposal = propose(supernet, batches, grown, convention=convention)
+        proposal = propose(supernet, batches, grown, convention=convention, group=group)
         grown = grown.extended(proposal.operations, target * total * step / rounds)
     return grown
 
@@ -161,11 +163,11 @@ class Proposal(NamedTuple):
 
 
 def propose(
-    supernet: SuperNet, batches: Iterable[Any], current: DropoutList, *, convention: str = "full"
+    supernet: SuperNet, batches: Iterable[Any], current: DropoutList, *, convention: str = "full", group: Any = None
 ) -> Proposal:
     """One round: importance at the last entry of `current`, ranked into operations."""
     widths = current.entry(len(current) - 1)
-    scores, sensitivity = importance(supernet, batches, widths=list(widths.values()))
+    scores, sensitivity = importance(supernet, batches, widths=list(widths.values()), group=group)
     operations = rank_operations(
         scores,
         sensitivity,

@@ -1,0 +1,57 @@
+"""Calibration and importance on two processes, each with half of the images, against one process with all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import random_batches, tiny_vit
+
+import skd
+
+
+def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:
+    """What convert, importance and plan make of `batches`."""
+    model = tiny_vit(**kwargs)
+    supernet = skd.convert(model, batches, group=group)
+    scores, sensitivity = skd.importance(supernet, batches, group=group)
+    listed = skd.plan(supernet, batches, rounds=2, group=group)
+    return {"state": supernet.state_dict(), "scores": scores, "sensitivity": sensitivity, "list": listed.to_json()}
+
+
+def _on_rank(rank: int, folder: str, kwargs: dict[str, Any]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    batches = random_batches(4)
+    mine = batches[:3] if rank == 0 else batches[3:]  # shares of different size
+    torch.save(results(mine, dist.group.WORLD, **kwargs), Path(folder) / f"rank{rank}.pt")
+    if rank == 1:  # a rank whose images are all NaN: an error on both, no waiting
+        mine = [(images * float("nan"), labels) for images, labels in mine]
+    with pytest.raises(ValueError, match="a rank has none with finite"):
+        skd.convert(tiny_vit(**kwargs), mine, group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0}], ids=["classifier", "headless"])
+def test_two_ranks_give_what_one_gives(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+    """Moments to 1e-10 in float64, so rotations alike; the same bits on both ranks; counts and the list exact."""
+    mp.spawn(_on_rank, args=(str(tmp_path), kwargs), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    whole = results(random_batches(4), **kwargs)
+    for name, tensor in whole["state"].items():
+        assert torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
+        torch.testing.assert_close(ranks[0]["state"][name], tensor, rtol=1e-8, atol=1e-8)
+    for rank in ranks:
+        assert rank["sensitivity"] == whole["sensitivity"] and rank["list"] == whole["list"]
+        for name, scores in whole["scores"].items():
+            assert np.array_equal(rank["scores"][name], ranks[0]["scores"][name])
+            np.testing.assert_allclose(rank["scores"][name], scores, rtol=1e-7)
+
+
+def test_a_group_needs_torch_distributed(batches: Any) -> None:
+    with pytest.raises(ValueError, match="not initialised"):
+        skd.convert(tiny_vit(), batches, group=object())
