@@ -2,6 +2,7 @@
 
 launch.py    how kernels are started, and recorded to be compiled without a GPU
 mlp.py       masked_mlp
+attention.py masked_attention
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 from typing import Any
 
 # Modules with kernels; each has `examples()`, see launch.py.
-MODULES: tuple[str, ...] = ("mlp",)
+MODULES: tuple[str, ...] = ("mlp", "attention")
 
 
 def launches(architecture: int, *, quick: bool = False) -> list[Any]:

@@ -1,8 +1,8 @@
 """`masked_attention` in Triton: the order of its kernels, and what torch.library has to know of them.
 
 Forward: transpose the kept columns of W_proj; qkv = x W_qkv^T + b; attention; out = o W_proj^T + b. Backward: the
-gradient at o, at qkv (two passes), at x, and of the parameters; what no input needs is not computed. qkv and o are packed
-(projections.py) and saved with the softmax's logarithms, and so is the transposed W_proj.
+gradient at o, at qkv (two passes), at x, and of the parameters; what no input needs is not computed. qkv and o are
+packed (projections.py) and saved with the softmax's logarithms, and so is the transposed W_proj.
 
 Two opaque operators, so that a compiled graph holds one node for each and never sees the width's value. Importing
 this module does not import Triton.
@@ -11,10 +11,13 @@ this module does not import Triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from skd_kernels.gpu.buffers import uninitialised
 
 LARGEST_HEAD = 128  # coordinates; more would not fit the registers of one program
 
@@ -39,10 +42,9 @@ def attention_forward(
     """
     from skd_kernels.gpu.flash import attend
     from skd_kernels.gpu.projections import project, transpose_weight
-    from skd_kernels.gpu.tiles import uninitialised
 
     head_dim = w_proj.shape[1] // num_heads
-    out, qkv, o, logsumexp, transposed = _outputs(x, w_proj, num_heads, uninitialised)
+    out, qkv, o, logsumexp, transposed = _outputs(x, w_proj, num_heads)
     rows, w_qkv, w_proj = (tensor.contiguous() for tensor in (x.reshape(-1, x.shape[-1]), w_qkv, w_proj))
     transpose_weight(w_proj, transposed, width, num_heads)
     project(True, rows, w_qkv, b_qkv, qkv, width, head_dim)
@@ -63,21 +65,19 @@ def _(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(x, w_proj, num_heads, torch.Tensor.new_empty)
+    return _outputs(x, w_proj, num_heads)
 
 
-def _outputs(
-    x: Tensor, w_proj: Tensor, num_heads: int, new: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, tokens, channels = x.shape
     inner = w_proj.shape[1]
     pitch = (inner // num_heads + 7) // 8 * 8
     return (
         x.new_empty(x.shape),
-        new(x, images * tokens, 3 * num_heads * pitch),
-        new(x, images * tokens, num_heads * pitch),
-        new(x, images, num_heads, tokens, dtype=torch.float32),
-        new(x, inner, channels),
+        uninitialised(x, images * tokens, 3 * num_heads * pitch),
+        uninitialised(x, images * tokens, num_heads * pitch),
+        uninitialised(x, images, num_heads, tokens, dtype=torch.float32),
+        uninitialised(x, inner, channels),
     )
 
 
@@ -101,7 +101,8 @@ def attention_backward(
         needs: for each of the six results whether it is needed.
     """
     from skd_kernels.gpu.flash import differentiate_attention
-    from skd_kernels.gpu.projections import differentiate_weight, project, sum_rows, sum_terms
+    from skd_kernels.gpu.projections import differentiate_weight, project, sum_terms
+    from skd_kernels.gpu.weight_gradient import column_sums
 
     num_heads = logsumexp.shape[1]
     inner, channels = transposed.shape
@@ -112,7 +113,7 @@ def attention_backward(
     if needs[3]:
         differentiate_weight(o, drows, dw_proj, width, num_heads, transposed=True)
     if needs[4]:
-        sum_rows(drows, db_proj, width)
+        column_sums(drows, width, db_proj)
     if needs[0] or needs[1] or needs[2] or needs[5]:
         do = project(True, drows, transposed, None, torch.empty_like(o), width, head_dim)
         dqkv, bias_sums, score_sums = differentiate_attention(
@@ -189,23 +190,38 @@ attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
-    half, single = (torch.bfloat16, torch.float16), (torch.float32,)
-    yield "quick DeiT-Base bf16", lambda: _example(torch.bfloat16, 197, 768, 12)
-    for dtype in (*half, *single):
-        for head_dim in (16, 32, 64, 72, 128):
-            label = f"width {head_dim} {str(dtype).removeprefix('torch.')}"
-            yield label, lambda dtype=dtype, head_dim=head_dim: _example(dtype, 197, 768, 768 // head_dim, head_dim)
-    yield "odd sizes bf16", lambda: _example(torch.bfloat16, 17, 45, 3, 15)
+    yield "quick DeiT-Base bf16", partial(_example, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (16, 32, 64, 128):
+            label = f"{str(dtype).removeprefix('torch.')}, heads of {head_dim}"
+            yield label, partial(_example, dtype, head_dim=head_dim)
+    yield "float32 with TF32", _example_tf32
+    for dtype in (torch.bfloat16, torch.float32):
+        label = f"{str(dtype).removeprefix('torch.')}, odd sizes"
+        yield label, partial(_example, dtype, (3, 17, 45), 3, 15)
+    yield "one of everything", partial(_example, torch.bfloat16, (1, 1, 1), 1, 1)
 
 
-def _example(dtype: torch.dtype, tokens: int, channels: int, heads: int, head_dim: int = 64) -> None:
-    inner = heads * head_dim
-    x, w_qkv, w_proj = (
-        torch.empty(shape, dtype=dtype, device="meta")
-        for shape in ((128, tokens, channels), (3 * inner, channels), (channels, inner))
+def _example(
+    dtype: torch.dtype, shape: tuple[int, int, int] = (128, 197, 768), num_heads: int = 12, head_dim: int = 64
+) -> None:
+    inner, channels = num_heads * head_dim, shape[-1]
+    x, w_qkv, b_qkv, w_proj, b_proj = (
+        torch.empty(size, dtype=dtype, device="meta")
+        for size in (shape, (3 * inner, channels), (3 * inner,), (channels, inner), (channels,))
     )
-    b_qkv, b_proj = (torch.empty(size, dtype=dtype, device="meta") for size in (3 * inner, channels))
     width = torch.empty((), dtype=torch.int32, device="meta")
-    call = (x, w_qkv, b_qkv, w_proj, b_proj, width, None, heads, head_dim**-0.5)
-    _, *saved = attention_forward._init_fn(*call)
-    attention_backward._init_fn(x, x, w_qkv, *saved, width, head_dim**-0.5, [True] * 6)
+    _, *saved = attention_forward._init_fn(x, w_qkv, b_qkv, w_proj, b_proj, width, None, num_heads, 0.125)
+    attention_forward._init_fn(x, w_qkv, None, w_proj, None, width, None, num_heads, 0.125)
+    for needs in ([True] * 6, [True, True, False, False, False, False]):
+        attention_backward._init_fn(x, x, w_qkv, *saved, width, 0.125, needs)
+
+
+def _example_tf32() -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        for head_dim in (16, 32, 64, 128):
+            _example(torch.float32, head_dim=head_dim)
+    finally:
+        matmul.fp32_precision = before

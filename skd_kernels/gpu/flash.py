@@ -1,11 +1,11 @@
 """Softmax attention on packed heads whose width is read on the device: forward, and a backward of two passes.
 
-Packed tensors are described in projections.py: qkv has 3 H groups, the output and its gradient H. Scores and
-probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135); the backward pass recomputes the latter from the
-logarithm of their sum, which the forward pass stores. One pass of it owns blocks of queries and gives dq, the other
-owns blocks of keys and gives dk and dv, so every sum has a fixed order and nothing is added atomically; the price is
-that scores are computed twice. The first pass also leaves ``delta``, the sum over coordinates of out * dout, to the
-second. Both leave sums over their tokens of dqkv (the bias gradient) and of |qkv * dqkv| (the Taylor scores).
+Packed tensors are described in projections.py: qkv has 3 H groups, the output and its gradient H. Logits and
+probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135); the backward pass recomputes them with the
+logarithm of each softmax's sum, which the forward pass stores. One pass of it owns blocks of queries and gives dq,
+the other owns blocks of keys and gives dk and dv, so every sum has a fixed order and nothing is added atomically; the
+price is that logits are computed twice. The first pass also leaves ``delta``, the sum over coordinates of out * dout,
+to the second. Both leave sums over their tokens of dqkv (the bias gradient) and of |qkv * dqkv| (the Taylor scores).
 
 The matrix unit works on 16, 32, 64 or 128 coordinates: each kernel holds one body for each and branches on the width.
 The padding up to the pitch is exact zeros in memory, the rest up to the body's size is not read.
@@ -14,17 +14,19 @@ Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. Not yet measu
 those that compile without spills.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.projections import kept, padded
-from skd_kernels.gpu.tiles import ceil_div, precision
+from skd_kernels.gpu.projections import kept, padded, width_kernel
+from skd_kernels.gpu.tiles import precision
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,27 @@ class Blocks:
 
 
 def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
-    """64 x 64 wastes little on the 197 tokens of a ViT; 8 warps where 4 could not hold 128 coordinates.
+    """64 queries, the least that fills wgmma with 4 warps, by 32 keys.
 
-    Single precision runs on the ordinary cores, whose operands live in registers: small blocks.
+    32 pad the 197 tokens of a ViT to 224 where 64 would pad to 256, and at 64 coordinates take 93 registers on sm_90,
+    so that five programs share a multiprocessor (64 keys: 164, three). Single precision runs on the ordinary cores,
+    whose operands live in registers: small blocks.
     """
     if dtype == torch.float32:
         return Blocks(32, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(32, 16, warps=8, stages=1)
-    return Blocks(64, 64, warps=4 if head_dim <= 64 else 8, stages=2)
+    return Blocks(64, 32, warps=4, stages=3)
 
 
 def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
-    """As forward; sm_80 holds the operands of its mma instructions in registers, so it takes smaller blocks."""
+    """As forward: 64 by 32 takes 138 and 168 registers on sm_90 (64 by 64: 174 and 225, one program less in each).
+
+    sm_80 holds the operands of its mma instructions in registers, and owns 32 tokens. At 128 coordinates dk and dv of
+    64 keys need 8 warps.
+    """
     if dtype == torch.float32:
-        return Blocks(32, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(32, 16, warps=8, stages=1)
-    rows = 64 if device.architecture >= 90 else 32
-    return Blocks(rows, 64, warps=4 if head_dim <= 64 else 8, stages=2)
+        return Blocks(32, 32, warps=8, stages=1) if head_dim <= 64 else Blocks(16, 16, warps=8, stages=1)
+    warps = 4 if head_dim <= 64 else 8
+    return Blocks(64, 32, warps, stages=2) if device.architecture >= 90 else Blocks(32, 64, warps, stages=2)
 
 
 # Kernels -------------------------------------------------------------------------------------------
@@ -143,7 +151,7 @@ def forward_body(
     )
 
 
-@triton.jit
+@width_kernel
 def flash_forward(
     qkv,
     out,
@@ -285,7 +293,7 @@ def keys_body(
     store_sums(bias_sums, score_sums, target + heads * head_dim, v, dv, inside, keep, WIDTH)
 
 
-@triton.jit
+@width_kernel
 def flash_backward(
     qkv,
     out,
@@ -349,15 +357,22 @@ def attend(
 ) -> None:
     """out = softmax(scale q k^T) v on packed buffers of images * tokens rows.
 
-    logsumexp (images, heads, tokens) float32 becomes the base-2 logarithm of each softmax's sum; at width 0 neither is
-    written.
+    logsumexp (images, heads, tokens) float32 becomes the base-2 logarithm of each softmax's sum. At width 0 neither
+    is written.
     """
     images, heads, tokens = logsumexp.shape
     blocks = forward_blocks(qkv.dtype, head_dim, device_of(qkv))
-    arguments = {"qkv": qkv, "out": out, "logsumexp": logsumexp, "width": width, "tokens": tokens, "heads": heads}
+    arguments: dict[str, Any] = {
+        "qkv": qkv,
+        "out": out,
+        "logsumexp": logsumexp,
+        "width": width,
+        "tokens": tokens,
+        "heads": heads,
+    }
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
-    grid = (ceil_div(tokens, blocks.rows) * images * heads,)
+    grid = (triton.cdiv(tokens, blocks.rows) * images * heads,)
     launch(flash_forward, grid, arguments, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
@@ -381,12 +396,19 @@ def differentiate_attention(
     """
     images, heads, tokens = logsumexp.shape
     blocks = backward_blocks(qkv.dtype, head_dim, device_of(qkv))
-    count = ceil_div(tokens, blocks.rows)
+    count = triton.cdiv(tokens, blocks.rows)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(logsumexp)
     shape = (images * count, 3 * heads * head_dim)
     bias_sums = qkv.new_empty(shape, dtype=torch.float32) if bias else None
     score_sums = qkv.new_empty(shape, dtype=torch.float32) if scores else None
-    arguments = {"qkv": qkv, "out": out, "dout": dout, "logsumexp": logsumexp, "delta": delta, "dqkv": dqkv}
+    arguments: dict[str, Any] = {
+        "qkv": qkv,
+        "out": out,
+        "dout": dout,
+        "logsumexp": logsumexp,
+        "delta": delta,
+        "dqkv": dqkv,
+    }
     arguments |= {"bias_sums": bias_sums, "score_sums": score_sums, "width": width, "tokens": tokens, "heads": heads}
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}

@@ -1,54 +1,66 @@
-"""Matrix products between full and packed coordinates: the projections into and out of the heads, and their gradients.
+"""Matrix products between full and packed coordinates: the projections into and out of the heads, and gradients.
 
 A packed tensor holds the kept coordinates of every head side by side: row r, head g, coordinate d is element
 ``r * (groups * pitch) + g * pitch + d``, where the pitch is the width rounded up to a multiple of 8. That padding is
 what lets whole 16-byte pieces be read and copied asynchronously at every legal width, without a hint that would be
-wrong at some; it is written as exact zeros, and it costs nothing at the widths in use, which are multiples of 8. Packed
-tensors live in buffers of the full width, whose remainder is never read.
+wrong at some; it is written as exact zeros, and it costs nothing at the widths in use, which are multiples of 8.
+Packed tensors live in buffers of the full width, whose remainder is never read.
 
-`weight` is a matrix of rows (groups, head_dim) and `channels` columns: W_qkv with 3 H groups, or the transposed W_proj
-with H groups (`transpose_kept`). With that, one kernel goes into the heads (``x W^T``: qkv, and the gradient at the
-attention's output), one goes out of them (``packed W``: the output, and the gradient at x), one gives both weight
-gradients, and W is gathered in the kernel: packed column n is row ``(n // pitch) * head_dim + n % pitch``.
+`weight` is a matrix of rows (groups, head_dim) and `channels` columns: W_qkv with 3 H groups, or the transposed
+W_proj with H groups (`transpose_kept`). With that, one kernel goes into the heads (``x W^T``: qkv, and the gradient
+at the attention's output), one goes out of them (``packed W``: the output, and the gradient at x), one gives both
+weight gradients, and W is gathered in the kernel: packed column n is row ``(n // pitch) * head_dim + n % pitch``.
 
 Every kernel reads the width from `width`, a 0-d int32 tensor on the device, and works on that many coordinates. All
 sums have a fixed order. Not yet measured on a GPU: the configurations are those that compile without spills.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, ceil_div, precision
+from skd_kernels.gpu.tiles import Config, precision
 
 PIECE = 8  # coordinates in a column block of the small kernels; divides every pitch
 
 
-def product_config(like: torch.Tensor) -> Config:
+def product_config(like: torch.Tensor, channels: int) -> Config:
     """For the products with activations.
 
-    Half precision: 128 x 128 needs 12 TB/s from the L2 cache to keep an H100's tensor cores busy, twice what there
-    is; 128 x 256 needs 9 and 144 KiB of shared memory, which sm_80 has but its mma instructions, fed from registers,
-    do not repay. Single precision runs on the ordinary cores unless TF32 is allowed: small tiles, or registers spill.
+    Half precision: at the full rate of an H100's tensor cores, tiles of 128 x 128 would read 12 TB/s through the L2
+    cache and 128 x 256 read 9; the latter take 144 KiB of shared memory, and on sm_80, whose mma instructions are fed
+    from registers, more registers than there are. Rows that do not start at multiples of 16 elements are read one
+    element at a time, through so many pointers that larger tiles spill. Single precision runs on the ordinary cores
+    unless TF32 is allowed: small tiles, or they spill.
     """
     if like.dtype == torch.float32:
         return Config(64, 64, 16, warps=4, stages=3)
+    if channels % 16:
+        return Config(64, 64, 32, warps=4, stages=3)
     if 90 <= device_of(like).architecture < 120:
         return Config(128, 256, 64, warps=8, stages=3)
     return Config(128, 128, 32, warps=8, stages=3)
 
 
-def gradient_config(like: torch.Tensor) -> Config:
+def gradient_config(like: torch.Tensor, channels: int) -> Config:
     """For the weight gradients, whose output is small and whose sum is long: smaller tiles fill the device."""
     if like.dtype == torch.float32:
-        return Config(64, 64, 16, warps=4, stages=3)
+        return Config(64, 32, 16, warps=4, stages=3)
+    if channels % 16:
+        return Config(64, 64, 32, warps=4, stages=3)
     return Config(128, 128, 64 if 90 <= device_of(like).architecture < 120 else 32, warps=8, stages=3)
 
 
 # Kernels -------------------------------------------------------------------------------------------
+
+# A width may be an element of a table: code that only serves widths at multiples of 16 bytes would be compiled twice.
+width_kernel = triton.jit(do_not_specialize_on_alignment=["width"])
 
 
 @triton.jit
@@ -64,6 +76,16 @@ def padded(width):
 
 
 @triton.jit
+def head_of(position, pitch):
+    """``position // pitch`` in four instructions, where the integer division that this would be takes twenty.
+
+    The distance of (position + 1/2) / pitch from an integer is at least 1 / (2 pitch), and its error, of a reciprocal
+    and a product, below 2^-21 of itself: the integer part is right below 2^20 columns (LARGEST_PACKED).
+    """
+    return ((position.to(tl.float32) + 0.5) * (1.0 / pitch)).to(tl.int32)
+
+
+@width_kernel
 def into_heads(
     x,
     weight,
@@ -86,32 +108,33 @@ def into_heads(
     # At width 0 there are no tiles; compilers may still move the divisions out of the loop.
     pitch = tl.maximum(pitch, 8)
     tiles_n = tl.cdiv(total, BLOCK_N)
-    # Columns fastest: programs that run together share rows of x, and all of W stays in the L2 cache.
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tiles_n, tl.num_programs(0)):
+    # Columns fastest: programs that run together share rows of x, and all of W stays in the L2 cache. Moving what all
+    # tiles share out of the loop over them costs 50 registers, more than there are.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tiles_n, tl.num_programs(0), disable_licm=True):
         first = tile // tiles_n * BLOCK_M
         m = tl.arange(0, BLOCK_M)
         k = tl.arange(0, BLOCK_K)
         n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        coordinate = n % pitch
+        head = head_of(n, pitch)
+        coordinate = n - head * pitch
         live = (coordinate < keep) & (n < total)
-        source = tl.where(live, n // pitch * head_dim + coordinate, 0)
+        source = tl.where(live, head * head_dim + coordinate, 0)
         left = x + first.to(tl.int64) * channels + tl.minimum(m, rows - 1 - first)[:, None] * channels + k[None, :]
         right = weight + source[:, None] * channels + k[None, :]
         total_mn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, channels, BLOCK_K):
             inside = (k < channels - start)[None, :]
             a = tl.load(left + start, mask=inside, other=0.0)
-            b = tl.load(right + start, mask=inside, other=0.0)
+            # Selected here and not after the loop, which would keep `live` in the result's layout: 60 registers.
+            b = tl.load(right + start, mask=inside & live[:, None], other=0.0)
             total_mn = tl.dot(a, b.T, total_mn, input_precision=PRECISION)
         if bias is not None:
             total_mn += tl.load(bias + source, mask=live, other=0.0).to(tl.float32)[None, :]
-        # Dead columns were computed from some other row of W: selected away, since that may be NaN.
-        total_mn = tl.where(live[None, :], total_mn, 0.0)
         target = out + first.to(tl.int64) * total + m[:, None] * total + n[None, :]
         tl.store(target, total_mn.to(out.dtype.element_ty), mask=(m < rows - first)[:, None] & (n < total)[None, :])
 
 
-@triton.jit
+@width_kernel
 def out_of_heads(
     packed,
     weight,
@@ -133,7 +156,7 @@ def out_of_heads(
     total = groups * pitch
     pitch = tl.maximum(pitch, 8)  # as in into_heads
     tiles_n = tl.cdiv(channels, BLOCK_N)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tiles_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M) * tiles_n, tl.num_programs(0), disable_licm=True):
         first = tile // tiles_n * BLOCK_M
         m = tl.arange(0, BLOCK_M)
         n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -142,9 +165,10 @@ def out_of_heads(
         total_mn = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, total, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            coordinate = k % pitch
+            head = head_of(k, pitch)
+            coordinate = k - head * pitch
             live = (coordinate < keep) & (k < total)
-            source = tl.where(live, k // pitch * head_dim + coordinate, 0)
+            source = tl.where(live, head * head_dim + coordinate, 0)
             a = tl.load(left + k[None, :], mask=(k < total)[None, :], other=0.0)
             # The padding of `packed` is zero, but W may be NaN there.
             b = tl.load(
@@ -169,7 +193,7 @@ def split_count(tiles, programs):
     return tl.where((two > 2 * one) & (one < 4), two, one)
 
 
-@triton.jit
+@width_kernel
 def weight_gradient(
     packed,
     x,
@@ -192,7 +216,7 @@ def weight_gradient(
     part = tl.cdiv(tl.cdiv(rows, splits), BLOCK_K) * BLOCK_K
     # Tiles fastest: programs that run together march over the same rows, which then come from the L2 cache. Cutting
     # tiles x rows into equal pieces (stream-K) would balance better, but its programs read different rows.
-    for item in range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), disable_licm=True):
         tile = item % tiles
         m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -213,7 +237,7 @@ def weight_gradient(
         tl.store(partial + tl.cast(item, tl.int64) * (BLOCK_M * BLOCK_N) + inner, total_mn)
 
 
-@triton.jit
+@width_kernel
 def finish_weight_gradient(
     partial,
     out,
@@ -254,7 +278,7 @@ def finish_weight_gradient(
     tl.store(out + target, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@width_kernel
 def transpose_kept(weight, out, width, channels, groups, head_dim, BLOCK_N: tl.constexpr, PIECE: tl.constexpr):
     """out (groups * head_dim, channels) = weight (channels, groups * head_dim)^T at the kept coordinates only."""
     pieces = tl.cdiv(head_dim, PIECE)
@@ -269,27 +293,9 @@ def transpose_kept(weight, out, width, channels, groups, head_dim, BLOCK_N: tl.c
     tl.store(out + row[:, None] * channels + column[None, :], value.T, mask=live[:, None] & inside[None, :])
 
 
-@triton.jit
-def column_sums(x, partial, width, rows, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """partial (programs, channels) float32: sums of x (rows, channels) over every programs-th block of rows."""
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if tl.load(width) > 0:
-        for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-            first = block * BLOCK_M
-            source = x + first.to(tl.int64) * channels + m[:, None] * channels + column[None, :]
-            mask = (m < rows - first)[:, None] & (column < channels)[None, :]
-            total += tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    target = partial + tl.program_id(0).to(tl.int64) * channels + column
-    tl.store(target, tl.sum(total, 0), mask=column < channels)
-
-
-@triton.jit
-def finish_column_sums(
-    partial, out, width, terms, columns, head_dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """out (columns,) = sum of partial (terms, columns), zero where the coordinate ``column % head_dim`` is not kept."""
+@width_kernel
+def add_terms(partial, out, width, terms, columns, head_dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out (columns,) = sum of partial (terms, columns), zero where coordinate ``column % head_dim`` is not kept."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = (column % head_dim < kept(width, head_dim)) & (column < columns)
     m = tl.arange(0, BLOCK_M)
@@ -326,9 +332,9 @@ def project(
     """
     inner, channels = weight.shape
     rows = (source if into else out).shape[0]
-    config = product_config(source)
-    tiles = ceil_div(rows, config.m) * ceil_div(inner if into else channels, config.n)
-    arguments = {
+    config = product_config(source, channels)
+    tiles = triton.cdiv(rows, config.m) * triton.cdiv(inner if into else channels, config.n)
+    arguments: dict[str, Any] = {
         "x" if into else "packed": source,
         "weight": weight,
         "bias": bias,
@@ -351,9 +357,9 @@ def transpose_weight(weight: torch.Tensor, out: torch.Tensor, width: torch.Tenso
     """out (groups * head_dim, channels) = the kept columns of `weight` as rows; the other rows are not written."""
     channels, inner = weight.shape
     pieces = 2 * PIECE
-    arguments = {"weight": weight, "out": out, "width": width, "channels": channels, "groups": groups}
+    arguments: dict[str, Any] = {"weight": weight, "out": out, "width": width, "channels": channels, "groups": groups}
     arguments |= {"head_dim": inner // groups, "BLOCK_N": 64, "PIECE": pieces}
-    grid = (groups * ceil_div(inner // groups, pieces), ceil_div(channels, 64))
+    grid = (groups * triton.cdiv(inner // groups, pieces), triton.cdiv(channels, 64))
     launch(transpose_kept, grid, arguments, num_warps=4, num_stages=1)
 
 
@@ -370,19 +376,34 @@ def differentiate_weight(
     """
     rows, channels = x.shape
     inner = out.numel() // channels
-    config = gradient_config(x)
-    pitch = ceil_div(inner // groups, 8) * 8
-    tiles = ceil_div(groups * pitch, config.m) * ceil_div(channels, config.n)
+    config = gradient_config(x, channels)
+    pitch = triton.cdiv(inner // groups, 8) * 8
+    tiles = triton.cdiv(groups * pitch, config.m) * triton.cdiv(channels, config.n)
     programs = config.resident * device_of(x).multiprocessors
     # Two waves at most, see split_count: splits * tiles is at most the larger of tiles and 2 * programs.
     partial = x.new_empty(max(tiles, 2 * programs), config.m, config.n, dtype=torch.float32)
-    shared = {"partial": partial, "width": width, "channels": channels, "groups": groups, "head_dim": inner // groups}
-    arguments = {"packed": packed, "x": x, "rows": rows, **shared, **config.blocks(), "PRECISION": precision()}
+    shared: dict[str, Any] = {
+        "partial": partial,
+        "width": width,
+        "channels": channels,
+        "groups": groups,
+        "head_dim": inner // groups,
+    }
+    arguments: dict[str, Any] = {
+        "packed": packed,
+        "x": x,
+        "rows": rows,
+        **shared,
+        **config.blocks(),
+        "PRECISION": precision(),
+    }
     launch(weight_gradient, (programs,), arguments, num_warps=config.warps, num_stages=config.stages)
-    strides = {"row_stride": 1, "column_stride": inner} if transposed else {"row_stride": channels, "column_stride": 1}
+    strides = (
+        {"row_stride": 1, "column_stride": inner} if transposed else {"row_stride": channels, "column_stride": 1}
+    )
     arguments = {"out": out, **shared, **strides, "programs": programs, "PIECE": PIECE}
     arguments |= {"BLOCK_M": config.m, "BLOCK_N": config.n}
-    grid = (groups * ceil_div(inner // groups, PIECE), ceil_div(channels, config.n))
+    grid = (groups * triton.cdiv(inner // groups, PIECE), triton.cdiv(channels, config.n))
     launch(finish_weight_gradient, grid, arguments, num_warps=4, num_stages=1)
 
 
@@ -390,20 +411,6 @@ def sum_terms(partial: torch.Tensor, out: torch.Tensor, width: torch.Tensor, hea
     """out (columns,) = partial (terms, columns) float32 summed, zero where ``column % head_dim`` is not kept."""
     terms, columns = partial.shape
     # 64-byte pieces of rows: few columns a program, so that a few thousand columns still occupy the device.
-    arguments = {"partial": partial, "out": out, "width": width, "terms": terms, "columns": columns}
+    arguments: dict[str, Any] = {"partial": partial, "out": out, "width": width, "terms": terms, "columns": columns}
     arguments |= {"head_dim": head_dim, "BLOCK_M": 128, "BLOCK_N": 16}
-    launch(finish_column_sums, (ceil_div(columns, 16),), arguments, num_warps=4, num_stages=1)
-
-
-def sum_rows(x: torch.Tensor, out: torch.Tensor, width: torch.Tensor) -> None:
-    """out (channels,) = x (rows, channels) summed over rows; zero at width 0."""
-    rows, channels = x.shape
-    block = 128
-    parts = min(ceil_div(rows, 32), ceil_div(4 * device_of(x).multiprocessors, ceil_div(channels, block)))
-    partial = x.new_empty(parts, channels, dtype=torch.float32)
-    arguments = {"x": x, "partial": partial, "width": width, "rows": rows, "channels": channels}
-    arguments |= {"BLOCK_M": 32, "BLOCK_N": block}
-    grid = (parts, ceil_div(channels, block))
-    launch(column_sums, grid, arguments, num_warps=4, num_stages=1)
-    # One group of one coordinate: all columns are kept, or at width 0 none.
-    sum_terms(partial, out, width, 1)
+    launch(add_terms, (triton.cdiv(columns, 16),), arguments, num_warps=4, num_stages=1)
