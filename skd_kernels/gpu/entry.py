@@ -28,8 +28,10 @@ def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
             return "kernels are interpreted only where use('triton') asks for it"
     elif x.device != "cuda":
         return f"there is no kernel for {x.device}"
-    elif not torch.compiler.is_compiling() and torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0; the device has {torch.cuda.get_device_capability()}"
+    elif not torch.compiler.is_compiling() and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0; the device has {capability[0]}.{capability[1]}"
     tensors = [x, *(parameter for parameter in parameters if parameter is not None)]
     for tensor in tensors:
         dtype = _after_autocast(tensor.dtype, x.device)
