@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from skd_kernels.gpu.activations import activate
+from skd_kernels.gpu.activations import activate, in_kernel
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import launch
-from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, precision, tile_of
+from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, small_config, tile_of
 
 
 @triton.jit
@@ -61,20 +61,30 @@ def hidden_kernel(
         m = tl.arange(0, BLOCK_M)
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         # Rows past the end repeat the last one: no mask in the loop, and their results are not kept.
-        x_rows = (
-            x
-            + (row * BLOCK_M).to(tl.int64) * stride_x
-            + (tl.minimum(m, tokens - 1 - row * BLOCK_M) * stride_x)[:, None]
-        )
-        w_rows = w + (tl.minimum(n, hidden - 1) * stride_w)[:, None]
+        x_tile = x + (row * BLOCK_M).to(tl.int64) * stride_x
+        x_rows = (tl.minimum(m, tokens - 1 - row * BLOCK_M) * stride_x)[:, None]
+        w_rows = (tl.minimum(n, hidden - 1) * stride_w)[:, None]
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if GATED:
             value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             gate, value = dot_nt_pair(
-                gate, value, x_rows, w_rows, hidden * stride_w, channels, BLOCK_K, EVEN_C, PRECISION
+                gate, value, x_tile, x_rows, w, w_rows, hidden * stride_w, channels, BLOCK_K, EVEN_C, PRECISION
             )
         else:
-            gate = dot_nt(gate, x_rows, w_rows, channels, channels, BLOCK_K, not EVEN_C, EVEN_C, False, PRECISION)
+            gate = dot_nt(
+                gate,
+                x_tile,
+                x_rows,
+                w,
+                w_rows,
+                channels,
+                channels,
+                BLOCK_K,
+                not EVEN_C,
+                EVEN_C,
+                False,
+                PRECISION,
+            )
         if bias is not None:
             gate += tl.load(bias + n, mask=n < limit, other=0.0).to(tl.float32)[None, :]
         keep = (n < limit)[None, :]
@@ -101,7 +111,9 @@ def dot_nt_pair(
     first,
     second,
     a,
+    a_rows,
     b,
+    b_rows,
     apart,
     depth,
     BLOCK_K: tl.constexpr,
@@ -112,15 +124,15 @@ def dot_nt_pair(
     k = tl.arange(0, BLOCK_K)[None, :]
     whole = depth // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
-        left = tl.load(a + (start + k))
-        first = tl.dot(left, tl.load(b + (start + k)).T, first, input_precision=PRECISION)
-        second = tl.dot(left, tl.load(b + apart + (start + k)).T, second, input_precision=PRECISION)
+        left = tl.load(a + start + (a_rows + k))
+        first = tl.dot(left, tl.load(b + start + (b_rows + k)).T, first, input_precision=PRECISION)
+        second = tl.dot(left, tl.load(b + apart + start + (b_rows + k)).T, second, input_precision=PRECISION)
     if not EVEN:
-        rest = whole + k
-        left = tl.load(a + rest, mask=rest < depth, other=0.0)
-        right = tl.load(b + rest, mask=rest < depth, other=0.0)
+        there = whole + k < depth
+        left = tl.load(a + whole + (a_rows + k), mask=there, other=0.0)
+        right = tl.load(b + whole + (b_rows + k), mask=there, other=0.0)
         first = tl.dot(left, right.T, first, input_precision=PRECISION)
-        right = tl.load(b + apart + rest, mask=rest < depth, other=0.0)
+        right = tl.load(b + apart + whole + (b_rows + k), mask=there, other=0.0)
         second = tl.dot(left, right.T, second, input_precision=PRECISION)
     return first, second
 
@@ -163,11 +175,24 @@ def gradient_kernel(
         row, column = tile_of(index, rows, columns, GROUP)
         m = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row * BLOCK_M)
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        dy_rows = dy + (row * BLOCK_M).to(tl.int64) * stride_dy + (m * stride_dy)[:, None]
+        dy_tile = dy + (row * BLOCK_M).to(tl.int64) * stride_dy
+        dy_rows = (m * stride_dy)[:, None]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         inside = (n < hidden)[None, :]
         total = dot_nn(
-            total, dy_rows, w + n[None, :], stride_w, inside, channels, BLOCK_K, EVEN_C, False, EVEN_F, PRECISION
+            total,
+            dy_tile,
+            dy_rows,
+            w,
+            n[None, :],
+            stride_w,
+            inside,
+            channels,
+            BLOCK_K,
+            EVEN_C,
+            False,
+            EVEN_F,
+            PRECISION,
         )
         left, right = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
         partial_row = partial + row * stride_partial if partial is not None else None
@@ -226,17 +251,19 @@ def apply_gradient(
         tl.store(partial + last * part_z + n, tl.sum(tl.abs(h * dh), 0))
 
 
-def hidden_config(like: torch.Tensor, gated: bool) -> Config:
-    """z and h leave from the same registers as the sums: 128 x 256, or 4 warps, would spill."""
-    if like.dtype == torch.float32:
-        return Config(64, 32 if gated else 64, 32, warps=4, stages=3)
-    return Config(128, 64 if gated else 128, 64, warps=8, stages=3)
+def hidden_config(x: torch.Tensor, w: torch.Tensor, gated: bool) -> Config:
+    """z and h leave from the same registers as the sums: 128 x 256, or 4 warps, would spill.
+
+    Gated, a program computes two tiles, each of half the columns.
+    """
+    config = Config(128, 64 if gated else 128, inner_step(x), warps=8, stages=3)
+    return small_config(x, x.stride(0), w.stride(0)) or config
 
 
-def gradient_config(like: torch.Tensor, gated: bool) -> Config:
-    if like.dtype == torch.float32:
-        return Config(64, 64, 32, warps=4, stages=3)
-    return Config(128, 128, 64, warps=8, stages=3)
+def gradient_config(dy: torch.Tensor, w: torch.Tensor, gated: bool) -> Config:
+    """Gated, twice as much is read and written for each sum: half the columns, or registers spill."""
+    config = Config(128, 64 if gated else 128, inner_step(dy), warps=8, stages=3)
+    return small_config(dy, dy.stride(0), w.stride(0)) or config
 
 
 def hidden_features(
@@ -252,14 +279,19 @@ def hidden_features(
     """Fill h (M, padded F) and z (M, parts, padded F) or None, from x (M, C) and w1 (parts * F, C)."""
     tokens, channels = x.shape
     hidden = w1.shape[0] // (2 if gated else 1)
-    config = hidden_config(x, gated)
+    config = hidden_config(x, w1, gated)
     tiles = ceil_div(tokens, config.m) * ceil_div(hidden, config.n)
     arguments: dict[str, Any] = {
         **{"x": x, "w": w1, "bias": b1, "z": z, "h": h, "width": width},
         **{"tokens": tokens, "channels": channels, "hidden": hidden},
         **{"stride_x": x.stride(0), "stride_w": w1.stride(0), "stride_h": h.stride(0)},
         **{"stride_z": 0 if z is None else z.stride(0), "part_z": h.stride(0)},
-        **{"ACT": act, "GATED": gated, "EVEN_C": channels % config.k == 0, "PRECISION": precision()},
+        **{
+            "ACT": in_kernel(act, h.dtype),
+            "GATED": gated,
+            "EVEN_C": channels % config.k == 0,
+            "PRECISION": precision(),
+        },
         **{**config.blocks(), "GROUP": 8},
     }
     grid = (config.programs(x, tiles),)
@@ -279,7 +311,7 @@ def hidden_gradient(
     """dz (M, parts, padded F) if `keep`; if `add_up` what `gradient_kernel` sums over the rows of every tile."""
     tokens, parts, pitch = z.shape
     (channels, hidden), gated = w2.shape, parts == 2
-    config = gradient_config(dy, gated)
+    config = gradient_config(dy, w2, gated)
     rows = ceil_div(tokens, config.m)
     dz = uninitialised(z, *z.shape) if keep else None
     partial = uninitialised(z, rows, parts + 1, pitch, dtype=torch.float32) if add_up else None
@@ -287,7 +319,12 @@ def hidden_gradient(
         **{"dy": dy, "w": w2, "z": z, "dz": dz, "partial": partial, "width": width},
         **{"tokens": tokens, "channels": channels, "hidden": hidden},
         **{"stride_dy": dy.stride(0), "stride_w": w2.stride(0), "stride_z": z.stride(0), "part_z": pitch},
-        **{"stride_partial": (parts + 1) * pitch, "ACT": act, "GATED": gated, "EVEN_C": channels % config.k == 0},
+        **{
+            "stride_partial": (parts + 1) * pitch,
+            "ACT": in_kernel(act, z.dtype),
+            "GATED": gated,
+            "EVEN_C": channels % config.k == 0,
+        },
         **{"EVEN_F": hidden % config.n == 0, "PRECISION": precision(), **config.blocks(), "GROUP": 8},
     }
     grid = (config.programs(dy, rows * ceil_div(hidden, config.n)),)

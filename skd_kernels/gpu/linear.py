@@ -11,7 +11,7 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, precision, tile_of
+from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, small_config, tile_of
 
 
 @triton.jit
@@ -42,10 +42,11 @@ def output_kernel(
         # Rows past the end repeat the last one: no mask in the loop, and their results are not stored.
         m = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row * BLOCK_M)
         c = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        a_rows = a + (row * BLOCK_M).to(tl.int64) * stride_a + (m * stride_a)[:, None]
-        w_rows = w + (tl.minimum(c, channels - 1) * stride_w)[:, None]
+        a_tile = a + (row * BLOCK_M).to(tl.int64) * stride_a
+        a_rows = (m * stride_a)[:, None]
+        w_rows = (tl.minimum(c, channels - 1) * stride_w)[:, None]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        total = dot_nt(total, a_rows, w_rows, depth, size, BLOCK_K, True, EVEN, True, PRECISION)
+        total = dot_nt(total, a_tile, a_rows, w, w_rows, depth, size, BLOCK_K, True, EVEN, True, PRECISION)
         if bias is not None:
             total += tl.where(depth > 0, tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32), 0.0)[None, :]
         t = row * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -82,36 +83,48 @@ def input_gradient_kernel(
         m = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row * BLOCK_M)
         c = column * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (c < channels)[None, :]
-        a_rows = dz + (row * BLOCK_M).to(tl.int64) * stride_dz + (m * stride_dz)[:, None]
+        dz_tile = dz + (row * BLOCK_M).to(tl.int64) * stride_dz
+        dz_rows = (m * stride_dz)[:, None]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for part in tl.static_range(PARTS):
-            a_part = a_rows + part * part_dz
-            w_part = w + part * size * stride_w + c[None, :]
-            total = dot_nn(total, a_part, w_part, stride_w, inside, depth, BLOCK_K, False, True, EVEN_C, PRECISION)
+            total = dot_nn(
+                total,
+                dz_tile + part * part_dz,
+                dz_rows,
+                w + part * size * stride_w,
+                c[None, :],
+                stride_w,
+                inside,
+                depth,
+                BLOCK_K,
+                False,
+                True,
+                EVEN_C,
+                PRECISION,
+            )
         t = row * BLOCK_M + tl.arange(0, BLOCK_M)
         places = dx + (row * BLOCK_M).to(tl.int64) * channels + tl.arange(0, BLOCK_M)[:, None] * channels + c[None, :]
         tl.store(places, total.to(dx.dtype.element_ty), mask=(t < tokens)[:, None] & inside)
 
 
-def output_config(like: torch.Tensor) -> Config:
-    """Shared memory holds the stages, registers the float32 sums: m * n / (32 * warps) of them in a thread."""
-    if like.dtype == torch.float32:
-        return Config(64, 64, 32, warps=4, stages=3)
-    if device_of(like).architecture < 90:
-        return Config(128, 128, 64, warps=8, stages=3)
-    return Config(128, 256, 64, warps=8, stages=3)
+def linear_config(a: torch.Tensor, w: torch.Tensor, channels: int) -> Config:
+    """For both kernels. A thread holds m * n / (32 * warps) float32 sums.
 
-
-def input_gradient_config(like: torch.Tensor) -> Config:
-    return output_config(like)
+    Half precision on sm_90 and sm_100: 128 x 256 wants the fewest bytes from L2 for each product, and compiles
+    without spills where no columns are masked. sm_80 feeds its tensor cores from registers, and sm_120 has 99 KiB of
+    shared memory.
+    """
+    large = a.element_size() == 2 and 90 <= device_of(a).architecture < 120 and channels % 256 == 0
+    config = Config(128, 256 if large else 128, inner_step(a), warps=8, stages=3)
+    return small_config(a, w.stride(0), channels) or config
 
 
 def output(
     a: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, width: torch.Tensor, y: torch.Tensor
 ) -> torch.Tensor:
     """y (M, C) = a[:, :width] (M, >= F) @ w[:, :width]^T (C, F) + bias; a's rows are padded to whole tiles."""
-    config = output_config(a)
     tokens, (channels, size) = a.shape[0], w.shape
+    config = linear_config(a, w, channels)
     tiles = ceil_div(tokens, config.m) * ceil_div(channels, config.n)
     arguments: dict[str, Any] = {
         **{"a": a, "w": w, "bias": bias, "y": y, "width": width},
@@ -126,8 +139,8 @@ def output(
 def input_gradient(dz: torch.Tensor, w: torch.Tensor, width: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
     """dx (M, C) from dz (M, parts, padded F) and w (parts * F, C)."""
     parts = dz.shape[1]
-    config = input_gradient_config(dz)
     tokens, channels = dx.shape
+    config = linear_config(dz, w, channels)
     tiles = ceil_div(tokens, config.m) * ceil_div(channels, config.n)
     arguments: dict[str, Any] = {
         **{"dz": dz, "w": w, "dx": dx, "width": width, "tokens": tokens, "channels": channels},

@@ -183,11 +183,11 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             for gated in (False, True):
                 label = f"{str(dtype).removeprefix('torch.')} {act}{' gated' if gated else ''}"
                 yield label, lambda dtype=dtype, act=act, gated=gated: _example(dtype, act=act, gated=gated)
-    for gated in (False, True):
-        yield (
-            f"odd sizes{' gated' if gated else ''}",
-            lambda gated=gated: _example(torch.bfloat16, (3, 197, 200), 500, gated=gated),
-        )
+    for sizes in ((384, 1536), (192, 768), (200, 500), (1152, 4304)):
+        for gated in (False, True):
+            label = f"{sizes[0]} x {sizes[1]} bf16{' gated' if gated else ''}"
+            shape = (3, 197, sizes[0])
+            yield label, lambda shape=shape, f=sizes[1], gated=gated: _example(torch.bfloat16, shape, f, gated=gated)
     yield "float32 with TF32", _example_tf32
 
 

@@ -47,6 +47,27 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def small_config(like: torch.Tensor, *strides: int) -> Config | None:
+    """The configuration of products on which the large tiles would spill, or None.
+
+    float32 without TF32 runs on the ordinary cores, which keep their operands in registers. And Triton asks of a row
+    length only whether 16 divides it: otherwise it loads element by element, with an address for each.
+    """
+    if like.dtype == torch.float32 and precision() == "ieee":
+        return Config(64, 64, 32, warps=8, stages=3)
+    if any(stride % 16 for stride in strides):
+        return Config(64, 64, 32, warps=8, stages=3)
+    return None
+
+
+def inner_step(like: torch.Tensor) -> int:
+    """128 bytes of a row: what a swizzled tile in shared memory holds of it, and one cache line.
+
+    At most 64 elements, and every tile has a multiple of 64 columns: a step that begins in a tile ends in it.
+    """
+    return 128 // like.element_size()
+
+
 @triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
     """(row, column) of a tile: bands of GROUP rows, column by column, so that neighbours share operands in L2."""
@@ -60,7 +81,9 @@ def tile_of(index, rows, columns, GROUP: tl.constexpr):
 def dot_nt(
     total,
     a,
+    a_rows,
     b,
+    b_rows,
     depth,
     size,
     BLOCK_K: tl.constexpr,
@@ -71,27 +94,28 @@ def dot_nt(
 ):
     """total + a[:, :depth] b[:, :depth]^T, both contiguous along the inner dimension.
 
-    a (rows, 1) and b (columns, 1) are pointers to the rows. `size` is how much of b's rows may be read; EVEN: it is a
-    multiple of BLOCK_K. PADDED: a is zero from depth to the end of the step. TAIL False: depth is a multiple of
-    BLOCK_K.
+    a_rows (rows, 1) and b_rows (columns, 1) are where the rows begin, counted from the scalar pointers a and b: one
+    32-bit register for each address, which a tensor of pointers would double. `size` is how much of b's rows may be
+    read; EVEN: it is a multiple of BLOCK_K. PADDED: a is zero from depth to the end of the step. TAIL False: depth is
+    a multiple of BLOCK_K.
     """
     k = tl.arange(0, BLOCK_K)[None, :]
     whole = depth // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
-        left = tl.load(a + (start + k))
-        right = tl.load(b + (start + k))
+        left = tl.load(a + start + (a_rows + k))
+        right = tl.load(b + start + (b_rows + k))
         total = tl.dot(left, right.T, total, input_precision=PRECISION)
     if TAIL:  # noqa: SIM102  (known at compile time)
         if whole < depth:
             rest = whole + k
             if EVEN:
-                right = tl.load(b + rest)
+                right = tl.load(b + whole + (b_rows + k))
             else:
-                right = tl.load(b + rest, mask=rest < size, other=0.0)
+                right = tl.load(b + whole + (b_rows + k), mask=rest < size, other=0.0)
             if PADDED:
-                left = tl.load(a + rest)
+                left = tl.load(a + whole + (a_rows + k))
             else:
-                left = tl.load(a + rest, mask=rest < depth, other=0.0)
+                left = tl.load(a + whole + (a_rows + k), mask=rest < depth, other=0.0)
             right = tl.where(rest < depth, right, 0.0)
             total = tl.dot(left, right.T, total, input_precision=PRECISION)
     return total
@@ -101,7 +125,9 @@ def dot_nt(
 def dot_nn(
     total,
     a,
+    a_rows,
     b,
+    b_columns,
     stride_b,
     inside,
     depth,
@@ -113,22 +139,22 @@ def dot_nn(
 ):
     """total + a[:, :depth] b[:depth], a contiguous along the inner dimension and b along its columns.
 
-    a (rows, 1) points to the rows, b (1, columns) to the first row's columns; `inside` (1, columns) says which of
-    those exist, EVEN_N that all do. WHOLE: depth is a multiple of BLOCK_K. PADDED: as in `dot_nt`. A mask on b's rows
-    is the same along the contiguous dimension, so it forbids nothing.
+    a, a_rows, PADDED: as in `dot_nt`. b_columns (1, columns) are places in b's first row; `inside` (1, columns) says
+    which of them exist, EVEN_N that all do. WHOLE: depth is a multiple of BLOCK_K. A mask on b's rows is the same
+    along the contiguous dimension, so it forbids nothing.
     """
     k = tl.arange(0, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         if WHOLE or PADDED:
-            left = tl.load(a + (start + k)[None, :])
+            left = tl.load(a + start + (a_rows + k[None, :]))
         else:
-            left = tl.load(a + (start + k)[None, :], mask=(start + k)[None, :] < depth, other=0.0)
-        places = b + (start + k)[:, None] * stride_b
+            left = tl.load(a + start + (a_rows + k[None, :]), mask=k[None, :] < depth - start, other=0.0)
+        places = b + start * stride_b + (k[:, None] * stride_b + b_columns)
         if WHOLE and EVEN_N:
             right = tl.load(places)
         elif EVEN_N:
-            right = tl.load(places, mask=(start + k)[:, None] < depth, other=0.0)
+            right = tl.load(places, mask=k[:, None] < depth - start, other=0.0)
         else:
-            right = tl.load(places, mask=((start + k)[:, None] < depth) & inside, other=0.0)
+            right = tl.load(places, mask=(k[:, None] < depth - start) & inside, other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
     return total

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, precision, tile_of
+from skd_kernels.gpu.tiles import Config, inner_step, precision, small_config, tile_of
 
 STRIP = 16  # rows of a tile that one program of the second kernel finishes
 
@@ -89,13 +89,13 @@ def weight_gradient_kernel(
             part = row // part_rows
             top = row % part_rows * BLOCK_M
             left = column * BLOCK_N
-            a_columns = a + part * part_a + top + i[None, :]
-            b_columns = b + left + j[None, :]
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for step in range(low, high):
                 t = step * BLOCK_K
-                a_places = a_columns + t.to(tl.int64) * stride_a + k[:, None] * stride_a
-                b_places = b_columns + t.to(tl.int64) * stride_b + k[:, None] * stride_b
+                a_places = (
+                    a + part * part_a + t.to(tl.int64) * stride_a + (k[:, None] * stride_a + (top + i)[None, :])
+                )
+                b_places = b + t.to(tl.int64) * stride_b + (k[:, None] * stride_b + (left + j)[None, :])
                 there = (k < tokens - t)[:, None]
                 a_there = there if EVEN or BY_ROWS else there & (top + i < rows)[None, :]
                 b_there = there & (left + j < columns)[None, :] if BY_ROWS and not EVEN else there
@@ -200,10 +200,8 @@ def finish_kernel(
         )
 
 
-def weight_gradient_config(like: torch.Tensor) -> Config:
-    if like.dtype == torch.float32:
-        return Config(64, 64, 32, warps=4, stages=3)
-    return Config(128, 128, 64, warps=8, stages=3)
+def weight_gradient_config(a: torch.Tensor, b: torch.Tensor) -> Config:
+    return small_config(a, a.stride(0), b.stride(0)) or Config(128, 128, inner_step(a), warps=8, stages=3)
 
 
 def weight_gradient(
@@ -222,7 +220,7 @@ def weight_gradient(
         by_rows: the width limits the R rows of every part, and a's columns are padded to whole tiles; otherwise it
             limits the C columns, and b's are padded.
     """
-    config = weight_gradient_config(a)
+    config = weight_gradient_config(a, b)
     tokens, rows, columns = a.shape[0], out.shape[0] // parts, out.shape[1]
     tiles = parts * ceil_div(rows, config.m) * ceil_div(columns, config.n)
     # Not bounded by the tiles: that is what the shares are for. One piece is at least one step.
