@@ -1,6 +1,6 @@
 """Activations and their derivatives, in registers and float32."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import torch

@@ -12,7 +12,7 @@ result, never changes.
 No configuration has been timed on a GPU. Each is one that compiles without spills (`python -m benchmarks.registers`).
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any
@@ -24,7 +24,7 @@ import triton.language as tl
 from skd_kernels.gpu.activations import activate, in_kernel
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import launch
-from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, small_config, tile_of
+from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, read_width, small_config, tile_of
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def hidden_kernel(
     GROUP: tl.constexpr,
 ):
     """h, and z unless it is None, up to the end of the tile that the width falls into; zeros past the width."""
-    limit = tl.load(width)
+    limit = read_width(width, hidden)
     rows = tl.cdiv(tokens, BLOCK_M)
     columns = tl.cdiv(limit, BLOCK_N)
     for index in range(tl.program_id(0), rows * columns, tl.num_programs(0)):
@@ -167,7 +167,7 @@ def gradient_kernel(
 
     dz or partial may be None. The epilogue takes the tile in two halves: in one piece its registers would spill.
     """
-    limit = tl.load(width)
+    limit = read_width(width, hidden)
     rows = tl.cdiv(tokens, BLOCK_M)
     columns = tl.cdiv(limit, BLOCK_N)
     HALF: tl.constexpr = BLOCK_N // 2

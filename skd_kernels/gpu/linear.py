@@ -1,6 +1,6 @@
 """Products whose inner dimension stops at a width on the device: a linear layer's output and its input's gradient."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, small_config, tile_of
+from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, read_width, small_config, tile_of
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def output_kernel(
     GROUP: tl.constexpr,
 ):
     """y = a[:, :width] w[:, :width]^T + bias; zeros, without the bias, at width 0. a is PADDED, see `dot_nt`."""
-    depth = tl.load(width)
+    depth = read_width(width, size)
     rows = tl.cdiv(tokens, BLOCK_M)
     columns = tl.cdiv(channels, BLOCK_N)
     for index in range(tl.program_id(0), rows * columns, tl.num_programs(0)):
@@ -75,7 +75,7 @@ def input_gradient_kernel(
     GROUP: tl.constexpr,
 ):
     """dx = sum over PARTS of dz[part, :, :width] w[part, :width]; parts are `part_dz` columns, `size` rows apart."""
-    depth = tl.load(width)
+    depth = read_width(width, size)
     rows = tl.cdiv(tokens, BLOCK_M)
     columns = tl.cdiv(channels, BLOCK_N)
     for index in range(tl.program_id(0), rows * columns, tl.num_programs(0)):

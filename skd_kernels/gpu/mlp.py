@@ -11,6 +11,7 @@ this module does not import Triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,10 +103,10 @@ def mlp_backward(
     dy, x, w1, w2 = as_rows(dy), as_rows(x), as_rows(w1), as_rows(w2)
     if need_x or need_w1 or need_b1 or need_scores:
         keep, add_up = need_x or need_w1, need_b1 or need_scores
-        dz, partial = hidden_gradient(dy, w2, z, width, act, keep=keep, add_up=add_up)
-        if partial is not None:
+        dz, pieces = hidden_gradient(dy, w2, z, width, act, keep=keep, add_up=add_up)
+        if pieces is not None:
             bias, total = db1 if need_b1 else None, scores if need_scores else None
-            sums(partial, hidden, bias, total, width, parts=parts)
+            sums(pieces, hidden, bias, total, width, parts=parts)
         if dz is not None and need_x:
             input_gradient(dz, w1, width, as_rows(dx))
         if dz is not None and need_w1:
@@ -177,18 +178,17 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
     from skd_kernels.gpu.activations import ACTIVATIONS
 
-    yield "quick DeiT-Base bf16", lambda: _example(torch.bfloat16)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for act in ACTIVATIONS:
-            for gated in (False, True):
-                label = f"{str(dtype).removeprefix('torch.')} {act}{' gated' if gated else ''}"
-                yield label, lambda dtype=dtype, act=act, gated=gated: _example(dtype, act=act, gated=gated)
-    for sizes in ((384, 1536), (192, 768), (200, 500), (1152, 4304)):
-        for gated in (False, True):
-            label = f"{sizes[0]} x {sizes[1]} bf16{' gated' if gated else ''}"
-            shape = (3, 197, sizes[0])
-            yield label, lambda shape=shape, f=sizes[1], gated=gated: _example(torch.bfloat16, shape, f, gated=gated)
-    yield "float32 with TF32", _example_tf32
+    yield "quick DeiT-Base bf16", partial(_example, torch.bfloat16)
+    for gated in (False, True):
+        suffix = " gated" if gated else ""
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for act in ACTIVATIONS:
+                name = f"{str(dtype).removeprefix('torch.')} {act}{suffix}"
+                yield name, partial(_example, dtype, act=act, gated=gated)
+        for channels, hidden in ((384, 1536), (192, 768), (200, 500), (1152, 4304)):
+            shape = (3, 197, channels)
+            yield f"{channels} x {hidden} bf16{suffix}", partial(_example, torch.bfloat16, shape, hidden, gated=gated)
+        yield f"float32 with TF32{suffix}", partial(_example_tf32, gated)
 
 
 def _example(
@@ -210,11 +210,10 @@ def _example(
     mlp_backward._init_fn(x, x, w1, w2, h, z, width, act, gated, [True, False, False, False, False, False])
 
 
-def _example_tf32() -> None:
+def _example_tf32(gated: bool) -> None:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        for gated in (False, True):
-            _example(torch.float32, gated=gated)
+        _example(torch.float32, gated=gated)
     finally:
         matmul.fp32_precision = before

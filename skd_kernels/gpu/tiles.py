@@ -5,7 +5,7 @@ copies. Only the last, incomplete step is selected in registers; selected and no
 the width may be NaN.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -66,6 +66,12 @@ def inner_step(like: torch.Tensor) -> int:
     At most 64 elements, and every tile has a multiple of 64 columns: a step that begins in a tile ends in it.
     """
     return 128 // like.element_size()
+
+
+@triton.jit
+def read_width(width, full):
+    """The width, wherever it came from, as something that cannot lead out of the buffers."""
+    return tl.minimum(tl.maximum(tl.load(width), 0), full)
 
 
 @triton.jit

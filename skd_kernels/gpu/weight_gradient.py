@@ -8,7 +8,7 @@ pieces of a tile in the order of the tokens. How the work is cut follows from th
 repeat to the bit, and no atomic operation is used.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, inner_step, precision, small_config, tile_of
+from skd_kernels.gpu.tiles import Config, inner_step, precision, read_width, small_config, tile_of
 
 STRIP = 16  # rows of a tile that one program of the second kernel finishes
 
@@ -64,7 +64,7 @@ def weight_gradient_kernel(
     BY_ROWS: the width limits the rows of each part, and b's columns are masked unless EVEN; otherwise the columns
     of out, and a's are. EVEN_T: the number of tokens is a multiple of BLOCK_K.
     """
-    limit = tl.load(width)
+    limit = read_width(width, rows if BY_ROWS else columns)
     part_rows, tall, across = grid_of(limit, rows, columns, PARTS, BY_ROWS, BLOCK_M, BLOCK_N)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -159,7 +159,7 @@ def finish_kernel(
 
     Program (x, y) takes strip y of tile x, counted in the grid of the full width.
     """
-    limit = tl.load(width)
+    limit = read_width(width, rows if BY_ROWS else columns)
     part_rows, tall, across = grid_of(limit, rows, columns, PARTS, BY_ROWS, BLOCK_M, BLOCK_N)
     full_part_rows = tl.cdiv(rows, BLOCK_M)
     full_across = tl.cdiv(columns, BLOCK_N)
@@ -279,7 +279,7 @@ def sums_kernel(
 
     Exact zeros past the width. WHOLE: all columns are kept unless the width is 0.
     """
-    limit = tl.load(width)
+    limit = read_width(width, columns)
     if WHOLE:
         limit = tl.where(limit > 0, columns, 0)
     part = tl.program_id(1)
