@@ -7,19 +7,30 @@ float16, because the interpreter's bfloat16 products are wrong.
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from attention_checks import NAMES, check, make_inputs, relative_error, run
 from tolerances import kernel_tolerance
 
 import skd_kernels as kernels
 from skd_kernels.gpu import attention as operator
 from skd_kernels.gpu import launch as launching
 
-NAMES = ("x", "w_qkv", "b_qkv", "w_proj", "b_proj")
-Inputs = list[torch.Tensor | None]
+ERRORS: dict[str, list[float]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report() -> Iterator[None]:
+    """Where SKD_ERRORS names a file, the largest errors found go there, for a table."""
+    yield
+    if "SKD_ERRORS" in os.environ:
+        with open(os.environ["SKD_ERRORS"], "w") as file:
+            json.dump(ERRORS, file)
 
 
 @pytest.fixture(autouse=True)
@@ -37,110 +48,34 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
-def make_inputs(
-    shape: tuple[int, int, int], heads: int, head_dim: int, *, bias: bool = True, dtype: torch.dtype = torch.float32
-) -> Inputs:
-    """Exactly representable in `dtype`, so that every precision computes on the same numbers."""
-    channels, inner = shape[-1], heads * head_dim
-    generator = torch.Generator().manual_seed(sum(shape) + inner)
-
-    def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
-    x, w_qkv, w_proj = randn(*shape), randn(3 * inner, channels, scale=channels**-0.5), randn(channels, inner)
-    biases = (randn(3 * inner, scale=0.5), randn(channels)) if bias else (None, None)
-    return [x, w_qkv, biases[0], w_proj * inner**-0.5, biases[1]]
-
-
-def parameters_kept(inputs: Inputs, heads: int, width: int) -> list[torch.Tensor]:
-    """For x and each parameter, which elements the width keeps."""
-    x, w_qkv, _, w_proj, _ = inputs
-    assert x is not None and w_qkv is not None and w_proj is not None
-    keep = (torch.arange(w_proj.shape[1] // heads) < width).repeat(heads)
-    rows, columns = keep.repeat(3), keep
-    always = torch.ones_like(x, dtype=torch.bool)
-    expanded = [rows[:, None].expand_as(w_qkv), rows, columns.expand_as(w_proj)]
-    return [always, *expanded, torch.full((w_proj.shape[0],), width > 0)]
-
-
-def run(
-    name: str, inputs: Inputs, width: Any, heads: int, dy: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any
-) -> list[torch.Tensor]:
-    """The output, and the gradients of those inputs that there are."""
-    leaves = [None if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs]
-    with kernels.use(name):
-        out = kernels.masked_attention(*leaves, width, num_heads=heads, scores=scores, **kwargs)
-    out.backward(dy.to(out.dtype))
-    return [out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]  # type: ignore[misc]
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative, Frobenius norm; of an expected zero, the norm."""
-    norm = expected.double().norm()
-    return float((found.double() - expected.double()).norm() / (norm if norm > 0 else 1))
-
-
-def check(
-    dtype: torch.dtype,
-    shape: tuple[int, int, int],
-    heads: int,
-    head_dim: int,
-    width: int,
-    *,
-    bias: bool = True,
-    **kwargs: Any,
-) -> None:
-    """Output, gradients and scores against float64, with NaN wherever nothing may be read."""
-    inputs = make_inputs(shape, heads, head_dim, bias=bias, dtype=dtype)
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    exact = [None if tensor is None else tensor.double() for tensor in inputs]
-    score_shape = (3, heads, head_dim)
-    scores = {name: torch.zeros(score_shape, dtype=torch.float32) for name in ("exact", "plain", "found")}
-    expected = run("reference", exact, width, heads, dy, scores["exact"], **kwargs)
-    plain = run("slices", inputs, width, heads, dy, scores["plain"], **kwargs)
-    kept = parameters_kept(inputs, heads, width)
-    poisoned = [
-        None if tensor is None else tensor.masked_fill(~mask, torch.nan)
-        for tensor, mask in zip(inputs, kept, strict=True)
-    ]
-    scores["found"].fill_(1.0)  # added to, not overwritten
-    found = run("triton", poisoned, torch.tensor(width, dtype=torch.int32), heads, dy, scores["found"], **kwargs)
-    present = [name for name, tensor in zip(NAMES, inputs, strict=True) if tensor is not None]
-    masks = [mask for mask, tensor in zip(kept, inputs, strict=True) if tensor is not None]
-    for name, got, other, want in zip(("out", *present), found, plain, expected, strict=True):
-        assert got.dtype == dtype and got.shape == want.shape
-        assert error(got, want) <= kernel_tolerance(error(other, want), dtype), name
-    for name, got, mask in zip(present, found[1:], masks, strict=True):
-        assert got[~mask].eq(0).all(), f"{name}: gradients past the width are exact zeros"
-        assert width == 0 or got[mask].ne(0).any()
-    assert scores["found"][..., width:].eq(1.0).all()
-    score_error = error(scores["plain"], scores["exact"])
-    # The buffer's own rounding at 1 comes on top.
-    assert error(scores["found"] - 1, scores["exact"]) <= kernel_tolerance(score_error, dtype) + 1e-6
+def verify(dtype: torch.dtype, shape: tuple[int, int, int], heads: int, size: int, width: int, **kwargs: Any) -> None:
+    for name, (error, plain) in check(dtype, shape, heads, size, width, **kwargs).items():
+        largest = ERRORS.setdefault(f"{dtype} {name}", [0.0, 0.0])
+        largest[:] = max(largest[0], error), max(largest[1], plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [0, 8, 13, 16])
 def test_heads_of_16(width: int, dtype: torch.dtype) -> None:
-    check(dtype, (2, 17, 24), 3, 16, width)
+    verify(dtype, (2, 17, 24), 3, 16, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [0, 8, 33, 40])
 def test_heads_of_40(width: int, dtype: torch.dtype) -> None:
-    check(dtype, (1, 65, 48), 2, 40, width, bias=False)
+    verify(dtype, (1, 65, 48), 2, 40, width, bias=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [29, 64])
 def test_heads_of_64(width: int, dtype: torch.dtype) -> None:
-    check(dtype, (1, 65, 32), 2, 64, width)
+    verify(dtype, (1, 65, 32), 2, 64, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [17, 101])
 def test_heads_of_128(width: int, dtype: torch.dtype) -> None:
-    check(dtype, (1, 17, 32), 1, 128, width)
+    verify(dtype, (1, 17, 32), 1, 128, width)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +89,7 @@ def test_heads_of_128(width: int, dtype: torch.dtype) -> None:
     ],
 )
 def test_odd_shapes(shape: tuple[int, int, int], heads: int, head_dim: int, width: int) -> None:
-    check(torch.float32, shape, heads, head_dim, width)
+    verify(torch.float32, shape, heads, head_dim, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -169,7 +104,7 @@ def test_one_token(dtype: torch.dtype) -> None:
     )
     names = ("out", *NAMES)
     for name, got, other, want in zip(names, found, plain, expected, strict=True):
-        assert error(got, want) <= kernel_tolerance(error(other, want), dtype), name
+        assert relative_error(got, want) <= kernel_tolerance(relative_error(other, want), dtype), name
     queries_and_keys, values = found[2][: 2 * heads * 16], found[2][2 * heads * 16 :]
     assert queries_and_keys.norm() <= kernel_tolerance(0, dtype) * values.norm()
 
@@ -177,7 +112,7 @@ def test_one_token(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [0.0, -0.3, 20.0])
 def test_scales(scale: float) -> None:
     """Zero (a plain mean), negative, and so large that all but one of the probabilities underflow."""
-    check(torch.float32, (1, 40, 24), 2, 16, 11, scale=scale)
+    verify(torch.float32, (1, 40, 24), 2, 16, 11, scale=scale)
 
 
 @pytest.mark.parametrize("width", [torch.tensor(5), torch.tensor(5, dtype=torch.int32), 5])

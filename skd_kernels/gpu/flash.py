@@ -42,12 +42,12 @@ class Blocks:
 def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
     """64 queries, the least that fills wgmma with 4 warps, by 32 keys.
 
-    32 pad the 197 tokens of a ViT to 224 where 64 would pad to 256, and at 64 coordinates take 93 registers on sm_90,
+    32 pad the 197 tokens of a ViT to 224 where 64 would pad to 256, and at 64 coordinates take 94 registers on sm_90,
     so that five programs share a multiprocessor (64 keys: 164, three). Single precision runs on the ordinary cores,
     whose operands live in registers: small blocks.
     """
     if dtype == torch.float32:
-        return Blocks(32, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(32, 16, warps=8, stages=1)
+        return Blocks(32, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(32, 16, warps=8, stages=2)
     return Blocks(64, 32, warps=4, stages=3)
 
 
@@ -55,12 +55,15 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks
     """As forward: 64 by 32 takes 138 and 168 registers on sm_90 (64 by 64: 174 and 225, one program less in each).
 
     sm_80 holds the operands of its mma instructions in registers, and owns 32 tokens. At 128 coordinates dk and dv of
-    64 keys need 8 warps.
+    64 keys need 8 warps, and on sm_100 more than one stage spills.
     """
     if dtype == torch.float32:
-        return Blocks(32, 32, warps=8, stages=1) if head_dim <= 64 else Blocks(16, 16, warps=8, stages=1)
-    warps = 4 if head_dim <= 64 else 8
-    return Blocks(64, 32, warps, stages=2) if device.architecture >= 90 else Blocks(32, 64, warps, stages=2)
+        return Blocks(16, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(16, 16, warps=8, stages=1)
+    if device.architecture < 90:
+        return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2)
+    if head_dim <= 64:
+        return Blocks(64, 32, warps=4, stages=2)
+    return Blocks(64, 32, warps=8, stages=2 if device.architecture < 100 else 1)
 
 
 # Kernels -------------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ PIECE = 8  # coordinates in a column block of the small kernels; divides every p
 def product_config(like: torch.Tensor, channels: int) -> Config:
     """For the products with activations.
 
-    Half precision: at the full rate of an H100's tensor cores, tiles of 128 x 128 would read 12 TB/s through the L2
-    cache and 128 x 256 read 9; the latter take 144 KiB of shared memory, and on sm_80, whose mma instructions are fed
-    from registers, more registers than there are. Rows that do not start at multiples of 16 elements are read one
-    element at a time, through so many pointers that larger tiles spill. Single precision runs on the ordinary cores
-    unless TF32 is allowed: small tiles, or they spill.
+    Half precision: at the full rate of an H100's tensor cores tiles of 128 x 128 would read 12 TB/s through the L2
+    cache, tiles of 128 x 256 read 9, within 144 KiB of shared memory; an A100 has a third of that rate, and takes
+    more registers for its operands. Rows that do not start at multiples of 16 elements are read one element at a
+    time, through so many pointers that larger tiles spill. Single precision runs on the ordinary cores unless TF32 is
+    allowed: small tiles, or they spill.
     """
     if like.dtype == torch.float32:
         return Config(64, 64, 16, warps=4, stages=3)
