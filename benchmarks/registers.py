@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -46,8 +47,8 @@ class Resources:
         return ""
 
 
-def compile_launch(launch: Launch, architecture: int) -> Resources:
-    """Compile for `architecture` and read the binary."""
+def compile_for(launch: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel, with the text of every stage in its `asm`."""
     index = {param.name: (position,) for position, param in enumerate(launch.kernel.params)}
     source = ASTSource(
         launch.kernel,
@@ -55,7 +56,12 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
         constexprs=launch.constants,
         attrs={index[name]: [["tt.divisibility", 16]] for name in launch.divisible_by_16},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options())
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options())
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """Compile for `architecture` and read the binary."""
+    compiled = compile_for(launch, architecture)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

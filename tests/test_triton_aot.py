@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from benchmarks.registers import Resources, compile_launch
+from benchmarks.registers import Resources, compile_for, compile_launch
 from skd_kernels import gpu
 from skd_kernels.gpu.launch import Launch, launch, record
 
@@ -36,6 +37,27 @@ def compile_all(architecture: int, quick: bool) -> dict[str, str]:
 def test_no_kernel_spills() -> None:
     assert gpu.launches(90, quick=True)
     assert compile_all(90, quick=True) == {}
+
+
+def test_products_of_masked_mlp_copy_asynchronously_to_tensor_cores() -> None:
+    """A mask or an offset that Triton cannot see through turns 16-byte copies into loads of single elements."""
+    products = {
+        "hidden_kernel",
+        "output_kernel",
+        "gradient_kernel",
+        "input_gradient_kernel",
+        "weight_gradient_kernel",
+    }
+    for item in gpu.launches(90, quick=True):
+        if item.name not in products:
+            continue
+        ptx = compile_for(item, 90).asm["ptx"]
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
+        # Two steps are under way before the loop, one begins in it: all of their copies are of 16 bytes.
+        tile = item.constants["BLOCK_K"] * (item.constants["BLOCK_M"] + item.constants["BLOCK_N"])
+        copies = len(re.findall(r"cp\.async\.cg\.shared\.global[^\n]*, 0x10", ptx))
+        assert copies == item.num_stages * tile * 2 // (16 * 32 * item.num_warps), item.name
+        assert "cp.async.ca" not in ptx
 
 
 @pytest.mark.slow
