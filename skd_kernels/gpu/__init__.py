@@ -1,8 +1,12 @@
 """The Triton kernels of the masked operations. Importing this package does not import Triton.
 
-launch.py    how kernels are started, and recorded to be compiled without a GPU
-mlp.py       masked_mlp
-attention.py masked_attention
+mlp.py, attention.py              the operators that PyTorch sees, and the order of their kernels
+hidden.py, linear.py,             the kernels of masked_mlp: hidden features, output and input gradient,
+    weight_gradient.py            gradients summed over tokens
+flash.py, projections.py          the kernels of masked_attention
+tiles.py, activations.py          what kernels share
+entry.py, buffers.py              arguments and memory
+launch.py                         how kernels are started, and recorded to be compiled without a GPU
 """
 
 from __future__ import annotations
