@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
-from skd_kernels.gpu.attention import LARGEST_HEAD, attention_forward
+from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
 from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select
 from skd_kernels.taylor import with_taylor_scores
@@ -121,6 +121,8 @@ def refuses_to_launch(
     head_dim = w_proj.shape[1] // num_heads
     if head_dim > LARGEST_HEAD:
         return f"heads of {head_dim} coordinates; the kernels take up to {LARGEST_HEAD}"
+    if w_qkv.shape[0] > LARGEST_PACKED // 8:
+        return f"{w_qkv.shape[0]} rows of w_qkv; the kernels take up to {LARGEST_PACKED // 8}"
     return refuses_triton(x, w_qkv, b_qkv, w_proj, b_proj)
 
 

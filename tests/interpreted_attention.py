@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attention_checks import NAMES, check, make_inputs, relative_error, run
 from tolerances import kernel_tolerance
 
 import skd_kernels as kernels
 from skd_kernels.gpu import attention as operator
 from skd_kernels.gpu import launch as launching
+from skd_kernels.gpu import projections
 
 ERRORS: dict[str, list[float]] = {}
 
@@ -151,7 +154,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(kernel.__name__)
         start(kernel, *args, **kwargs)
 
-    from skd_kernels.gpu import flash, projections, weight_gradient
+    from skd_kernels.gpu import flash, weight_gradient
 
     for module in (flash, projections, weight_gradient):
         monkeypatch.setattr(module, "launch", note)
@@ -209,6 +212,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
     yield products
+
+
+@triton.jit
+def heads_kernel(out, pitch, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + place, projections.head_of(place, pitch))
+
+
+def test_the_head_of_a_column_is_exact() -> None:
+    found = torch.empty(2**20, dtype=torch.int32)
+    for pitch in range(8, operator.LARGEST_HEAD + 1, 8):
+        heads_kernel[(8,)](found, pitch, BLOCK=2**17)
+        assert torch.equal(found, torch.arange(2**20, dtype=torch.int32) // pitch)
 
 
 def test_work_shrinks_with_the_width(counted: list[int]) -> None:

@@ -43,6 +43,7 @@ def test_a_width_on_the_device_takes_the_kernels() -> None:
         ({"x": (0, 5, 16)}, "is empty"),
         ({"num_heads": 1, "w_proj": (16, 129)}, "heads of 129 coordinates; the kernels take up to 128"),
         ({"w_qkv": (48, 2**27)}, "2\\^31 elements"),
+        ({"w_qkv": (3 * 2**16, 16), "w_proj": (16, 2**16), "num_heads": 2**10}, "196608 rows of w_qkv"),
     ],
 )
 def test_what_the_kernels_refuse(change: dict[str, object], reason: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from skd_kernels.gpu.buffers import uninitialised
 
 LARGEST_HEAD = 128  # coordinates; more would not fit the registers of one program
+LARGEST_PACKED = 2**20 - 256  # columns of q, k and v side by side, see projections.head_of
 
 
 @torch.library.custom_op("skd_kernels::masked_attention_triton", mutates_args=())

@@ -80,7 +80,8 @@ def head_of(position, pitch):
     """``position // pitch`` in four instructions, where the integer division that this would be takes twenty.
 
     The distance of (position + 1/2) / pitch from an integer is at least 1 / (2 pitch), and its error, of a reciprocal
-    and a product, below 2^-21 of itself: the integer part is right below 2^20 columns (LARGEST_PACKED).
+    and a product, below 2^-21 of itself: the integer part is right below 2^20, to the end of the last tile
+    (attention.LARGEST_PACKED).
     """
     return ((position.to(tl.float32) + 0.5) * (1.0 / pitch)).to(tl.int32)
 
