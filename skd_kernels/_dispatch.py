@@ -68,12 +68,11 @@ class Operation:
     def select(self, arguments: dict[str, Any]) -> tuple[Implementation, dict[str, str]]:
         """The implementation for `arguments` and the reason of each one refused before it."""
         specs = {name: _spec(value) for name, value in arguments.items()}
-        forced = _forced.get()
-        forced = forced if forced in self.names() else None
+        only = forced() if forced() in self.names() else None
         refused: dict[str, str] = {}
         for implementation in self.implementations:
-            if forced and implementation.name != forced:
-                refused[implementation.name] = f"use({forced!r}) is in force"
+            if only and implementation.name != only:
+                refused[implementation.name] = f"use({only!r}) is in force"
                 continue
             reason = implementation.refuses(**specs)
             if reason is None:
@@ -94,6 +93,11 @@ _forced: ContextVar[str | None] = ContextVar("skd_kernels_forced", default=None)
 def operation(public: Callable[..., Any]) -> Operation:
     """Create (once) the registry entry of a public function."""
     return _operations.setdefault(public.__name__, Operation(public.__name__, inspect.signature(public)))
+
+
+def forced() -> str | None:
+    """The name that `use` puts in force here, if any."""
+    return _forced.get()
 
 
 def always(**_: Any) -> None:

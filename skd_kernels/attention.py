@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
-from skd_kernels._dispatch import always, operation
+from skd_kernels._dispatch import TensorSpec, always, operation
+from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
+from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select
 from skd_kernels.taylor import with_taylor_scores
 
@@ -104,6 +106,45 @@ def masked_attention_slices(
     if scores is not None:
         qkv = with_taylor_scores(qkv, scores[:, :, :k])
     return F.linear(_attend(qkv, scale), columns, b_proj)
+
+
+def refuses_to_launch(
+    *,
+    x: TensorSpec,
+    w_qkv: TensorSpec,
+    b_qkv: TensorSpec | None,
+    w_proj: TensorSpec,
+    b_proj: TensorSpec | None,
+    num_heads: int,
+    **_: object,
+) -> str | None:
+    head_dim = w_proj.shape[1] // num_heads
+    if head_dim > LARGEST_HEAD:
+        return f"heads of {head_dim} coordinates; the kernels take up to {LARGEST_HEAD}"
+    if w_qkv.shape[0] > LARGEST_PACKED // 8:
+        return f"{w_qkv.shape[0]} rows of w_qkv; the kernels take up to {LARGEST_PACKED // 8}"
+    return refuses_triton(x, w_qkv, b_qkv, w_proj, b_proj)
+
+
+# After "slices": where the host knows the width, the vendor's library on exact shapes stays first until
+# measurements on a GPU say otherwise.
+@_operation.implementation("triton", refuses_to_launch)
+def masked_attention_triton(
+    x: torch.Tensor,
+    w_qkv: torch.Tensor,
+    b_qkv: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    b_proj: torch.Tensor | None,
+    width: int | torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """skd_kernels/gpu: the width is read on the device, so one graph and one compilation serve every width."""
+    tensors = cast_as_linear(x, w_qkv, b_qkv, w_proj, b_proj)
+    assert scale is not None  # an empty head is refused
+    out, *_ = attention_forward(*tensors, device_width(width, x.device), scores, num_heads, float(scale))
+    return out
 
 
 @_operation.implementation("reference", always)

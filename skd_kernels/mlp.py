@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
+from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_triton
+from skd_kernels.gpu.mlp import mlp_forward
 from skd_kernels.taylor import with_taylor_scores
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -111,6 +113,40 @@ def masked_mlp_slices(
         return F.linear(h, w2[:, :m], b2)
     # The sum of nothing is zero, and it keeps the output bias in the graph.
     return F.linear(h, w2[:, :0]) + b2[:0].sum()
+
+
+def refuses_to_launch(
+    *,
+    x: TensorSpec,
+    w1: TensorSpec,
+    b1: TensorSpec | None,
+    w2: TensorSpec,
+    b2: TensorSpec | None,
+    **_: object,
+) -> str | None:
+    return refuses_triton(x, w1, b1, w2, b2)
+
+
+# After "slices": where the host knows the width, the vendor's library on exact shapes stays first until
+# measurements on a GPU say otherwise.
+@_operation.implementation("triton", refuses_to_launch)
+def masked_mlp_triton(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor | None,
+    w2: torch.Tensor,
+    b2: torch.Tensor | None,
+    width: int | torch.Tensor,
+    act: str,
+    gated: bool,
+    scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """skd_kernels/gpu: the width is read on the device, so one graph and one compilation serve every width."""
+    tensors = cast_as_linear(x, w1, b1, w2, b2)
+    # z is kept only for the gradients that pass through the activation.
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
+    y, _, _ = mlp_forward(*tensors, device_width(width, x.device), scores, act, gated, save)
+    return y
 
 
 @_operation.implementation("reference", always)

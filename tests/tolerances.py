@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24}
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def statistics_tolerance(implementation: str, dtype: torch.dtype, device: str = "cpu") -> float:
@@ -24,3 +24,12 @@ def statistics_tolerance(implementation: str, dtype: torch.dtype, device: str = 
     if implementation == "reference" or dtype == torch.float64:
         return 1e-10
     return 16 * UNIT_ROUNDOFF[torch.float32] if device == "cpu" else 2 * 2.0**-17
+
+
+def kernel_tolerance(pytorch_error: float, dtype: torch.dtype) -> float:
+    """Largest relative error (Frobenius norm) of a masked operation's kernels against the float64 reference.
+
+    Twice what PyTorch itself makes in the same precision, since both round the same intermediate results and differ
+    in the order of sums; and two roundings, for results that PyTorch happens to get exactly.
+    """
+    return 2 * pytorch_error + 2 * UNIT_ROUNDOFF[dtype]

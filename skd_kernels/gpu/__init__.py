@@ -1,1 +1,40 @@
-"""Place of the Triton kernels of the masked operations. Nothing is implemented here yet."""
+"""The Triton kernels of the masked operations. Importing this package does not import Triton.
+
+mlp.py, attention.py              the operators that PyTorch sees, and the order of their kernels
+hidden.py, linear.py,             the kernels of masked_mlp: hidden features, output and input gradient,
+    weight_gradient.py            gradients summed over tokens
+flash.py, projections.py          the kernels of masked_attention
+tiles.py, activations.py          what kernels share
+entry.py, buffers.py              arguments and memory
+launch.py                         how kernels are started, and recorded to be compiled without a GPU
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Modules with kernels; each has `examples()`, see launch.py.
+MODULES: tuple[str, ...] = ("mlp", "attention")
+
+
+def launches(architecture: int, *, quick: bool = False) -> list[Any]:
+    """Every distinct `launch.Launch` that the modules' examples reach on `architecture` (80, 90 or 100).
+
+    Args:
+        architecture: 10 * major + minor of the compute capability.
+        quick: only the examples whose label starts with "quick".
+    """
+    from skd_kernels.gpu.launch import record
+
+    distinct: dict[str, Any] = {}
+    with record(architecture) as recorder:
+        for module in MODULES:
+            for label, call in importlib.import_module(f"skd_kernels.gpu.{module}").examples():
+                if quick and not label.startswith("quick"):
+                    continue
+                recorder.label = label
+                call()
+    for item in recorder.launches:
+        distinct.setdefault(item.key(), item)
+    return list(distinct.values())

@@ -1,0 +1,107 @@
+"""Registers, spills and shared memory of every Triton kernel, compiled for GPUs that need not be there.
+
+python -m benchmarks.registers                      a Markdown table for sm_80, sm_90 and sm_100
+python -m benchmarks.registers --arch 90 --quick    the examples of the ordinary test suite only
+python -m benchmarks.registers --check              exit with 1 on spills, or on more shared memory than there is
+
+Compilation uses the ptxas that Triton ships, and its cuobjdump reads the result; no driver is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from skd_kernels.gpu import launches
+from skd_kernels.gpu.launch import Launch
+
+# Shared memory that one block may ask for, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one thread or block takes; `stack` and `local` in bytes: above zero, registers are spilled."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+    def faults(self, architecture: int) -> str:
+        """Why this kernel must not be shipped, or an empty string."""
+        if self.stack or self.local:
+            return f"{self.stack} bytes of stack and {self.local} of local memory: registers are spilled"
+        if self.shared > SHARED_LIMIT[architecture]:
+            return f"{self.shared} bytes of shared memory; sm_{architecture} has {SHARED_LIMIT[architecture]}"
+        return ""
+
+
+def compile_for(launch: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel, with the text of every stage in its `asm`."""
+    index = {param.name: (position,) for position, param in enumerate(launch.kernel.params)}
+    source = ASTSource(
+        launch.kernel,
+        signature=launch.signature,
+        constexprs=launch.constants,
+        attrs={index[name]: [["tt.divisibility", 16]] for name in launch.divisible_by_16},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options())
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """Compile for `architecture` and read the binary."""
+    compiled = compile_for(launch, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if found is None:
+        raise RuntimeError(f"cuobjdump does not report the resources of {launch.name}: {report}")
+    return Resources(*map(int, found.groups()), shared=compiled.metadata.shared)
+
+
+def row(launch: Launch, architecture: int, resources: Resources) -> str:
+    blocks = "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
+    cells = [f"`{launch.name}`", launch.label, f"sm_{architecture}", blocks, launch.num_warps, launch.num_stages]
+    cells += [resources.registers, resources.stack + resources.local, f"{resources.shared / 1024:.0f}"]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--quick", action="store_true", help="only the examples of the ordinary test suite")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--check", action="store_true", help="exit with 1 on spills or too much shared memory")
+    arguments = parser.parse_args()
+    print(f"triton {triton.__version__}\n")
+    print("| kernel | example | target | tile | warps | stages | registers | spilled bytes | shared KiB |")
+    print("|---|---|---|---|--:|--:|--:|--:|--:|")
+    faults = []
+    for architecture in arguments.arch or sorted(SHARED_LIMIT):
+        for launch in launches(architecture, quick=arguments.quick):
+            if arguments.kernel not in launch.name:
+                continue
+            resources = compile_launch(launch, architecture)
+            print(row(launch, architecture, resources), flush=True)
+            if fault := resources.faults(architecture):
+                faults.append(f"{launch.name} ({launch.label}, sm_{architecture}): {fault}")
+    print("\n".join(["", *faults]) if faults else "\nno spills", file=sys.stderr)
+    return 1 if faults and arguments.check else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

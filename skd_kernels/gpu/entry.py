@@ -1,0 +1,68 @@
+"""What the masked operations share on the way to their Triton kernels; importing it does not import Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from skd_kernels._dispatch import TensorSpec, forced
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once, when it is imported
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Offsets inside weights are 32-bit; offsets of tokens are 64-bit.
+LARGEST_WEIGHT = 2**31 - 1
+
+
+def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
+    """Whether the Triton kernels take x (B, N, C) and these weights and biases: None, or why not."""
+    if not INSTALLED:
+        return "triton is not installed"
+    if x.device == "cpu":
+        if not INTERPRETED:
+            return "Triton has no CPU target (TRITON_INTERPRET=1 interprets the kernels)"
+        if forced() != "triton":
+            return "kernels are interpreted only where use('triton') asks for it"
+    elif x.device != "cuda":
+        return f"there is no kernel for {x.device}"
+    elif not torch.compiler.is_compiling() and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0; the device has {capability[0]}.{capability[1]}"
+    tensors = [x, *(parameter for parameter in parameters if parameter is not None)]
+    for tensor in tensors:
+        dtype = _after_autocast(tensor.dtype, x.device)
+        if dtype not in DTYPES:
+            return f"there is no kernel for {dtype}"
+        if 0 in tensor.shape:
+            return f"a tensor of shape {tensor.shape} is empty"
+    for tensor in tensors[1:]:
+        elements = 1
+        for size in tensor.shape:
+            elements *= size
+        if elements > LARGEST_WEIGHT:
+            return f"a weight of shape {tensor.shape} has 2^31 elements or more"
+    return None
+
+
+def cast_as_linear(*tensors: torch.Tensor | None) -> list[Any]:
+    """What ``F.linear`` makes of its arguments: under autocast, all but float64 in the type of autocast."""
+    return [
+        None if tensor is None else tensor.to(_after_autocast(tensor.dtype, tensor.device.type)) for tensor in tensors
+    ]
+
+
+def _after_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
+
+
+def device_width(width: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`width` as the 0-d int32 tensor on `device` that kernels read; an int is written there without a copy."""
+    if isinstance(width, torch.Tensor):
+        return width.to(torch.int32)
+    return torch.full((), int(width), dtype=torch.int32, device=device)

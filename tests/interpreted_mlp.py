@@ -1,0 +1,318 @@
+"""masked_mlp's Triton kernels, interpreted on the CPU; test_triton_mlp.py runs this in its own process.
+
+The interpreter's device has three programs, so that persistent loops take several turns. Half precision is float16,
+because the interpreter's bfloat16 products are wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from mlp_checks import NAMES, Inputs, check, make_inputs, run
+
+import skd_kernels as kernels
+from skd_kernels.gpu import hidden, linear, weight_gradient
+from skd_kernels.gpu import launch as launching
+from skd_kernels.gpu import mlp as operator
+from skd_kernels.gpu.activations import ACTIVATIONS, activate
+
+DTYPES = (torch.float32, torch.float16)
+ERRORS: dict[str, list[float]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def report() -> Iterator[None]:
+    """Where SKD_ERRORS names a file, the largest errors found go there, for a table."""
+    yield
+    if "SKD_ERRORS" in os.environ:
+        with open(os.environ["SKD_ERRORS"], "w") as file:
+            json.dump(ERRORS, file)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that the operation makes is born full of NaN."""
+    make = torch.Tensor.new_empty
+
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+def verify(dtype: torch.dtype, shape: tuple[int, int, int], size: int, width: int, **kwargs: Any) -> None:
+    for name, (error, plain) in check(dtype, shape, size, width, **kwargs).items():
+        largest = ERRORS.setdefault(f"{dtype} {name}", [0.0, 0.0])
+        largest[:] = max(largest[0], error), max(largest[1], plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations(act: str, gated: bool, dtype: torch.dtype) -> None:
+    verify(dtype, (2, 17, 40), 72, 45, act=act, gated=gated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [0, 8, 63, 72])
+def test_widths(width: int, gated: bool, dtype: torch.dtype) -> None:
+    verify(dtype, (2, 17, 40), 72, width, gated=gated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("width", [131, 256])
+def test_several_tiles_in_every_direction(width: int, gated: bool, dtype: torch.dtype) -> None:
+    """Large tiles in half precision, since 16 divides C and F; tiles are cut by M and C, and by F but at 256."""
+    verify(dtype, (2, 75, 144), 256, width, gated=gated)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "width"),
+    [
+        ((1, 1, 1), 1, 1),
+        ((3, 5, 45), 7, 5),
+        ((2, 64, 128), 128, 128),  # every tile is whole
+        ((1, 33, 130), 67, 66),  # nothing is a multiple of 16
+        ((1, 300, 16), 16, 9),  # many tokens for few weights: every program works on the same tile
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_shapes(shape: tuple[int, int, int], size: int, width: int, dtype: torch.dtype) -> None:
+    verify(dtype, shape, size, width, bias=False)
+    verify(dtype, shape, size, width, gated=True)
+
+
+@pytest.mark.parametrize("width", [torch.tensor(5), torch.tensor(5, dtype=torch.int32), 5])
+def test_widths_of_every_kind(width: Any) -> None:
+    inputs, dy = make_inputs((1, 9, 16), 20), torch.ones(1, 9, 16)
+    expected = run("reference", inputs, 5, dy, None)
+    for found, want in zip(run("triton", inputs, width, dy, None), expected, strict=True):
+        torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(("width", "nearest"), [(1000, 20), (-3, 0)])
+def test_a_device_width_out_of_range_does_not_lead_out_of_the_buffers(width: int, nearest: int) -> None:
+    inputs, dy = make_inputs((1, 9, 16), 20), torch.ones(1, 9, 16)
+    expected = run("reference", inputs, nearest, dy, None)
+    for found, want in zip(run("triton", inputs, torch.tensor(width), dy, None), expected, strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_views_and_strides() -> None:
+    """Transposed x, an expanded gradient, and weights that are parts of larger ones or transposed."""
+    x, w1, b1, w2, b2 = make_inputs((9, 2, 24), 20)
+    assert x is not None and w1 is not None and w2 is not None
+    wide = torch.cat([w1, torch.full_like(w1, torch.nan)], 1)
+    tall = torch.cat([w2.mT.contiguous(), torch.full_like(w2.mT, torch.nan)])
+    inputs: list[Any] = [x.transpose(0, 1), wide[:, :24], b1, tall[:20].mT, b2]
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    results = {}
+    for name in ("triton", "reference"):
+        with kernels.use(name):
+            out = kernels.masked_mlp(*leaves, 13).sum()
+        results[name] = torch.autograd.grad(out, leaves)
+    for found, want in zip(*results.values(), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are started."""
+    names: list[str] = []
+    start = launching.launch
+
+    def note(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel.__name__)
+        start(kernel, *args, **kwargs)
+
+    for module in (hidden, linear, weight_gradient):
+        monkeypatch.setattr(module, "launch", note)
+    return names
+
+
+NEEDED = {
+    "x": {"gradient_kernel", "input_gradient_kernel"},
+    "w1": {"gradient_kernel", "weight_gradient_kernel", "finish_kernel"},
+    "b1": {"gradient_kernel", "sums_kernel"},
+    "w2": {"weight_gradient_kernel", "finish_kernel"},
+    "b2": {"column_sums_kernel", "sums_kernel"},
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_only_what_is_asked_for_is_computed(count: int, launched: list[str]) -> None:
+    inputs: list[Any] = make_inputs((1, 5, 16), 20)
+    everything = dict(zip(NAMES, run("triton", inputs, 5, torch.ones(1, 5, 16), None)[1:], strict=True))
+    for chosen in itertools.combinations(NAMES, count):
+        leaves = [t.detach().clone().requires_grad_(n in chosen) for n, t in zip(NAMES, inputs, strict=True)]
+        scores = torch.zeros(20)
+        with kernels.use("triton"):
+            out = kernels.masked_mlp(*leaves, 5, scores=scores)
+        launched.clear()
+        out.backward(torch.ones_like(out))
+        scored = not {"x", "w1", "b1"}.isdisjoint(chosen)
+        assert set(launched) == set().union(*(NEEDED[name] for name in chosen), {"sums_kernel"} if scored else ())
+        assert launched.count("weight_gradient_kernel") == len({"w1", "w2"} & set(chosen))
+        assert bool(scores[:5].gt(0).all()) == scored
+        for name, leaf in zip(NAMES, leaves, strict=True):
+            if name in chosen:
+                assert torch.equal(leaf.grad, everything[name])
+            else:
+                assert leaf.grad is None
+
+
+def test_nothing_is_saved_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs((1, 5, 16), 20)
+    saved = []
+    monkeypatch.setattr(hidden, "launch", lambda *args, **_: saved.append(args[2]["z"]))
+    monkeypatch.setattr(linear, "launch", lambda *args, **_: None)
+    with kernels.use("triton"):
+        assert kernels.masked_mlp(*inputs, 5).grad_fn is None
+        inputs[3].requires_grad_()  # type: ignore[union-attr]
+        kernels.masked_mlp(*inputs, 5)
+        inputs[0].requires_grad_()  # type: ignore[union-attr]
+        with torch.no_grad():
+            kernels.masked_mlp(*inputs, 5)
+        kernels.masked_mlp(*inputs, 5)
+    assert [z is not None for z in saved] == [False, False, False, True]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Multiplications of every dot product that the interpreter computes."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products: list[int] = []
+    dot = InterpreterBuilder.create_dot
+
+    def count(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        products.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(self, a, b, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
+    return products
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_work_shrinks_with_the_width(gated: bool, counted: list[int]) -> None:
+    inputs, dy = make_inputs((1, 8, 16), 512, gated=gated), torch.ones(1, 8, 16)
+    work = {}
+    for width in (512, 128, 0):
+        counted.clear()
+        run("triton", inputs, width, dy, None, gated=gated)
+        work[width] = sum(counted)
+    assert 0 < work[128] == work[512] // 4
+    assert work[0] == 0
+
+
+def test_runs_repeat_to_the_bit() -> None:
+    inputs, dy = make_inputs((2, 70, 24), 72), torch.randn(2, 70, 24)
+    scores = torch.zeros(2, 72)
+    first = run("triton", inputs, 45, dy, scores[0])
+    for found, again in zip(first, run("triton", inputs, 45, dy, scores[1]), strict=True):
+        assert torch.equal(found, again)
+    assert torch.equal(scores[0], scores[1])
+
+
+def test_one_compilation_serves_every_width() -> None:
+    inputs: list[Any] = [tensor.requires_grad_() for tensor in make_inputs((2, 5, 16), 20) if tensor is not None]
+    scores, expected_scores = torch.zeros(20), torch.zeros(20)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    def call(width: torch.Tensor) -> torch.Tensor:
+        return kernels.masked_mlp(*inputs, width, scores=scores)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    with kernels.use("triton"), torch._dynamo.config.patch(error_on_recompile=True):
+        for m in range(20, 0, -1):
+            width = torch.tensor(m, dtype=torch.int32)
+            out = compiled(width)
+            grads = torch.autograd.grad(out.pow(3).sum(), inputs)
+            plain = kernels.masked_mlp(*inputs, width, scores=expected_scores)
+            assert torch.equal(out, plain)
+            for grad, want in zip(grads, torch.autograd.grad(plain.pow(3).sum(), inputs), strict=True):
+                assert torch.equal(grad, want)
+    assert len(graphs) == 1
+    assert scores.gt(0).all() and torch.equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_torch_library_accepts_the_operators(gated: bool) -> None:
+    """With deterministic algorithms, what lies past the width repeats: opcheck compares whole saved buffers."""
+    inputs = make_inputs((2, 5, 16), 20, gated=gated)
+    width = torch.tensor(5, dtype=torch.int32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
+        torch.library.opcheck(operator.mlp_forward, (*leaves, width, None, "gelu", gated, True))
+        x, w1, b1, w2, b2 = (tensor.detach() for tensor in leaves)
+        torch.library.opcheck(operator.mlp_forward, (x, w1, None, w2, b2, width, None, "gelu", gated, False))
+        y, h, z = operator.mlp_forward(x, w1, b1, w2, b2, width, None, "gelu", gated, True)
+        for needs in ([True] * 6, [False, True, False, False, True, False]):
+            torch.library.opcheck(operator.mlp_backward, (y, x, w1, w2, h, z, width, "gelu", gated, needs))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_one_buffer_of_scores_serves_several_passes() -> None:
+    """Two forward passes before two backward passes: the first backward writes what the second needs."""
+    inputs: Inputs = [None if t is None else t.requires_grad_() for t in make_inputs((1, 5, 16), 20)]
+    results = []
+    for name in ("triton", "reference"):
+        scores = torch.zeros(20)
+        with kernels.use(name):
+            outs = [kernels.masked_mlp(*inputs, width, scores=scores) for width in (7, 20)]
+        for out in outs:
+            out.sum().backward()
+        results.append(scores)
+    torch.testing.assert_close(*results)
+
+
+def test_autocast_casts_as_linear_does() -> None:
+    inputs: list[Any] = make_inputs((1, 5, 16), 20)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    with kernels.use("triton"):
+        with torch.autocast("cpu", dtype=torch.float16):
+            found = kernels.masked_mlp(*leaves, 5)
+        expected = kernels.masked_mlp(*(tensor.half() for tensor in leaves), 5)
+    assert found.dtype == torch.float16 and torch.equal(found, expected)
+    found.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+@triton.jit
+def evaluate(z, value, slope, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation alone."""
+    i = tl.arange(0, SIZE)
+    found = activate(tl.load(z + i), "gelu_half")
+    tl.store(value + i, found[0])
+    tl.store(slope + i, found[1])
+
+
+def test_the_half_precision_gelu() -> None:
+    """Far below half precision's roundoff, in value and slope, down to where float16 has nothing left."""
+    z = torch.linspace(-8.5, 8.5, 4096)
+    value, slope = torch.zeros(2, 4096)
+    evaluate[(1,)](z, value, slope, SIZE=4096)
+    x = z.double().requires_grad_()
+    exact = 0.5 * x * torch.special.erfc(-x * 0.5**0.5)  # 1 + erf would cancel in the tail
+    (derivative,) = torch.autograd.grad(exact.sum(), x)
+    assert ((value - exact).abs() <= 3e-5 * exact.abs()).all()
+    terms = 0.5 * torch.special.erfc(-z.double() * 0.5**0.5) + z.double().abs() * torch.exp(-0.5 * z.double() ** 2)
+    assert ((slope - derivative).abs() <= 3e-5 * terms).all()

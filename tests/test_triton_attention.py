@@ -1,0 +1,93 @@
+"""masked_attention in Triton, without a GPU: interpreted in a process of its own, and how it is chosen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import skd_kernels as kernels
+
+TESTS = Path(__file__).parent
+SHAPES = {"x": (2, 5, 16), "w_qkv": (48, 16), "b_qkv": None, "w_proj": (16, 16), "b_proj": (16,)}
+
+
+def test_interpreted() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_attention.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+def test_a_width_on_the_device_takes_the_kernels() -> None:
+    pytest.importorskip("triton")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        chosen = kernels.explain("masked_attention", **SHAPES, width=(), num_heads=2, device="cuda", dtype=dtype)
+        assert chosen.chosen == "triton"
+        chosen = kernels.explain("masked_attention", **SHAPES, width=5, num_heads=2, device="cuda", dtype=dtype)
+        assert chosen.chosen == "slices" and chosen.refused["triton"] == "slices is preferred"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "no kernel for torch.float64"),
+        ({"device": "xpu"}, "no kernel for xpu"),
+        ({"x": (0, 5, 16)}, "is empty"),
+        ({"num_heads": 1, "w_proj": (16, 129)}, "heads of 129 coordinates; the kernels take up to 128"),
+        ({"w_qkv": (48, 2**27)}, "2\\^31 elements"),
+        ({"w_qkv": (3 * 2**16, 16), "w_proj": (16, 2**16), "num_heads": 2**10}, "196608 rows of w_qkv"),
+    ],
+)
+def test_what_the_kernels_refuse(change: dict[str, object], reason: str) -> None:
+    pytest.importorskip("triton")
+    call = {**SHAPES, "width": (), "num_heads": 2, "device": "cuda"} | change
+    found = kernels.explain("masked_attention", **call)
+    assert found.chosen == "reference"
+    with kernels.use("triton"), pytest.raises(ValueError, match=reason):
+        kernels.explain("masked_attention", **call)
+
+
+def test_the_cpu_is_never_chosen_for_interpretation() -> None:
+    """Not even where the interpreter is on: it is a thousand times slower than the reference."""
+    code = """
+import torch, skd_kernels as kernels
+x, w_qkv, w_proj = torch.ones(1, 3, 8), torch.ones(24, 8), torch.ones(8, 8)
+found = kernels.explain("masked_attention", x, w_qkv, None, w_proj, None, torch.tensor(3), num_heads=1)
+print(found.chosen, found.refused["triton"])
+"""
+    for flag, expected in (("1", "slices"), ("0", "slices")):
+        environment = {**os.environ, "TRITON_INTERPRET": flag}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert result.stdout.startswith(expected), result.stderr
+    x = torch.ones(1, 3, 8)
+    with kernels.use("triton"), pytest.raises(ValueError, match="triton: Triton has no CPU target"):
+        kernels.masked_attention(x, torch.ones(24, 8), None, torch.ones(8, 8), None, 3, num_heads=1)
+
+
+def test_without_triton_the_package_imports_and_says_so() -> None:
+    code = """
+import sys, importlib.machinery
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Hide())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import skd_kernels as kernels
+shapes = dict(x=(2, 5, 16), w_qkv=(48, 16), b_qkv=None, w_proj=(16, 16), b_proj=None)
+print(kernels.explain("masked_attention", **shapes, width=(), num_heads=2, device="cuda"))
+assert "triton" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "masked_attention: reference" in result.stdout, result.stderr
+    assert "not triton: triton is not installed" in result.stdout
