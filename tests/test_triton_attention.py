@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,28 @@ def test_interpreted() -> None:
     result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+def test_packed_rows_are_copied_16_bytes_at_a_time() -> None:
+    """At every width: that is what padding heads to 8 coordinates is for.
+
+    Blocks of 32 tokens by 16 coordinates have only 8 bytes for each of 128 threads; logarithms are read 4 bytes at a
+    time, and the bias 2.
+    """
+    pytest.importorskip("triton")
+    from benchmarks.registers import compile_for
+    from skd_kernels import gpu
+
+    names = {"into_heads", "out_of_heads", "weight_gradient", "flash_forward", "flash_backward"}
+    compiled = [item for item in gpu.launches(90, quick=True) if item.name in names]
+    assert {item.name for item in compiled} == names
+    for item in compiled:
+        ptx = compile_for(item, 90).asm["ptx"]
+        assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
+        sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+        others = {"flash_forward": {"0x8"}, "flash_backward": {"0x8", "0x4"}}.get(item.name, set())
+        assert sizes.count("0x10") >= 4 and set(sizes) <= {"0x10"} | others, item.name
+        assert len(re.findall(r"ld\.global[.\w]*\.[bu]16", ptx)) <= 1, item.name
 
 
 def test_a_width_on_the_device_takes_the_kernels() -> None:

@@ -63,7 +63,7 @@ def small_config(like: torch.Tensor, *strides: int) -> Config | None:
 def inner_step(like: torch.Tensor) -> int:
     """128 bytes of a row: what a swizzled tile in shared memory holds of it, and one cache line.
 
-    At most 64 elements, and every tile has a multiple of 64 columns: a step that begins in a tile ends in it.
+    Every tile of hidden features has a multiple of that many columns: a step that begins in a tile ends in it.
     """
     return 128 // like.element_size()
 
