@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+
+import skd
+from skd.data import PREPROCESSING, Batches, Split, batched, digits
 
 
 def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.1) -> None:
@@ -37,3 +48,163 @@ def random_batches(
         )
         for _ in range(count)
     ]
+
+
+# Training: a network that takes 5 ms a step, on the built-in digits
+
+QUIET = Console(quiet=True)
+
+
+def digit_vit(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    """A perturbed two-block ViT for 8x8 digits: 4 tokens, one head of width 16, 24 neurons, 10 classes."""
+    args = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 2}
+    args |= {"num_heads": 1, "mlp_ratio": 1.5, "global_pool": "avg", "class_token": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(**{**args, **kwargs}).to(dtype)
+    model.pretrained_cfg = dict(PREPROCESSING)
+    perturb(model)
+    return model
+
+
+def digit_net(dtype: torch.dtype = torch.float32, **kwargs: Any) -> skd.SuperNet:
+    """`digit_vit` as a super-network of one entry."""
+    return skd.SuperNet(digit_vit(dtype, **kwargs))
+
+
+@functools.cache
+def digit_data() -> tuple[Batches, Batches, Batches]:
+    """Batches to train (4 of 16), to evaluate (2 of 32) and to measure importance (2 of 16)."""
+    train, test = digits()
+    parts = ((train, slice(0, 64), 16), (test, slice(0, 64), 32), (train, slice(96, 128), 16))
+    train, test, calibration = (batched(Split(s.images[part], s.labels[part]), size) for s, part, size in parts)
+    return train, test, calibration
+
+
+def training_config(**changes: Any) -> skd.TrainConfig:
+    """Three epochs of four steps, two of which grow the list; evaluated at the end; a checkpoint every other step."""
+    settings: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 2e-3, "progressive_epochs": 2}
+    settings |= {"budgets": (1.0, 0.5, 0.25), "checkpoint_steps": 2, "workers": 0}
+    return skd.TrainConfig(**{**settings, **changes})
+
+
+def run_training(supernet: Any, config: skd.TrainConfig, out: Any = None, **changes: Any) -> skd.History:
+    """`skd.train` on `digit_data`, without a word; `changes` replace its arguments."""
+    train, test, calibration = digit_data()
+    arguments = {"train_loader": train, "val_loader": test, "calibration": calibration, "out": out, "console": QUIET}
+    return skd.train(supernet, config=config, **{**arguments, **changes})
+
+
+class Hooked:
+    """Batches that call ``hook(number)`` before they give each one; numbers count on over the epochs, from 0."""
+
+    def __init__(self, batches: Sequence[Any], hook: Callable[[int], None]) -> None:
+        self.batches, self.hook, self.given = batches, hook, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.hook(self.given)
+            self.given += 1
+            yield batch
+
+
+def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state."""
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def nested(net: skd.SuperNet, *narrow: Sequence[int]) -> skd.SuperNet:
+    """Give `net` the dropout list (full, *narrow)."""
+    net.dropout_list = skd.DropoutList(net.modules_in_order, [net.widths(), *narrow])
+    return net
+
+
+def raising(batches: Sequence[Any], at: int, error: BaseException) -> Hooked:
+    """Batches that raise before the one numbered `at`."""
+
+    def hook(number: int) -> None:
+        if number == at:
+            raise error
+
+    return Hooked(batches, hook)
+
+
+def interrupted(out: Path, at: int = 7, **changes: Any) -> None:
+    """A run that ends after `at` steps; seven leave checkpoints of steps 4 and 6."""
+    loader = raising(digit_data()[0], at, ConnectionError())
+    with contextlib.suppress(ConnectionError):
+        run_training(digit_net(), training_config(**changes), out, train_loader=loader)
+
+
+def spoilt(batches: Sequence[Any], index: int, change: Callable[[Any, Any], Any]) -> list[Any]:
+    """`batches` with one of them replaced by ``change(images, labels)``."""
+    batches = list(batches)
+    batches[index] = change(*batches[index])
+    return batches
+
+
+def raw_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Tensors as bytes: equal means bit for bit, so that -0.0 and 0.0 differ, and NaN equals itself."""
+    return {name: (tensor.dtype, tensor.contiguous().numpy().tobytes()) for name, tensor in tensors.items()}
+
+
+def timeless(value: Any) -> Any:
+    """A JSON value without the "seconds" in it."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key != "seconds"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def checkpoint_files(out: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    return sorted((out / "checkpoints").glob("step-*.safetensors"))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and JSON of a checkpoint, without skd."""
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), json.loads(file.metadata()["skd-checkpoint"])
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """All that a run leaves in its folder, less times: equal outcomes are equal runs, bit for bit."""
+    tensors, header = read_checkpoint(checkpoint_files(out)[-1])
+    supernet = out / "supernet.safetensors"
+    header.pop("config")
+    with safe_open(supernet, framework="pt") as file:
+        metadata = file.metadata()
+    return {
+        "last": checkpoint_files(out)[-1].name,
+        "checkpoint": raw_bytes(tensors),
+        "header": timeless(header),
+        "supernet": raw_bytes(load_file(supernet)),
+        "metadata": metadata,
+        "dropout_list": (out / "dropout_list.json").read_text(),
+        "history": [timeless(json.loads(line)) for line in (out / "history.jsonl").read_text().splitlines()],
+    }
+
+
+def assert_same_outcome(found: Path, expected: Path) -> None:
+    """Two runs left the same, bit for bit; says where they differ, and shows no bytes."""
+    one, other = outcome(found), outcome(expected)
+    for key, value in other.items():
+        if isinstance(value, dict):
+            differing = [name for name in value.keys() | one[key].keys() if value.get(name) != one[key].get(name)]
+            assert not differing, f"{key} differs in {sorted(differing)[:5]} of {len(value)}"
+        assert one[key] == value, key
+    assert not leftovers(found)
+
+
+def leftovers(out: Path) -> list[str]:
+    """Temporary files."""
+    return [path.name for path in out.rglob("*") if path.name.startswith(".")]
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    """Every tensor agrees, relative to its own norm: a small tensor cannot hide behind a large one."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= tolerance * tensor.norm().clamp(min=1e-30), name
