@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# What `replacing` and `skd.save` call a file until it is whole.
+_TEMPORARY = re.compile(r"\.[\w-]+(\.safetensors)?\.\d+\.(safetensors|jsonl?|tmp|md|png)")
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Delete temporary files that a killed process has left; they can be gigabytes."""
+    for folder in folders:
+        for path in folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -69,8 +69,10 @@ class Poisoned(Hooked):
 )
 def test_a_nan_image_ends_the_run_before_it_spoils_a_checkpoint(tmp_path, reference, at, last, value):
     """The message names the newest checkpoint; from there a run with good images ends as if nothing had happened."""
+    loader = Poisoned(digit_data()[0], at, value)
     with pytest.raises(Diverged, match="NaN") as error:
-        run_training(digit_net(), training_config(), tmp_path, train_loader=Poisoned(digit_data()[0], at, value))
+        run_training(digit_net(), training_config(), tmp_path, train_loader=loader)
+    assert loader.given == at + 1, "no step is taken after it"
     newest = checkpoint_files(tmp_path)[-1]
     assert newest.name == f"step-{last:09d}.safetensors"
     assert str(error.value).endswith(f"the last good checkpoint is {newest}")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    Hooked,
     assert_close,
     digit_data,
     digit_net,
@@ -18,8 +19,10 @@ from helpers import (
 from torch.nn import functional as F
 
 import skd
-from skd.data import generator
+from skd.data import generator, seeded
+from skd.training.decay import ExpectedDecay
 from skd.training.dropping import CountedDropPath, DropPaths
+from skd.training.mixing import Mixing
 
 # One step, nothing random in it: no Mixup, no drop path, no average, and plain gradient descent.
 STEP = {"epochs": 1, "progressive_epochs": 0, "mixup_prob": 0.0, "drop_path": 0.0, "model_ema": False}
@@ -93,6 +96,22 @@ def test_weight_decay_of_coordinates_that_were_not_drawn(decay, share):
     assert not torch.allclose(moved, torch.full_like(moved, 1 - lr * wd * share)), "a gradient reached this one"
 
 
+def test_expected_decay_follows_the_list_as_it_grows(monkeypatch):
+    """P is that of the list of the moment."""
+    lengths, apply = [], ExpectedDecay.apply
+
+    def spy(self, lr):
+        fresh = ExpectedDecay(self.supernet, self.parameters, self.weight_decay)
+        assert all(torch.equal(a, b) for a, b in zip(self.shares, fresh.shares, strict=True))
+        lengths.append(len(self.supernet.dropout_list))
+        apply(self, lr)
+
+    monkeypatch.setattr(ExpectedDecay, "apply", spy)
+    run_training(digit_net(), training_config(decay="expected"))
+    assert len(lengths) == 12
+    assert 1 < lengths[0] < lengths[4] == lengths[-1]
+
+
 def test_expected_and_published_decay_agree_where_everything_is_included():
     runs = []
     for decay in ("published", "expected"):
@@ -132,6 +151,25 @@ def test_parts_that_do_not_make_a_step_are_left_out():
     assert (history.epochs[0]["step"], history.epochs[0]["images"]) == (1, 32)
 
 
+def test_mixing_of_a_step_is_counted(monkeypatch):
+    """What the network sees is what `Mixing` draws by (seed, step)."""
+    seen = []
+    forward = skd.SuperNet.forward
+
+    def spy(self, images, entry=None):
+        if self.training:
+            seen.append(images.clone())
+        return forward(self, images, entry)
+
+    monkeypatch.setattr(skd.SuperNet, "forward", spy)
+    config = training_config(**STEP | {"epochs": 2, "mixup_prob": 1.0, "seed": 5})
+    run_training(digit_net(), config, val_loader=None)
+    assert len(seen) == 8
+    for step, images in enumerate(seen):
+        with seeded(5, "step", step):
+            assert torch.equal(images, Mixing(config, 10)(*digit_data()[0][step % 4])[0])
+
+
 def test_masks_of_a_step_are_counted(monkeypatch):
     """What the branches see in training is `DropPaths.masks` of (seed, step), in parts or not."""
     seen = []
@@ -144,11 +182,12 @@ def test_masks_of_a_step_are_counted(monkeypatch):
 
     monkeypatch.setattr(CountedDropPath, "forward", spy)
     net = digit_net()
-    config = training_config(**STEP | {"drop_path": 0.5, "batch_size": 32, "grad_accum_steps": 2, "seed": 9})
+    changes = {"epochs": 2, "drop_path": 0.5, "batch_size": 32, "grad_accum_steps": 2, "seed": 9}
+    config = training_config(**STEP | changes)
     run_training(net, config, val_loader=None)
     expected = DropPaths(net, 0.5, seed=9)
-    assert len(seen) == 2 * 2 * 4
-    for step in range(2):
+    assert len(seen) == 4 * 2 * 4
+    for step in range(4):
         first, second = (torch.stack(seen[8 * step + 4 * part :][:4]) for part in (0, 1))
         assert torch.equal(torch.cat([first, second], 1), expected.masks(step, 32))
 
@@ -157,10 +196,12 @@ def test_recomputed_activations_give_the_same_weights():
     """The recomputation drops the same branches."""
     runs = []
     for checkpointing in (False, True):
-        net = digit_net(torch.float64)
+        net, seen = digit_net(torch.float64), set()
         config = training_config(drop_path=0.5, grad_checkpointing=checkpointing)
-        run_training(net, config)
+        loader = Hooked(digit_data()[0], lambda _: seen.add(net.model.grad_checkpointing))  # noqa: B023
+        run_training(net, config, train_loader=loader)
         runs.append(weights(net))
+        assert seen == {checkpointing}
         assert net.model.grad_checkpointing is False
     assert_close(*runs, 1e-11)
 

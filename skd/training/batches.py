@@ -24,13 +24,24 @@ def start_epoch(loader: Any, seed: int, epoch: int, start: int) -> Iterator[Any]
         advance: Any = getattr(part, "set_epoch", None)
         if advance is not None:
             advance(epoch)
-    iterator, index = iter(loader), 0
+    for index, batch in enumerate(repeatable(loader, seed, "loader", epoch)):
+        if index >= start:
+            yield batch
+
+
+def repeatable(loader: Any, seed: int, *counters: int | str) -> Iterator[Any]:
+    """The batches of `loader`; the global generators that it may draw from follow the seed, and stay as they were.
+
+    PyTorch's DataLoader draws a number at every iteration, even in order and without workers.
+    """
+    with seeded(seed, *counters):
+        iterator = iter(loader)
+    index = 0
     while True:
-        with seeded(seed, "loader", epoch, index):
+        with seeded(seed, *counters, index):
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
+        yield batch
         index += 1
-        if index > start:
-            yield batch

@@ -49,8 +49,11 @@ def write(folder: Path, step: int, tensors: dict[str, torch.Tensor], header: dic
         last = checkpoints(folder)
         whole = f"the last whole checkpoint is {last[0]}" if last else "there is no earlier checkpoint"
         raise OSError(f"checkpoint {path} could not be written: {error}; {whole}") from None
-    for old in checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
+    known = checkpoints(folder)
+    here = known.index(path)
+    # Newer than this one are only damaged ones, which the run was taken up before.
+    for other in known[:here] + known[here + keep :]:
+        other.unlink(missing_ok=True)
     return path
 
 
@@ -63,9 +66,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            header = json.loads(metadata[KEY])
+            header = dict(json.loads(metadata[KEY]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} has format {header.get('format')}; this version of skd reads {FORMAT}")
@@ -85,7 +88,10 @@ def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | Non
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[int, str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """State of an optimizer by parameter name: its tensors, and its plain numbers."""
+    """State of an optimizer by parameter name: its tensors, and its plain numbers.
+
+    Some of timm's optimizers count their steps in the parameter groups: those are under the name "group N".
+    """
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
@@ -97,6 +103,9 @@ def optimizer_tensors(
                 numbers.setdefault(name, {})[key] = value
             else:
                 raise ValueError(f"opt: the state of {type(optimizer).__name__} has a {type(value).__name__}, {key}")
+    for index, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            numbers[f"group {index}"] = {"step": int(group["step"])}
     return tensors, numbers
 
 
@@ -110,6 +119,9 @@ def restore_optimizer(
     state = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = {names[id(parameter)]: index for index, parameter in enumerate(parameters)}
+    numbers = dict(numbers)
+    for index, group in enumerate(state["param_groups"]):
+        group |= numbers.pop(f"group {index}", {})
     restored: dict[int, dict[str, Any]] = {places[name]: dict(values) for name, values in numbers.items()}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):

@@ -43,7 +43,7 @@ class History:
     @property
     def curve(self) -> list[dict[str, Any]]:
         """The accuracy-MACs curve of the weights that were kept."""
-        return [] if self.best is None else self.best["curve"]
+        return [] if self.best is None else self.best["curve"] or []
 
     @property
     def area(self) -> float | None:
@@ -81,6 +81,7 @@ class StepLog:
         losses = torch.stack(self.losses).double().tolist() if self.losses else []
         seconds = [start.elapsed_time(end) / 1e3 for start, end in self.times] if self.on_gpu else self.times
         sums = {row["bin"]: dict(row) for row in self.earlier["drawn"]}
+        total = self.earlier["loss"]
         for entry, loss, time in zip(self.entries, losses, seconds, strict=True):
             share = float(dropout_list.macs[entry] / dropout_list.macs[0])
             place = min(int(share * BINS), BINS - 1)
@@ -91,9 +92,10 @@ class StepLog:
             row["macs_fraction"] += share
             row["loss"] += loss
             row["seconds"] += time
+            total += loss  # one after the other, so that an interruption does not change the last bit
         return {
             "count": self.earlier["count"] + len(losses),
-            "loss": self.earlier["loss"] + sum(losses),
+            "loss": total,
             "images": self.images,
             "drawn": [sums[place] for place in sorted(sums)],
         }

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from skd.architecture import describe
-from skd.outputs import output_folder, write_json
+from skd.outputs import output_folder, remove_leftovers, write_json
 from skd.supernet import SuperBlock, SuperNet, check_supernet
 from skd.training.checkpoints import checkpoints
 from skd.training.config import TrainConfig, finetune_config
@@ -139,6 +139,8 @@ def _check(
         raise ValueError(f"resume is {resume!r}; it may be one of {RESUME}")
     loaders = {"train_loader": train_loader, "val_loader": val_loader, "calibration": calibration}
     for name, batches in loaders.items():
+        if batches is not None and not isinstance(batches, Iterable):
+            raise ValueError(f"{name} is a {type(batches).__name__}; it must be batches of (images, labels)")
         if isinstance(batches, Iterator):
             raise ValueError(
                 f"{name} is an iterator, empty after one pass; it must be a list, a DataLoader or the like"
@@ -150,6 +152,7 @@ def _check(
 def _run_folder(out: str | os.PathLike[str], resume: str | None) -> Path:
     folder = output_folder(out)
     output_folder(folder / "checkpoints")
+    remove_leftovers(folder, folder / "checkpoints")
     if resume is None and checkpoints(folder / "checkpoints"):
         raise ValueError(
             f"out is {str(folder)!r}, which holds a run already; resume it (auto), or choose another folder"

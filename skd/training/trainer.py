@@ -25,7 +25,7 @@ from skd.planning import propose
 from skd.supernet import SuperNet
 from skd.taps import checked_batch
 from skd.training import checkpoints
-from skd.training.batches import start_epoch
+from skd.training.batches import repeatable, start_epoch
 from skd.training.config import TrainConfig
 from skd.training.decay import ExpectedDecay
 from skd.training.dropping import DropPaths, drop_paths
@@ -242,16 +242,16 @@ class Trainer:
     def _train_epoch(self, seconds: Seconds) -> None:
         self.supernet.train()
         accumulated = self.config.grad_accum_steps
-        batches = start_epoch(self.train_loader, self.config.seed, self.epoch, self.step_in_epoch * accumulated)
-        if not self.config.sched_on_updates:
+        start = self.step_in_epoch * accumulated
+        batches = enumerate(start_epoch(self.train_loader, self.config.seed, self.epoch, start), start)
+        if self.config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
+            self._set_learning_rate(self.scheduler.step_update, max(self.step - 1, 0))
+        else:
             self._set_learning_rate(self.scheduler.step, self.epoch)
         with self.screen.steps(self.epoch, self.config.epochs, self.steps_per_epoch, self.step_in_epoch) as bar:
             while True:
                 with seconds("data"):
-                    group = [
-                        checked_batch(self.supernet.model, batch, f"train_loader, epoch {self.epoch}")
-                        for batch in itertools.islice(batches, accumulated)
-                    ]
+                    group = [self._checked(*numbered) for numbered in itertools.islice(batches, accumulated)]
                 if len(group) < accumulated:
                     break
                 with seconds("steps"):
@@ -263,6 +263,13 @@ class Trainer:
         if self.step_in_epoch == 0:
             raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
         self._check_finite()
+
+    def _checked(self, number: int, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        name = f"train_loader[{number}] of epoch {self.epoch}"
+        images, labels = checked_batch(self.supernet.model, batch, name)
+        if labels is None:
+            raise ValueError(f"{name}: labels is None; training needs labels")
+        return images, labels
 
     def train_step(self, group: list[Any], entry: int) -> None:
         """Train one entry on one batch, given in parts: update the weights and their average."""
@@ -304,12 +311,16 @@ class Trainer:
         if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
             self.checkpoint()
 
-    def _check_finite(self) -> None:
+    def _check_finite(self, weights: bool = False) -> None:
+        """Of the losses so far; before weights are kept or judged, of them too: a gradient alone may be NaN."""
+        if weights:
+            for parameter in self.supernet.parameters():
+                self.finite &= torch.isfinite(parameter).all()
         if bool(self.finite):
             return
         known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
-        raise Diverged(f"the loss is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
+        raise Diverged(f"the loss or a weight is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
 
     def _set_learning_rate(self, schedule: Callable[[int], None], position: int) -> None:
         schedule(position)
@@ -333,7 +344,7 @@ class Trainer:
 
     def _evaluate(self, row: dict[str, Any]) -> None:
         """The curve of the averaged weights; they are kept if its area is the largest so far."""
-        self._check_finite()
+        self._check_finite(weights=True)
         if self.val_loader is not None:
             row["curve"] = self._curve(self.averaged, self.config.budgets, "Evaluating")
             row["area"] = area(row["curve"], self.config.budgets)
@@ -356,7 +367,8 @@ class Trainer:
             return measure_curve(supernet, self._stoppable(self.val_loader, description), budgets)
 
     def _stoppable(self, batches: Iterable[Any], description: str) -> Iterator[Any]:
-        for batch in self.screen.bar(batches, description):
+        batches = self.screen.bar(batches, description)
+        for batch in repeatable(batches, self.config.seed, description):
             yield batch
             if self.stop.number is not None:
                 raise _StopNow
@@ -365,9 +377,9 @@ class Trainer:
 
     def checkpoint(self) -> Path:
         """Write where the run stands; nothing where there is no folder."""
+        self._check_finite(weights=True)
         if self.folder is None:
             return Path()
-        self._check_finite()
         return checkpoints.write(self.folder / "checkpoints", self.step, *capture(self), self.config.checkpoint_hist)
 
     def resume(self) -> bool:
@@ -381,6 +393,7 @@ class Trainer:
         if found is None:
             return False
         restore(self, *found)
+        self._write_records()
         if self.history.best_epoch is not None:
             self.best_state = load(self.product).state_dict()
         return True
