@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from skd.outputs import output_file, write_json
 from skd.training.stopping import Diverged, Stopped
 
@@ -26,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(arguments)
     except ValueError as error:
         return _fail(error, 2)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"{str(error).splitlines()[0]} (try --grad-accum-steps, --grad-checkpointing)", 1)
     except (OSError, Diverged) as error:
         return _fail(error, 1)
     except Stopped as stopped:

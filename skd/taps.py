@@ -136,8 +136,9 @@ def checked_batch(model: Any, batch: Any, name: str) -> Batch:
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     parameter = next(model.parameters())
-    images = _usable(images).to(parameter.device, parameter.dtype, non_blocking=True)
-    return images, None if labels is None else _usable(labels).to(parameter.device, non_blocking=True)
+    to_gpu = parameter.device.type == "cuda"  # a copy to the host that does not block may be read too early
+    images = _usable(images).to(parameter.device, parameter.dtype, non_blocking=to_gpu)
+    return images, None if labels is None else _usable(labels).to(parameter.device, non_blocking=to_gpu)
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

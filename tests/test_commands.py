@@ -268,3 +268,21 @@ def test_broken_images_are_skipped_and_counted_or_fail(
     assert "warning: 1 image of" in capsys.readouterr().err
     assert [Path(name).name for name in document["skipped_images"]] == ["0.png"]
     assert main([str(word) for word in (*evaluate, "--bad-images", "fail")]) == 2
+
+
+def test_splits_with_different_classes_are_refused(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many classes, but not the same: labels would be shifted by one, and every accuracy wrong."""
+    make_images(tmp_path / "images")
+    (tmp_path / "images" / "val" / "class0").rename(tmp_path / "images" / "val" / "class9")
+    argv = ["train", "--supernet", work / "converted.safetensors", "--data", tmp_path / "images", *TRAINING]
+    assert main([str(word) for word in (*argv, "--out", tmp_path / "out")]) == 2
+    assert "different classes" in capsys.readouterr().err
+
+
+def test_torchrun_is_refused_for_now(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or several processes would write one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    argv = ["train", "--supernet", work / "converted.safetensors", "--data", work / "images", *TRAINING]
+    assert main([str(word) for word in (*argv, "--out", tmp_path / "out")]) == 2

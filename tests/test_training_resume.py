@@ -142,7 +142,7 @@ def test_training_in_a_thread(tmp_path, references):
         {"opt": "momentum"},
         {"opt": "lamb"},  # its number of steps is in the parameter group
         {"opt": "adan"},
-        {"opt": "lion"},
+        {"opt": "adamp"},  # plain numbers in its state
         {"opt": "nadamw"},
         {"amp_dtype": "float16"},
         {"amp_dtype": "bfloat16"},

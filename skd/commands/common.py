@@ -60,8 +60,10 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="that chooses them (default: %(default)s)")
 
 
-def source(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
-    """One split of --data, its classes compared with the model's head."""
+def source(
+    arguments: argparse.Namespace, model: Any, split: str, like: Source | None = None, **options: Any
+) -> Source:
+    """One split of --data, its classes compared with those of `like`, another split, and with the model's head."""
     opened = open_source(
         arguments.data,
         split,
@@ -71,6 +73,12 @@ def source(arguments: argparse.Namespace, model: Any, split: str, **options: Any
         download=arguments.download,
         **options,
     )
+    if like is not None and like.classes and opened.classes and not opened.mapped and like.classes != opened.classes:
+        names = sorted(set(like.classes) ^ set(opened.classes))
+        raise ValueError(
+            f"{like.name} and {opened.name} have different classes, so their labels differ: only in one is {names[0]}"
+            + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
+        )
     if model.num_classes:
         check_classes(opened, model.num_classes)
     return opened
@@ -120,6 +128,8 @@ def device(arguments: argparse.Namespace) -> torch.device:
         raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}; this PyTorch sees no GPU")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}; there are {torch.cuda.device_count()} GPUs, counted from 0")
     return chosen
 
 

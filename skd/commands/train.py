@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
         loaders["train"],
         loaders["val"],
         config,
-        calibration=loaders["calibration"],
+        calibration=loaders.get("calibration"),
         out=arguments.out,
         resume=arguments.resume,
     )
@@ -104,10 +105,17 @@ def _plain_model(arguments: argparse.Namespace) -> Any:
 
 def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> dict[str, Loader]:
     """Training, validation and calibration batches, as the model wants its images."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE is above 1; training on several processes is not supported yet")
     images = data_config(model)
     training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    validation = common.source(arguments, model, arguments.val_split, training=False, require_split=True)
-    plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
+    validation = common.source(
+        arguments, model, arguments.val_split, like=training, training=False, require_split=True
+    )
+    plain = training
+    if training.iterable:  # a stream can only be read once at a time
+        plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
+    pinned = common.device(arguments).type == "cuda"
     shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
@@ -117,26 +125,29 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
         )
     }
     evaluation_batch = config.validation_batch_size or min(config.batch_size, 256)
-    return {
+    loaders = {
         "train": train_loader(
             training,
             images,
             batch_size=config.batch_size // config.grad_accum_steps,
             seed=config.seed,
             aug_repeats=config.aug_repeats,
+            pin_memory=pinned,
             **shared,
             **augmentation,
         ),
-        "val": eval_loader(validation, images, batch_size=evaluation_batch, **shared),
-        "calibration": calibration_loader(
+        "val": eval_loader(validation, images, batch_size=evaluation_batch, pin_memory=pinned, **shared),
+    }
+    if config.growing_epochs:
+        loaders["calibration"] = calibration_loader(
             plain,
             images,
             images=config.calibration_images,
             seed=config.seed,
             batch_size=evaluation_batch,
             **shared,
-        ),
-    }
+        )
+    return loaders
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -112,6 +113,7 @@ class MapLoader(Loader):
                 collate_fn=_unchanged,
                 pin_memory=self._pin_memory,
                 persistent_workers=self._processes > 0,
+                worker_init_fn=_patient,
                 generator=torch.Generator(),  # else every iteration would draw from the global one
             )
         return iter(self._loader)
@@ -200,8 +202,22 @@ class StreamLoader(Loader):
             num_workers=self._processes,
             collate_fn=_unchanged,
             pin_memory=self._pin_memory,
+            worker_init_fn=_patient,
             generator=torch.Generator().manual_seed(images),  # from which the readers' worker seeds come
         )
+
+
+def _patient(worker: int) -> None:
+    """Runs in each worker: it survives its first SIGTERM and obeys the second.
+
+    A SIGTERM to a whole job reaches the workers too. If they died of it at once, the main process could not finish
+    its step and write a checkpoint. It ends them itself, if need be by one SIGTERM and then another.
+    """
+
+    def obey_the_next(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, obey_the_next)
 
 
 def _unchanged(batch: Any) -> Any:

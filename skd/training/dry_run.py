@@ -26,7 +26,8 @@ def dry_run(
 ) -> dict[str, Any]:
     """Build everything, run two steps on synthetic images, and say what a run would take.
 
-    The steps train the full network, the most expensive entry. On a GPU both have the whole batch. On a CPU they have
+    The steps train the full network, the most expensive entry; one of a single image comes before, to allocate what
+    does not depend on the batch. On a GPU both have the whole batch. On a CPU they have
     4 and 8 images (or half of a smaller batch and the batch): memory per image is the difference of the two peaks,
     time is scaled from the second.
 
@@ -50,12 +51,16 @@ def dry_run(
         supernet, [], None, config.changed(sched_on_updates=False), (), None, Screen(Console(quiet=True))
     )
     supernet.train()
+    supernet.model.set_grad_checkpointing(config.grad_checkpointing)
+    total = IMAGENET if images is None else images
+    if total < config.batch_size:
+        raise ValueError(f"batch_size is {config.batch_size}, but there are only {total} training images")
+    _timed_step(trainer, 1)
     part = config.batch_size // config.grad_accum_steps
     largest = part if device.type == "cuda" else min(part, LARGEST)
     sizes = (largest if device.type == "cuda" else -(-largest // 2), largest)
     steps = [{"images": n, "seconds": _timed_step(trainer, n), "peak_bytes": _peak_memory(device)} for n in sizes]
     per_image = (steps[1]["peak_bytes"] - steps[0]["peak_bytes"]) / max(sizes[1] - sizes[0], 1)
-    total = IMAGENET if images is None else images
     per_step = steps[1]["seconds"] * config.batch_size / largest
     document = {
         "parameters": sum(p.numel() for p in supernet.parameters()),
@@ -143,7 +148,10 @@ def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> N
         ("", f"of it {document['state_bytes'] / 1e9:.2f} GB weights, gradients, optimizer state and average"),
         ("training images", f"{document['images']:,}{assumed}"),
         ("steps", f"{document['steps_per_epoch']:,} per epoch, {config.epochs} epochs"),
-        ("time in all", f"at most {document['hours']:,.1f} h: sub-networks are cheaper than the full network"),
+        (
+            "time in all",
+            f"{document['hours']:,.1f} h if every step were this one; sub-networks are cheaper, evaluation extra",
+        ),
     ):
         table.add_row(name, value)
     plan = Table("epoch", "", "learning rate", "MACs removed", title="Schedule", title_justify="left")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from skd.architecture import describe
@@ -135,6 +136,13 @@ def _check(
         raise ValueError(f"config is a {type(config).__name__}; it must be a TrainConfig")
     if supernet.model.num_classes == 0:
         raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
+    dtype = next(supernet.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"supernet has {dtype} weights; train float32 weights, with amp_dtype for the arithmetic")
+    if config.expected_top1 is not None and val_loader is None:
+        raise ValueError("expected_top1 is given, but val_loader is None: there is nothing to measure it on")
+    if config.opt.startswith("lookahead"):
+        raise ValueError(f"opt is {config.opt!r}; Lookahead keeps state that a checkpoint cannot hold")
     if resume not in RESUME:
         raise ValueError(f"resume is {resume!r}; it may be one of {RESUME}")
     loaders = {"train_loader": train_loader, "val_loader": val_loader, "calibration": calibration}

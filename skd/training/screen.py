@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Seconds:
@@ -53,24 +53,28 @@ class Screen:
         if self.verbose:
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def bar(self, items: Iterable[Any], description: str) -> Iterable[Any]:
+    def bar(self, items: Iterable[Any], description: str) -> Iterator[Any]:
         """`items`, with a bar that goes away when they are through."""
         total = len(items) if isinstance(items, Sized) else None
-        return track(
-            items,
-            description=description,
-            total=total,
+        with self._progress(BarColumn(), TimeRemainingColumn()) as progress:
+            yield from progress.track(items, total=total, description=description)
+
+    def _progress(self, *columns: Any) -> Progress:
+        # Not redirecting: a worker that is forked while rich holds its lock would wait for it at its first warning.
+        return Progress(
+            TextColumn("{task.description}"),
+            *columns,
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     @contextmanager
     def steps(self, epoch: int, epochs: int, total: int | None, done: int) -> Iterator[_Steps]:
         title = f"Epoch {epoch + 1}/{epochs}"
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        off = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=off) as progress:
+        with self._progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
             yield _Steps(progress, progress.add_task(title, total=total, completed=done), title)
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:

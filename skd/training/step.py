@@ -40,10 +40,14 @@ def _update(trainer: Any) -> None:
     if trainer.config.clip_grad is not None:
         trainer.scaler.unscale_(trainer.optimizer)
         clip_grad_norm_(trainer.supernet.parameters(), trainer.config.clip_grad)
-    if trainer.decay is not None:
+    scaled, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()
+    if trainer.decay is not None and not scaled:
         trainer.decay.apply(trainer.optimizer.param_groups[0]["lr"])
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
+    # float16: a scale that went down means that the gradients had overflowed and the step was left out.
+    if trainer.decay is not None and scaled and trainer.scaler.get_scale() >= scale:
+        trainer.decay.apply(trainer.optimizer.param_groups[0]["lr"])
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.ema is not None:
         trainer.ema.update(trainer.supernet, step=trainer.step + 1)
