@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import compare, op, published, runs, table
+from benchmarks import compare, fashion_mnist, op, published, runs, table
 from benchmarks.measure import check
 from benchmarks.operations import COMPILED, OPERATIONS, inputs
 from benchmarks.timing import side_by_side
@@ -168,7 +168,9 @@ def test_readme_table_is_fresh() -> None:
     assert inside == expected, "run: python -m benchmarks.table benchmarks/results/*.json --write README.md"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("[cg]pu*.json")), ids=lambda path: path.name
+)
 def test_committed_results_name_no_machine(path: Path) -> None:
     run = runs.read(path)
     assert not {"node", "release"} & set(run["machine_info"])
@@ -180,3 +182,14 @@ def test_the_published_conversion_is_ours() -> None:
     found, expected = published.convert(tiny_vit(), batches), convert(tiny_vit(), batches, centering="batch")
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+def test_fashion_mnist_in_the_readme_is_the_committed_result() -> None:
+    """All budgets, both columns; and nothing of the machine it ran on but its processor."""
+    file = ROOT / "benchmarks" / "results" / "fashion-mnist.json"
+    result = json.loads(file.read_text())
+    _, inside, _ = table.split((ROOT / "README.md").read_text(), fashion_mnist.BEGIN, fashion_mnist.END)
+    assert inside == fashion_mnist.table(result)
+    assert len(result["trained"]["curve"]) == 7 and (ROOT / "docs" / "fashion-mnist.png").is_file()
+    assert sum(result["seconds"].values()) < 40 * 60
+    assert "/home" not in file.read_text() and "/tmp" not in file.read_text()

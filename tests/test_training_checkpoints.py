@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, missing, or of another run."""
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -25,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import skd
-from skd.training import checkpoints
+from skd.training import Diverged, checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,17 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(tmp_path):
         run_training(digit_net(), training_config(checkpoint_hist=1), tmp_path, resume="auto", train_loader=loader)
     _, header = checkpoints.newest(tmp_path / "checkpoints")
     assert header["step"] == 4
+
+
+def test_a_damaged_checkpoint_is_not_called_good(half):
+    """Where the run fails before it has written another."""
+    older, newest = checkpoint_files(half)
+    truncate(newest, 0.5)
+    config = training_config(checkpoint_steps=0)
+    spoilt = [(images * math.nan, labels) for images, labels in digit_data()[0]]
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(Diverged) as error:
+        run_training(digit_net(), config, half, resume="auto", train_loader=spoilt)
+    assert str(error.value).endswith(f"the last good checkpoint is {older}")
 
 
 def test_with_all_checkpoints_damaged_the_run_starts_again(half, reference):

@@ -9,6 +9,7 @@ import errno
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -166,6 +167,24 @@ def readable(path):
     except Exception:
         return False
     return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_outlive_a_signal(number):
+    """Also those that are older than the run, and have not inherited its handlers: they have batches to deliver."""
+    train = some_digits("train", 64)
+    calibration = calibration_loader(train, data_config(digit_net()), images=64, batch_size=16, workers=1)
+    expected = [images.sum().item() for images, _ in calibration]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 1
+    os.kill(workers[0].pid, number)
+    time.sleep(0.1)
+    assert [images.sum().item() for images, _ in calibration] == expected
+    assert multiprocessing.active_children() == workers
+    del calibration
+    gc.collect()
+    workers[0].join(20)
+    assert not workers[0].is_alive()
 
 
 # Its other end
