@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from attention_checks import NAMES, check, make_inputs, relative_error, run
-from tolerances import kernel_tolerance
+from tolerances import UNIT_ROUNDOFF, kernel_tolerance
 
 import skd_kernels as kernels
 from skd_kernels.gpu import attention as operator
@@ -97,7 +97,10 @@ def test_odd_shapes(shape: tuple[int, int, int], heads: int, head_dim: int, widt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_token(dtype: torch.dtype) -> None:
-    """Its only probability is 1, so q and k get no gradient but what rounding leaves."""
+    """Its only probability is 1, so q and k get no gradient but what rounding leaves.
+
+    That is the difference of one sum of 11 products in two orders, 11 roundings each.
+    """
     shape, heads = (2, 1, 24), 3
     inputs, dy = make_inputs(shape, heads, 16, dtype=dtype), torch.ones(shape, dtype=dtype)
     exact = [None if tensor is None else tensor.double() for tensor in inputs]
@@ -109,7 +112,7 @@ def test_one_token(dtype: torch.dtype) -> None:
     for name, got, other, want in zip(names, found, plain, expected, strict=True):
         assert relative_error(got, want) <= kernel_tolerance(relative_error(other, want), dtype), name
     queries_and_keys, values = found[2][: 2 * heads * 16], found[2][2 * heads * 16 :]
-    assert queries_and_keys.norm() <= kernel_tolerance(0, dtype) * values.norm()
+    assert queries_and_keys.norm() <= 22 * UNIT_ROUNDOFF[dtype] * values.norm()
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 20.0])
