@@ -86,7 +86,7 @@ def print_subnetworks(console: Console, curves: dict[str, Rows], entries: int) -
     """One row per sub-network, one column of top-1 per curve."""
     trained = curves["trained"]
     view = Table(title=f"{len(trained)} of {entries} nested sub-networks: top-1 (%), the same widths three ways")
-    for heading in ("entry", "MACs (full)", "of full", "(linear)", "parameters", "WPAC+PIAD", "WPAC", "neither"):
+    for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters", "WPAC+PIAD", "WPAC", "neither"):
         view.add_column(heading, justify="right")
     for index, row in enumerate(trained):
         view.add_row(
