@@ -319,6 +319,8 @@ class Trainer:
         if bool(self.finite):
             return
         known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
+        # Later than this step are only damaged ones, which the run was taken up before.
+        known = [path for path in known if path <= checkpoints.checkpoint_path(path.parent, self.step)]
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
         raise Diverged(f"the loss or a weight is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
 
