@@ -169,7 +169,16 @@ def readable(path):
     return True
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C means what it does at a terminal; a shell's background job would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("interruptible")
 def test_workers_outlive_a_signal(number):
     """Also those that are older than the run, and have not inherited its handlers: they have batches to deliver."""
     train = some_digits("train", 64)

@@ -208,9 +208,9 @@ class StreamLoader(Loader):
 
 
 def _patient(worker: int) -> None:
-    """Runs in each worker: it survives its first SIGTERM and obeys the second.
+    """Runs in each worker: it survives Ctrl-C and its first SIGTERM, and obeys the second.
 
-    A SIGTERM to a whole job reaches the workers too. If they died of it at once, the main process could not finish
+    A signal to a whole job reaches the workers too. If they died of it at once, the main process could not finish
     its step and write a checkpoint. It ends them itself, if need be by one SIGTERM and then another.
     """
 
@@ -218,6 +218,7 @@ def _patient(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, obey_the_next)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:
