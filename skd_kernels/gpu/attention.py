@@ -214,7 +214,8 @@ def _example(
     width = torch.empty((), dtype=torch.int32, device="meta")
     _, *saved = attention_forward._init_fn(x, w_qkv, b_qkv, w_proj, b_proj, width, None, num_heads, 0.125)
     attention_forward._init_fn(x, w_qkv, None, w_proj, None, width, None, num_heads, 0.125)
-    for needs in ([True] * 6, [True, True, False, False, False, False]):
+    for bias, scores in ((True, True), (True, False), (False, False)):
+        needs = [True, True, bias, True, bias, scores]
         attention_backward._init_fn(x, x, w_qkv, *saved, width, 0.125, needs)
 
 

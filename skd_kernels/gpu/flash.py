@@ -31,12 +31,20 @@ from skd_kernels.gpu.tiles import precision
 
 @dataclass(frozen=True)
 class Blocks:
-    """How attention is cut: a program owns `rows` tokens and goes through the others `columns` at a time."""
+    """How attention is cut: a program owns `rows` tokens and goes through the others `columns` at a time.
+
+    `registers` is the most that a thread may take; None leaves it to ptxas.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """For `launch`."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "max_registers": self.registers}
 
 
 def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
@@ -44,10 +52,11 @@ def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
 
     32 pad the 197 tokens of a ViT to 224 where 64 would pad to 256, and at 64 coordinates take 94 registers on sm_90,
     so that five programs share a multiprocessor (64 keys: 164, three). Single precision runs on the ordinary cores,
-    whose operands live in registers: small blocks.
+    whose operands live in registers: small blocks, for which ptxas aims at fewer registers than it needs unless it is
+    told not to.
     """
     if dtype == torch.float32:
-        return Blocks(32, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(32, 16, warps=8, stages=2)
+        return Blocks(32, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(32, 16, 8, 2, registers=255)
     return Blocks(64, 32, warps=4, stages=3)
 
 
@@ -55,15 +64,13 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks
     """As forward: 64 by 32 takes 138 and 168 registers on sm_90 (64 by 64: 174 and 225, one program less in each).
 
     sm_80 holds the operands of its mma instructions in registers, and owns 32 tokens. At 128 coordinates dk and dv of
-    64 keys need 8 warps, and on sm_100 more than one stage spills.
+    64 keys need 8 warps.
     """
     if dtype == torch.float32:
-        return Blocks(16, 32, warps=4, stages=1) if head_dim <= 64 else Blocks(16, 16, warps=8, stages=1)
+        return Blocks(16, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(16, 16, 8, 1, registers=255)
     if device.architecture < 90:
         return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2)
-    if head_dim <= 64:
-        return Blocks(64, 32, warps=4, stages=2)
-    return Blocks(64, 32, warps=8, stages=2 if device.architecture < 100 else 1)
+    return Blocks(64, 32, 4, stages=2) if head_dim <= 64 else Blocks(64, 32, 8, stages=2, registers=255)
 
 
 # Kernels -------------------------------------------------------------------------------------------
@@ -376,7 +383,7 @@ def attend(
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
     grid = (triton.cdiv(tokens, blocks.rows) * images * heads,)
-    launch(flash_forward, grid, arguments, num_warps=blocks.warps, num_stages=blocks.stages)
+    launch(flash_forward, grid, arguments, **blocks.settings())
 
 
 def differentiate_attention(
@@ -420,7 +427,6 @@ def differentiate_attention(
             flash_backward,
             (count * images * heads,),
             {**arguments, "BODY": body},
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **blocks.settings(),
         )
     return dqkv, bias_sums, score_sums

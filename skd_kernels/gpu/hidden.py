@@ -255,18 +255,19 @@ def apply_gradient(
 def hidden_config(x: torch.Tensor, w: torch.Tensor, gated: bool) -> Config:
     """z and h leave from the same registers as the sums: 128 x 256, or 4 warps, would spill.
 
-    Gated, a program computes two tiles, each of half the columns.
+    Gated, a program computes two tiles: half the columns, in float32 a quarter, or registers spill with triton 3.6.
     """
     config = Config(128, 64 if gated else 128, inner_step(x), warps=8, stages=3)
-    small = small_config(x, x.stride(0), w.stride(0))
-    if small is not None and gated and x.dtype == torch.float32:
-        return replace(small, n=32)  # two tiles of 64 columns spill with triton 3.6
-    return small or config
+    config = small_config(x, x.stride(0), w.stride(0)) or config
+    if gated and x.dtype == torch.float32:
+        return replace(config, n=32)
+    return config
 
 
 def gradient_config(dy: torch.Tensor, w: torch.Tensor, gated: bool) -> Config:
-    """Gated, twice as much is read and written for each sum: half the columns, or registers spill."""
-    config = Config(128, 64 if gated else 128, inner_step(dy), warps=8, stages=3)
+    """Half the columns where twice as much is read and written for each sum (gated) or loaded (TF32)."""
+    narrow = gated or dy.dtype == torch.float32
+    config = Config(128, 64 if narrow else 128, inner_step(dy), warps=8, stages=3)
     return small_config(dy, dy.stride(0), w.stride(0)) or config
 
 
@@ -299,7 +300,7 @@ def hidden_features(
         **{**config.blocks(), "GROUP": 8},
     }
     grid = (config.programs(x, tiles),)
-    launch(hidden_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(hidden_kernel, grid, arguments, **config.settings())
 
 
 def hidden_gradient(
@@ -332,5 +333,5 @@ def hidden_gradient(
         **{"EVEN_F": hidden % config.n == 0, "PRECISION": precision(), **config.blocks(), "GROUP": 8},
     }
     grid = (config.programs(dy, rows * ceil_div(hidden, config.n)),)
-    launch(gradient_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(gradient_kernel, grid, arguments, **config.settings())
     return dz, partial

@@ -60,6 +60,7 @@ class Launch:
     divisible_by_16: tuple[str, ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
     label: str = field(default="", compare=False)
 
     @property
@@ -74,7 +75,13 @@ class Launch:
         )
 
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options(self.num_warps, self.num_stages, self.max_registers)
+
+
+def options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, Any]:
+    """How Triton names them. The limit on registers only where there is one."""
+    limit = {} if max_registers is None else {"maxnreg": max_registers}
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **limit}
 
 
 @dataclass
@@ -112,7 +119,15 @@ def device_of(tensor: torch.Tensor) -> Device:
     return _cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETED_DEVICE
 
 
-def launch(kernel: Any, grid: Sequence[int], arguments: dict[str, Any], *, num_warps: int, num_stages: int) -> None:
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    arguments: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int,
+    max_registers: int | None = None,
+) -> None:
     """Start `kernel` on `grid`, on the device of its first tensor argument.
 
     Args:
@@ -121,18 +136,19 @@ def launch(kernel: Any, grid: Sequence[int], arguments: dict[str, Any], *, num_w
         arguments: every parameter of the kernel by name, constants included. Tensors may be None; a tensor's storage
             must start at a multiple of 16 bytes for the code to be the one that `record` notes.
         num_warps, num_stages: as Triton defines them.
+        max_registers: of a thread. Without it ptxas may choose a limit of its own, and spill to keep it.
     """
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(_describe(kernel, arguments, num_warps, num_stages, recorder.label))
+        recorder.launches.append(_describe(kernel, arguments, (num_warps, num_stages, max_registers), recorder.label))
         return
     first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
     # Triton starts kernels on the current device, which need not be the tensors'.
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        kernel[tuple(grid)](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        kernel[tuple(grid)](**arguments, **options(num_warps, num_stages, max_registers))
 
 
-def _describe(kernel: Any, arguments: dict[str, Any], num_warps: int, num_stages: int, label: str) -> Launch:
+def _describe(kernel: Any, arguments: dict[str, Any], settings: tuple[int, int, int | None], label: str) -> Launch:
     """Triton's own rules: constants, None and the int 1 are compiled in; alignment to 16 is noted."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -156,4 +172,4 @@ def _describe(kernel: Any, arguments: dict[str, Any], num_warps: int, num_stages
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    return Launch(kernel, signature, constants, tuple(divisible), num_warps, num_stages, label)
+    return Launch(kernel, signature, constants, tuple(divisible), *settings, label)

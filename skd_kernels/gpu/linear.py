@@ -112,10 +112,11 @@ def linear_config(a: torch.Tensor, w: torch.Tensor, channels: int) -> Config:
 
     Half precision on sm_90 and sm_100: 128 x 256 wants the fewest bytes from L2 for each product, and compiles
     without spills where no columns are masked. sm_80 feeds its tensor cores from registers, and sm_120 has 99 KiB of
-    shared memory.
+    shared memory. TF32: 128 x 128 spills on sm_80.
     """
-    large = a.element_size() == 2 and 90 <= device_of(a).architecture < 120 and channels % 256 == 0
-    config = Config(128, 256 if large else 128, inner_step(a), warps=8, stages=3)
+    large = 90 <= device_of(a).architecture < 120 and channels % 256 == 0
+    columns = 64 if a.element_size() == 4 else 256 if large else 128
+    config = Config(128, columns, inner_step(a), warps=8, stages=3)
     return small_config(a, w.stride(0), channels) or config
 
 
@@ -132,7 +133,7 @@ def output(
         **{"EVEN": size % config.k == 0, "PRECISION": precision(), **config.blocks(), "GROUP": 8},
     }
     grid = (config.programs(a, tiles),)
-    launch(output_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(output_kernel, grid, arguments, **config.settings())
     return y
 
 
@@ -149,5 +150,5 @@ def input_gradient(dz: torch.Tensor, w: torch.Tensor, width: torch.Tensor, dx: t
         **{**config.blocks(), "GROUP": 8},
     }
     grid = (config.programs(dz, tiles),)
-    launch(input_gradient_kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(input_gradient_kernel, grid, arguments, **config.settings())
     return dx

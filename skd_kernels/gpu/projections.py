@@ -37,12 +37,12 @@ def product_config(like: torch.Tensor, channels: int) -> Config:
     cache, tiles of 128 x 256 read 9, within 144 KiB of shared memory; an A100 has a third of that rate, and takes
     more registers for its operands. Rows that do not start at multiples of 16 elements are read one element at a
     time, through so many pointers that larger tiles spill. Single precision runs on the ordinary cores unless TF32 is
-    allowed: small tiles, or they spill.
+    allowed: small tiles, or they spill, and for them ptxas aims at fewer registers than it needs unless told not to.
     """
     if like.dtype == torch.float32:
-        return Config(64, 64, 16, warps=4, stages=3)
+        return Config(64, 64, 16, warps=4, stages=3, registers=255)
     if channels % 16:
-        return Config(64, 64, 32, warps=4, stages=3)
+        return Config(64, 64, 32, warps=4, stages=3, registers=255)
     if 90 <= device_of(like).architecture < 120:
         return Config(128, 256, 64, warps=8, stages=3)
     return Config(128, 128, 32, warps=8, stages=3)
@@ -51,9 +51,9 @@ def product_config(like: torch.Tensor, channels: int) -> Config:
 def gradient_config(like: torch.Tensor, channels: int) -> Config:
     """For the weight gradients, whose output is small and whose sum is long: smaller tiles fill the device."""
     if like.dtype == torch.float32:
-        return Config(64, 32, 16, warps=4, stages=3)
+        return Config(64, 32, 16, warps=4, stages=3, registers=255)
     if channels % 16:
-        return Config(64, 64, 32, warps=4, stages=3)
+        return Config(64, 64, 32, warps=4, stages=3, registers=255)
     return Config(128, 128, 64 if 90 <= device_of(like).architecture < 120 else 32, warps=8, stages=3)
 
 
@@ -350,7 +350,7 @@ def project(
     }
     kernel = into_heads if into else out_of_heads
     grid = (config.programs(source, tiles),)
-    launch(kernel, grid, arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(kernel, grid, arguments, **config.settings())
     return out
 
 
@@ -398,7 +398,7 @@ def differentiate_weight(
         **config.blocks(),
         "PRECISION": precision(),
     }
-    launch(weight_gradient, (programs,), arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(weight_gradient, (programs,), arguments, **config.settings())
     strides = (
         {"row_stride": 1, "column_stride": inner} if transposed else {"row_stride": channels, "column_stride": 1}
     )

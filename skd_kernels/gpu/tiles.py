@@ -9,6 +9,7 @@ the width may be NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,7 @@ class Config:
     Attributes:
         m, n, k: rows and columns of the tile that a program computes, and the length of one inner step.
         warps, stages: as Triton defines them.
+        registers: the most that a thread may take; None leaves it to ptxas.
         resident: programs that fit on a multiprocessor together, by registers and shared memory.
     """
 
@@ -32,11 +34,16 @@ class Config:
     k: int
     warps: int
     stages: int
+    registers: int | None = None
     resident: int = 1
 
     def programs(self, like: torch.Tensor, tiles: int) -> int:
         """Programs of a persistent grid: they fill the device once and walk over the tiles of the current width."""
         return max(1, min(tiles, self.resident * device_of(like).multiprocessors))
+
+    def settings(self) -> dict[str, Any]:
+        """For `launch`."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "max_registers": self.registers}
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
@@ -54,7 +61,7 @@ def small_config(like: torch.Tensor, *strides: int) -> Config | None:
     length only whether 16 divides it: otherwise it loads element by element, with an address for each.
     """
     if like.dtype == torch.float32 and precision() == "ieee":
-        return Config(64, 64, 32, warps=8, stages=3, resident=2)  # at most 128 registers on sm_90
+        return Config(64, 64, 32, warps=8, stages=3, registers=168)  # left to itself, ptxas spills to fit in 128
     if any(stride % 16 for stride in strides):
         return Config(64, 64, 32, warps=8, stages=3)
     return None

@@ -233,7 +233,7 @@ def weight_gradient(
         **{"a": a, "b": b, "stride_a": a.stride(0), "stride_b": b.stride(0), "part_a": a.shape[1] // parts},
         **{"EVEN": even, "EVEN_T": tokens % config.k == 0, "PRECISION": precision(), **shapes},
     }
-    launch(weight_gradient_kernel, (programs,), arguments, num_warps=config.warps, num_stages=config.stages)
+    launch(weight_gradient_kernel, (programs,), arguments, **config.settings())
     arguments = {"programs": programs, "STRIP": STRIP, **shapes}
     launch(finish_kernel, (tiles, config.m // STRIP), arguments, num_warps=4, num_stages=1)
     return out
