@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from skd.evaluate import Top1
-from skd.ranks import check_group, summed
+from skd.ranks import check_group, in_step, summed
 from skd.supernet import SuperNet, check_supernet
 from skd.taps import check_gradients_possible, checked, frozen, total_cost
 
@@ -56,7 +56,8 @@ def importance(
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
-        for images, labels in checked(model, batches if progress is None else progress(batches)):
+        batches = in_step(batches if progress is None else progress(batches), group)
+        for images, labels in checked(model, batches):
             with torch.no_grad():
                 reference = supernet(images) if top1.headless or labels is None else None
             if labels is None and reference is not None and not top1.headless:
