@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def distributed(supernet: SuperNet, group: Any) -> DistributedDataParallel:
 
     Modules of width 0 have gradients of zero, so no parameter is ever unused.
     """
-    with others_alive():
+    with others_alive(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
         network = DistributedDataParallel(
             supernet, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
         )

@@ -21,7 +21,7 @@ def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor |
         The mean loss of this rank's images, 0-d, not read by the host.
     """
     images = sum(len(part) for part, _ in parts)
-    loss, done = torch.zeros((), device=trainer.device), 0
+    loss, done = torch.zeros((), dtype=torch.float64, device=trainer.device), 0
     for number, (part, labels) in enumerate(parts, start=1):
         if masks is not None:
             trainer.paths.set(masks[:, done : done + len(part)])
