@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from skd.architecture import create_model
 from skd.commands import common
 from skd.data import Loader, calibration_loader, data_config, eval_loader, train_loader
 from skd.files import load
+from skd.ranks import rank_of, size_of, together
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
@@ -60,6 +60,8 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
     config = common.settings(arguments, TrainConfig())
     if arguments.dry_run:
+        if arguments.group is not None:
+            raise ValueError("--dry-run measures one process; run it without torchrun")
         return _dry_run(arguments, config)
     for name in ("supernet", "data", "out"):
         if getattr(arguments, name) is None:
@@ -76,6 +78,7 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
         calibration=loaders.get("calibration"),
         out=arguments.out,
         resume=arguments.resume,
+        group=arguments.group,
     )
     return _finish(arguments, history, supernet, config, loaders, "supernet.safetensors")
 
@@ -87,7 +90,15 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name} is not given")
     model = _plain_model(arguments).to(common.device(arguments))
     loaders = _loaders(arguments, model, config)
-    history = finetune(model, loaders["train"], loaders["val"], config, out=arguments.out, resume=arguments.resume)
+    history = finetune(
+        model,
+        loaders["train"],
+        loaders["val"],
+        config,
+        out=arguments.out,
+        resume=arguments.resume,
+        group=arguments.group,
+    )
     return _finish(arguments, history, SuperNet(model), config, loaders, "model.safetensors")
 
 
@@ -105,8 +116,6 @@ def _plain_model(arguments: argparse.Namespace) -> Any:
 
 def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> dict[str, Loader]:
     """Training, validation and calibration batches, as the model wants its images."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE is above 1; training on several processes is not supported yet")
     images = data_config(model)
     training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     validation = common.source(
@@ -117,6 +126,7 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
         plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     pinned = common.device(arguments).type == "cuda"
     shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
+    shared |= common.shard(arguments)
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
         for name in (
@@ -124,7 +134,7 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             "train_interpolation",
         )
     }
-    evaluation_batch = config.validation_batch_size or min(config.batch_size, 256)
+    evaluation_batch = config.validation_batch_size or min(config.batch_size, 256 * size_of(arguments.group))
     loaders = {
         "train": train_loader(
             training,
@@ -162,10 +172,12 @@ def _finish(
     from skd.training.report import write_report  # and with it matplotlib
 
     folder = Path(arguments.out)
-    report = write_report(folder, history, supernet, config)
+    with together(arguments.group):
+        if rank_of(arguments.group) == 0:
+            write_report(folder, history, supernet, config)
     if history.curve:
         common.print_sizes(history.curve, f"{folder / product}: best epoch {(history.best_epoch or 0) + 1}")
-    print(f"wrote {folder / product} and {report}")
+    print(f"wrote {folder / product} and {folder / 'report.md'}")
     return {
         "out": str(folder),
         "file": str(folder / product),
@@ -174,7 +186,7 @@ def _finish(
         "area": history.area,
         "curve": history.curve,
         "entries": len(supernet.dropout_list),
-        "skipped_images": sorted(set().union(*(loader.skipped for loader in loaders.values()))),
+        "skipped_images": common.skipped(arguments, *loaders.values()),
         "config": config.to_dict(),
     }
 
