@@ -92,6 +92,14 @@ def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return torch.cat(everyone(tensor.cpu(), group)).to(tensor.device)
 
 
+def spread(model: torch.nn.Module, group: Any) -> None:
+    """Give every rank rank 0's weights and buffers, in place."""
+    if group is not None:
+        with others_alive():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0, group=group)
+
+
 # Agreement
 
 

@@ -11,7 +11,7 @@ from skd.convert import CENTERINGS, LABELS, convert
 from skd.cost import cost
 from skd.files import save
 from skd.outputs import output_file
-from skd.ranks import rank_of, together
+from skd.ranks import rank_of, spread, together
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     writes = rank_of(arguments.group) == 0
     output_file(arguments.out, "--out")
     model = common.build_model(arguments).to(common.device(arguments))
+    spread(model, arguments.group)  # random weights, and dropped-in layers, differ from process to process
     if writes and not arguments.pretrained and arguments.checkpoint is None:
         print(
             f"warning: the weights of {arguments.model} are random (no --pretrained, no --checkpoint)",
