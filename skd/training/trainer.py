@@ -111,9 +111,10 @@ class Trainer:
             decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
             groups = [group | {"weight_decay": 0.0} for group in groups]
             self.decay = ExpectedDecay(self.supernet, decayed, config.weight_decay)
+        fused = {"fused": True} if config.opt == "adamw" else {}  # one kernel; others have none
         try:
             self.optimizer = create_optimizer_v2(
-                groups, opt=config.opt, lr=config.peak_lr, weight_decay=0.0, eps=config.opt_eps
+                groups, opt=config.opt, lr=config.peak_lr, weight_decay=0.0, eps=config.opt_eps, **fused
             )
         except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"opt is {config.opt!r}; timm cannot make that optimizer: {error}") from None
