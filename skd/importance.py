@@ -135,15 +135,10 @@ def _count_skips(supernet: SuperNet, widths: list[int], streams: list[torch.Tens
 
     The part before the skipped module is not computed again: each variant starts from the stream entering it.
     """
-    model, last = supernet.model, len(widths) - 1
-    # With token pooling nothing but the prefix tokens is read after the last attention.
-    pooled_tokens = model.num_prefix_tokens if model.global_pool == "token" and model.attn_pool is None else None
     active = [index for index, width in enumerate(widths) if width]
     for position, skipped in enumerate(active):
         x = streams[skipped]
         for index in active[position + 1 :]:
-            if index == last:
-                x = x[:, :pooled_tokens]
             x = supernet.step(index, x, widths[index])
         top1.add(supernet.infos[skipped].name, supernet.head(x))
 

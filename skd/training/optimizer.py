@@ -27,9 +27,10 @@ def make_optimizer(supernet: SuperNet, config: TrainConfig) -> tuple[torch.optim
         decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
         groups = [group | {"weight_decay": 0.0} for group in groups]
         decay = ExpectedDecay(supernet, decayed, config.weight_decay)
+    fused = {"fused": True} if config.opt == "adamw" else {}  # one kernel; others have none
     try:
         optimizer = create_optimizer_v2(
-            groups, opt=config.opt, lr=config.peak_lr, weight_decay=0.0, eps=config.opt_eps
+            groups, opt=config.opt, lr=config.peak_lr, weight_decay=0.0, eps=config.opt_eps, **fused
         )
     except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"opt is {config.opt!r}; timm cannot make that optimizer: {error}") from None
