@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from skd.architecture import create_model
 from skd.commands import common
-from skd.data import Loader, calibration_loader, data_config, eval_loader, train_loader
-from skd.files import load
+from skd.convert import convert
+from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, train_loader
+from skd.files import load, save
+from skd.outputs import output_folder
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
@@ -25,7 +26,12 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "checkpoints/ to --out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
     )
     parser.add_argument("--supernet", metavar="FILE", help="what skd convert wrote")
-    parser.add_argument("--model", metavar="NAME", help="with --dry-run, in place of --supernet: a model of timm")
+    common.add_model(
+        parser,
+        "in place of --supernet: a model of timm, converted first (default: the one that a recipe given as --config "
+        "names, with timm's weights unless --checkpoint has others)",
+        required=False,
+    )
     parser.add_argument("--dry-run", action="store_true", help="build all, run two steps on synthetic images, report")
     _add_run(parser, TrainConfig())
     parser.set_defaults(run=run_train)
@@ -58,15 +64,16 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = common.settings(arguments, TrainConfig())
+    config, about = common.settings(arguments, TrainConfig(), "train")
+    if arguments.supernet is None and arguments.model is None and "model" in about:
+        arguments.model = about["model"]
+        arguments.pretrained = arguments.checkpoint is None
     if arguments.dry_run:
-        return _dry_run(arguments, config)
-    for name in ("supernet", "data", "out"):
+        return _dry_run(arguments, config, about)
+    for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
-    if arguments.model is not None:
-        raise ValueError("--model is for --dry-run; give a super-network from skd convert as --supernet")
-    supernet = common.supernet(arguments.supernet, common.device(arguments))
+    supernet = _supernet(arguments, config)
     loaders = _loaders(arguments, supernet.model, config)
     history = train(
         supernet,
@@ -80,8 +87,33 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
     return _finish(arguments, history, supernet, config, loaders, "supernet.safetensors")
 
 
+def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
+    """--supernet, or --model converted on the images that importance is measured on, and kept in --out."""
+    where = common.device(arguments)
+    if arguments.supernet is not None:
+        if arguments.model is not None:
+            raise ValueError("--supernet and --model are both given; it may be only one of them")
+        return common.supernet(arguments.supernet, where)
+    if arguments.model is None:
+        raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
+    file = output_folder(arguments.out) / "converted.safetensors"
+    if file.exists() and arguments.resume is None:
+        raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
+    if file.exists():
+        return common.supernet(str(file), where)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "WORLD_SIZE is above 1; run skd convert first, by one process, and give its file as --supernet"
+        )
+    model = common.build_model(arguments).to(where)
+    images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
+    supernet = convert(model, _calibration(images, model, config), progress=common.progress("Converting"))
+    save(supernet, file)
+    return supernet
+
+
 def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = common.settings(arguments, finetune_config())
+    config, _ = common.settings(arguments, finetune_config(), "finetune")
     for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
@@ -124,7 +156,6 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             "train_interpolation",
         )
     }
-    evaluation_batch = config.validation_batch_size or min(config.batch_size, 256)
     loaders = {
         "train": train_loader(
             training,
@@ -136,18 +167,28 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             **shared,
             **augmentation,
         ),
-        "val": eval_loader(validation, images, batch_size=evaluation_batch, pin_memory=pinned, **shared),
+        "val": eval_loader(validation, images, batch_size=_evaluation_batch(config), pin_memory=pinned, **shared),
     }
     if config.growing_epochs:
-        loaders["calibration"] = calibration_loader(
-            plain,
-            images,
-            images=config.calibration_images,
-            seed=config.seed,
-            batch_size=evaluation_batch,
-            **shared,
-        )
+        loaders["calibration"] = _calibration(plain, model, config)
     return loaders
+
+
+def _calibration(images: Source, model: Any, config: TrainConfig) -> Loader:
+    """The un-augmented images that a network is converted on, and importance measured."""
+    return calibration_loader(
+        images,
+        data_config(model),
+        images=config.calibration_images,
+        seed=config.seed,
+        batch_size=_evaluation_batch(config),
+        workers=common.workers(config.workers),
+        bad_images=config.bad_images,
+    )
+
+
+def _evaluation_batch(config: TrainConfig) -> int:
+    return config.validation_batch_size or min(config.batch_size, 256)
 
 
 def _finish(
@@ -179,17 +220,22 @@ def _finish(
     }
 
 
-def _dry_run(arguments: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+def _dry_run(arguments: argparse.Namespace, config: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
     from skd.training.dry_run import dry_run
 
     if (arguments.supernet is None) == (arguments.model is None):
-        raise ValueError("--dry-run needs exactly one of --supernet and --model")
+        raise ValueError("--dry-run needs exactly one of --supernet and --model (or a recipe that names a model)")
     where = common.device(arguments)
     if arguments.supernet is not None:
         supernet = common.supernet(arguments.supernet, where)
     else:
-        supernet = SuperNet(create_model(arguments.model).to(where))
+        arguments.pretrained = False  # what the weights are makes no difference
+        supernet = SuperNet(common.build_model(arguments).to(where))
     images = None
     if arguments.data is not None:
         images = len(common.source(arguments, supernet.model, arguments.train_split, training=True))
-    return dry_run(supernet, config, images)
+    document = dry_run(supernet, config, images)
+    if "expected" in about:
+        common.print_expected(about)
+        document["expected"] = about["expected"]
+    return document
