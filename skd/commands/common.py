@@ -95,6 +95,7 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
         batch_size=arguments.batch_size,
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
+        **placed(model),
     )
 
 
@@ -106,7 +107,14 @@ def validation(arguments: argparse.Namespace, model: Any) -> Loader:
         batch_size=arguments.batch_size,
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
+        **placed(model),
     )
+
+
+def placed(model: Any) -> dict[str, Any]:
+    """Where a loader leaves its images: on the model's device, by page-locked memory to a GPU."""
+    device = next(model.parameters()).device
+    return {"device": device, "pin_memory": device.type == "cuda"}
 
 
 def workers(wanted: int) -> int:

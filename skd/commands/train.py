@@ -147,8 +147,8 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
     plain = training
     if training.iterable:  # a stream can only be read once at a time
         plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    pinned = common.device(arguments).type == "cuda"
     shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
+    shared |= common.placed(model)
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
         for name in (
@@ -163,11 +163,10 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             batch_size=config.batch_size // config.grad_accum_steps,
             seed=config.seed,
             aug_repeats=config.aug_repeats,
-            pin_memory=pinned,
             **shared,
             **augmentation,
         ),
-        "val": eval_loader(validation, images, batch_size=_evaluation_batch(config), pin_memory=pinned, **shared),
+        "val": eval_loader(validation, images, batch_size=_evaluation_batch(config), **shared),
     }
     if config.growing_epochs:
         loaders["calibration"] = _calibration(plain, model, config)
@@ -184,6 +183,7 @@ def _calibration(images: Source, model: Any, config: TrainConfig) -> Loader:
         batch_size=_evaluation_batch(config),
         workers=common.workers(config.workers),
         bad_images=config.bad_images,
+        **common.placed(model),
     )
 
 
