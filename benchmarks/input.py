@@ -36,7 +36,7 @@ SIZE = (500, 375)
 SHARDS = 4
 PUBLISHED: dict[str, Any] = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "train_interpolation": "bicubic"}
 SENT = ("uint8", "float32")
-BUDGET_IMAGES = {"cpu": 8, "cuda": 64}
+STEP_IMAGES = {"cpu": 8, "cuda": 64}
 
 
 class WholeTransform:
@@ -106,29 +106,29 @@ def make_loader(data: str, config: dict[str, Any], workers: int, sent: str, batc
     return loader
 
 
-def epoch(loader: Any) -> float:
-    """Images per second over one epoch."""
-    start, images = time.perf_counter(), 0
+def epoch(loader: Any) -> tuple[float, float]:
+    """Images per second over one epoch, and the processor time that this process spends on an image, in ms."""
+    start, used, images = time.perf_counter(), time.process_time(), 0
     for batch, _ in loader:
         images += len(batch)
     synchronize()
-    return images / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / images
 
 
 def make_step(name: str, device: str) -> Any:
-    """Images per second of one training step of the full network, with the published settings."""
+    """`epoch` of one training step of the full network, with the published settings."""
     supernet = skd.SuperNet(skd.create_model(name).to(device))
-    images = BUDGET_IMAGES[device]
+    images = STEP_IMAGES[device]
     config = skd.TrainConfig(batch_size=images)
     trainer = Trainer(supernet.train(), [], None, config, (), None, Screen(Console(quiet=True)))
     batch = (torch.randn(images, 3, 224, 224, device=device), torch.randint(1000, (images,), device=device))
 
-    def call() -> float:
+    def call() -> tuple[float, float]:
         synchronize()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         trainer.train_step([batch], entry=0)
         synchronize()
-        return images / (time.perf_counter() - start)
+        return images / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / images
 
     return call
 
@@ -153,13 +153,12 @@ def measure(images: int, batch: int, rounds: int, workers: list[int], models: li
                     contenders["loader", kind, count, sent] = lambda loader=loader: epoch(loader)
         for model in models:
             contenders["step", model] = make_step(model, device)
-        rates: dict[tuple[Any, ...], list[float]] = {key: [] for key in contenders}
+        turns: dict[tuple[Any, ...], list[tuple[float, float]]] = {key: [] for key in contenders}
         for turn in range(rounds + 1):
             for key, call in contenders.items():
-                rate = call()
+                found = call()
                 if turn:
-                    rates[key].append(rate)
-    medians = {key: round(statistics.median(found), 1) for key, found in rates.items()}
+                    turns[key].append(found)
     info = skd_kernels.build_info()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
@@ -171,26 +170,25 @@ def measure(images: int, batch: int, rounds: int, workers: list[int], models: li
         "batch": batch,
         "rounds": rounds,
         "loader": [
-            {
-                "source": key[1],
-                "workers": key[2],
-                "sent": key[3],
-                "images_per_second": rate,
-                "all": listed(rates[key]),
-            }
-            for key, rate in medians.items()
+            {"source": key[1], "workers": key[2], "sent": key[3], **summary(found)}
+            for key, found in turns.items()
             if key[0] == "loader"
         ],
         "step": [
-            {"model": key[1], "images": BUDGET_IMAGES[device], "images_per_second": rate, "all": listed(rates[key])}
-            for key, rate in medians.items()
+            {"model": key[1], "images": STEP_IMAGES[device], **summary(found)}
+            for key, found in turns.items()
             if key[0] == "step"
         ],
     }
 
 
-def listed(rates: list[float]) -> list[float]:
-    return [round(rate, 1) for rate in rates]
+def summary(turns: list[tuple[float, float]]) -> dict[str, Any]:
+    rates, used = zip(*turns, strict=True)
+    return {
+        "images_per_second": round(statistics.median(rates), 1),
+        "quartiles": [round(float(rate), 1) for rate in np.percentile(rates, (25, 75))],
+        "main_process_ms_per_image": round(statistics.median(used), 3),
+    }
 
 
 def processor() -> str:
@@ -207,22 +205,33 @@ def commit() -> str:
 
 def table(document: dict[str, Any]) -> str:
     """Markdown: images per second."""
-    rates = {(row["source"], row["workers"], row["sent"]): row["images_per_second"] for row in document["loader"]}
     torch_version, size = document["versions"]["torch"], document["images"]["mean_kB"]
     lines = [
         f"{document['device']}, {document['cores']} cores, torch {torch_version}, commit {document['commit']}, "
-        f"{document['date']}; JPEGs of 500x375 pixels, {size:.0f} kB each.",
+        f"{document['date']}; JPEGs of 500x375 pixels, {size:.0f} kB each; medians of {document['rounds']} rounds "
+        "(quartiles).",
         "",
-        "| images from | workers | 8-bit from the workers (images/s) | float32 from the workers (images/s) |",
-        "|---|--:|--:|--:|",
+        "| images from | workers | sent as | images/s | main process, ms per image |",
+        "|---|--:|---|--:|--:|",
     ]
-    for source, workers in dict.fromkeys(key[:2] for key in rates):
-        both = (f"{rates[source, workers, sent]:.1f}" for sent in SENT)
-        lines.append(f"| {source} | {workers} | {' | '.join(both)} |")
+    for row in document["loader"]:
+        cells = [
+            row["source"],
+            str(row["workers"]),
+            row["sent"],
+            spread(row),
+            f"{row['main_process_ms_per_image']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| training step, full network | images at a time | images/s |", "|---|--:|--:|"]
     for row in document["step"]:
-        lines.append(f"| `{row['model']}` | {row['images']} | {row['images_per_second']:.1f} |")
+        lines.append(f"| `{row['model']}` | {row['images']} | {spread(row)} |")
     return "\n".join(lines)
+
+
+def spread(row: dict[str, Any]) -> str:
+    low, high = row["quartiles"]
+    return f"{row['images_per_second']:.4g} ({low:.4g}-{high:.4g})"
 
 
 def main(argv: list[str] | None = None) -> int:

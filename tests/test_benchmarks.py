@@ -198,7 +198,7 @@ def test_fashion_mnist_in_the_readme_is_the_committed_result() -> None:
 
 
 def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to send images give the same batches; the table has every row."""
+    """Both ways to send images give the same batches; the page has the committed result."""
     pytest.importorskip("webdataset")
     monkeypatch.setattr(input_pipeline, "SHARDS", 1)
     data, config = input_pipeline.write(tmp_path, 4), data_config(tiny_vit()) | {"num_classes": 2}
@@ -209,5 +209,4 @@ def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytes
         )
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
     document = json.loads((ROOT / "benchmarks" / "results" / "cpu-input.json").read_text())
-    rows = [line for line in input_pipeline.table(document).splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(document["loader"]) // 2 + len(document["step"])
+    assert input_pipeline.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()

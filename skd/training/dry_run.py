@@ -14,6 +14,7 @@ from rich.table import Table
 
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
+from skd.training.precision import laid_out, tf32
 from skd.training.screen import Screen
 from skd.training.trainer import Trainer
 
@@ -87,7 +88,8 @@ def dry_run(
 def _measure(trainer: Trainer, images: int) -> dict[str, Any]:
     """One step; on a GPU the second of two, the first of which chooses algorithms and compiles."""
     repeats = 2 if trainer.device.type == "cuda" else 1
-    seconds = [_timed_step(trainer, images) for _ in range(repeats)]
+    with tf32(trainer.config.tf32):
+        seconds = [_timed_step(trainer, images) for _ in range(repeats)]
     return {"images": images, "seconds": seconds[-1], "peak_bytes": _peak_memory(trainer.device)}
 
 
@@ -129,6 +131,7 @@ def _timed_step(trainer: Trainer, images: int) -> float:
     model, device = trainer.supernet.model, trainer.device
     dtype = next(model.parameters()).dtype
     batch = torch.randn(images, model.in_chans, *model.patch_embed.img_size, device=device, dtype=dtype)
+    batch = laid_out(batch, trainer.config)
     labels = torch.randint(model.num_classes, (images,), device=device)
     _wait(device)
     start = time.perf_counter()
