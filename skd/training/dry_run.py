@@ -26,11 +26,12 @@ PROCESSES = (1, 8, 32)
 def dry_run(
     supernet: SuperNet, config: TrainConfig, images: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Build everything, run two steps on synthetic images, and say what a run would take.
+    """Build everything, run steps of two sizes on synthetic images, and say what a run would take.
 
     The steps train the full network, the most expensive entry; one of a single image comes before, to allocate what
     does not depend on the batch. They have 4 and 8 images on a CPU, 32 and 64 on a GPU (or half of a smaller batch
-    and the batch): memory per image is the difference of the two peaks, time is scaled from the second.
+    and the batch), the faster of two each: memory per image is the difference of the two peaks, time is scaled from
+    the second.
 
     Args:
         supernet: changed by two steps of training; do not use it afterwards.
@@ -86,11 +87,10 @@ def dry_run(
 
 
 def _measure(trainer: Trainer, images: int) -> dict[str, Any]:
-    """One step; on a GPU the second of two, the first of which chooses algorithms and compiles."""
-    repeats = 2 if trainer.device.type == "cuda" else 1
+    """The faster of two steps: the first may choose algorithms and compile, and other work may be in the way."""
     with tf32(trainer.config.tf32):
-        seconds = [_timed_step(trainer, images) for _ in range(repeats)]
-    return {"images": images, "seconds": seconds[-1], "peak_bytes": _peak_memory(trainer.device)}
+        seconds = min(_timed_step(trainer, images) for _ in range(2))
+    return {"images": images, "seconds": seconds, "peak_bytes": _peak_memory(trainer.device)}
 
 
 def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
