@@ -3,6 +3,7 @@
 pytest benchmarks --benchmark-json benchmarks/results/cpu.json         measure everything
 python -m benchmarks.op token_moments --shape 25216,36,64              one operation at a shape of yours
 python -m benchmarks.memory                                            peak memory of a calibration
+python -m benchmarks.input                                             images per second: the loaders and the step
 python -m benchmarks.compare OLD.json NEW.json                         did anything become slower?
 python -m benchmarks.table benchmarks/results/cpu.json --write README.md
 """

@@ -12,10 +12,12 @@ import torch
 from helpers import random_batches, tiny_vit
 
 from benchmarks import compare, fashion_mnist, op, published, runs, table
+from benchmarks import input as input_pipeline
 from benchmarks.measure import check
 from benchmarks.operations import COMPILED, OPERATIONS, inputs
 from benchmarks.timing import side_by_side
 from skd.convert import convert
+from skd.data import data_config
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ["ours", "eager", "blocked", "published"]  # torch.compile takes seconds
@@ -193,3 +195,18 @@ def test_fashion_mnist_in_the_readme_is_the_committed_result() -> None:
     assert len(result["trained"]["curve"]) == 7 and (ROOT / "docs" / "fashion-mnist.png").is_file()
     assert sum(result["seconds"].values()) < 40 * 60
     assert "/home" not in file.read_text() and "/tmp" not in file.read_text()
+
+
+def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to send images give the same batches; the page has the committed result."""
+    pytest.importorskip("webdataset")
+    monkeypatch.setattr(input_pipeline, "SHARDS", 1)
+    data, config = input_pipeline.write(tmp_path, 4), data_config(tiny_vit()) | {"num_classes": 2}
+    for source in data.values():
+        ours, whole = (
+            next(iter(input_pipeline.make_loader(source, config, 0, sent, 4, "cpu")))[0]
+            for sent in input_pipeline.SENT
+        )
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
+    document = json.loads((ROOT / "benchmarks" / "results" / "cpu-input.json").read_text())
+    assert input_pipeline.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()

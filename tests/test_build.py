@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 
+RECIPES = {str(path.relative_to(ROOT)) for path in (ROOT / "skd" / "recipes").glob("*.yaml")}
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -87,5 +89,14 @@ def test_the_source_distribution_has_every_source(checkout: Path, tmp_path: Path
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
     wanted |= {"LICENSE", "setup.py", "skd/py.typed", "skd_kernels/py.typed", "skd_kernels/_native.py"}
+    wanted |= RECIPES
     assert wanted <= names
     assert not [name for name in names if name.endswith(".so") or name.startswith("tests/golden")]
+
+
+def test_a_wheel_has_the_recipes(checkout: Path, tmp_path: Path) -> None:
+    """`build_py` collects what a wheel holds beside the compiled half."""
+    done = setup(checkout, "-q", "build_py", "--build-lib", str(tmp_path / "lib"), SKD_CUDA="off")
+    assert done.returncode == 0, done.stderr
+    built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
+    assert len(RECIPES) >= 4 and RECIPES | {"skd/py.typed", "skd/recipes/__init__.py"} <= built

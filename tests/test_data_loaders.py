@@ -16,6 +16,7 @@ from helpers import tiny_vit
 from PIL import Image
 from test_data_sources import png_folder
 from timm.data import auto_augment
+from timm.data.loader import PrefetchLoader
 
 import skd
 from skd.data import (
@@ -200,8 +201,15 @@ def test_evaluation_as_timm_does_it(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "cat" / "0.png")
     given = config(3, 24) | {"crop_pct": 0.8, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     ((images, _),) = eval_loader(open_source(tmp_path), given, batch_size=1)
-    shown = timm.data.create_transform(**{k: v for k, v in given.items() if k != "num_classes"})
-    assert torch.equal(images[0], shown(Image.fromarray(pixels)))
+    described = {k: v for k, v in given.items() if k != "num_classes"}
+    eight_bit = timm.data.create_transform(**described, use_prefetcher=True)(Image.fromarray(pixels))
+    batches = [(eight_bit[None], torch.zeros(1))]
+    ((fetched, _),) = PrefetchLoader(batches, given["mean"], given["std"], device=torch.device("cpu"))
+    assert torch.equal(images, fetched)
+    # The transform divides by 255 first: three roundings of values up to 1 / 0.4.
+    torch.testing.assert_close(
+        images[0], timm.data.create_transform(**described)(Image.fromarray(pixels)), rtol=0, atol=1e-6
+    )
 
 
 def test_digits_as_images_and_as_tensors() -> None:

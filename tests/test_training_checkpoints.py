@@ -187,6 +187,8 @@ OTHER = {
     "clip_grad": 1.0,
     "grad_accum_steps": 2,
     "amp_dtype": "bfloat16",
+    "tf32": True,
+    "channels_last": True,
     "grad_checkpointing": True,
     "cuda_graph": True,
     "drop_path": 0.2,

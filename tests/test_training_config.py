@@ -31,6 +31,8 @@ BAD = {
     "clip_grad": [0, -1.0],
     "grad_accum_steps": [0, 3, 2.0],  # 3 does not divide 1024
     "amp_dtype": ["fp16", "half", None],
+    "tf32": [1, "high"],
+    "channels_last": [None, "yes"],
     "grad_checkpointing": [0, None],
     "cuda_graph": ["true"],
     "drop_path": [-0.1, 1, 1.0],

@@ -1,5 +1,6 @@
 """One training step as METHOD 2 says, against numbers computed by hand: gradient, decay, parts, masks, draws."""
 
+import contextlib
 import copy
 import math
 
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    QUIET,
     Hooked,
     assert_close,
     digit_data,
     digit_net,
     nested,
+    random_batches,
     run_training,
+    tiny_vit,
     training_config,
     weights,
 )
@@ -204,6 +208,48 @@ def test_recomputed_activations_give_the_same_weights():
         assert seen == {checkpointing}
         assert net.model.grad_checkpointing is False
     assert_close(*runs, 1e-11)
+
+
+def test_channels_last_gives_the_same_weights(monkeypatch):
+    """The patch embedding sees the layout, in each part of a step; the weights keep theirs."""
+    runs, layouts = [], set()
+    embed = skd.SuperNet.embed
+
+    def spy(self, images):
+        if self.training:
+            layouts.add(images.is_contiguous(memory_format=torch.channels_last))
+        return embed(self, images)
+
+    monkeypatch.setattr(skd.SuperNet, "embed", spy)
+    for channels_last in (False, True):
+        net = skd.SuperNet(tiny_vit())
+        layouts.clear()
+        config = training_config(**STEP, channels_last=channels_last, grad_accum_steps=2, batch_size=8)
+        skd.train(net, random_batches(4), None, config, calibration=random_batches(1), console=QUIET)
+        assert layouts == {channels_last}
+        assert all(parameter.is_contiguous() for parameter in net.parameters())
+        runs.append(weights(net))
+    assert_close(*runs, 1e-11)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tf32_is_a_switch_that_goes_back(fails):
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before, seen = [switch.fp32_precision for switch in switches], []
+
+    def look(_):
+        seen.append([switch.fp32_precision for switch in switches])
+        if fails:
+            raise OSError("the disk is gone")
+
+    for allowed in (False, True):
+        seen.clear()
+        with contextlib.suppress(OSError):
+            run_training(
+                digit_net(), training_config(**STEP, tf32=allowed), train_loader=Hooked(digit_data()[0], look)
+            )
+        assert seen[0] == (["tf32", "tf32"] if allowed else before)
+        assert [switch.fp32_precision for switch in switches] == before
 
 
 def test_learning_rate_by_hand():

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from timm.models import load_checkpoint
 
+from skd import recipes
 from skd.architecture import create_model
 from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
 from skd.files import load
 from skd.ranks import everyone, rank_of, size_of
 from skd.supernet import SuperNet
-from skd.training.config import BAD_IMAGES, TrainConfig, read_settings
+from skd.training.config import BAD_IMAGES, TrainConfig
 from skd.training.screen import Screen
 
 # Data
@@ -96,6 +97,7 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
         **shard(arguments),
+        **placed(model),
     )
 
 
@@ -108,6 +110,7 @@ def validation(arguments: argparse.Namespace, model: Any) -> Loader:
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
         **shard(arguments),
+        **placed(model),
     )
 
 
@@ -120,6 +123,12 @@ def skipped(arguments: argparse.Namespace, *loaders: Loader) -> list[str]:
     """Files that could not be read, on any rank."""
     mine = set().union(*(loader.skipped for loader in loaders))
     return sorted(set().union(*everyone(mine, arguments.group)))
+
+
+def placed(model: Any) -> dict[str, Any]:
+    """Where a loader leaves its images: on the model's device, by page-locked memory to a GPU."""
+    device = next(model.parameters()).device
+    return {"device": device, "pin_memory": device.type == "cuda"}
 
 
 def workers(wanted: int) -> int:
@@ -209,7 +218,12 @@ def _json_object(text: str) -> dict[str, Any]:
 def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     """--config and one option per field of TrainConfig."""
     group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
-    group.add_argument("--config", metavar="FILE", help="JSON or YAML file of settings; options take precedence")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON or YAML file of settings, or the name of a recipe that comes with skd "
+        f"({', '.join(recipes.names())}); options take precedence",
+    )
     for setting in fields(TrainConfig):
         flag = "--" + setting.name.replace("_", "-")
         default = getattr(defaults, setting.name)
@@ -237,11 +251,16 @@ def _or_none(base: Callable[[str], Any], text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> TrainConfig:
-    """`defaults`, changed by --config, changed by the options given."""
-    from_file = {} if arguments.config is None else read_settings(arguments.config)
+def settings(
+    arguments: argparse.Namespace, defaults: TrainConfig, command: str
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """`defaults`, changed by --config, changed by the options given; and what a recipe says of itself."""
+    recipe = recipes.Recipe({}, {}) if arguments.config is None else recipes.read_recipe(arguments.config)
+    meant = recipe.about.get("command", command)
+    if meant != command:
+        raise ValueError(f"--config is {arguments.config!r}, a recipe for skd {meant}, not for skd {command}")
     given = {s.name: getattr(arguments, s.name) for s in fields(TrainConfig) if hasattr(arguments, s.name)}
-    return defaults.changed(**(from_file | given))
+    return defaults.changed(**(recipe.settings | given)), recipe.about
 
 
 # Output
@@ -269,6 +288,15 @@ def print_sizes(rows: list[dict[str, Any]], title: str) -> None:
         cells += [f"{row['params']:,}", *([f"{row['top1']:.2f}"] if measured else [])]
         table.add_row(*cells)
     Console().print(table)
+
+
+def print_expected(about: dict[str, Any]) -> None:
+    """The published table of a recipe."""
+    headings = list(dict.fromkeys(key for row in about["expected"] for key in row))
+    table = Table(*headings)
+    for row in about["expected"]:
+        table.add_row(*(str(row.get(heading, "")) for heading in headings))
+    Console().print(f"\nPublished: {about.get('source', '')}", table, sep="\n")
 
 
 def count(number: int) -> str:

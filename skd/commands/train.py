@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from skd.architecture import create_model
 from skd.commands import common
-from skd.data import Loader, calibration_loader, data_config, eval_loader, train_loader
-from skd.files import load
-from skd.ranks import rank_of, size_of, together
+from skd.convert import convert
+from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, train_loader
+from skd.files import load, save
+from skd.outputs import output_folder
+from skd.ranks import rank_of, size_of, spread, together
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
@@ -25,7 +26,12 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "checkpoints/ to --out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
     )
     parser.add_argument("--supernet", metavar="FILE", help="what skd convert wrote")
-    parser.add_argument("--model", metavar="NAME", help="with --dry-run, in place of --supernet: a model of timm")
+    common.add_model(
+        parser,
+        "in place of --supernet: a model of timm, converted first (default: the one that a recipe given as --config "
+        "names, with timm's weights unless --checkpoint has others)",
+        required=False,
+    )
     parser.add_argument("--dry-run", action="store_true", help="build all, run two steps on synthetic images, report")
     _add_run(parser, TrainConfig())
     parser.set_defaults(run=run_train)
@@ -58,17 +64,18 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = common.settings(arguments, TrainConfig())
+    config, about = common.settings(arguments, TrainConfig(), "train")
+    if arguments.supernet is None and arguments.model is None and "model" in about:
+        arguments.model = about["model"]
+        arguments.pretrained = arguments.checkpoint is None
     if arguments.dry_run:
         if arguments.group is not None:
             raise ValueError("--dry-run measures one process; run it without torchrun")
-        return _dry_run(arguments, config)
-    for name in ("supernet", "data", "out"):
+        return _dry_run(arguments, config, about)
+    for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
-    if arguments.model is not None:
-        raise ValueError("--model is for --dry-run; give a super-network from skd convert as --supernet")
-    supernet = common.supernet(arguments.supernet, common.device(arguments))
+    supernet = _supernet(arguments, config)
     loaders = _loaders(arguments, supernet.model, config)
     history = train(
         supernet,
@@ -83,8 +90,33 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
     return _finish(arguments, history, supernet, config, loaders, "supernet.safetensors")
 
 
+def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
+    """--supernet, or --model converted on the images that importance is measured on, and kept in --out."""
+    where = common.device(arguments)
+    if arguments.supernet is not None:
+        if arguments.model is not None:
+            raise ValueError("--supernet and --model are both given; it may be only one of them")
+        return common.supernet(arguments.supernet, where)
+    if arguments.model is None:
+        raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
+    file = output_folder(arguments.out) / "converted.safetensors"
+    if file.exists() and arguments.resume is None:
+        raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
+    if file.exists():
+        return common.supernet(str(file), where)
+    model = common.build_model(arguments).to(where)
+    spread(model, arguments.group)  # random weights differ from process to process
+    images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
+    batches = _calibration(arguments, images, model, config)
+    supernet = convert(model, batches, progress=common.progress("Converting"), group=arguments.group)
+    with together(arguments.group):
+        if rank_of(arguments.group) == 0:
+            save(supernet, file)
+    return supernet
+
+
 def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = common.settings(arguments, finetune_config())
+    config, _ = common.settings(arguments, finetune_config(), "finetune")
     for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
@@ -124,9 +156,8 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
     plain = training
     if training.iterable:  # a stream can only be read once at a time
         plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    pinned = common.device(arguments).type == "cuda"
     shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
-    shared |= common.shard(arguments)
+    shared |= common.shard(arguments) | common.placed(model)
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
         for name in (
@@ -134,7 +165,6 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             "train_interpolation",
         )
     }
-    evaluation_batch = config.validation_batch_size or min(config.batch_size, 256 * size_of(arguments.group))
     loaders = {
         "train": train_loader(
             training,
@@ -142,22 +172,34 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             batch_size=config.batch_size // config.grad_accum_steps,
             seed=config.seed,
             aug_repeats=config.aug_repeats,
-            pin_memory=pinned,
             **shared,
             **augmentation,
         ),
-        "val": eval_loader(validation, images, batch_size=evaluation_batch, pin_memory=pinned, **shared),
+        "val": eval_loader(validation, images, batch_size=_evaluation_batch(arguments, config), **shared),
     }
     if config.growing_epochs:
-        loaders["calibration"] = calibration_loader(
-            plain,
-            images,
-            images=config.calibration_images,
-            seed=config.seed,
-            batch_size=evaluation_batch,
-            **shared,
-        )
+        loaders["calibration"] = _calibration(arguments, plain, model, config)
     return loaders
+
+
+def _calibration(arguments: argparse.Namespace, images: Source, model: Any, config: TrainConfig) -> Loader:
+    """The un-augmented images that a network is converted on, and importance measured."""
+    return calibration_loader(
+        images,
+        data_config(model),
+        images=config.calibration_images,
+        seed=config.seed,
+        batch_size=_evaluation_batch(arguments, config),
+        workers=common.workers(config.workers),
+        bad_images=config.bad_images,
+        **common.shard(arguments),
+        **common.placed(model),
+    )
+
+
+def _evaluation_batch(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    """Images of all ranks together."""
+    return config.validation_batch_size or min(config.batch_size, 256 * size_of(arguments.group))
 
 
 def _finish(
@@ -191,17 +233,22 @@ def _finish(
     }
 
 
-def _dry_run(arguments: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+def _dry_run(arguments: argparse.Namespace, config: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
     from skd.training.dry_run import dry_run
 
     if (arguments.supernet is None) == (arguments.model is None):
-        raise ValueError("--dry-run needs exactly one of --supernet and --model")
+        raise ValueError("--dry-run needs exactly one of --supernet and --model (or a recipe that names a model)")
     where = common.device(arguments)
     if arguments.supernet is not None:
         supernet = common.supernet(arguments.supernet, where)
     else:
-        supernet = SuperNet(create_model(arguments.model).to(where))
+        arguments.pretrained = False  # what the weights are makes no difference
+        supernet = SuperNet(common.build_model(arguments).to(where))
     images = None
     if arguments.data is not None:
         images = len(common.source(arguments, supernet.model, arguments.train_split, training=True))
-    return dry_run(supernet, config, images)
+    document = dry_run(supernet, config, images)
+    if "expected" in about:
+        common.print_expected(about)
+        document["expected"] = about["expected"]
+    return document

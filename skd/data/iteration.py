@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from skd.data.counted import generator
+from skd.data.pixels import Normalisation
 from skd.data.plans import FixedPlan, TrainPlan
 from skd.data.processes import be_patient, start
 from skd.data.readers import StreamSource
@@ -21,7 +22,10 @@ _SHOWN = 3  # names of unreadable images in the warning
 
 
 class Loader:
-    """Iterable, again and again, over (images, labels): float32 (B, C, H, W) and int64 (B,).
+    """Iterable, again and again, over (images, labels): float32 (B, C, H, W), on the device, and int64 (B,).
+
+    The workers send 8-bit images; this process normalises them on the device. Labels stay on the host, where they
+    are checked.
 
     One iteration at a time: the workers serve the latest, so an earlier one that goes on is a RuntimeError.
 
@@ -29,8 +33,9 @@ class Loader:
         skipped: names of the images that could not be read, of all iterations so far.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, normalise: Normalisation) -> None:
         self.name = name
+        self.normalise = normalise
         self.skipped: set[str] = set()
         self.epoch = 0
         self.start_batch = 0
@@ -68,7 +73,7 @@ class Loader:
                 raise error(message)
             if loaded.images is not None and loaded.labels is not None:
                 images += len(loaded.images)
-                yield loaded.images, loaded.labels
+                yield self.normalise(loaded.images, loaded.patches), loaded.labels
         if bad and not images:
             raise UnreadableData(f"none of the images of {self.name} can be read, such as {next(iter(bad))}")
         if bad:
@@ -87,9 +92,14 @@ class MapLoader(Loader):
     """Over images that have numbers, by a plan. Its workers stay alive between iterations: keys tell them all."""
 
     def __init__(
-        self, dataset: MapBatches, plan: TrainPlan | FixedPlan, workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: MapBatches,
+        normalise: Normalisation,
+        plan: TrainPlan | FixedPlan,
+        workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        super().__init__(dataset.source.name)
+        super().__init__(dataset.source.name, normalise)
         self._dataset = dataset
         self._plan = plan
         self._processes = workers
@@ -126,6 +136,7 @@ class StreamLoader(Loader):
         self,
         source: StreamSource,
         preparation: Preparation,
+        normalise: Normalisation,
         batch_size: int,
         seed: int,
         workers: int = 0,
@@ -134,7 +145,7 @@ class StreamLoader(Loader):
         pin_memory: bool = False,
         limit: int | None = None,
     ) -> None:
-        super().__init__(source.name)
+        super().__init__(source.name, normalise)
         self._source = source
         self._preparation = preparation
         self._rows = max(1, batch_size // world)

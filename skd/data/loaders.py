@@ -2,7 +2,7 @@
 
     source + model's data configuration -> train_loader | eval_loader | calibration_loader -> (images, labels)
 
-Images are float32 (B, C, H, W), normalised for the model; labels are int64 (B,).
+Images are float32 (B, C, H, W), normalised for the model, on the device that is asked for; labels are int64 (B,).
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from skd.data.counted import generator
 from skd.data.iteration import Loader, MapLoader, StreamLoader
+from skd.data.pixels import Normalisation, Pixels
 from skd.data.plans import FixedPlan, TrainPlan
 from skd.data.readers import Source, StreamSource
 from skd.data.transforms import eval_transform, train_transform
@@ -31,6 +34,7 @@ def train_loader(
     world: int = 1,
     bad_images: str = "skip",
     pin_memory: bool = False,
+    device: torch.device | str | None = None,
     **augmentation: Any,
 ) -> Loader:
     """Shuffled, augmented, whole batches; `Loader.set_epoch` chooses the epoch and where in it to begin.
@@ -52,6 +56,7 @@ def train_loader(
         bad_images: an image that cannot be read: "skip" takes the next one in its place and counts it
             (`Loader.skipped`), "fail" is a ValueError. The reader of a stream has its own way.
         pin_memory: page-locked batches, for faster copies to a GPU.
+        device: where images are normalised and left; None: on the CPU.
         augmentation: fields of `Augmentation`, in timm's names: scale, ratio, hflip, vflip, color_jitter, aa, reprob,
             remode, recount, train_interpolation.
 
@@ -69,16 +74,17 @@ def train_loader(
         raise ValueError(f"batch_size is {batch_size}, but {source.name} has only {len(source)} images")
     generator(seed)
     preparation = Preparation(
-        train_transform(config, **augmentation), seed, config.get("num_classes") or 0, bad_images == "fail"
+        Pixels(train_transform(config, **augmentation)), seed, config.get("num_classes") or 0, bad_images == "fail"
     )
+    normalise = Normalisation(config, device)
     if isinstance(source, StreamSource):
         if aug_repeats > 1:
             raise ValueError(f"aug_repeats is {aug_repeats}; a stream such as {source.name} cannot repeat images")
         if not source.training:
             raise ValueError(f"{source.name} was opened for evaluation; open it with training=True")
-        return StreamLoader(source, preparation, batch_size, seed, workers, rank, world, pin_memory)
+        return StreamLoader(source, preparation, normalise, batch_size, seed, workers, rank, world, pin_memory)
     plan = TrainPlan(len(source), batch_size, seed, max(1, int(aug_repeats)), rank, world)
-    return MapLoader(MapBatches(source, preparation), plan, workers, pin_memory)
+    return MapLoader(MapBatches(source, preparation), normalise, plan, workers, pin_memory)
 
 
 def eval_loader(
@@ -92,6 +98,7 @@ def eval_loader(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
+    device: torch.device | str | None = None,
 ) -> Loader:
     """Every image once, in order, prepared by timm's evaluation transform; the last batch may be smaller.
 
@@ -106,23 +113,27 @@ def eval_loader(
         rank, world: this process takes rows rank, rank + world, ... of each batch; it yields nothing for a batch
             in which it has no row. A stream is divided by its reader.
         pin_memory: page-locked batches, for faster copies to a GPU.
+        device: where images are normalised and left; None: on the CPU.
 
     Raises:
         ValueError: an argument out of range; while iterating: a label out of range, or a bad image with "fail".
         OSError: while iterating: the data set has vanished, or none of its images can be read.
     """
     _check(batch_size, workers, rank, world, bad_images)
-    preparation = Preparation(eval_transform(config), None, config.get("num_classes") or 0, bad_images == "fail")
+    preparation = _evaluation(config, bad_images)
+    normalise = Normalisation(config, device)
     if isinstance(source, StreamSource):
         if indices is not None:
             raise ValueError(f"indices is given, but {source.name} is a stream; its images have no numbers")
         if source.training:
             raise ValueError(f"{source.name} was opened for training; open it with training=False")
-        return StreamLoader(source, preparation, batch_size, 0, workers, rank, world, pin_memory)
+        return StreamLoader(source, preparation, normalise, batch_size, 0, workers, rank, world, pin_memory)
     chosen = range(len(source)) if indices is None else indices
     if len(chosen) and (min(chosen) < 0 or max(chosen) >= len(source)):
         raise ValueError(f"indices has {min(chosen)}..{max(chosen)}; {source.name} has images 0..{len(source) - 1}")
-    return MapLoader(MapBatches(source, preparation), FixedPlan(chosen, batch_size, rank, world), workers, pin_memory)
+    return MapLoader(
+        MapBatches(source, preparation), normalise, FixedPlan(chosen, batch_size, rank, world), workers, pin_memory
+    )
 
 
 def calibration_loader(
@@ -136,6 +147,8 @@ def calibration_loader(
     bad_images: str = "skip",
     rank: int = 0,
     world: int = 1,
+    pin_memory: bool = False,
+    device: torch.device | str | None = None,
 ) -> Loader:
     """A random subset of the training images, chosen by `seed`, un-augmented; the same at every iteration.
 
@@ -161,10 +174,20 @@ def calibration_loader(
             indices=chosen.tolist(),
             rank=rank,
             world=world,
+            pin_memory=pin_memory,
+            device=device,
         )
     _check(batch_size, workers, rank, world, bad_images)
-    preparation = Preparation(eval_transform(config), None, config.get("num_classes") or 0, bad_images == "fail")
-    return StreamLoader(source, preparation, batch_size, seed, workers, rank, world, limit=images)
+    preparation = _evaluation(config, bad_images)
+    normalise = Normalisation(config, device)
+    return StreamLoader(
+        source, preparation, normalise, batch_size, seed, workers, rank, world, pin_memory, limit=images
+    )
+
+
+def _evaluation(config: dict[str, Any], bad_images: str) -> Preparation:
+    """Nothing random."""
+    return Preparation(Pixels(eval_transform(config)), None, config.get("num_classes") or 0, bad_images == "fail")
 
 
 def _check(batch_size: int, workers: int, rank: int, world: int, bad_images: str) -> None:

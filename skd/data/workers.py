@@ -14,13 +14,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from skd.data.counted import seeded
+from skd.data.pixels import Patches, Pixels, Prepared, packed
 from skd.data.plans import Key
 from skd.data.readers import BadImage, LabelError, Source, StreamSource
-from skd.data.transforms import Transform
 
 RETRIES = 10  # unreadable images in a row before training gives up, as in timm
 
-Sample = tuple[torch.Tensor, int]
+Sample = tuple[Prepared, int]
 
 
 class UnreadableImage(ValueError):
@@ -32,7 +32,7 @@ class UnreadableData(OSError):
 
 
 class Loaded(NamedTuple):
-    """One batch: images (n, C, H, W) float32 and labels (n,) int64, None if there is no image; or why it failed.
+    """One batch: images (n, C, H, W) uint8 and labels (n,) int64, None if there is no image; or why it failed.
 
     An exception itself would hold on to the frames it passed, and those to the workers.
     """
@@ -41,24 +41,27 @@ class Loaded(NamedTuple):
     labels: torch.Tensor | None
     bad: list[str]
     failure: tuple[type[Exception], str] | None = None
+    patches: Patches | None = None
 
 
 def _stacked(samples: list[Sample], bad: list[str]) -> Loaded:
-    images, labels = default_collate(samples) if samples else (None, None)  # in shared memory right away
-    return Loaded(images, labels, bad)
+    if not samples:
+        return Loaded(None, None, bad)
+    images, labels = default_collate([(image.pixels, label) for image, label in samples])  # in shared memory
+    return Loaded(images, labels, bad, patches=packed([image.patches for image, _ in samples]))
 
 
 class Preparation(NamedTuple):
     """What happens to an image between its source and the batch.
 
     Attributes:
-        transform: PIL image to tensor.
+        transform: PIL image to 8-bit pixels.
         seed: of the augmentation; None: nothing is random.
         num_classes: labels are 0..num_classes - 1; 0: they are not checked.
         fail: an unreadable image is an error.
     """
 
-    transform: Transform
+    transform: Pixels
     seed: int | None
     num_classes: int
     fail: bool

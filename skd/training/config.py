@@ -58,6 +58,8 @@ class TrainConfig:
     amp_dtype: str = _option(
         "auto", "'float32', or autocast to 'bfloat16' or 'float16'; 'auto': bfloat16 on a GPU, float32 on a CPU"
     )
+    tf32: bool = _option(False, "let a GPU round the inputs of float32 products to TF32, where amp_dtype leaves some")
+    channels_last: bool = _option(False, "give the patch embedding its images in channels-last memory layout")
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     cuda_graph: bool = _option(False, "replay each step as one CUDA graph; falls back, saying why, where it cannot")
 

@@ -14,22 +14,24 @@ from rich.table import Table
 
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
+from skd.training.precision import laid_out, tf32
 from skd.training.screen import Screen
 from skd.training.trainer import Trainer
 
 IMAGENET = 1_281_167  # training images, assumed where no data set is given
-LARGEST = 8  # images of a step on a CPU
+LARGEST = {"cpu": 8, "cuda": 64}  # images of a measured step: a whole batch need not fit where the run is planned
+PROCESSES = (1, 8, 32)
 
 
 def dry_run(
     supernet: SuperNet, config: TrainConfig, images: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Build everything, run two steps on synthetic images, and say what a run would take.
+    """Build everything, run steps of two sizes on synthetic images, and say what a run would take.
 
     The steps train the full network, the most expensive entry; one of a single image comes before, to allocate what
-    does not depend on the batch. On a GPU both have the whole batch. On a CPU they have
-    4 and 8 images (or half of a smaller batch and the batch): memory per image is the difference of the two peaks,
-    time is scaled from the second.
+    does not depend on the batch. They have 4 and 8 images on a CPU, 32 and 64 on a GPU (or half of a smaller batch
+    and the batch), the faster of two each: memory per image is the difference of the two peaks, time is scaled from
+    the second.
 
     Args:
         supernet: changed by two steps of training; do not use it afterwards.
@@ -38,10 +40,11 @@ def dry_run(
         console: None: standard output.
 
     Returns:
-        What is printed: parameters, memory (bytes), seconds per step, schedule.
+        What is printed: parameters, memory (bytes), seconds per step and epoch, the same for several processes,
+        schedule.
 
     Raises:
-        ValueError: a headless network.
+        ValueError: a headless network, or fewer images than one batch.
         torch.OutOfMemoryError: a step does not fit on the GPU.
     """
     if supernet.model.num_classes == 0:
@@ -57,11 +60,12 @@ def dry_run(
         raise ValueError(f"batch_size is {config.batch_size}, but there are only {total} training images")
     _timed_step(trainer, 1)
     part = config.batch_size // config.grad_accum_steps
-    largest = part if device.type == "cuda" else min(part, LARGEST)
-    sizes = (largest if device.type == "cuda" else -(-largest // 2), largest)
-    steps = [{"images": n, "seconds": _timed_step(trainer, n), "peak_bytes": _peak_memory(device)} for n in sizes]
+    largest = min(part, LARGEST.get(device.type, 8))
+    steps = [_measure(trainer, images) for images in (-(-largest // 2), largest)]
+    sizes = [step["images"] for step in steps]
     per_image = (steps[1]["peak_bytes"] - steps[0]["peak_bytes"]) / max(sizes[1] - sizes[0], 1)
     per_step = steps[1]["seconds"] * config.batch_size / largest
+    per_epoch = per_step * (total // config.batch_size)
     document = {
         "parameters": sum(p.numel() for p in supernet.parameters()),
         "device": str(device),
@@ -72,11 +76,39 @@ def dry_run(
         "images": total,
         "images_assumed": images is None,
         "steps_per_epoch": total // config.batch_size,
-        "hours": per_step * (total // config.batch_size) * config.epochs / 3600,
+        "seconds_per_epoch": per_epoch,
+        "hours": per_epoch * config.epochs / 3600,
+        "bytes_per_image": round(per_image),
         "schedule": schedule(config, trainer),
     }
+    document["processes"] = _divided(document, config)
     _print(Console() if console is None else console, document, config)
     return document
+
+
+def _measure(trainer: Trainer, images: int) -> dict[str, Any]:
+    """The faster of two steps: the first may choose algorithms and compile, and other work may be in the way."""
+    with tf32(trainer.config.tf32):
+        seconds = min(_timed_step(trainer, images) for _ in range(2))
+    return {"images": images, "seconds": seconds, "peak_bytes": _peak_memory(trainer.device)}
+
+
+def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
+    """Memory of each process, and time, if as many share a step's images; communication is not counted."""
+    rows = []
+    for processes in PROCESSES:
+        images, rest = divmod(config.batch_size, processes * config.grad_accum_steps)
+        if rest:
+            continue
+        fewer = config.batch_size // config.grad_accum_steps - images
+        row = {
+            "processes": processes,
+            "images": images,
+            "peak_bytes": max(document["peak_bytes"] - fewer * document["bytes_per_image"], document["state_bytes"]),
+            "seconds_per_epoch": document["seconds_per_epoch"] / processes,
+        }
+        rows.append(row)
+    return rows
 
 
 def schedule(config: TrainConfig, trainer: Trainer) -> list[dict[str, Any]]:
@@ -99,6 +131,7 @@ def _timed_step(trainer: Trainer, images: int) -> float:
     model, device = trainer.supernet.model, trainer.device
     dtype = next(model.parameters()).dtype
     batch = torch.randn(images, model.in_chans, *model.patch_embed.img_size, device=device, dtype=dtype)
+    batch = laid_out(batch, trainer.config)
     labels = torch.randint(model.num_classes, (images,), device=device)
     _wait(device)
     start = time.perf_counter()
@@ -148,6 +181,7 @@ def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> N
         ("", f"of it {document['state_bytes'] / 1e9:.2f} GB weights, gradients, optimizer state and average"),
         ("training images", f"{document['images']:,}{assumed}"),
         ("steps", f"{document['steps_per_epoch']:,} per epoch, {config.epochs} epochs"),
+        ("time per epoch", f"{_duration(document['seconds_per_epoch'])} at this step's pace, training alone"),
         (
             "time in all",
             f"{document['hours']:,.1f} h if every step were this one; sub-networks are cheaper, evaluation extra",
@@ -157,7 +191,23 @@ def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> N
     plan = Table("epoch", "", "learning rate", "MACs removed", title="Schedule", title_justify="left")
     for row in document["schedule"]:
         plan.add_row(str(row["epoch"]), row["what"], f"{row['lr']:.2e}", f"{row['macs_removed']:.1%}")
-    console.print(table, "", plan, sep="\n")
+    shares = Table(
+        *("processes", "images at a time", "memory of each", "time per epoch"),
+        title="Divided, on devices like this one (communication and input not counted)",
+        title_justify="left",
+    )
+    for row in document["processes"]:
+        memory = f"{row['peak_bytes'] / 1e9:.1f} GB"
+        shares.add_row(str(row["processes"]), str(row["images"]), memory, _duration(row["seconds_per_epoch"]))
+    console.print(table, "", plan, "", shares, sep="\n")
+
+
+def _duration(seconds: float) -> str:
+    """For people: 48 s, 12.3 min, 5.1 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _measured(step: dict[str, Any]) -> str:

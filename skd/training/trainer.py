@@ -32,6 +32,7 @@ from skd.training.history import History, StepLog, drawn_means
 from skd.training.mixing import Mixing
 from skd.training.optimizer import make_optimizer, make_scheduler
 from skd.training.parallel import distributed
+from skd.training.precision import amp_dtype, laid_out, tf32
 from skd.training.screen import Screen, Seconds
 from skd.training.state import capture, restore
 from skd.training.step import eager_step
@@ -87,7 +88,7 @@ class Trainer:
         if isinstance(train_loader, Sized):
             self.steps_per_epoch = len(train_loader) // config.grad_accum_steps
         self.scheduler = make_scheduler(self.optimizer, config, self.steps_per_epoch)
-        self.amp_dtype = _amp_dtype(config.amp_dtype, self.device)
+        self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.graph: StepGraph | None = None
         if config.cuda_graph:
@@ -124,6 +125,7 @@ class Trainer:
         self.supernet.model.set_grad_checkpointing(checkpointing or self.config.grad_checkpointing)
         try:
             with (
+                tf32(self.config.tf32),
                 drop_paths(self.supernet, self.config.drop_path, self.config.seed) as self.paths,
                 stop_signals(self.folder is not None) as self.stop,
             ):
@@ -257,7 +259,7 @@ class Trainer:
         images, labels = checked_batch(self.supernet.model, batch, name)
         if labels is None:
             raise ValueError(f"{name}: labels is None; training needs labels")
-        return images, labels
+        return laid_out(images, self.config), labels
 
     def train_step(self, group: list[Any], entry: int) -> None:
         """Train one entry on one batch, given in parts: update the weights and their average."""
@@ -413,10 +415,3 @@ class Trainer:
             for name, text in texts.items():
                 with replacing(self.folder / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")
-
-
-def _amp_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

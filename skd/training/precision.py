@@ -1,0 +1,48 @@
+"""In which precision and memory layout the steps of a run compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from skd.training.config import TrainConfig
+
+
+def amp_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of autocast; float32: none."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Inside the block a GPU may use TF32 for float32 products and convolutions; switches as they were after it.
+
+    Not enabled: they stay as PyTorch or the user has set them.
+    """
+    if not enabled:
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn  # a module whose stub does not have all
+    switches = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+
+
+def laid_out(images: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """Images in the memory layout that the patch embedding is to compute in.
+
+    The convolution takes its layout from its input; weights, and so checkpoints, stay as they are.
+    """
+    return images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
