@@ -52,7 +52,7 @@ def importance(
     last = len(supernet.dropout_list) - 1
     current = supernet.widths(last) if widths is None else _checked_widths(supernet, widths)
     model = supernet.model
-    buffers = _score_buffers(supernet)
+    buffers = score_buffers(supernet)
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
@@ -74,7 +74,7 @@ def importance(
     counts = top1.counts(["all", *(i.name for i, w in zip(supernet.infos, current, strict=True) if w)], group)
     scores, sensitivity = {}, {}
     for info, own, width in zip(supernet.infos, totals, current, strict=True):
-        scores[info.name] = _readout(None if own is None else next(reduced), width)
+        scores[info.name] = read_scores(None if own is None else next(reduced), width)
         lost = counts["all"] - counts[info.name] if width else 0
         sensitivity[info.name] = max(lost, 0.5) / max(counts["all"], 1)
     return scores, sensitivity
@@ -94,7 +94,7 @@ def _checked_widths(supernet: SuperNet, given: Sequence[int]) -> list[int]:
     return widths
 
 
-def _score_buffers(supernet: SuperNet) -> list[torch.Tensor | None]:
+def score_buffers(supernet: SuperNet) -> list[torch.Tensor | None]:
     """Where the backward pass leaves each module's scores; None for a module that is all or nothing."""
     parameter = next(supernet.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -143,7 +143,7 @@ def _count_skips(supernet: SuperNet, widths: list[int], streams: list[torch.Tens
         top1.add(supernet.infos[skipped].name, supernet.head(x))
 
 
-def _readout(total: torch.Tensor | None, width: int) -> np.ndarray:
+def read_scores(total: torch.Tensor | None, width: int) -> np.ndarray:
     """Raw scores of the kept coordinates."""
     if total is None:
         return np.ones(width)

@@ -134,6 +134,8 @@ class SuperNet(nn.Module):
         infos: what is known of each module, in order.
         costs: prices of every width (`skd.cost`).
         dropout_list: settable; a new one must name the same modules and start at the full widths.
+        scores: None, or for each module a buffer (or None) to which backward passes add its Taylor scores; see
+            `masked_attention` and `masked_mlp`.
 
     State-dict keys are timm's own. `SuperNet(model)` takes the model over as it is, without reordering any weight;
     `skd.convert` works on a copy and concentrates its knowledge first.
@@ -149,6 +151,7 @@ class SuperNet(nn.Module):
         self.model = model
         self.infos = infos
         self.costs: CostModel = cost_model(model, infos)
+        self.scores: list[torch.Tensor | None] | None = None
         blocks = [SuperBlock(b, infos[2 * i], infos[2 * i + 1]) for i, b in enumerate(model.blocks)]
         self.model.blocks = nn.Sequential(*blocks)
         groups = sum(-(-info.full_width // info.group_size) for info in infos)
@@ -232,8 +235,10 @@ class SuperNet(nn.Module):
         widths = self._resolve(entry)
         x = self.embed(images)
         tokens = [*[None] * (len(self.model.blocks) - 1), self.tokens_read]
+        scores = self.scores or [None] * len(widths)
         steps = [
-            _AtWidths(block, widths[2 * i], widths[2 * i + 1], tokens[i]) for i, block in enumerate(self.model.blocks)
+            _AtWidths(block, widths[2 * i : 2 * i + 2], scores[2 * i : 2 * i + 2], tokens[i])
+            for i, block in enumerate(self.model.blocks)
         ]
         if self.model.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint_seq(steps, x)
@@ -277,13 +282,14 @@ class SuperNet(nn.Module):
 
 
 class _AtWidths:
-    """A block with its widths, for timm's checkpointing of a sequence of functions of x."""
+    """A block with its widths and scores, for timm's checkpointing of a sequence of functions of x."""
 
-    def __init__(self, block: nn.Module, attn_width: Width, mlp_width: Width, tokens: int | None) -> None:
-        self.block, self.widths, self.tokens = block, (attn_width, mlp_width), tokens
+    def __init__(self, block: Any, widths: Sequence[Width], scores: Sequence[Any], tokens: int | None) -> None:
+        self.block, self.widths, self.scores, self.tokens = block, widths, scores, tokens
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.block(x, *self.widths, self.tokens)
+        x = self.block.attend(x, self.widths[0], self.scores[0], self.tokens)
+        y: torch.Tensor = self.block.feed_forward(x, self.widths[1], self.scores[1])
         return y
 
 

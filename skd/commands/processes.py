@@ -28,7 +28,8 @@ def processes(command: str, device: str | None) -> Iterator[Any]:
         device: --device: None, "cpu", "cuda".
 
     Raises:
-        ValueError: WORLD_SIZE without torchrun's other variables; a command for one process; a device that is not each process's own.
+        ValueError: WORLD_SIZE without torchrun's other variables; a command for one process; a device that is not
+            each process's own.
     """
     if world_size() == 1:
         yield None

@@ -15,6 +15,7 @@ import yaml
 from skd.prices import CONVENTIONS
 
 DECAYS = ("published", "expected")
+IMPORTANCE = ("passes", "online")
 AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 
@@ -61,6 +62,7 @@ class TrainConfig:
     tf32: bool = _option(False, "let a GPU round the inputs of float32 products to TF32, where amp_dtype leaves some")
     channels_last: bool = _option(False, "give the patch embedding its images in channels-last memory layout")
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
+    torchcompile: bool = _option(False, "compile the network with torch.compile, once for all sub-networks")
     cuda_graph: bool = _option(False, "replay each step as one CUDA graph; falls back, saying why, where it cannot")
 
     # Regularisation
@@ -97,6 +99,11 @@ class TrainConfig:
     target: float = _option(0.875, "share of the MACs that the smallest sub-network has removed (paper: 0.875)")
     progressive_epochs: int | None = _option(
         None, "epochs during which the dropout list grows; unset: min(50, epochs / 3), at least 1 (paper: 50)"
+    )
+    importance: str = _option(
+        "passes",
+        "'passes': measured before each epoch that grows the list, on calibration images (paper); 'online': after "
+        "the first, followed from the training steps themselves",
     )
     calibration_images: int = _option(1024, "un-augmented training images that importance is measured on (1024)")
     convention: str = _option("full", "how planning counts MACs: 'full' or 'linear' (paper: linear)")
@@ -256,6 +263,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("budgets", lambda v: len(v) > 0 and all(0 < b <= 1 for b in v), "shares above 0 and at most 1"),
     ("decay", lambda v: v in DECAYS, f"one of {DECAYS}"),
     ("amp_dtype", lambda v: v in AMP_DTYPES, f"one of {AMP_DTYPES}"),
+    ("importance", lambda v: v in IMPORTANCE, f"one of {IMPORTANCE}"),
     ("bad_images", lambda v: v in BAD_IMAGES, f"one of {BAD_IMAGES}"),
     ("convention", lambda v: v in CONVENTIONS, f"one of {CONVENTIONS}"),
 )

@@ -27,7 +27,8 @@ class History:
             drawn: [{macs_fraction, count, loss, seconds}], the steps by size of the sub-network, means;
             curve: rows of `skd.curve.measure_curve`, area (percent) and best (bool) where it was evaluated, else
             None, None and False;
-            seconds: {importance, data, steps, evaluate, checkpoint, total}.
+            seconds: {importance, data, compile (the first step, with torchcompile), steps, evaluate, checkpoint,
+            total}; on a GPU steps is what the host takes to issue them.
         best_epoch: the epoch whose weights were kept, by area.
     """
 

@@ -19,6 +19,8 @@ def capture(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = {f"model.{name}": tensor for name, tensor in trainer.supernet.state_dict().items()}
     if trainer.ema is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in trainer.ema.module.state_dict().items()}
+    if trainer.online is not None:
+        tensors |= {f"scores.{name}": tensor for name, tensor in trainer.online.state().items()}
     state, numbers = optimizer_tensors(trainer.optimizer, trainer.names)
     history = trainer.history
     return tensors | state, {
@@ -26,6 +28,7 @@ def capture(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "step_in_epoch": trainer.step_in_epoch,
         "grown": trainer.grown,
         "sensitivity": trainer.sensitivity,
+        "scored_steps": trainer.online.steps if trainer.online is not None else 0,
         "config": trainer.config.to_dict(),
         "steps_per_epoch": trainer.steps_per_epoch,
         "dropout_list": trainer.supernet.dropout_list.to_json(),
@@ -51,6 +54,8 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
         trainer.use(DropoutList.from_json(header["dropout_list"]))
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"resume: the checkpoint is of another network: {error}") from None
+    if trainer.online is not None:
+        trainer.online.load_state(_part(tensors, "scores."), header["scored_steps"])
     trainer.scaler.load_state_dict(header["scaler"])
     trainer.history = History(*header["history"])
     trainer.epoch, trainer.step = header["epoch"], header["step"]

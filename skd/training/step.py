@@ -22,6 +22,8 @@ def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor |
     """
     images = sum(len(part) for part, _ in parts)
     loss, done = torch.zeros((), dtype=torch.float64, device=trainer.device), 0
+    # Compiled, the entry is read on the device: as an int each would be compiled anew.
+    chosen = torch.tensor(entry, device=trainer.device) if trainer.config.torchcompile else entry
     for number, (part, labels) in enumerate(parts, start=1):
         if masks is not None:
             trainer.paths.set(masks[:, done : done + len(part)])
@@ -29,7 +31,7 @@ def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor |
         part, targets = trainer.mixing(part, labels)
         with trainer.reducing(number == len(parts)):
             with trainer.autocast():
-                logits = trainer.network(part, entry=entry)
+                logits = trainer.network(part, entry=chosen)
                 share = trainer.mixing.loss(logits, targets) * (len(targets) / images)
             trainer.scaler.scale(share).backward()
         loss += share.detach()

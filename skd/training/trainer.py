@@ -30,6 +30,7 @@ from skd.training.dropping import DropPaths, drop_paths
 from skd.training.graph import StepGraph, refusal
 from skd.training.history import History, StepLog, drawn_means
 from skd.training.mixing import Mixing
+from skd.training.online import OnlineImportance
 from skd.training.optimizer import make_optimizer, make_scheduler
 from skd.training.parallel import distributed
 from skd.training.precision import amp_dtype, laid_out, tf32
@@ -77,7 +78,11 @@ class Trainer:
         self.stop = StopSignal()
         self.paths: DropPaths | None = None
         self.mixing = Mixing(config, supernet.model.num_classes)
-        self.network: Any = supernet if group is None else distributed(supernet, group)
+        # One compilation serves every entry: widths are looked up on the device.
+        self.network: Any = torch.compile(supernet) if config.torchcompile else supernet
+        if group is not None:
+            self.network = distributed(self.network, supernet, group)
+        self.cold = config.torchcompile  # the next step waits for the compiler
         # Before stochastic depth is put in: the average is a super-network as convert made it.
         self.ema: Any = None
         if config.model_ema:
@@ -90,6 +95,11 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config, self.steps_per_epoch)
         self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        self.online: OnlineImportance | None = None
+        if config.importance == "online" and config.growing_epochs > 1:
+            if self.amp_dtype == torch.float16:
+                raise ValueError("importance is 'online'; float16's changing loss scale would be in the scores")
+            self.online = OnlineImportance(supernet, group)
         self.graph: StepGraph | None = None
         if config.cuda_graph:
             reason = refusal(self)
@@ -131,6 +141,7 @@ class Trainer:
             ):
                 self._run_epochs()
         finally:
+            self.supernet.scores = None
             self.supernet.model.set_grad_checkpointing(checkpointing)
             self.supernet.train(training)
         if self.best_state is not None:
@@ -151,6 +162,8 @@ class Trainer:
         if self.epoch < self.config.growing_epochs and not self.grown:
             with seconds("importance"):
                 self._grow()
+        if self.online is not None:
+            self.online.follow(self.epoch + 1 < self.config.growing_epochs)
         self._train_epoch(seconds)
         summary = self.log.summary(self.supernet.dropout_list)
         row = {
@@ -199,9 +212,13 @@ class Trainer:
     def _grow(self) -> None:
         """One round of METHOD 2, steps 1-4, at the present raw weights; the list grows in place."""
         current, costs = self.supernet.dropout_list, self.supernet.costs
-        batches = self._stoppable(self.calibration, "Measuring importance")
-        proposal = propose(self.supernet, batches, current, convention=self.config.convention, group=self.group)
-        total = int(costs.macs(self.supernet.widths(), self.config.convention))
+        convention = self.config.convention
+        if self.online is not None and self.online.steps:
+            proposal = self.online.propose(convention)
+        else:
+            batches = self._stoppable(self.calibration, "Measuring importance")
+            proposal = propose(self.supernet, batches, current, convention=convention, group=self.group)
+        total = int(costs.macs(self.supernet.widths(), convention))
         share = self.config.target * (self.epoch + 1) / self.config.growing_epochs
         grown = current.extended(proposal.operations, share * total).to_json()
         # Rank 0's: all have the same scores, but their processors need not sort or round alike.
@@ -234,11 +251,12 @@ class Trainer:
                     group = next(groups, None)
                 if group is None:
                     break
-                with seconds("steps"):
+                with seconds("compile" if self.cold else "steps"):
                     self._check_batch_size(group)
                     if self.config.sched_on_updates:
                         self._set_learning_rate(self.scheduler.step_update, self.step)
                     self.train_step(group, self._draw())
+                self.cold = False
                 self._after_step(bar)
         if self.step_in_epoch == 0:
             raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
@@ -275,6 +293,8 @@ class Trainer:
                 loss = self._replay(group[0], entry, masks)
         self.finite &= torch.isfinite(loss)
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+        if self.online is not None:
+            self.online.steps += 1
         end = self._now()
         seconds = (start, end) if self.device.type == "cuda" else end - start
         self.log.add(entry, loss, seconds, images * self.world)

@@ -1,0 +1,90 @@
+"""Importance followed during training: Taylor scores from the steps' own backward passes, no images read for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from skd.importance import read_scores, score_buffers
+from skd.planning import Proposal, rank_operations
+from skd.prices import planning_macs_per_unit
+from skd.ranks import gathered, rank_of, size_of, summed
+from skd.supernet import SuperNet
+from skd.training.decay import inclusion
+
+
+class OnlineImportance:
+    """Sums of |x g| (METHOD 2, step 2) over the steps since the dropout list last grew.
+
+    A coordinate takes part only in the entries that include it, so its sum is divided by its inclusion probability
+    under the list. No module is skipped to learn its sensitivity: in its place stands the module's share of all
+    scores, by heads added up.
+
+    Attributes:
+        steps: how many the sums are of.
+    """
+
+    def __init__(self, supernet: SuperNet, group: Any = None) -> None:
+        binary = [info.name for info in supernet.infos if info.binary and info.full_width]
+        if binary:
+            raise ValueError(
+                f"importance is 'online', but {binary[0]} takes only the widths 0 and full and has no scores: "
+                "use importance='passes'"
+            )
+        self.supernet, self.group = supernet, group
+        self.buffers = score_buffers(supernet)
+        self.steps = 0
+
+    def follow(self, wanted: bool) -> None:
+        """From now on backward passes of the super-network add to the sums, or no longer do."""
+        self.supernet.scores = self.buffers if wanted else None
+
+    def propose(self, convention: str) -> Proposal:
+        """Operations at the widths of the list's last entry, as `skd.planning.propose` has them; sums restart."""
+        supernet = self.supernet
+        listed = supernet.dropout_list
+        widths = listed.entry(len(listed) - 1)
+        sums = iter(summed([buffer for buffer in self.buffers if buffer is not None], self.group))
+        scores: dict[str, np.ndarray] = {}
+        shares: dict[str, float] = {}
+        for index, info in enumerate(supernet.infos):
+            raw = read_scores(None if self.buffers[index] is None else next(sums), widths[info.name])
+            scores[info.name] = raw / inclusion(listed, index, info.full_width)[: len(raw)]
+            shares[info.name] = float(scores[info.name].sum()) * (info.num_heads if info.kind == "attn" else 1)
+        largest = max(max(shares.values()), 1e-300)
+        sensitivity = {name: share / largest for name, share in shares.items()}
+        self.restart()
+        operations = rank_operations(
+            scores,
+            sensitivity,
+            planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, convention),
+            {info.name: info.group_size for info in supernet.infos},
+            widths,
+        )
+        return Proposal(operations, scores, sensitivity)
+
+    def restart(self) -> None:
+        self.steps = 0
+        for buffer in self.buffers:
+            if buffer is not None:
+                buffer.zero_()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """(ranks, ...) sums of each module, by name, on every rank."""
+        named = zip(self.supernet.infos, self.buffers, strict=True)
+        return {info.name: gathered(buffer[None], self.group) for info, buffer in named if buffer is not None}
+
+    def load_state(self, state: dict[str, torch.Tensor], steps: int) -> None:
+        """Of as many ranks: each takes its own sums. Of another number: rank 0 takes them all."""
+        self.restart()
+        self.steps = steps
+        rank, ranks = rank_of(self.group), size_of(self.group)
+        for info, buffer in zip(self.supernet.infos, self.buffers, strict=True):
+            if buffer is not None:
+                parts = state[info.name].to(buffer)
+                if len(parts) == ranks:
+                    buffer.copy_(parts[rank])
+                elif rank == 0:
+                    buffer.copy_(parts.sum(0))
