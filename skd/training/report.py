@@ -20,7 +20,7 @@ from skd_kernels import build_info
 Rows = list[dict[str, Any]]
 
 PLOTS = ("curve.png", "dropout_list.png", "importance.png", "steps.png", "epochs.png")
-_PARTS = ("importance", "data", "steps", "evaluate", "checkpoint")
+_PARTS = ("importance", "data", "compile", "steps", "evaluate", "checkpoint")
 
 
 class _Section(NamedTuple):

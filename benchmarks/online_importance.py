@@ -1,0 +1,132 @@
+"""``importance="online"`` against passes over calibration images: do they agree, what is saved, what is the curve.
+
+python -m benchmarks.online_importance --json FILE    a small ViT on digits, minutes on a CPU
+
+The same pre-trained and converted network is trained by PIAD twice. In the online run, whenever the list grows, the
+passes are made as well, at the same weights and widths, and the two orders compared; their time is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from scipy.stats import spearmanr
+
+import skd
+from benchmarks.measure import provenance
+from skd import demo
+from skd.planning import Proposal, propose
+from skd.training.online import OnlineImportance
+
+SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
+
+
+class Compared:
+    """Stands in front of `OnlineImportance.propose` and makes the passes too."""
+
+    def __init__(self, calibration: Any) -> None:
+        self.calibration, self.rounds, self.seconds = calibration, [], 0.0
+        self.own = OnlineImportance.propose
+
+    def __call__(self, online: OnlineImportance, convention: str) -> Proposal:
+        start = time.perf_counter()
+        supernet = online.supernet
+        passes = propose(supernet, self.calibration, supernet.dropout_list, convention=convention)
+        self.seconds += time.perf_counter() - start
+        found = self.own(online, convention)
+        self.rounds.append(agreement(found, passes))
+        return found
+
+
+def agreement(one: Proposal, other: Proposal) -> dict[str, float]:
+    """Rank correlations (Spearman) of two proposals at the same widths."""
+    orders = [{(o.module, o.width): place for place, o in enumerate(p.operations)} for p in (one, other)]
+    common = sorted(orders[0].keys() & orders[1].keys())
+    within = [
+        float(spearmanr(scores, other.scores[name]).statistic)
+        for name, scores in one.scores.items()
+        if len(scores) > 2
+    ]
+    modules = sorted(one.sensitivity)
+    sensitivities = [[proposal.sensitivity[name] for name in modules] for proposal in (one, other)]
+    return {
+        "operations": float(spearmanr(*([order[key] for key in common] for order in orders)).statistic),
+        "operations_in_common": len(common) / max(len(orders[0]), len(orders[1])),
+        "coordinates_within_a_module": float(np.mean(within)),
+        "modules": float(spearmanr(*sensitivities).statistic),
+    }
+
+
+def train(supernet: skd.SuperNet, data: Any, importance: str, epochs: int, seed: int) -> dict[str, Any]:
+    """One PIAD run: seconds, and top-1 of the largest sub-network within each share of the MACs."""
+    recipe = {**demo.RECIPE, "budgets": SHARES}
+    config = skd.TrainConfig(
+        epochs=epochs, warmup_epochs=0, eval_every=epochs, seed=seed, importance=importance, **recipe
+    )
+    batches = demo.ShiftedBatches(data.train, demo.BATCH, seed)
+    quiet = Console(quiet=True)
+    history = skd.train(supernet, batches, data.test, config, calibration=data.calibration, console=quiet)
+    seconds = {name: 0.0 for name in ("importance", "steps")}
+    for row in history.epochs:
+        for name in seconds:
+            seconds[name] += row["seconds"].get(name, 0.0)
+    return {"seconds": seconds, "curve": history.curve, "area": history.area}
+
+
+def run(seeds: int, stand_in_epochs: int, epochs: int) -> dict[str, Any]:
+    data = demo.prepare_data()
+    results = []
+    for seed in range(seeds):
+        with demo.reproducible(seed):
+            model = demo.train_stand_in(data, seed, stand_in_epochs, Console(quiet=True))
+            converted = skd.convert(model, data.calibration)
+            passes = train(copy.deepcopy(converted), data, "passes", epochs, seed + 1)
+            compared = Compared(data.calibration)
+            OnlineImportance.propose = lambda online, convention: compared(online, convention)  # type: ignore
+            try:
+                online = train(copy.deepcopy(converted), data, "online", epochs, seed + 1)
+            finally:
+                OnlineImportance.propose = compared.own  # type: ignore[method-assign]
+            online["seconds"]["importance"] -= compared.seconds
+        results.append({"seed": seed, "passes": passes, "online": online, "agreement": compared.rounds})
+        print(summary(results[-1]))
+    return {"epochs": epochs, "stand_in_epochs": stand_in_epochs, "runs": results, **provenance()}
+
+
+def summary(result: dict[str, Any]) -> str:
+    lines = [f"seed {result['seed']}"]
+    for name in ("passes", "online"):
+        part = result[name]
+        points = "  ".join(f"{row['macs_fraction']:.0%}: {row['top1']:.1f}" for row in part["curve"])
+        seconds = part["seconds"]
+        lines.append(
+            f"  {name:7s} importance {seconds['importance']:.1f} s, steps {seconds['steps']:.1f} s; "
+            f"top-1 {points}; area {part['area']:.2f}"
+        )
+    for name in result["agreement"][0]:
+        values = [row[name] for row in result["agreement"]]
+        lines.append(f"  {name}: median {np.median(values):.2f}, {min(values):.2f}..{max(values):.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--stand-in-epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=30, help="of PIAD; a third grow the list")
+    arguments = parser.parse_args()
+    document = run(arguments.seeds, arguments.stand_in_epochs, arguments.epochs)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
