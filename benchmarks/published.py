@@ -1,7 +1,13 @@
-"""The conversion as published: features and gradients of all layers are kept until the backward pass is over.
+"""The arithmetic as published: the conversion, and the masked layers and the step of PIAD training.
 
-Only the way the statistics are collected differs from `skd.convert(..., centering="batch")`; the result is the same
-to rounding. Parameters are frozen here too, and the clones are made in the backward pass, which is to its advantage.
+Only the way to get there differs from ours; results are the same to rounding.
+
+`convert`: features and gradients of all layers are kept until the backward pass is over; otherwise it is
+`skd.convert(..., centering="batch")`. Parameters are frozen here too, and the clones are made in the backward pass,
+which is to its advantage.
+
+`masked_mlp`, `masked_attention`: boolean masks, made on the host for every call and copied to the device, gather the
+kept rows and columns of the weights; softmax attention is written out.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import skd
 from benchmarks.contenders import covariance_published
@@ -19,6 +26,7 @@ from skd.convert import WpacStatistics, apply_transforms
 from skd.taps import checked, tapped, total_cost
 
 Kept = tuple[ModuleInfo, torch.Tensor, torch.Tensor]
+Tensor = torch.Tensor
 
 
 def convert(model: Any, batches: Iterable[Any]) -> skd.SuperNet:
@@ -43,3 +51,28 @@ def add(statistics: WpacStatistics, info: ModuleInfo, feature: torch.Tensor, gra
     else:
         x, g = feature.flatten(2, 3).flatten(0, 1), grad.flatten(2, 3).flatten(0, 1)
         statistics.covariances[name] = statistics.covariances.get(name, 0.0) + covariance_published(x, g).double()
+
+
+def masked_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, width: int) -> Tensor:
+    """As `skd_kernels.masked_mlp`."""
+    mask = torch.zeros(len(b1), dtype=torch.bool)
+    mask[:width] = True
+    mask = mask.to(x.device)
+    return F.linear(F.gelu(F.linear(x, w1[mask], b1[mask])), w2[:, mask], b2)
+
+
+def masked_attention(
+    x: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, width: int, num_heads: int
+) -> Tensor:
+    """As `skd_kernels.masked_attention`."""
+    images, tokens, _ = x.shape
+    head_dim = w_proj.shape[1] // num_heads
+    mask = torch.zeros(num_heads, head_dim, dtype=torch.bool)
+    mask[:, :width] = True
+    mask = mask.flatten().to(x.device)
+    rows = mask.repeat(3)
+    qkv = F.linear(x, w_qkv[rows], b_qkv[rows]).reshape(images, tokens, 3, num_heads, width)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    attention = (q * head_dim**-0.5) @ k.transpose(-2, -1)
+    out = attention.softmax(dim=-1) @ v
+    return F.linear(out.transpose(1, 2).reshape(images, tokens, -1), w_proj[:, mask], b_proj)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
+from skd.commands.processes import processes, world_size
 from skd.outputs import output_file, write_json
+from skd.ranks import RankFailed, rank_of, together
 from skd.training.stopping import Diverged, Stopped
 
 
@@ -18,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0; 2 for a user's mistake; 1 for a failed disk, a vanished data set or a loss of NaN; 0 after
-        SIGTERM and 130 after Ctrl-C, with a checkpoint written.
+        The exit status: 0; 2 for a user's mistake; 1 for a failed disk, a vanished data set, a loss of NaN or another
+        process of torchrun's that failed; 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written.
     """
     arguments = build_parser().parse_args(argv)
     try:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except torch.OutOfMemoryError as error:
         return _fail(f"{str(error).splitlines()[0]} (try --grad-accum-steps, --grad-checkpointing)", 1)
-    except (OSError, Diverged) as error:
+    except (OSError, Diverged, RankFailed) as error:
         return _fail(error, 1)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -43,13 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         output_file(arguments.json, "--json")
-    document = arguments.run(arguments)
-    if arguments.json is not None:
-        write_json(arguments.json, document)
+    with processes(arguments.command, getattr(arguments, "device", None)) as arguments.group:
+        document = arguments.run(arguments)
+        with together(arguments.group):
+            if arguments.json is not None and rank_of(arguments.group) == 0:
+                write_json(arguments.json, document)
 
 
 def _fail(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if world_size() > 1 else ""
+    print(f"{rank}error: {error}", file=sys.stderr)
     return status
 
 
@@ -65,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="skd", description="Turn one pre-trained Vision Transformer into a super-network of every size."
     )
     parser.add_argument("--version", action="version", version=f"skd {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for add in (
         demo.add,
         convert.add,

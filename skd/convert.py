@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from skd.architecture import ModuleInfo, describe
-from skd.ranks import check_group, summed, total
+from skd.ranks import check_group, in_step, summed, total
 from skd.supernet import SuperBlock, SuperNet
 from skd.taps import checked, frozen, probe, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments
@@ -81,7 +81,7 @@ def convert(
     infos = tuple(info for info in describe(model) if info.full_width)  # not the modules an extraction skipped
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
-    batches = batches if progress is None else progress(batches)
+    batches = in_step(batches if progress is None else progress(batches), group)
     collect(converted, infos, batches, statistics.add, statistics.end_batch, predicted=labels == "predicted")
     statistics.all_reduce(group)
     if statistics.skipped:

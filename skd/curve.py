@@ -45,6 +45,7 @@ def measure_curve(
     budgets: Iterable[float],
     *,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    group: Any = None,
 ) -> Rows:
     """Top-1 of the largest sub-network within each budget.
 
@@ -53,6 +54,7 @@ def measure_curve(
         batches: as for `skd.evaluate`; read once for all sub-networks.
         budgets: shares of the full network's MACs (full convention).
         progress: wraps the batches.
+        group: as for `skd.evaluate`.
 
     Returns:
         One row per budget that a sub-network meets, in the order given: "budget", those of `sizes_of`, and "top1" in
@@ -60,7 +62,7 @@ def measure_curve(
     """
     chosen = entries_within(supernet, budgets)
     entries = list(chosen.values())
-    top1 = evaluate(supernet, batches, entries=entries, progress=progress) if entries else []
+    top1 = evaluate(supernet, batches, entries=entries, progress=progress, group=group) if entries else []
     rows = sizes_of(supernet, entries)
     return [
         {"budget": budget, **row, "top1": accuracy} for budget, row, accuracy in zip(chosen, rows, top1, strict=True)

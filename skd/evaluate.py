@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from skd.architecture import describe
-from skd.ranks import gathered, summed
+from skd.ranks import check_group, gathered, in_step, summed, total
 from skd.supernet import SuperNet
 from skd.taps import checked, frozen
 
@@ -77,8 +77,10 @@ class Top1:
         own = [torch.tensor(float(self._counts[name]), dtype=torch.float64, device=self._device) for name in variants]
         return {name: int(count) for name, count in zip(variants, summed(own, group), strict=True)}
 
-    def percent(self, variant: Hashable) -> float:
-        return 100.0 * self.correct(variant) / max(self.images, 1)
+    def percents(self, variants: Sequence[Hashable], group: Any = None) -> list[float]:
+        """Of all images of all ranks, in percent."""
+        counts, images = self.counts(variants, group), total(self.images, group, self._device)
+        return [100.0 * counts[variant] / max(images, 1) for variant in variants]
 
 
 @torch.no_grad()
@@ -88,6 +90,7 @@ def evaluate(
     *,
     entries: Sequence[int] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    group: Any = None,
 ) -> Any:
     """Top-1 in percent.
 
@@ -97,6 +100,8 @@ def evaluate(
         entries: indices into a super-network's dropout list, all evaluated in one pass over the data; None: the
             (full) network alone.
         progress: wraps the batches, e.g. ``tqdm``.
+        group: a torch.distributed group whose processes all call this, each with its own share of the images: the
+            accuracy is that of all images, exact, on every rank. None: this process alone.
 
     Returns:
         A float, or with `entries` a list of floats in their order.
@@ -104,6 +109,7 @@ def evaluate(
     Raises:
         ValueError: an unsupported model, bad batches, an entry out of range, or entries of a plain model.
     """
+    check_group(group)
     supernet = isinstance(model, SuperNet)
     if not supernet:
         describe(model)
@@ -116,10 +122,11 @@ def evaluate(
         for entry in variants:
             model.widths(entry)
     with frozen(model):
-        for images, labels in checked(timm_model, batches if progress is None else progress(batches)):
+        batches = in_step(batches if progress is None else progress(batches), group)
+        for images, labels in checked(timm_model, batches):
             reference = timm_model(images) if labels is None else None
             top1.start(reference, labels, len(images))
             for entry in dict.fromkeys(variants):
                 top1.add(entry, model(images) if entry is None else model(images, entry=entry))
-    results = [top1.percent(entry) for entry in variants]
+    results = top1.percents(variants, group)
     return results[0] if entries is None else results

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from skd.evaluate import Top1
-from skd.ranks import check_group, summed
+from skd.ranks import check_group, in_step, summed
 from skd.supernet import SuperNet, check_supernet
 from skd.taps import check_gradients_possible, checked, frozen, total_cost
 
@@ -56,7 +56,8 @@ def importance(
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
-        for images, labels in checked(model, batches if progress is None else progress(batches)):
+        batches = in_step(batches if progress is None else progress(batches), group)
+        for images, labels in checked(model, batches):
             with torch.no_grad():
                 reference = supernet(images) if top1.headless or labels is None else None
             if labels is None and reference is not None and not top1.headless:
@@ -134,15 +135,10 @@ def _count_skips(supernet: SuperNet, widths: list[int], streams: list[torch.Tens
 
     The part before the skipped module is not computed again: each variant starts from the stream entering it.
     """
-    model, last = supernet.model, len(widths) - 1
-    # With token pooling nothing but the prefix tokens is read after the last attention.
-    pooled_tokens = model.num_prefix_tokens if model.global_pool == "token" and model.attn_pool is None else None
     active = [index for index, width in enumerate(widths) if width]
     for position, skipped in enumerate(active):
         x = streams[skipped]
         for index in active[position + 1 :]:
-            if index == last:
-                x = x[:, :pooled_tokens]
             x = supernet.step(index, x, widths[index])
         top1.add(supernet.infos[skipped].name, supernet.head(x))
 

@@ -62,11 +62,11 @@ def rank_operations(
         gamma = float(sensitivity[name])
         if not np.isfinite(gamma):
             raise ValueError(f"sensitivity of {name} is {gamma}; it must be finite")
-        normal = _normalised(name, scores[name], width) * max(gamma, floor)
+        normal = _normalised(name, scores[name], width)
         unit, group = float(macs_per_unit[name]), int(group_size[name])
         if not unit > 0 or group < 1:
             raise ValueError(f"{name}: macs_per_unit is {unit} and group_size {group}; they must be positive")
-        kept = _kept_widths(normal, unit, group)
+        kept = _kept_widths(normal, max(gamma, floor) / unit, group)
         ends = [next_width for next_width, _ in kept[1:]] + [width]
         for (p, score), end in zip(kept, ends, strict=True):
             operations.append((score, order, -p, Operation(name, p, (end - p) * unit, score)))
@@ -92,13 +92,17 @@ def _normalised(name: str, raw: Any, width: int) -> np.ndarray:
     return normal
 
 
-def _kept_widths(normal: np.ndarray, unit: float, group: int) -> list[tuple[int, float]]:
-    """(p, score) for p = 0, g, 2g, ... wherever the score does not rise above the last kept one."""
+def _kept_widths(normal: np.ndarray, price: float, group: int) -> list[tuple[int, float]]:
+    """(p, score) for p = 0, g, 2g, ... wherever the score does not rise above the last kept one.
+
+    `normal` sums to 1, to rounding; at p = 0 it is taken as 1, so that modules of equal sensitivity tie exactly and
+    their order decides.
+    """
     width = len(normal)
-    last = normal.sum() / unit
+    last = price
     kept = []
     for p in range(0, width, group):
-        score = float(normal[p:].sum() / ((width - p) * unit))
+        score = float((normal[p:].sum() if p else 1.0) * price / (width - p))
         if score <= last * (1 + _ROUNDING):
             last = min(score, last)
             kept.append((p, last))

@@ -1,16 +1,43 @@
-"""Sums over the processes of a torch.distributed group; each process holds a shard of the images."""
+"""The processes of a torch.distributed group: sums over their shards of the images, and taking every turn together.
+
+A collective that one process never reaches leaves the others waiting. So whatever may fail on one process alone is
+done in `together` or drawn through `in_step`: then all of them fail, and each says why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+# What a process brings to a turn; the largest decides.
+_GO, _END, _EMPTY, _STOP, _FAILED = 0, 1, 2, 100, 1000  # _STOP plus the number of the signal
+
+
+_EQUAL = "each needs one at least, and for training as many as the others"
+
+
+class RankFailed(RuntimeError):
+    """Another process of the group has failed, or is gone."""
+
+
+class StopAll(Exception):
+    """A signal asked this process, or with `in_step` another one, to stop where the run can be put away.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = number
+
 
 def check_group(group: Any) -> None:
-    """`group` is None (this process alone) or a group of an initialised torch.distributed.
+    """`group` is None (this process alone) or a group of an initialised torch.distributed, with gloo for the CPU.
 
     Raises:
         ValueError: it is neither.
@@ -21,6 +48,24 @@ def check_group(group: Any) -> None:
         raise ValueError("group is given, but torch.distributed is not initialised")
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group is a {type(group).__name__}; it must be a torch.distributed group or None")
+    if "gloo" not in dist.get_backend_config(group):
+        raise ValueError(
+            f"group has the backend {dist.get_backend_config(group)}; agreement between processes needs gloo on the "
+            "CPU: init_process_group('cpu:gloo,cuda:nccl')"
+        )
+
+
+def rank_of(group: Any) -> int:
+    """This process's number in the group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: Any) -> int:
+    """The number of processes."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+# Sums
 
 
 def summed(tensors: Sequence[torch.Tensor], group: Any) -> list[torch.Tensor]:
@@ -28,7 +73,8 @@ def summed(tensors: Sequence[torch.Tensor], group: Any) -> list[torch.Tensor]:
     if group is None or not tensors:
         return list(tensors)
     flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat, group=group)
+    with others_alive():
+        dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
@@ -43,6 +89,135 @@ def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """The rows of all ranks, in rank order; the numbers of rows may differ."""
     if group is None:
         return tensor
-    parts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, tensor.cpu(), group=group)
-    return torch.cat(parts).to(tensor.device)
+    return torch.cat(everyone(tensor.cpu(), group)).to(tensor.device)
+
+
+def spread(model: torch.nn.Module, group: Any) -> None:
+    """Give every rank rank 0's weights and buffers, in place."""
+    if group is not None:
+        with others_alive():
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0, group=group)
+
+
+# Agreement
+
+
+def everyone(value: Any, group: Any) -> list[Any]:
+    """One small picklable value of each rank, in rank order, on every rank."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    with others_alive():
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def largest(number: int, group: Any) -> int:
+    """The largest of the ranks' integers."""
+    return _extremes(number, group)[1]
+
+
+def check_same(value: Any, name: str, group: Any) -> None:
+    """Raise RuntimeError on every rank unless all have an equal `value`."""
+    values = everyone(value, group)
+    other = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
+    if other:
+        raise RuntimeError(
+            f"{name} is not the same on all ranks: {values[0]} on rank 0, {values[other[0]]} on rank {other[0]}"
+        )
+
+
+@contextmanager
+def together(group: Any) -> Iterator[None]:
+    """A block that each rank does by itself, all at the same time; if it fails on one, it fails on all.
+
+    Raises:
+        RankFailed: on the others, naming the rank and what it said.
+    """
+    if group is None:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if largest(_GO if error is None else _FAILED, group) == _FAILED:
+        _raise_for_all(error, group)
+
+
+def in_step(batches: Iterable[Any], group: Any, *, equal: bool = False) -> Iterator[Any]:
+    """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
+
+    Args:
+        batches: what an iteration raises, StopAll too, is raised on every rank.
+        equal: the ranks must have the same number.
+
+    Raises:
+        RankFailed: another rank failed.
+        StopAll: a rank was asked to stop.
+        ValueError: a rank has no batch at all, or fewer than another with `equal`.
+    """
+    if group is None:
+        yield from batches
+        return
+    count = 0
+    for item, error, code in _turns(batches):
+        low, high = _extremes(code, group)
+        if high == _FAILED:
+            _raise_for_all(error, group)
+        if high >= _STOP:
+            raise StopAll(high - _STOP)
+        if low == _GO and (high == _EMPTY or (equal and high == _END)):
+            raise ValueError(f"the ranks have {everyone(count + (code == _GO), group)} batches and more; {_EQUAL}")
+        if low != _GO:
+            return
+        if code == _GO:
+            count += 1
+            yield item
+
+
+def _turns(batches: Iterable[Any]) -> Iterator[tuple[Any, Exception | None, int]]:
+    """(item, error, code) for each turn, without end."""
+    end = _EMPTY
+    try:
+        for item in batches:
+            yield item, None, _GO
+            end = _END
+    except StopAll as stop:
+        yield None, stop, _STOP + stop.signal
+    except Exception as error:
+        yield None, error, _FAILED
+    while True:
+        yield None, None, end
+
+
+def _raise_for_all(error: Exception | None, group: Any) -> None:
+    """This rank's own error, or the first one of the others."""
+    said = everyone(None if error is None else f"{type(error).__name__}: {error}", group)
+    if error is not None:
+        raise error
+    rank = next(rank for rank, text in enumerate(said) if text is not None)
+    raise RankFailed(f"rank {rank} failed: {said[rank]}")
+
+
+def _extremes(number: int, group: Any) -> tuple[int, int]:
+    if group is None:
+        return number, number
+    pair = torch.tensor([-number, number])
+    with others_alive():
+        dist.all_reduce(pair, dist.ReduceOp.MAX, group=group)
+    return -int(pair[0]), int(pair[1])
+
+
+@contextmanager
+def others_alive() -> Iterator[None]:
+    """Inside the block an error of the network between the ranks is a RankFailed."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection", "peer", "socket")):
+            raise
+        raise RankFailed(f"another rank has died or cannot be reached: {text.splitlines()[0]}") from error

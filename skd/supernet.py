@@ -37,39 +37,55 @@ class SuperBlock(nn.Module):
         self.train(block.training)
 
     def forward(
-        self, x: torch.Tensor, attn_width: Width | None = None, mlp_width: Width | None = None
+        self,
+        x: torch.Tensor,
+        attn_width: Width | None = None,
+        mlp_width: Width | None = None,
+        tokens: int | None = None,
     ) -> torch.Tensor:
-        return self.feed_forward(self.attend(x, attn_width), mlp_width)
+        """(B, N, C), or of the first `tokens` alone: (B, tokens, C)."""
+        return self.feed_forward(self.attend(x, attn_width, tokens=tokens), mlp_width)
 
-    def attend(self, x: torch.Tensor, width: Width | None = None, scores: torch.Tensor | None = None) -> torch.Tensor:
-        """x plus the attention branch at `width` (None: full); `scores` as in `masked_attention`."""
-        return self._residual(x, self.attn_info, self._attention, width, scores)
+    def attend(
+        self,
+        x: torch.Tensor,
+        width: Width | None = None,
+        scores: torch.Tensor | None = None,
+        tokens: int | None = None,
+    ) -> torch.Tensor:
+        """x plus the attention branch at `width` (None: full), of the first `tokens` (None: all).
+
+        `scores` as in `masked_attention`.
+        """
+        return self._residual(x, self.attn_info, self._attention, width, scores, tokens)
 
     def feed_forward(
         self, x: torch.Tensor, width: Width | None = None, scores: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x plus the MLP branch at `width` (None: full); `scores` as in `masked_mlp`."""
-        return self._residual(x, self.mlp_info, self._mlp, width, scores)
+        return self._residual(x, self.mlp_info, self._mlp, width, scores, None)
 
     def _residual(
-        self, x: torch.Tensor, info: ModuleInfo, branch: Any, width: Width | None, scores: Any
+        self, x: torch.Tensor, info: ModuleInfo, branch: Any, width: Width | None, scores: Any, tokens: int | None
     ) -> torch.Tensor:
         width = info.full_width if width is None else width
         which = "1" if info.kind == "attn" else "2"
         norm, drop_path = getattr(self, f"norm{which}"), getattr(self, f"drop_path{which}")
         scale = getattr(self, f"ls{which}", nn.Identity())
         if isinstance(width, int) and width == 0:
-            return _skip(x, [getattr(self, info.kind), norm, scale])
-        y = norm(branch(x, width, scores)) if self.post_norm else branch(norm(x), width, scores)
+            return _skip(x[:, :tokens], [getattr(self, info.kind), norm, scale])
+        y = branch(x if self.post_norm else norm(x), width, scores, tokens)
+        if self.post_norm:
+            y = norm(y)
         if isinstance(width, torch.Tensor) and (self.post_norm or info.binary):
             # The operation gives zeros at width 0, but a norm after it, or a whole module, does not.
             y = torch.where(width > 0, y, 0.0)
-        return x + drop_path(scale(y))
+        return x[:, :tokens] + drop_path(scale(y))
 
-    def _attention(self, x: torch.Tensor, width: Width, scores: Any) -> torch.Tensor:
+    def _attention(self, x: torch.Tensor, width: Width, scores: Any, tokens: int | None) -> torch.Tensor:
         attn: Any = self.attn
         if self.attn_info.binary:
-            return attn(x)
+            return attn(x)[:, :tokens]
         return masked_attention(
             x,
             attn.qkv.weight,
@@ -79,9 +95,10 @@ class SuperBlock(nn.Module):
             width,
             num_heads=self.attn_info.num_heads,
             scores=scores,
+            queries=tokens,
         )
 
-    def _mlp(self, x: torch.Tensor, width: Width, scores: Any) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, width: Width, scores: Any, tokens: None) -> torch.Tensor:
         mlp: Any = self.mlp
         if self.mlp_info.binary:
             return mlp(x)
@@ -214,14 +231,25 @@ class SuperNet(nn.Module):
         """
         widths = self._resolve(entry)
         x = self.embed(images)
-        blocks = self.model.blocks
+        tokens = [*[None] * (len(self.model.blocks) - 1), self.tokens_read]
+        steps = [
+            _AtWidths(block, widths[2 * i], widths[2 * i + 1], tokens[i]) for i, block in enumerate(self.model.blocks)
+        ]
         if self.model.grad_checkpointing and torch.is_grad_enabled():
-            steps = [_AtWidths(b, widths[2 * i], widths[2 * i + 1]) for i, b in enumerate(blocks)]
             x = checkpoint_seq(steps, x)
         else:
-            for i, block in enumerate(blocks):
-                x = block(x, widths[2 * i], widths[2 * i + 1])
+            for step in steps:
+                x = step(x)
         return self.head(x)
+
+    @property
+    def tokens_read(self) -> int | None:
+        """How many of the first tokens the head reads, None: all; the others end at the last attention.
+
+        With token pooling it reads the prefix tokens only; what it does not read has no gradient either.
+        """
+        model = self.model
+        return model.num_prefix_tokens if model.global_pool == "token" and model.attn_pool is None else None
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, height, width) to the first block's input (B, N, C)."""
@@ -233,9 +261,15 @@ class SuperNet(nn.Module):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
     def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None) -> torch.Tensor:
-        """Module `index` (in order) applied to the residual stream at `width`."""
+        """Module `index` (in order) applied to the residual stream at `width`.
+
+        The last block's give only the tokens that the head reads.
+        """
         block = self.model.blocks[index // 2]
-        return block.feed_forward(x, width, scores) if index % 2 else block.attend(x, width, scores)
+        tokens = self.tokens_read if index // 2 == len(self.model.blocks) - 1 else None
+        if index % 2:
+            return block.feed_forward(x[:, :tokens], width, scores)
+        return block.attend(x, width, scores, tokens)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The last block's output (B, N, C) to logits (or features of a headless model)."""
@@ -245,11 +279,11 @@ class SuperNet(nn.Module):
 class _AtWidths:
     """A block with its widths, for timm's checkpointing of a sequence of functions of x."""
 
-    def __init__(self, block: nn.Module, attn_width: Width, mlp_width: Width) -> None:
-        self.block, self.attn_width, self.mlp_width = block, attn_width, mlp_width
+    def __init__(self, block: nn.Module, attn_width: Width, mlp_width: Width, tokens: int | None) -> None:
+        self.block, self.widths, self.tokens = block, (attn_width, mlp_width), tokens
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.block(x, self.attn_width, self.mlp_width)
+        y: torch.Tensor = self.block(x, *self.widths, self.tokens)
         return y
 
 

@@ -187,6 +187,22 @@ def test_scores_are_float32_for_float32() -> None:
     assert scores[:9].gt(0).all() and scores[9:].eq(0).all()
 
 
+@pytest.mark.parametrize("implementation", ["slices", "reference"])
+@pytest.mark.parametrize("width", [0, 4, D])
+def test_a_few_queries_are_the_first_of_all(width: int, implementation: str) -> None:
+    """Results, gradients and scores are those of a loss that reads no other token."""
+    results = []
+    for queries in (None, 2):
+        leaves = [tensor.detach().requires_grad_() for tensor in attention_inputs() if tensor is not None]
+        scores = torch.zeros(3, H, D, dtype=torch.float64)
+        with kernels.use(implementation):
+            out = kernels.masked_attention(*leaves, width, num_heads=H, scores=scores, queries=queries)[:, :2]
+        out.square().sum().backward()
+        results.append([out.detach(), scores, *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_custom_scale_and_default_scale_of_the_full_head() -> None:
     inputs = attention_inputs()
     default = kernels.masked_attention(*inputs, 4, num_heads=H)
@@ -249,6 +265,8 @@ def test_mlp_rejects(change: dict[str, Any], match: str) -> None:
         ({"width": D + 1}, r"width is 9; it may be 0\.\.8"),
         ({"num_heads": 5}, "num_heads is 5"),
         ({"num_heads": 0}, "num_heads is 0"),
+        ({"queries": 0}, r"queries is 0; it may be 1\.\."),
+        ({"queries": 10_000}, "queries is 10000"),
         ({"w_qkv": torch.zeros(7, C, dtype=torch.float64)}, "w_qkv has shape"),
         ({"b_qkv": torch.zeros(7, dtype=torch.float64)}, "b_qkv has shape"),
         ({"scores": torch.zeros(H, D)}, "scores has shape"),

@@ -74,6 +74,19 @@ def test_one_compiled_graph_serves_twenty_entries(batches: Any) -> None:
             torch.testing.assert_close(found, supernet(images, entry=entry), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_the_last_block_computes_what_the_head_reads(pool: str) -> None:
+    """With token pooling the class token alone goes through the last MLP."""
+    supernet = skd.SuperNet(tiny_vit(global_pool=pool))
+    seen = []
+    for block in supernet.model.blocks:
+        block.norm2.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found = supernet(images)
+    assert seen == ([17, 1] if pool == "token" else [17, 17])
+    torch.testing.assert_close(found, tiny_vit(global_pool=pool)(images), rtol=1e-10, atol=1e-12)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(planned: skd.SuperNet, batches: Any) -> None:
     planned.train()
     entry = len(planned.dropout_list) // 2

@@ -20,6 +20,7 @@ from skd import recipes
 from skd.architecture import create_model
 from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
 from skd.files import load
+from skd.ranks import everyone, rank_of, size_of
 from skd.supernet import SuperNet
 from skd.training.config import BAD_IMAGES, TrainConfig
 from skd.training.screen import Screen
@@ -96,6 +97,7 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
         **placed(model),
+        **shard(arguments),
     )
 
 
@@ -108,6 +110,7 @@ def validation(arguments: argparse.Namespace, model: Any) -> Loader:
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
         **placed(model),
+        **shard(arguments),
     )
 
 
@@ -115,6 +118,17 @@ def placed(model: Any) -> dict[str, Any]:
     """Where a loader leaves its images: on the model's device, by page-locked memory to a GPU."""
     device = next(model.parameters()).device
     return {"device": device, "pin_memory": device.type == "cuda"}
+
+
+def shard(arguments: argparse.Namespace) -> dict[str, Any]:
+    """This process's share of every batch, for the loaders."""
+    return {"rank": rank_of(arguments.group), "world": size_of(arguments.group)}
+
+
+def skipped(arguments: argparse.Namespace, *loaders: Loader) -> list[str]:
+    """Files that could not be read, on any rank."""
+    mine = set().union(*(loader.skipped for loader in loaders))
+    return sorted(set().union(*everyone(mine, arguments.group)))
 
 
 def workers(wanted: int) -> int:
@@ -137,6 +151,8 @@ def device(arguments: argparse.Namespace) -> torch.device:
         raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}; this PyTorch sees no GPU")
+    if chosen.type == "cuda" and chosen.index is None:  # each process of torchrun has its own
+        chosen = torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}; there are {torch.cuda.device_count()} GPUs, counted from 0")
     return chosen

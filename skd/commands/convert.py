@@ -11,6 +11,7 @@ from skd.convert import CENTERINGS, LABELS, convert
 from skd.cost import cost
 from skd.files import save
 from skd.outputs import output_file
+from skd.ranks import rank_of, spread, together
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -34,9 +35,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    writes = rank_of(arguments.group) == 0
     output_file(arguments.out, "--out")
     model = common.build_model(arguments).to(common.device(arguments))
-    if not arguments.pretrained and arguments.checkpoint is None:
+    spread(model, arguments.group)  # random weights, and dropped-in layers, differ from process to process
+    if writes and not arguments.pretrained and arguments.checkpoint is None:
         print(
             f"warning: the weights of {arguments.model} are random (no --pretrained, no --checkpoint)",
             file=sys.stderr,
@@ -48,8 +51,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         centering=arguments.centering,
         labels=arguments.labels,
         progress=common.progress("Converting"),
+        group=arguments.group,
     )
-    save(supernet, arguments.out)
+    with together(arguments.group):
+        if writes:
+            save(supernet, arguments.out)
     full, linear = cost(supernet), cost(supernet, convention="linear")
     print(
         f"{arguments.out}: {full.params:,} parameters, {common.count(full.macs)} MACs (full), "
@@ -60,5 +66,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "macs": full.macs,
         "macs_linear": linear.macs,
         "params": full.params,
-        "skipped_images": sorted(batches.skipped),
+        "skipped_images": common.skipped(arguments, batches),
     }

@@ -47,21 +47,28 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.entry is None and arguments.macs is None and arguments.params is None:
         return _curve(arguments, supernet, batches)
     entry = choose_entry(supernet, entry=arguments.entry, macs=arguments.macs, params=arguments.params)
-    (top1,) = evaluate(supernet, batches, entries=[entry], progress=common.progress("Evaluating"))
+    (top1,) = evaluate(
+        supernet, batches, entries=[entry], progress=common.progress("Evaluating"), group=arguments.group
+    )
     row = {**sizes_of(supernet, [entry])[0], "top1": top1}
     common.print_sizes([row], arguments.supernet)
-    return {"supernet": arguments.supernet, **row, "skipped_images": sorted(batches.skipped)}
+    return {"supernet": arguments.supernet, **row, "skipped_images": common.skipped(arguments, batches)}
 
 
 def _curve(arguments: argparse.Namespace, supernet: SuperNet, batches: Any) -> dict[str, Any]:
     budgets = tuple(arguments.budgets or TrainConfig().budgets)
     if not all(0 < budget <= 1 for budget in budgets):
         raise ValueError(f"--budgets is {budgets}; they must be shares above 0 and at most 1")
-    rows = measure_curve(supernet, batches, budgets, progress=common.progress("Evaluating"))
+    rows = measure_curve(supernet, batches, budgets, progress=common.progress("Evaluating"), group=arguments.group)
     common.print_sizes(rows, f"{arguments.supernet}: the largest sub-network within each budget")
     score = area(rows, budgets)
     print(f"area under the curve: {score:.2f} %")
-    return {"supernet": arguments.supernet, "curve": rows, "area": score, "skipped_images": sorted(batches.skipped)}
+    return {
+        "supernet": arguments.supernet,
+        "curve": rows,
+        "area": score,
+        "skipped_images": common.skipped(arguments, batches),
+    }
 
 
 def _plain(arguments: argparse.Namespace, where: Any) -> dict[str, Any]:
@@ -72,6 +79,6 @@ def _plain(arguments: argparse.Namespace, where: Any) -> dict[str, Any]:
     if isinstance(model, SuperNet):
         raise ValueError(f"--model is {arguments.model!r}, a super-network; give it as --supernet")
     batches = common.validation(arguments, model)
-    top1 = evaluate(model, batches, progress=common.progress("Evaluating"))
+    top1 = evaluate(model, batches, progress=common.progress("Evaluating"), group=arguments.group)
     print(f"{arguments.model}: {top1:.2f} % top-1")
-    return {"model": arguments.model, "top1": top1, "skipped_images": sorted(batches.skipped)}
+    return {"model": arguments.model, "top1": top1, "skipped_images": common.skipped(arguments, batches)}

@@ -11,6 +11,7 @@ from skd.files import save
 from skd.outputs import output_file
 from skd.planning import plan
 from skd.prices import CONVENTIONS
+from skd.ranks import rank_of, together
 from skd.training.config import TrainConfig
 
 
@@ -45,8 +46,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=arguments.rounds,
         convention=arguments.convention,
         progress=common.progress("Planning"),
+        group=arguments.group,
     )
-    save(supernet, arguments.out)
+    with together(arguments.group):
+        if rank_of(arguments.group) == 0:
+            save(supernet, arguments.out)
     entries = list(
         dict.fromkeys([*entries_within(supernet, TrainConfig().budgets).values(), len(supernet.dropout_list) - 1])
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from skd.convert import convert
 from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, train_loader
 from skd.files import load, save
 from skd.outputs import output_folder
+from skd.ranks import check_same, rank_of, size_of, spread, together
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
@@ -32,7 +32,9 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "names, with timm's weights unless --checkpoint has others)",
         required=False,
     )
-    parser.add_argument("--dry-run", action="store_true", help="build all, run two steps on synthetic images, report")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build all, run a few steps on synthetic images, report"
+    )
     _add_run(parser, TrainConfig())
     parser.set_defaults(run=run_train)
     return parser
@@ -69,6 +71,8 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.model = about["model"]
         arguments.pretrained = arguments.checkpoint is None
     if arguments.dry_run:
+        if arguments.group is not None:
+            raise ValueError("--dry-run measures one process; run it without torchrun")
         return _dry_run(arguments, config, about)
     for name in ("data", "out"):
         if getattr(arguments, name) is None:
@@ -83,6 +87,7 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
         calibration=loaders.get("calibration"),
         out=arguments.out,
         resume=arguments.resume,
+        group=arguments.group,
     )
     return _finish(arguments, history, supernet, config, loaders, "supernet.safetensors")
 
@@ -97,18 +102,19 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     if arguments.model is None:
         raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
     file = output_folder(arguments.out) / "converted.safetensors"
+    check_same(file.exists(), "the presence of converted.safetensors in --out", arguments.group)
     if file.exists() and arguments.resume is None:
         raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
     if file.exists():
         return common.supernet(str(file), where)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "WORLD_SIZE is above 1; run skd convert first, by one process, and give its file as --supernet"
-        )
     model = common.build_model(arguments).to(where)
+    spread(model, arguments.group)
     images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    supernet = convert(model, _calibration(images, model, config), progress=common.progress("Converting"))
-    save(supernet, file)
+    batches = _calibration(arguments, images, model, config)
+    supernet = convert(model, batches, progress=common.progress("Converting"), group=arguments.group)
+    with together(arguments.group):
+        if rank_of(arguments.group) == 0:
+            save(supernet, file)
     return supernet
 
 
@@ -119,7 +125,15 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name} is not given")
     model = _plain_model(arguments).to(common.device(arguments))
     loaders = _loaders(arguments, model, config)
-    history = finetune(model, loaders["train"], loaders["val"], config, out=arguments.out, resume=arguments.resume)
+    history = finetune(
+        model,
+        loaders["train"],
+        loaders["val"],
+        config,
+        out=arguments.out,
+        resume=arguments.resume,
+        group=arguments.group,
+    )
     return _finish(arguments, history, SuperNet(model), config, loaders, "model.safetensors")
 
 
@@ -137,8 +151,6 @@ def _plain_model(arguments: argparse.Namespace) -> Any:
 
 def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> dict[str, Loader]:
     """Training, validation and calibration batches, as the model wants its images."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE is above 1; training on several processes is not supported yet")
     images = data_config(model)
     training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     validation = common.source(
@@ -149,6 +161,7 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
         plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
     shared |= common.placed(model)
+    shared |= common.shard(arguments)
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
         for name in (
@@ -166,29 +179,30 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
             **shared,
             **augmentation,
         ),
-        "val": eval_loader(validation, images, batch_size=_evaluation_batch(config), **shared),
+        "val": eval_loader(validation, images, batch_size=_evaluation_batch(arguments, config), **shared),
     }
     if config.growing_epochs:
-        loaders["calibration"] = _calibration(plain, model, config)
+        loaders["calibration"] = _calibration(arguments, plain, model, config)
     return loaders
 
 
-def _calibration(images: Source, model: Any, config: TrainConfig) -> Loader:
+def _calibration(arguments: argparse.Namespace, images: Source, model: Any, config: TrainConfig) -> Loader:
     """The un-augmented images that a network is converted on, and importance measured."""
     return calibration_loader(
         images,
         data_config(model),
         images=config.calibration_images,
         seed=config.seed,
-        batch_size=_evaluation_batch(config),
+        batch_size=_evaluation_batch(arguments, config),
         workers=common.workers(config.workers),
         bad_images=config.bad_images,
         **common.placed(model),
+        **common.shard(arguments),
     )
 
 
-def _evaluation_batch(config: TrainConfig) -> int:
-    return config.validation_batch_size or min(config.batch_size, 256)
+def _evaluation_batch(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    return config.validation_batch_size or min(config.batch_size, 256 * size_of(arguments.group))
 
 
 def _finish(
@@ -203,10 +217,12 @@ def _finish(
     from skd.training.report import write_report  # and with it matplotlib
 
     folder = Path(arguments.out)
-    report = write_report(folder, history, supernet, config)
+    with together(arguments.group):
+        if rank_of(arguments.group) == 0:
+            write_report(folder, history, supernet, config)
     if history.curve:
         common.print_sizes(history.curve, f"{folder / product}: best epoch {(history.best_epoch or 0) + 1}")
-    print(f"wrote {folder / product} and {report}")
+    print(f"wrote {folder / product} and {folder / 'report.md'}")
     return {
         "out": str(folder),
         "file": str(folder / product),
@@ -215,7 +231,7 @@ def _finish(
         "area": history.area,
         "curve": history.curve,
         "entries": len(supernet.dropout_list),
-        "skipped_images": sorted(set().union(*(loader.skipped for loader in loaders.values()))),
+        "skipped_images": common.skipped(arguments, *loaders.values()),
         "config": config.to_dict(),
     }
 

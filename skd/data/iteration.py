@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from skd.data.counted import generator
 from skd.data.pixels import Normalisation
 from skd.data.plans import FixedPlan, TrainPlan
+from skd.data.processes import be_patient, start
 from skd.data.readers import StreamSource
 from skd.data.workers import Loaded, MapBatches, Preparation, StreamBatches, UnreadableData
 
@@ -123,10 +123,10 @@ class MapLoader(Loader):
                 collate_fn=_unchanged,
                 pin_memory=self._pin_memory,
                 persistent_workers=self._processes > 0,
-                worker_init_fn=_patient,
+                worker_init_fn=be_patient,
                 generator=torch.Generator(),  # else every iteration would draw from the global one
             )
-        return iter(self._loader)
+        return start(self._loader)
 
 
 class StreamLoader(Loader):
@@ -168,12 +168,12 @@ class StreamLoader(Loader):
     def _loaded(self) -> Iterator[Loaded]:
         if self._training:
             return self._exactly(len(self))
-        return iter(self._workers()) if self._limit is None else self._first(-(-self._limit // self._world))
+        return start(self._workers()) if self._limit is None else self._first(-(-self._limit // self._world))
 
     def _exactly(self, batches: int) -> Iterator[Loaded]:
         """As many batches on every rank, or an error: a rank that stops earlier would leave the others waiting."""
         count = 0
-        for loaded in islice(self._workers(), batches):
+        for loaded in islice(start(self._workers()), batches):
             yield loaded
             count += 1
         if count < batches:
@@ -184,7 +184,7 @@ class StreamLoader(Loader):
 
     def _first(self, images: int) -> Iterator[Loaded]:
         """Batches until there are this many images; the last is cut."""
-        for loaded in self._workers():
+        for loaded in start(self._workers()):
             if loaded.images is not None and loaded.labels is not None:
                 loaded = loaded._replace(images=loaded.images[:images], labels=loaded.labels[:images])
                 images -= len(loaded.images)
@@ -213,23 +213,9 @@ class StreamLoader(Loader):
             num_workers=self._processes,
             collate_fn=_unchanged,
             pin_memory=self._pin_memory,
-            worker_init_fn=_patient,
+            worker_init_fn=be_patient,
             generator=torch.Generator().manual_seed(images),  # from which the readers' worker seeds come
         )
-
-
-def _patient(worker: int) -> None:
-    """Runs in each worker: it survives Ctrl-C and its first SIGTERM, and obeys the second.
-
-    A signal to a whole job reaches the workers too. If they died of it at once, the main process could not finish
-    its step and write a checkpoint. It ends them itself, if need be by one SIGTERM and then another.
-    """
-
-    def obey_the_next(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, obey_the_next)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -115,7 +115,9 @@ class TrainConfig:
 
     # Data loading
     workers: int = _option(4, "processes that load images; any number gives the same batches")
-    validation_batch_size: int | None = _option(None, "images per evaluation batch; unset: batch_size, at most 256")
+    validation_batch_size: int | None = _option(
+        None, "images per evaluation batch; unset: batch_size, at most 256 per rank"
+    )
     bad_images: str = _option("skip", "'skip': leave out an image that cannot be read, count and warn; 'fail': stop")
     log_interval: int = _option(50, "steps between looks at the loss")
     seed: int = _option(0, "of everything random")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from skd.dropout_list import DropoutList
+from skd.ranks import size_of, summed
 
 BINS = 16  # of the sub-networks' MACs, in an epoch's record of its steps
 
@@ -56,9 +57,13 @@ class History:
 
 
 class StepLog:
-    """Entry, loss and seconds of each step of an epoch; nothing is read from the device before `summary`."""
+    """Entry, loss and seconds of each step of an epoch; nothing is read from the device before `summary`.
 
-    def __init__(self, device: torch.device, earlier: dict[str, Any] | None = None) -> None:
+    On several ranks of a group each has the losses of its own images, and its own seconds.
+    """
+
+    def __init__(self, device: torch.device, earlier: dict[str, Any] | None = None, group: Any = None) -> None:
+        self.group = group
         self.on_gpu = device.type == "cuda"
         self.earlier = earlier or {"count": 0, "loss": 0.0, "images": 0, "drawn": []}
         self.images = self.earlier["images"]
@@ -67,7 +72,7 @@ class StepLog:
         self.times: list[Any] = []
 
     def add(self, entry: int, loss: torch.Tensor, time: Any, images: int) -> None:
-        """One step; `time` is seconds, or a (start, end) pair of CUDA events."""
+        """One step; `time` is seconds, or a (start, end) pair of CUDA events; `images` of all ranks."""
         self.entries.append(entry)
         self.losses.append(loss.detach())
         self.times.append(time)
@@ -77,8 +82,12 @@ class StepLog:
         return float(self.losses[-1]) if self.losses else float("nan")
 
     def summary(self, dropout_list: DropoutList) -> dict[str, Any]:
-        """{count, loss (sum), images, drawn}: of this epoch so far, steps before an interruption included."""
-        losses = torch.stack(self.losses).double().tolist() if self.losses else []
+        """{count, loss (sum), images, drawn}: of this epoch so far, steps before an interruption included.
+
+        On several ranks all call it, and have the losses of the whole batches.
+        """
+        mine = [torch.stack(self.losses).double()] if self.losses else []
+        losses = [loss / size_of(self.group) for whole in summed(mine, self.group) for loss in whole.tolist()]
         seconds = [start.elapsed_time(end) / 1e3 for start, end in self.times] if self.on_gpu else self.times
         sums = {row["bin"]: dict(row) for row in self.earlier["drawn"]}
         total = self.earlier["loss"]

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from skd.architecture import describe
 from skd.outputs import output_folder, remove_leftovers, write_json
+from skd.ranks import check_group, rank_of, together
 from skd.supernet import SuperBlock, SuperNet, check_supernet
 from skd.training.checkpoints import checkpoints
 from skd.training.config import TrainConfig, finetune_config
@@ -35,6 +36,7 @@ def train(
     resume: str | None = None,
     console: Console | None = None,
     verbose: bool = True,
+    group: Any = None,
 ) -> History:
     """Train a super-network by progressive importance-aware dropout (PIAD, METHOD 2), in place.
 
@@ -58,6 +60,10 @@ def train(
             it had never stopped: with the same weights, bit for bit, on a CPU.
         console: where lines and bars go; None: standard error.
         verbose: a line per epoch; else only bars, in a terminal.
+        group: a torch.distributed group whose processes all call this, with the same network and settings and each
+            with its own share of every batch (rows rank, rank + world, ...: `rank` and `world` of skd's loaders); the
+            group has gloo for CPU tensors. Every rank trains the same entry and holds the same weights and list. Only
+            rank 0 writes, and the others read `out` to resume. None: this process alone.
 
     Returns:
         What happened in each epoch.
@@ -68,11 +74,13 @@ def train(
         Diverged: the loss became NaN or infinite; names the last good checkpoint.
         Stopped: SIGTERM or SIGINT, after a checkpoint was written.
         OSError: something could not be written or read (full disk, vanished data set).
+        RankFailed: another process of the group failed, or died.
     """
     config = TrainConfig() if config is None else config
-    _check(supernet, train_loader, val_loader, config, calibration, resume)
-    folder = None if out is None else _run_folder(out, resume)
-    trainer = Trainer(supernet, train_loader, val_loader, config, calibration or (), folder, Screen(console, verbose))
+    _check(supernet, train_loader, val_loader, config, calibration, resume, group)
+    folder = None if out is None else _run_folder(out, resume, group)
+    screen = Screen(console, verbose)
+    trainer = Trainer(supernet, train_loader, val_loader, config, calibration or (), folder, screen, group=group)
     return _run(trainer, resume)
 
 
@@ -86,13 +94,14 @@ def finetune(
     resume: str | None = None,
     console: Console | None = None,
     verbose: bool = True,
+    group: Any = None,
 ) -> History:
     """Train a plain model, such as an extracted sub-network (METHOD 3), in place.
 
     Args:
         model: a timm VisionTransformer; also a freshly initialised one. At the end it holds the weights of the best
             evaluated epoch.
-        train_loader, val_loader, out, resume, console, verbose: as for `train`; the best weights so far are in
+        train_loader, val_loader, out, resume, console, verbose, group: as for `train`; the best weights so far are in
             model.safetensors.
         config: settings; None: `finetune_config()`, the paper's 30 epochs at 5e-5.
 
@@ -108,9 +117,10 @@ def finetune(
             f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
         )
     supernet = SuperNet(copy.deepcopy(model))
-    _check(supernet, train_loader, val_loader, config, None, resume)
-    folder = None if out is None else _run_folder(out, resume)
-    trainer = Trainer(supernet, train_loader, val_loader, config, (), folder, Screen(console, verbose), plain=True)
+    _check(supernet, train_loader, val_loader, config, None, resume, group)
+    folder = None if out is None else _run_folder(out, resume, group)
+    screen = Screen(console, verbose)
+    trainer = Trainer(supernet, train_loader, val_loader, config, (), folder, screen, plain=True, group=group)
     history = _run(trainer, resume)
     model.load_state_dict(supernet.state_dict())
     return history
@@ -122,16 +132,18 @@ def _run(trainer: Trainer, resume: str | None) -> History:
     if resume is not None and trainer.resume():
         trainer.screen.line(f"going on after {trainer.epoch} epochs, {trainer.step} steps")
     history = trainer.run()
-    if trainer.folder is not None:
-        write_json(trainer.folder / "run.json", _record(history, trainer.config))
+    with together(trainer.group):
+        if trainer.folder is not None and trainer.rank == 0:
+            write_json(trainer.folder / "run.json", _record(history, trainer.config))
     return history
 
 
 def _check(
-    supernet: Any, train_loader: Any, val_loader: Any, config: Any, calibration: Any, resume: str | None
+    supernet: Any, train_loader: Any, val_loader: Any, config: Any, calibration: Any, resume: str | None, group: Any
 ) -> None:
     """What can be wrong before any work."""
     check_supernet(supernet)
+    check_group(group)
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config is a {type(config).__name__}; it must be a TrainConfig")
     if supernet.model.num_classes == 0:
@@ -157,14 +169,17 @@ def _check(
         raise ValueError("calibration is None; importance needs un-augmented batches of training images")
 
 
-def _run_folder(out: str | os.PathLike[str], resume: str | None) -> Path:
-    folder = output_folder(out)
-    output_folder(folder / "checkpoints")
-    remove_leftovers(folder, folder / "checkpoints")
-    if resume is None and checkpoints(folder / "checkpoints"):
-        raise ValueError(
-            f"out is {str(folder)!r}, which holds a run already; resume it (auto), or choose another folder"
-        )
+def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Any) -> Path:
+    folder = Path(out)
+    with together(group):
+        if rank_of(group) == 0:
+            output_folder(out)
+            output_folder(folder / "checkpoints")
+            remove_leftovers(folder, folder / "checkpoints")
+            if resume is None and checkpoints(folder / "checkpoints"):
+                raise ValueError(
+                    f"out is {str(folder)!r}, which holds a run already; resume it (auto), or choose another folder"
+                )
     return folder
 
 

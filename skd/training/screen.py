@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -43,10 +44,11 @@ class _Steps:
 
 
 class Screen:
-    """A console; without `verbose` it shows bars only, and those in a terminal only."""
+    """A console; without `verbose` it shows bars only, and those in a terminal only. Of several ranks, rank 0's."""
 
     def __init__(self, console: Console | None, verbose: bool = True) -> None:
-        self.console = Console(stderr=True) if console is None else console
+        other = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+        self.console = Console(stderr=True, quiet=other) if console is None else console
         self.verbose = verbose
 
     def line(self, text: str) -> None:

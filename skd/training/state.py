@@ -56,7 +56,7 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
     trainer.epoch, trainer.step = header["epoch"], header["step"]
     trainer.step_in_epoch = header["step_in_epoch"]
     trainer.grown, trainer.sensitivity = header["grown"], header["sensitivity"]
-    trainer.log = StepLog(trainer.device, header["partial"])
+    trainer.log = StepLog(trainer.device, header["partial"], trainer.group)
 
 
 def _check_same_run(trainer: Any, header: dict[str, Any]) -> None:

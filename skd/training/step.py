@@ -18,19 +18,20 @@ def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor |
         masks: (branches, batch) of stochastic depth, or None.
 
     Returns:
-        The mean loss, 0-d, not read by the host.
+        The mean loss of this rank's images, 0-d, not read by the host.
     """
     images = sum(len(part) for part, _ in parts)
-    loss, done = torch.zeros((), device=trainer.device), 0
-    for part, labels in parts:
+    loss, done = torch.zeros((), dtype=torch.float64, device=trainer.device), 0
+    for number, (part, labels) in enumerate(parts, start=1):
         if masks is not None:
             trainer.paths.set(masks[:, done : done + len(part)])
         done += len(part)
         part, targets = trainer.mixing(part, labels)
-        with trainer.autocast():
-            logits = trainer.supernet(part, entry=entry)
-            share = trainer.mixing.loss(logits, targets) * (len(targets) / images)
-        trainer.scaler.scale(share).backward()
+        with trainer.reducing(number == len(parts)):
+            with trainer.autocast():
+                logits = trainer.network(part, entry=entry)
+                share = trainer.mixing.loss(logits, targets) * (len(targets) / images)
+            trainer.scaler.scale(share).backward()
         loss += share.detach()
     _update(trainer)
     return loss

@@ -6,13 +6,11 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 from skd.curve import area, measure_curve
@@ -22,25 +20,23 @@ from skd.extract import extract
 from skd.files import load, save
 from skd.outputs import replacing
 from skd.planning import propose
+from skd.ranks import StopAll, check_same, everyone, in_step, largest, others_alive, rank_of, size_of, together
 from skd.supernet import SuperNet
 from skd.taps import checked_batch
 from skd.training import checkpoints
 from skd.training.batches import repeatable, start_epoch
 from skd.training.config import TrainConfig
-from skd.training.decay import ExpectedDecay
 from skd.training.dropping import DropPaths, drop_paths
 from skd.training.graph import StepGraph, refusal
 from skd.training.history import History, StepLog, drawn_means
 from skd.training.mixing import Mixing
+from skd.training.optimizer import make_optimizer, make_scheduler
+from skd.training.parallel import distributed
 from skd.training.precision import amp_dtype, laid_out, tf32
 from skd.training.screen import Screen, Seconds
 from skd.training.state import capture, restore
 from skd.training.step import eager_step
 from skd.training.stopping import Diverged, Stopped, StopSignal, stop_signals
-
-
-class _StopNow(Exception):
-    """A signal was seen at a place where the run can be put away."""
 
 
 class Trainer:
@@ -51,6 +47,7 @@ class Trainer:
         step: optimizer steps done in all.
         plain: the network is a plain model in a super-network's clothes, and is saved as a plain model.
         grown: the dropout list has been grown for this epoch.
+        network: what is called to train: the super-network, on several ranks wrapped in DistributedDataParallel.
     """
 
     def __init__(
@@ -63,7 +60,9 @@ class Trainer:
         folder: Path | None,
         screen: Screen,
         plain: bool = False,
+        group: Any = None,
     ) -> None:
+        self.group, self.rank, self.world = group, rank_of(group), size_of(group)
         self.supernet, self.config, self.folder, self.screen = supernet, config, folder, screen
         self.plain = plain
         self.train_loader, self.val_loader, self.calibration = train_loader, val_loader, calibration
@@ -73,17 +72,24 @@ class Trainer:
         self.grown = False
         self.sensitivity: dict[str, float] | None = None
         self.best_state: dict[str, torch.Tensor] | None = None
-        self.log = StepLog(self.device)
+        self.log = StepLog(self.device, group=group)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.stop = StopSignal()
         self.paths: DropPaths | None = None
         self.mixing = Mixing(config, supernet.model.num_classes)
+        self.network: Any = supernet if group is None else distributed(supernet, group)
         # Before stochastic depth is put in: the average is a super-network as convert made it.
         self.ema: Any = None
         if config.model_ema:
             self.ema = ModelEmaV3(supernet, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         self.names = {id(parameter): name for name, parameter in supernet.model.named_parameters()}
-        self._make_optimizer()
+        self.optimizer, self.decay = make_optimizer(supernet, config)
+        self.steps_per_epoch = None
+        if isinstance(train_loader, Sized):
+            self.steps_per_epoch = len(train_loader) // config.grad_accum_steps
+        self.scheduler = make_scheduler(self.optimizer, config, self.steps_per_epoch)
+        self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.graph: StepGraph | None = None
         if config.cuda_graph:
             reason = refusal(self)
@@ -103,41 +109,12 @@ class Trainer:
         assert self.folder is not None
         return self.folder / ("model.safetensors" if self.plain else "supernet.safetensors")
 
-    def _make_optimizer(self) -> None:
-        config, model = self.config, self.supernet.model
-        never = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=never)
-        self.decay: ExpectedDecay | None = None
-        if config.decay == "expected":
-            decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
-            groups = [group | {"weight_decay": 0.0} for group in groups]
-            self.decay = ExpectedDecay(self.supernet, decayed, config.weight_decay)
-        try:
-            self.optimizer = create_optimizer_v2(
-                groups, opt=config.opt, lr=config.peak_lr, weight_decay=0.0, eps=config.opt_eps
-            )
-        except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"opt is {config.opt!r}; timm cannot make that optimizer: {error}") from None
-        self.steps_per_epoch = None
-        if isinstance(self.train_loader, Sized):
-            self.steps_per_epoch = len(self.train_loader) // config.grad_accum_steps
-        if config.sched_on_updates and not self.steps_per_epoch:
-            raise ValueError("sched_on_updates is true, but train_loader has no length")
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            sched="cosine",
-            num_epochs=config.epochs,
-            min_lr=min(config.min_lr, config.peak_lr),
-            warmup_lr=min(config.warmup_lr, config.peak_lr),
-            warmup_epochs=config.warmup,
-            step_on_epochs=not config.sched_on_updates,
-            updates_per_epoch=self.steps_per_epoch or 0,
-        )
-        self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
+
+    def reducing(self, last: bool) -> AbstractContextManager[Any]:
+        """Around the passes of one part of a step: ranks add up their gradients in the last part alone."""
+        return nullcontext() if last or self.group is None else self.network.no_sync()
 
     # The run
 
@@ -166,9 +143,8 @@ class Trainer:
                 self._measure_original()
             while self.epoch < self.config.epochs:
                 self._run_epoch()
-        except _StopNow:
-            assert self.stop.number is not None
-            raise Stopped(self.stop.number, self.checkpoint()) from None
+        except StopAll as stop:
+            raise Stopped(stop.signal, self.checkpoint()) from None
 
     def _run_epoch(self) -> None:
         seconds = Seconds()
@@ -197,7 +173,7 @@ class Trainer:
                 self._evaluate(row)
         self.history.epochs.append(row)
         self.epoch, self.step_in_epoch, self.grown, self.sensitivity = self.epoch + 1, 0, False, None
-        self.log = StepLog(self.device)
+        self.log = StepLog(self.device, group=self.group)
         row["seconds"] = seconds.all()
         with seconds("checkpoint"):
             self.checkpoint()
@@ -224,15 +200,17 @@ class Trainer:
         """One round of METHOD 2, steps 1-4, at the present raw weights; the list grows in place."""
         current, costs = self.supernet.dropout_list, self.supernet.costs
         batches = self._stoppable(self.calibration, "Measuring importance")
-        proposal = propose(self.supernet, batches, current, convention=self.config.convention)
+        proposal = propose(self.supernet, batches, current, convention=self.config.convention, group=self.group)
         total = int(costs.macs(self.supernet.widths(), self.config.convention))
         share = self.config.target * (self.epoch + 1) / self.config.growing_epochs
-        grown = current.extended(proposal.operations, share * total)
-        self.use(grown)
+        grown = current.extended(proposal.operations, share * total).to_json()
+        # Rank 0's: all have the same scores, but their processors need not sort or round alike.
+        self.use(DropoutList.from_json(everyone(grown, self.group)[0]))
         self.grown, self.sensitivity = True, proposal.sensitivity
 
     def use(self, dropout_list: DropoutList) -> None:
-        """`dropout_list` from now on, in the trained network and in its average."""
+        """`dropout_list` from now on, in the trained network and in its average, on every rank."""
+        check_same(dropout_list.to_json(), "the dropout list", self.group)
         self.supernet.dropout_list = dropout_list
         if self.ema is not None:
             self.ema.module.dropout_list = dropout_list
@@ -245,7 +223,7 @@ class Trainer:
         self.supernet.train()
         accumulated = self.config.grad_accum_steps
         start = self.step_in_epoch * accumulated
-        batches = enumerate(start_epoch(self.train_loader, self.config.seed, self.epoch, start), start)
+        groups = in_step(self._groups(start), self.group, equal=True)
         if self.config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
             self._set_learning_rate(self.scheduler.step_update, max(self.step - 1, 0))
         else:
@@ -253,8 +231,8 @@ class Trainer:
         with self.screen.steps(self.epoch, self.config.epochs, self.steps_per_epoch, self.step_in_epoch) as bar:
             while True:
                 with seconds("data"):
-                    group = [self._checked(*numbered) for numbered in itertools.islice(batches, accumulated)]
-                if len(group) < accumulated:
+                    group = next(groups, None)
+                if group is None:
                     break
                 with seconds("steps"):
                     self._check_batch_size(group)
@@ -265,6 +243,16 @@ class Trainer:
         if self.step_in_epoch == 0:
             raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
         self._check_finite()
+
+    def _groups(self, start: int) -> Iterator[list[Any]]:
+        """The batches of each step, from batch `start` on."""
+        batches = enumerate(start_epoch(self.train_loader, self.config.seed, self.epoch, start), start)
+        while True:
+            self._obey()
+            group = [self._checked(*numbered) for numbered in itertools.islice(batches, self.config.grad_accum_steps)]
+            if len(group) < self.config.grad_accum_steps:
+                return
+            yield group
 
     def _checked(self, number: int, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         name = f"train_loader[{number}] of epoch {self.epoch}"
@@ -277,8 +265,10 @@ class Trainer:
         """Train one entry on one batch, given in parts: update the weights and their average."""
         images = sum(len(part) for part, _ in group)
         start = self._now()
-        masks = None if self.paths is None else self.paths.masks(self.step, images)
-        with seeded(self.config.seed, "step", self.step):
+        masks = None
+        if self.paths is not None:  # of the whole batch; this rank has its rows rank, rank + world, ...
+            masks = self.paths.masks(self.step, images * self.world)[:, self.rank :: self.world]
+        with others_alive(), seeded(self.config.seed, "step", self.step):
             if self.graph is None:
                 loss = eager_step(self, group, entry, masks)
             else:
@@ -286,7 +276,8 @@ class Trainer:
         self.finite &= torch.isfinite(loss)
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
         end = self._now()
-        self.log.add(entry, loss, (start, end) if self.device.type == "cuda" else end - start, images)
+        seconds = (start, end) if self.device.type == "cuda" else end - start
+        self.log.add(entry, loss, seconds, images * self.world)
 
     def _replay(self, batch: Any, entry: int, masks: torch.Tensor | None) -> torch.Tensor:
         images, targets = self.mixing(*batch)
@@ -308,8 +299,6 @@ class Trainer:
             bar.advance(self.log.last_loss())
         else:
             bar.advance(None)
-        if self.stop.number is not None:
-            raise _StopNow
         if self.config.checkpoint_steps and self.step % self.config.checkpoint_steps == 0:
             self.checkpoint()
 
@@ -318,7 +307,7 @@ class Trainer:
         if weights:
             for parameter in self.supernet.parameters():
                 self.finite &= torch.isfinite(parameter).all()
-        if bool(self.finite):
+        if largest(not bool(self.finite), self.group) == 0:
             return
         known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
         # Later than this step are only damaged ones, which the run was taken up before.
@@ -336,8 +325,8 @@ class Trainer:
         return int(generator(self.config.seed, "entry", self.step).integers(len(self.supernet.dropout_list)))
 
     def _check_batch_size(self, group: list[Any]) -> None:
-        images = sum(len(part) for part, _ in group)
-        if self.step == 0 and self.config.lr is None and images != self.config.batch_size:
+        images = sum(len(part) for part, _ in group) * self.world
+        if self.step == 0 and self.rank == 0 and self.config.lr is None and images != self.config.batch_size:
             warnings.warn(
                 f"train_loader gives {images} images per step, but batch_size is {self.config.batch_size}: "
                 f"the learning rate, {self.config.peak_lr:.1e}, is for the latter",
@@ -362,29 +351,39 @@ class Trainer:
             earlier["best"] = False
         state = self.averaged.state_dict()
         self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
-        if self.folder is not None:
-            save(extract(self.averaged, entry=0) if self.plain else self.averaged, self.product)
+        with together(self.group):
+            if self.folder is not None and self.rank == 0:
+                save(extract(self.averaged, entry=0) if self.plain else self.averaged, self.product)
 
     def _curve(self, supernet: SuperNet, budgets: Iterable[float], description: str) -> list[dict[str, Any]]:
         assert self.val_loader is not None
+        batches = self._stoppable(self.val_loader, description)
         with self.autocast():
-            return measure_curve(supernet, self._stoppable(self.val_loader, description), budgets)
+            return measure_curve(supernet, batches, budgets, group=self.group)
 
     def _stoppable(self, batches: Iterable[Any], description: str) -> Iterator[Any]:
         batches = self.screen.bar(batches, description)
         for batch in repeatable(batches, self.config.seed, description):
             yield batch
-            if self.stop.number is not None:
-                raise _StopNow
+            self._obey()
+
+    def _obey(self) -> None:
+        """A signal ends the run here, at a place where it can be put away."""
+        if self.stop.number is not None:
+            raise StopAll(self.stop.number)
 
     # Files
 
     def checkpoint(self) -> Path:
-        """Write where the run stands; nothing where there is no folder."""
+        """Write where the run stands (rank 0 does); nothing where there is no folder."""
         self._check_finite(weights=True)
         if self.folder is None:
             return Path()
-        return checkpoints.write(self.folder / "checkpoints", self.step, *capture(self), self.config.checkpoint_hist)
+        folder, state = self.folder / "checkpoints", capture(self)
+        with together(self.group):
+            if self.rank == 0:
+                checkpoints.write(folder, self.step, *state, self.config.checkpoint_hist)
+        return checkpoints.checkpoint_path(folder, self.step)
 
     def resume(self) -> bool:
         """Take up the newest checkpoint of the folder; False if there is none.
@@ -393,22 +392,26 @@ class Trainer:
             ValueError: it is of a run with other settings, another network or other data.
         """
         assert self.folder is not None
-        found = checkpoints.newest(self.folder / "checkpoints")
+        with together(self.group):
+            found = checkpoints.newest(self.folder / "checkpoints")
+        check_same(None if found is None else found[1]["step"], "the newest checkpoint's step", self.group)
         if found is None:
             return False
         restore(self, *found)
         self._write_records()
         if self.history.best_epoch is not None:
-            self.best_state = load(self.product).state_dict()
+            with together(self.group):
+                self.best_state = load(self.product).state_dict()
         return True
 
     def _write_records(self) -> None:
         """history.jsonl, and dropout_list.json of a super-network; whole each time."""
-        if self.folder is None:
-            return
         texts = {"history.jsonl": self.history.to_jsonl()}
         if not self.plain:
             texts["dropout_list.json"] = self.supernet.dropout_list.to_json() + "\n"
-        for name, text in texts.items():
-            with replacing(self.folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        with together(self.group):
+            if self.folder is None or self.rank > 0:
+                return
+            for name, text in texts.items():
+                with replacing(self.folder / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")

@@ -37,10 +37,11 @@ def product_config(like: torch.Tensor, channels: int) -> Config:
     cache, tiles of 128 x 256 read 9, within 144 KiB of shared memory; an A100 has a third of that rate, and takes
     more registers for its operands. Rows that do not start at multiples of 16 elements are read one element at a
     time, through so many pointers that larger tiles spill. Single precision runs on the ordinary cores unless TF32 is
-    allowed: small tiles, or they spill, and for them ptxas aims at fewer registers than it needs unless told not to.
+    allowed: small tiles, or they spill (64 x 64 take more than the 255 registers that a thread can have), and for
+    them ptxas aims at fewer registers than it needs unless told not to.
     """
     if like.dtype == torch.float32:
-        return Config(64, 64, 16, warps=4, stages=3, registers=255)
+        return Config(64, 64 if precision() == "tf32" else 32, 16, warps=4, stages=3, registers=255)
     if channels % 16:
         return Config(64, 64, 32, warps=4, stages=3, registers=255)
     if 90 <= device_of(like).architecture < 120:

@@ -1,0 +1,204 @@
+"""The ways to take one PIAD training step that are timed against each other.
+
+published       masks gather the kept weights, attention is written out; PyTorch's own AdamW, timm's first average
+slices          slices of the weights, library attention, fused AdamW
+torch.compile   `slices`, its block compiled for any widths
+ours            `skd.train`'s step; on a GPU with the entry on the device
+ours, compiled  the same, the whole network compiled once
+ours, graph     the same as one CUDA graph
+
+A step is forward, backward, update and average of the weights, with label smoothing and without Mixup, stochastic
+depth or clipping. On a GPU all run under autocast to bfloat16.
+
+python -m benchmarks.steps --model tiny --batch 16 --contender slices       peak memory of one, in this process
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from timm.utils import ModelEma, ModelEmaV3
+from torch import nn
+
+import skd
+from benchmarks import memory, published, sliced
+from benchmarks.compiled import Compiled
+from benchmarks.networks import Network, deit, dropout_list, gradient
+from benchmarks.operations import COMPILED
+from skd.training.screen import Screen
+from skd.training.step import eager_step
+from skd.training.trainer import Trainer
+
+LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
+OURS, OURS_COMPILED, OURS_GRAPH = "ours", "ours, compiled", "ours, graph"
+PUBLISHED, SLICES = "published", "slices"
+SETTINGS: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": LR, "warmup_epochs": 0}
+SETTINGS |= {"smoothing": SMOOTHING, "model_ema_warmup": False, "model_ema_decay": DECAY}
+
+
+class Step:
+    """One contender: ``step(entry)`` trains that sub-network on the batch.
+
+    Attributes:
+        compiled: what torch.compile made, where it takes part.
+    """
+
+    compiled: Compiled | None = None
+
+    def __init__(self, model: str, batch: tuple[torch.Tensor, torch.Tensor], device: str) -> None:
+        self.images, self.labels = batch
+        self.device = device
+        self.reference = skd.SuperNet(deit(model, "meta"))
+        self.widths = dropout_list(self.reference).widths.tolist()
+
+    def __call__(self, entry: int) -> None:
+        raise NotImplementedError
+
+    def logits(self, images: torch.Tensor, entry: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def network(self) -> nn.Module:
+        raise NotImplementedError
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+
+
+class PlainStep(Step):
+    """`published`, `slices` and `slices` under torch.compile."""
+
+    def __init__(self, name: str, model: str, batch: Any, device: str, backend: str) -> None:
+        super().__init__(model, batch, device)
+        layers: Any = published if name == PUBLISHED else sliced
+
+        def compiler(block: Callable[..., torch.Tensor]) -> Compiled:
+            self.compiled = Compiled(block, backend=backend)
+            return self.compiled
+
+        self.plain = Network(
+            deit(model, device), layers.masked_attention, layers.masked_mlp, compiler if name == COMPILED else None
+        ).train()
+        fused = name != PUBLISHED
+        self.optimizer = torch.optim.AdamW(self.plain.parameters(), lr=LR, weight_decay=0.05, fused=fused or None)
+        average: Any = ModelEmaV3 if fused else ModelEma
+        self.average = average(self.plain.model, decay=DECAY)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.plain.model
+
+    def logits(self, images: torch.Tensor, entry: int) -> torch.Tensor:
+        with self.autocast():
+            return self.plain(images, self.widths[entry])
+
+    def __call__(self, entry: int) -> None:
+        with self.autocast():
+            logits = self.plain(self.images, self.widths[entry])
+            loss = F.cross_entropy(logits.float(), self.labels, label_smoothing=SMOOTHING)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.plain.model)
+
+
+class OwnStep(Step):
+    """Ours, as `skd.train` takes it."""
+
+    def __init__(self, name: str, model: str, batch: Any, device: str, backend: str) -> None:
+        super().__init__(model, batch, device)
+        supernet = skd.SuperNet(deit(model, device)).train()
+        supernet.dropout_list = dropout_list(supernet)
+        config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=name == OURS_GRAPH, **SETTINGS)
+        self.trainer = Trainer(supernet, [], None, config, (), None, Screen(Console(quiet=True)))
+        self.on_device = device == "cuda" or name == OURS_COMPILED
+        self.entry = torch.zeros((), dtype=torch.int64, device=device)
+        if name == OURS_GRAPH and self.trainer.graph is None:
+            raise RuntimeError("skd refused to use a CUDA graph here")
+        if name == OURS_COMPILED:
+            self.compiled = Compiled(supernet.forward, fullgraph=True, backend=backend)
+            supernet.forward = self.compiled  # type: ignore[method-assign]
+
+    @property
+    def network(self) -> nn.Module:
+        return self.trainer.supernet.model
+
+    def logits(self, images: torch.Tensor, entry: int) -> torch.Tensor:
+        with self.autocast():
+            return self.trainer.supernet(images, entry=self._at(entry))
+
+    def _at(self, entry: int) -> Any:
+        return self.entry.fill_(entry) if self.on_device else entry
+
+    def __call__(self, entry: int) -> None:
+        if self.trainer.graph is not None:
+            self.trainer.graph({"images": self.images, "targets": self.labels, "entry": self.entry.fill_(entry)})
+        else:
+            eager_step(self.trainer, [(self.images, self.labels)], self._at(entry), None)
+
+
+def names(device: str) -> list[str]:
+    """The contenders, ours first. Compiling a whole step takes a CPU minutes."""
+    if device == "cuda":
+        return [OURS_GRAPH, OURS, OURS_COMPILED, SLICES, COMPILED, PUBLISHED]
+    return [OURS, SLICES, PUBLISHED]
+
+
+def make(name: str, model: str, batch: Any, device: str, backend: str = "inductor") -> Step:
+    kind = OwnStep if name.startswith(OURS) else PlainStep
+    return kind(name, model, batch, device, backend)
+
+
+def images_and_labels(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 224, 224, generator=generator)
+    return images.to(device), torch.randint(0, 1000, (batch,), generator=generator).to(device)
+
+
+def check(steps: dict[str, Step], model: str, entry: int, tolerance: float) -> dict[str, float]:
+    """Relative error of each contender's gradient on two images, against the float64 reference; before any step.
+
+    Raises:
+        RuntimeError: one is above `tolerance`.
+    """
+    import skd_kernels
+
+    first = next(iter(steps.values()))
+    images, labels = first.images[:2], first.labels[:2]
+    exact_net = skd.SuperNet(deit(model, first.device)).double()
+    exact_net.dropout_list = dropout_list(exact_net)
+    with skd_kernels.use("reference"):
+        exact = gradient(exact_net.model, lambda: exact_net(images.double(), entry=entry), labels)
+    errors = {}
+    for name, step in steps.items():
+        found = gradient(step.network, lambda step=step: step.logits(images, entry), labels)  # type: ignore[misc]
+        errors[name] = float((found - exact).norm() / exact.norm())
+        if not errors[name] <= tolerance:
+            raise RuntimeError(f"the gradient of {name} at entry {entry} is off by {errors[name]:.1e}")
+    return errors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description="Peak memory of one contender.")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--contender", default=OURS)
+    args = parser.parse_args()
+    step = make(args.contender, args.model, images_and_labels(args.batch, args.device), args.device)
+    for _ in range(2):
+        step(0)
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else memory.peak_resident()
+    print(json.dumps(round(peak / 1e6, 1)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

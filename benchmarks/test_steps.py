@@ -1,0 +1,185 @@
+"""One PIAD training step of DeiT: at shares of the MACs, and on average over a dropout list; see steps.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import ceilings, steps
+from benchmarks.conftest import DEVICE
+from benchmarks.networks import dropout_list, entry_at, spread
+from benchmarks.timing import record, side_by_side, synchronize
+
+GPU = DEVICE == "cuda"
+MODELS, BATCH = (("tiny", "small", "base"), 128) if GPU else (("tiny",), 16)
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125) if GPU else (1.0, 0.5, 0.25)
+ROUNDS = 9 if GPU else 7
+AVERAGED = 13 if GPU else 4  # entries that stand for the whole list
+WARM_UP = 5  # a CUDA graph is captured at the fourth
+# Of a whole gradient after 12 blocks; bfloat16 rounds every activation to 2^-9.
+TOLERANCE = 0.1 if GPU else 1e-3
+
+
+class Steps:
+    """All contenders of one model, built once, with what building and warming up took."""
+
+    def __init__(self, model: str) -> None:
+        torch.compiler.reset()
+        batch = steps.images_and_labels(BATCH, DEVICE)
+        self.all: dict[str, steps.Step] = {}
+        self.memory: dict[str, float] = {}
+        self.warm_up: dict[str, float] = {}
+        for name in steps.names(DEVICE):
+            before = torch.cuda.memory_allocated() if GPU else 0
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+            self.all[name] = steps.make(name, model, batch, DEVICE)
+            self.errors = steps.check({name: self.all[name]}, model, 0, TOLERANCE)
+            self.warm_up[name] = self._warm(self.all[name])
+            if GPU:
+                self.memory[name] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
+        self.supernet = next(iter(self.all.values())).reference
+        self.supernet.dropout_list = dropout_list(self.supernet)
+
+    def _warm(self, step: steps.Step) -> float:
+        """Seconds that the first calls take beyond as many later ones: compilation, capture, tuning."""
+        start = time.perf_counter()
+        for _ in range(WARM_UP):
+            step(0)
+        synchronize()
+        first, start = time.perf_counter() - start, time.perf_counter()
+        step(0)
+        synchronize()
+        return round(max(first - WARM_UP * (time.perf_counter() - start), 0.0), 2)
+
+    def calls(self, entry: int) -> dict[str, Callable[[], object]]:
+        return {name: (lambda step=step: step(entry)) for name, step in self.all.items()}  # type: ignore[misc]
+
+    def host(self, entry: int) -> dict[str, float]:
+        """Milliseconds that a step keeps the host, while the device is idle before it."""
+        found = {}
+        for name, call in self.calls(entry).items():
+            seconds = []
+            for _ in range(5):
+                synchronize()
+                start = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - start)
+            found[name] = round(1e3 * statistics.median(seconds), 3)
+        synchronize()
+        return found
+
+    def flops(self, entry: int) -> float:
+        """Forward, and twice that in the backward, of the sub-network's MACs in the `full` convention."""
+        return 6.0 * float(self.supernet.dropout_list.macs[entry]) * BATCH
+
+    def info(self, model: str, seconds: dict[str, float], flops: float) -> dict[str, Any]:
+        ours, *others = seconds
+        peak = ceilings.matmul(DEVICE, torch.bfloat16 if GPU else torch.float32)
+        compiled = {name: step.compiled for name, step in self.all.items() if step.compiled is not None}
+        return {
+            "step": model,
+            "batch": BATCH,
+            "dtype": "bfloat16" if GPU else "float32",
+            "threads": "gpu" if GPU else torch.get_num_threads(),
+            "median_ms": {name: round(1e3 * value, 3) for name, value in seconds.items()},
+            "ratio": {name: round(seconds[name] / seconds[ours], 3) for name in others},
+            "tflops": {name: round(flops / value / 1e12, 4) for name, value in seconds.items()},
+            "percent_of_matmul": {name: round(100 * flops / value / peak, 1) for name, value in seconds.items()},
+            "matmul_tflops": round(peak / 1e12, 4),
+            "peak_mb": self.memory,
+            "warm_up_seconds": self.warm_up,
+            "compilations": {name: found.compilations for name, found in compiled.items()},
+            "recompile_limit_reached": {name: found.limited for name, found in compiled.items()},
+        }
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: Any) -> Any:
+    """(name, its contenders), one model at a time."""
+    found = Steps(request.param)
+    yield request.param, found
+    found.all.clear()
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_step(benchmark: Any, model: Any, fraction: float) -> None:
+    """One sub-network, of the largest MACs within a fraction."""
+    name, found = model
+    entry = entry_at(found.supernet, fraction)
+    calls = found.calls(entry)
+    seconds = side_by_side(calls, ROUNDS)
+    macs = found.supernet.dropout_list.macs
+    benchmark.extra_info.update(found.info(name, seconds, found.flops(entry)))
+    benchmark.extra_info.update(fraction=fraction, macs_fraction=round(float(macs[entry] / macs[0]), 4))
+    if GPU:
+        benchmark.extra_info["host_ms"] = found.host(entry)
+    record(benchmark, calls[next(iter(calls))], rounds=2)
+
+
+def test_time_against_macs(benchmark: Any, model: Any) -> None:
+    """Ours, the sub-networks taking turns: time over MACs, relative to the full network."""
+    name, found = model
+    first, step = next(iter(found.all.items()))
+    entries = {str(fraction): entry_at(found.supernet, fraction) for fraction in FRACTIONS}
+    calls = {key: (lambda entry=entry: step(entry)) for key, entry in entries.items()}
+    seconds = side_by_side(calls, ROUNDS)  # type: ignore[arg-type]
+    macs = found.supernet.dropout_list.macs
+    shares = {key: float(macs[entry] / macs[0]) for key, entry in entries.items()}
+    full = seconds["1.0"]
+    benchmark.extra_info.update(
+        time_against_macs=name,
+        contender=first,
+        macs_fraction={key: round(share, 4) for key, share in shares.items()},
+        time_over_macs={key: round(seconds[key] / full / shares[key], 3) for key in entries},
+        median_ms={key: round(1e3 * value, 3) for key, value in seconds.items()},
+    )
+    record(benchmark, calls["1.0"], rounds=1)  # type: ignore[arg-type]
+
+
+def test_mean_step(benchmark: Any, model: Any) -> None:
+    """The mean over entries spread over the dropout list, each visited in turn: widths change at every step."""
+    name, found = model
+    entries = spread(found.supernet, AVERAGED)
+
+    def over_all(step: steps.Step) -> Callable[[], object]:
+        return lambda: [step(entry) for entry in entries]
+
+    calls = {contender: over_all(step) for contender, step in found.all.items()}
+    seconds = {key: value / len(entries) for key, value in side_by_side(calls, 3).items()}
+    flops = statistics.fmean(found.flops(entry) for entry in entries)
+    macs = found.supernet.dropout_list.macs
+    benchmark.extra_info.update(found.info(name, seconds, flops))
+    benchmark.extra_info.update(fraction="mean", macs_fraction=round(float(macs[entries].mean() / macs[0]), 4))
+    record(benchmark, calls[next(iter(calls))], rounds=1)
+
+
+@pytest.mark.skipif(GPU, reason="test_step has the peak memory on a GPU")
+def test_peak_memory(benchmark: Any) -> None:
+    """Of a process that takes two steps at full width, each contender in its own; what it takes to load included."""
+    peaks = {}
+    for name in steps.names(DEVICE):
+        command = [sys.executable, "-m", "benchmarks.steps", "--model", "tiny", "--batch", str(BATCH)]
+        done = subprocess.run(
+            [*command, "--contender", name],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peaks[name] = json.loads(done.stdout)
+    benchmark.extra_info.update(step_memory="tiny", batch=BATCH, peak_mb=peaks)
+    benchmark.pedantic(lambda: None, rounds=1)

@@ -1,0 +1,56 @@
+"""Under torchrun: one process per device, which share the images of a command and write as one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SHARING = ("convert", "plan", "train", "finetune", "evaluate")  # commands that know what to do
+
+
+def world_size() -> int:
+    """As torchrun tells it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def processes(command: str, device: str | None) -> Iterator[Any]:
+    """The group of torchrun's processes, or None in a single one. Only rank 0 prints its results.
+
+    Args:
+        command: what is to be run.
+        device: --device: None, "cpu", "cuda".
+
+    Raises:
+        ValueError: a command for one process; a device that is not each process's own.
+    """
+    if world_size() == 1:
+        yield None
+        return
+    if command not in SHARING:
+        raise ValueError(f"skd {command} runs in one process, not under torchrun; these share: {', '.join(SHARING)}")
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"--device is {device!r}; under torchrun it may be cpu or cuda, where each process has its own"
+        )
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo also where there are GPUs: what the ranks have to agree on is on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        if dist.get_rank() == 0:
+            yield dist.group.WORLD
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                yield dist.group.WORLD
+    finally:
+        # After an error the others may be waiting in a collective: they are to see this process go.
+        if sys.exc_info()[0] is None:
+            dist.destroy_process_group()

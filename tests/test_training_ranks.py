@@ -1,0 +1,256 @@
+"""Training on two ranks against one: the same run for the same batches; and a fault on one rank ends both."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    Hooked,
+    assert_close,
+    assert_same_outcome,
+    checkpoint_files,
+    digit_data,
+    digit_net,
+    leftovers,
+    raising,
+    read_checkpoint,
+    run_training,
+    spoilt,
+    timeless,
+    training_config,
+)
+from safetensors.torch import load_file
+
+import skd
+from skd.training import checkpoints
+
+LOADERS = ("train_loader", "val_loader", "calibration")
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"grad_accum_steps": 2, "clip_grad": 1.0, "decay": "expected"},
+    "checkpointing": {"grad_checkpointing": True, "model_ema": False},
+}
+
+
+def config(**changes: Any) -> skd.TrainConfig:
+    """Mixup mixes within a rank, so it is off. Half of the branches drop, each by its row of the whole batch."""
+    return training_config(mixup=0.0, cutmix=0.0, drop_path=0.5, eval_every=2, **changes)
+
+
+def share(batches: Any, rank: int) -> list[Any]:
+    """What a rank of two gets of each batch."""
+    return [(images[rank::2], labels[rank::2]) for images, labels in batches]
+
+
+# What the two processes do
+
+
+def run_ranks(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name in [*CHANGES, *FAULTS]:
+        loaders = {key: share(batches, rank) for key, batches in zip(LOADERS, digit_data(), strict=True)}
+        settings = config(**CHANGES.get(name, {}))
+        start = time.monotonic()
+        try:
+            if name in FAULTS:
+                loaders |= FAULTS[name](rank, loaders, settings)
+            net = digit_net(torch.float64)
+            history = run_training(net, settings, folder / name, **loaders, group=dist.group.WORLD)
+            result = {"weights": net.state_dict(), "history": history.epochs, "list": net.dropout_list.to_json()}
+        except Exception as error:
+            result = {"error": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start}
+        torch.save(result, folder / f"{name}-{rank}.pt")
+        if name == "stopped" and "error" in result:  # a copy to be resumed in other ways
+            dist.barrier()
+            if rank == 0:
+                shutil.copytree(folder / name, folder / "to resume on one")
+            dist.barrier()
+            resumed = digit_net(torch.float64)
+            loaders = {key: share(batches, rank) for key, batches in zip(LOADERS, digit_data(), strict=True)}
+            run_training(resumed, settings, folder / name, **loaders, resume="auto", group=dist.group.WORLD)
+
+
+def at_batch(number: int, action: Callable[[], None]) -> Callable[[int], None]:
+    return lambda given: action() if given == number else None
+
+
+def stop_rank_1(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    ask = at_batch(6, lambda: signal.raise_signal(signal.SIGTERM))
+    return {"train_loader": Hooked(loaders["train_loader"], ask)} if rank == 1 else {}
+
+
+def stop_in_importance(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    ask = at_batch(2, lambda: signal.raise_signal(signal.SIGTERM))
+    return {"calibration": Hooked(loaders["calibration"], ask)} if rank == 0 else {}
+
+
+def nan_on_rank_1(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    bad = spoilt(loaders["train_loader"], 2, lambda images, labels: (images * float("nan"), labels))
+    return {"train_loader": bad} if rank == 1 else {}
+
+
+def broken_file(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    batches = raising(loaders["train_loader"], 5, OSError(errno.EIO, "input/output error", "images/7.png"))
+    return {"train_loader": batches} if rank == 1 else {}
+
+
+def broken_calibration(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    return {"calibration": raising(loaders["calibration"], 1, ValueError("a label is 11"))} if rank == 0 else {}
+
+
+def fewer_batches(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    return {"train_loader": loaders["train_loader"][:3]} if rank == 1 else {}
+
+
+def full_disk(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    def write(*_: Any, **__: Any) -> None:
+        checkpoints.save_file = save
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step")
+
+    def fill() -> None:
+        checkpoints.save_file = write
+
+    save = checkpoints.save_file
+    return {"train_loader": Hooked(loaders["train_loader"], at_batch(3, fill))} if rank == 0 else {}
+
+
+def death(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    die = at_batch(6, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return {"train_loader": Hooked(loaders["train_loader"], die)} if rank == 1 else {}
+
+
+FAULTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "stopped": stop_rank_1,
+    "stopped in importance": stop_in_importance,
+    "nan": nan_on_rank_1,
+    "broken file": broken_file,
+    "broken calibration": broken_calibration,
+    "fewer batches": fewer_batches,
+    "full disk": full_disk,
+    "death": death,  # the last: rank 1 is gone
+}
+
+
+# What is asked of them
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_ranks, args=(rank, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert not process.is_alive(), "a rank hangs"
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    return folder
+
+
+def result(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(folder / f"{name}-{rank}.pt", weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_two_ranks_train_what_one_trains(ranks: Path, tmp_path: Path, name: str) -> None:
+    """float64: losses and weights within rounding, the list and the counts exactly."""
+    whole = digit_net(torch.float64)
+    history = run_training(whole, config(**CHANGES[name]), tmp_path / "one").epochs
+    found = [result(ranks, name, rank) for rank in range(2)]
+    for rank in found:
+        assert "error" not in rank, rank
+        assert rank["list"] == whole.dropout_list.to_json()
+        assert_close(rank["weights"], whole.state_dict(), 1e-9)
+        assert [row["curve"] for row in rank["history"]] == [row["curve"] for row in history]
+        assert [row["sensitivity"] for row in rank["history"]] == [row["sensitivity"] for row in history]
+        assert [row["images"] for row in rank["history"]] == [row["images"] for row in history]
+        losses = [row["loss"] for row in rank["history"]]
+        assert losses == pytest.approx([row["loss"] for row in history], rel=1e-9)
+    assert all(torch.equal(found[0]["weights"][key], tensor) for key, tensor in found[1]["weights"].items())
+    assert timeless(found[0]["history"]) == timeless(found[1]["history"])
+    assert len(whole.dropout_list) > 2
+
+
+def test_rank_0_writes_what_one_process_writes(ranks: Path) -> None:
+    assert not leftovers(ranks / "plain")
+    assert load_file(ranks / "plain" / "supernet.safetensors").keys() == digit_net().state_dict().keys()
+    rows = (ranks / "plain" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in rows] == result(ranks, "plain", 0)["history"]
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_to_the_same_end(ranks: Path) -> None:
+    for rank in range(2):
+        assert result(ranks, "stopped", rank)["error"] == "Stopped"
+        assert "SIGTERM" in result(ranks, "stopped", rank)["text"]
+    assert_same_outcome(ranks / "stopped", ranks / "plain")
+
+
+def test_a_run_of_two_ranks_goes_on_on_one(ranks: Path) -> None:
+    net = digit_net(torch.float64)
+    run_training(net, config(), ranks / "to resume on one", resume="auto")
+    assert_close(net.state_dict(), result(ranks, "plain", 0)["weights"], 1e-9)
+    assert net.dropout_list.to_json() == result(ranks, "plain", 0)["list"]
+
+
+def test_a_signal_while_importance_is_measured(ranks: Path) -> None:
+    for rank in range(2):
+        assert result(ranks, "stopped in importance", rank)["error"] == "Stopped"
+    assert read_checkpoint(checkpoint_files(ranks / "stopped in importance")[-1])[1]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "name, where, error, text",
+    [
+        ("nan", 1, "Diverged", "NaN or infinite in epoch 0, by step 3; the last good checkpoint is .*step-000000002"),
+        ("broken file", 1, "OSError", "input/output error: 'images/7.png'"),
+        ("broken calibration", 0, "ValueError", "a label is 11"),
+        ("full disk", 0, "OSError", "No space left on device"),
+    ],
+)
+def test_a_fault_on_one_rank_is_told_on_both(ranks: Path, name: str, where: int, error: str, text: str) -> None:
+    own, other = result(ranks, name, where), result(ranks, name, 1 - where)
+    assert own["error"] == error
+    if error != "Diverged":
+        assert other["error"] == "RankFailed" and f"rank {where} failed: {error}" in other["text"]
+    for told in (own, other):
+        assert re.search(text, told["text"]), told["text"]
+        assert told["seconds"] < 60
+    assert_checkpoints_whole(ranks / name)
+
+
+def test_ranks_with_different_numbers_of_batches(ranks: Path) -> None:
+    for rank in range(2):
+        assert result(ranks, "fewer batches", rank)["error"] == "ValueError"
+        assert "[4, 3] batches" in result(ranks, "fewer batches", rank)["text"]
+
+
+def test_a_rank_that_dies(ranks: Path) -> None:
+    survivor = result(ranks, "death", 0)
+    assert survivor["error"] == "RankFailed" and "died" in survivor["text"] and survivor["seconds"] < 60
+    assert assert_checkpoints_whole(ranks / "death") == 6
+
+
+def assert_checkpoints_whole(out: Path) -> int:
+    """All can be read and nothing is half-written; the step of the newest."""
+    assert not leftovers(out)
+    return max((read_checkpoint(path)[1]["step"] for path in checkpoint_files(out)), default=0)
+
+
+def test_a_group_needs_gloo_and_torch_distributed() -> None:
+    with pytest.raises(ValueError, match="not initialised"):
+        run_training(digit_net(), training_config(), group=object())
