@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _fail(error: object, status: int) -> int:
-    rank = f"rank {os.environ['RANK']}: " if world_size() > 1 else ""
+    rank = f"rank {os.environ['RANK']}: " if world_size() > 1 and "RANK" in os.environ else ""
     print(f"{rank}error: {error}", file=sys.stderr)
     return status
 

@@ -279,10 +279,3 @@ def test_splits_with_different_classes_are_refused(
     argv = ["train", "--supernet", work / "converted.safetensors", "--data", tmp_path / "images", *TRAINING]
     assert main([str(word) for word in (*argv, "--out", tmp_path / "out")]) == 2
     assert "different classes" in capsys.readouterr().err
-
-
-def test_torchrun_is_refused_for_now(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or several processes would write one folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    argv = ["train", "--supernet", work / "converted.safetensors", "--data", work / "images", *TRAINING]
-    assert main([str(word) for word in (*argv, "--out", tmp_path / "out")]) == 2

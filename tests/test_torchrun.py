@@ -100,10 +100,17 @@ def test_stopped_killed_and_resumed_two_processes_train_what_one_trains(tmp_path
 def test_what_torchrun_cannot_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **places}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda *_: None)
     assert main(arguments) == 2
     assert "rank 1: error:" in (said := capsys.readouterr().err) and text in said
+
+
+def test_a_world_size_without_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["info"]) == 2
+    assert "WORLD_SIZE is 2, but RANK is not set" in capsys.readouterr().err

@@ -96,8 +96,8 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
         batch_size=arguments.batch_size,
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
-        **placed(model),
         **shard(arguments),
+        **placed(model),
     )
 
 
@@ -109,15 +109,9 @@ def validation(arguments: argparse.Namespace, model: Any) -> Loader:
         batch_size=arguments.batch_size,
         workers=workers(arguments.workers),
         bad_images=arguments.bad_images,
-        **placed(model),
         **shard(arguments),
+        **placed(model),
     )
-
-
-def placed(model: Any) -> dict[str, Any]:
-    """Where a loader leaves its images: on the model's device, by page-locked memory to a GPU."""
-    device = next(model.parameters()).device
-    return {"device": device, "pin_memory": device.type == "cuda"}
 
 
 def shard(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +123,12 @@ def skipped(arguments: argparse.Namespace, *loaders: Loader) -> list[str]:
     """Files that could not be read, on any rank."""
     mine = set().union(*(loader.skipped for loader in loaders))
     return sorted(set().union(*everyone(mine, arguments.group)))
+
+
+def placed(model: Any) -> dict[str, Any]:
+    """Where a loader leaves its images: on the model's device, by page-locked memory to a GPU."""
+    device = next(model.parameters()).device
+    return {"device": device, "pin_memory": device.type == "cuda"}
 
 
 def workers(wanted: int) -> int:

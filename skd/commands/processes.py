@@ -28,11 +28,15 @@ def processes(command: str, device: str | None) -> Iterator[Any]:
         device: --device: None, "cpu", "cuda".
 
     Raises:
-        ValueError: a command for one process; a device that is not each process's own.
+        ValueError: WORLD_SIZE without torchrun's other variables; a command for one process; a device that is not
+            each process's own.
     """
     if world_size() == 1:
         yield None
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {world_size()}, but {missing[0]} is not set: start skd with torchrun")
     if command not in SHARING:
         raise ValueError(f"skd {command} runs in one process, not under torchrun; these share: {', '.join(SHARING)}")
     if device not in (None, "cpu", "cuda"):

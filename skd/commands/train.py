@@ -108,7 +108,7 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     if file.exists():
         return common.supernet(str(file), where)
     model = common.build_model(arguments).to(where)
-    spread(model, arguments.group)
+    spread(model, arguments.group)  # random weights differ from process to process
     images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     batches = _calibration(arguments, images, model, config)
     supernet = convert(model, batches, progress=common.progress("Converting"), group=arguments.group)
@@ -160,8 +160,7 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
     if training.iterable:  # a stream can only be read once at a time
         plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
-    shared |= common.placed(model)
-    shared |= common.shard(arguments)
+    shared |= common.shard(arguments) | common.placed(model)
     augmentation: dict[str, Any] = {
         name: getattr(config, name)
         for name in (
@@ -196,12 +195,13 @@ def _calibration(arguments: argparse.Namespace, images: Source, model: Any, conf
         batch_size=_evaluation_batch(arguments, config),
         workers=common.workers(config.workers),
         bad_images=config.bad_images,
-        **common.placed(model),
         **common.shard(arguments),
+        **common.placed(model),
     )
 
 
 def _evaluation_batch(arguments: argparse.Namespace, config: TrainConfig) -> int:
+    """Images of all ranks together."""
     return config.validation_batch_size or min(config.batch_size, 256 * size_of(arguments.group))
 
 
