@@ -11,7 +11,7 @@ from skd.convert import convert
 from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, train_loader
 from skd.files import load, save
 from skd.outputs import output_folder
-from skd.ranks import rank_of, size_of, spread, together
+from skd.ranks import check_same, rank_of, size_of, spread, together
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
@@ -32,7 +32,9 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "names, with timm's weights unless --checkpoint has others)",
         required=False,
     )
-    parser.add_argument("--dry-run", action="store_true", help="build all, run two steps on synthetic images, report")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build all, run a few steps on synthetic images, report"
+    )
     _add_run(parser, TrainConfig())
     parser.set_defaults(run=run_train)
     return parser
@@ -100,6 +102,7 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     if arguments.model is None:
         raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
     file = output_folder(arguments.out) / "converted.safetensors"
+    check_same(file.exists(), "the presence of converted.safetensors in --out", arguments.group)
     if file.exists() and arguments.resume is None:
         raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
     if file.exists():
