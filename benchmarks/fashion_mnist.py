@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from benchmarks.table import rewrite
 
 BEGIN, END = "<!-- fashion-mnist:begin -->", "<!-- fashion-mnist:end -->"
@@ -70,10 +69,6 @@ def run(data: str, out: Path) -> dict[str, Any]:
 
 def summary(stages: dict[str, Any]) -> dict[str, Any]:
     """The part of what the stages reported that is worth keeping."""
-    from cpuinfo import get_cpu_info  # comes with pytest-benchmark
-
-    from skd_kernels import build_info
-
     trained, planned = stages["train"]["result"], stages["evaluate"]["result"]
     return {
         "commands": {name: stage["command"] for name, stage in stages.items()},
@@ -84,12 +79,7 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
         "trained": {"curve": trained["curve"], "area": trained["area"], "entries": trained["entries"]},
         "best_epoch": trained["best_epoch"],
         "extracted_top1": stages["check"]["result"]["top1"],
-        "device": get_cpu_info()["brand_raw"],
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: build_info()[name] for name in ("skd", "torch", "timm")},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
     }
 
 

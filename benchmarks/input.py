@@ -7,12 +7,9 @@ augmentation; what the workers send as 8 bits, as `skd.data` does, and as normal
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -26,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 import skd
-import skd_kernels
+from benchmarks.provenance import provenance
 from skd.data import data_config, open_source, train_loader, train_transform
 from skd.data.pixels import Prepared
 from skd.training.screen import Screen
@@ -159,13 +156,8 @@ def measure(images: int, batch: int, rounds: int, workers: list[int], models: li
                 found = call()
                 if turn:
                     turns[key].append(found)
-    info = skd_kernels.build_info()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "cores": os.cpu_count(),
-        "versions": {name: info[name] for name in ("skd", "python", "torch", "timm")},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        **provenance(),
         "images": {"count": images, "pixels": list(SIZE), "mean_kB": round(size / 1000, 1)},
         "batch": batch,
         "rounds": rounds,
@@ -191,23 +183,11 @@ def summary(turns: list[tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0] if names else "CPU"
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
 def table(document: dict[str, Any]) -> str:
     """Markdown: images per second."""
     torch_version, size = document["versions"]["torch"], document["images"]["mean_kB"]
     lines = [
-        f"{document['device']}, {document['cores']} cores, torch {torch_version}, commit {document['commit']}, "
+        f"{document['device']}, {document['cores']} cores, torch {torch_version}, commit {document['commit'][:8]}, "
         f"{document['date']}; JPEGs of 500x375 pixels, {size:.0f} kB each; medians of {document['rounds']} rounds "
         "(quartiles).",
         "",

@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 import skd
-from benchmarks.measure import provenance
+from benchmarks.provenance import provenance
 from skd import demo
 from skd.planning import Proposal, propose
 from skd.training.online import OnlineImportance
@@ -73,7 +73,7 @@ def train(supernet: skd.SuperNet, data: Any, importance: str, epochs: int, seed:
     batches = demo.ShiftedBatches(data.train, demo.BATCH, seed)
     quiet = Console(quiet=True)
     history = skd.train(supernet, batches, data.test, config, calibration=data.calibration, console=quiet)
-    seconds = {name: 0.0 for name in ("importance", "steps")}
+    seconds = dict.fromkeys(("importance", "steps"), 0.0)
     for row in history.epochs:
         for name in seconds:
             seconds[name] += row["seconds"].get(name, 0.0)
