@@ -32,14 +32,17 @@ SKD_INLINE float from_bits(uint32_t bits) {
   return value;
 }
 
-// What the processor has: bytes of a vector register.
+// What the processor has: bytes of a vector register. SKD_MOST_REGISTER_BYTES makes a build for tests use smaller ones.
+#ifndef SKD_MOST_REGISTER_BYTES
+#define SKD_MOST_REGISTER_BYTES 64
+#endif
 inline int64_t register_bytes() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(SKD_NO_CLONES)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+  if (SKD_MOST_REGISTER_BYTES >= 64 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
     return 64;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
+  if (SKD_MOST_REGISTER_BYTES >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
 #endif
   return 16;
 }
@@ -47,7 +50,7 @@ inline int64_t register_bytes() {
 // A register of so many bytes; in memory it may lie anywhere.
 template <typename A, int64_t Bytes>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(Bytes), aligned(sizeof(A)), may_alias));
+  typedef A type __attribute__((vector_size(Bytes), aligned(1), may_alias));
 };
 template <typename A, int64_t Bytes>
 using Vector = typename VectorOf<A, Bytes>::type;
@@ -112,15 +115,20 @@ SKD_INLINE Two<float, Bytes> load_two(const Float16* from) {
 
 template <typename V, std::size_t... I>
 SKD_INLINE V interleave(V even, V odd, std::size_t first, std::index_sequence<I...>) {
+#if __has_builtin(__builtin_shufflevector)
   constexpr int lanes = sizeof...(I);
   return first == 0 ? __builtin_shufflevector(even, odd, int(I / 2 + I % 2 * lanes)...)
                     : __builtin_shufflevector(even, odd, int((lanes + I) / 2 + I % 2 * lanes)...);
+#else
+  return V{(I % 2 == 0 ? even : odd)[(first + I) / 2]...};
+#endif
 }
 template <typename T, typename A, int64_t Bytes>
 SKD_INLINE Two<A, Bytes> sorted(Two<A, Bytes> loaded) {
   if constexpr (sizeof(T) == sizeof(A)) return loaded;
-  constexpr auto lanes = std::make_index_sequence<Bytes / sizeof(A)>{};
-  return {interleave(loaded.first, loaded.second, 0, lanes), interleave(loaded.first, loaded.second, 1, lanes)};
+  constexpr std::size_t lanes = Bytes / sizeof(A);
+  constexpr auto each = std::make_index_sequence<lanes>{};
+  return {interleave(loaded.first, loaded.second, 0, each), interleave(loaded.first, loaded.second, lanes, each)};
 }
 
 // The first `count` elements, zeros after them.

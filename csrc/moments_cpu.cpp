@@ -155,6 +155,7 @@ SKD_INLINE void add_tile(const A* staged, int64_t row, int64_t column, int64_t t
 template <int64_t Bytes, typename A, typename Fetch>
 SKD_INLINE void add_outer(const A* staged, int64_t tokens, int64_t width, double* outer, int64_t padded, Fetch fetch) {
   constexpr int64_t lanes = Bytes / sizeof(A);
+  static_assert(lanes <= 2 * kRows);  // what is left of a row of tiles is half a vector or nothing
   int64_t done = 0;
   for (int64_t row = 0; row < padded; row += kRows)
     for (int64_t column = row; column < padded;) {
@@ -216,7 +217,7 @@ void run_task(const Block& task, const A* shift, int64_t width, int64_t padded, 
   Stage<A> stage(width);
   Block block = task, next = task;
   next.tokens.end = next.tokens.begin;
-  while (next.tokens.end < task.tokens.end || next.tokens.size() > 0) {
+  while (next.tokens.end < task.tokens.end || next.tokens.size() > 0) {  // the first time only fetches
     block = next;
     next.tokens = {block.tokens.end, std::min(block.tokens.end + kBlock, task.tokens.end)};
     add(block, next, shift, padded, stage, into);
@@ -228,8 +229,8 @@ void run(View x, View grad, const double* shift64, int64_t tokens, int64_t group
          double* plain, double* weighted, double* outer) {
   const int64_t width = round_up(dims, kWidth), padded = round_up(dims, kRows);
   const int64_t ranges = round_up(groups, kGroupsPerTask) / kGroupsPerTask;
-  const int64_t wanted = std::max(tokens / kMostTokens, std::min(tokens / kFewestTokens, (kTasks + ranges - 1) / ranges));
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, kMaxSplits);
+  const int64_t balanced = std::min(tokens / kFewestTokens, (kTasks + ranges - 1) / ranges);
+  const int64_t splits = std::clamp<int64_t>(std::max(tokens / kMostTokens, balanced), 1, kMaxSplits);
   const int64_t size = 1 + 2 * dims + padded * padded;  // doubles of one group
   std::vector<double> partial(splits * groups * size, 0.0);
   std::vector<A> shift(groups * width, A(0));
@@ -265,19 +266,19 @@ void run(View x, View grad, const double* shift64, int64_t tokens, int64_t group
   });
 }
 
-Tensor zeros(const Tensor& like, std::vector<int64_t> size) {
-  return torch::stable::new_zeros(like, size);
-}
-
 // x, grad (T, G, D) with unit stride along D; shift (G, D) float64, contiguous, exactly representable in the dtype the
 // sums are staged in. Returns float64 (G), (G, D), (G, D), (G, D, D).
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& shift) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() == 3 && grad.dim() == 3 && shift.dim() == 2, "token_moments: wrong number of dimensions");
   const int64_t tokens = x.size(0), groups = x.size(1), dims = x.size(2);
-  Tensor weight = zeros(shift, {groups}), plain = zeros(shift, {groups, dims});
-  Tensor weighted = zeros(shift, {groups, dims}), outer = zeros(shift, {groups, dims, dims});
-  if (tokens > 0 && groups > 0 && dims > 0) {
+  const bool any = tokens > 0 && groups > 0 && dims > 0;
+  const auto make = [&](std::vector<int64_t> size) {
+    return any ? torch::stable::new_empty(shift, size) : torch::stable::new_zeros(shift, size);
+  };
+  Tensor weight = make({groups}), plain = make({groups, dims});
+  Tensor weighted = make({groups, dims}), outer = make({groups, dims, dims});
+  if (any) {
     const View a{x.const_data_ptr(), x.stride(0), x.stride(1)};
     const View b{grad.const_data_ptr(), grad.stride(0), grad.stride(1)};
     auto call = [&](auto runner) {

@@ -47,8 +47,8 @@ class Moments:
             count=self.count,
             shift=shift,
             weight=self.weight,
-            plain_sum=self.plain_sum + self.count * step,
-            weighted_sum=self.weighted_sum + self.weight[:, None] * step,
+            plain_sum=torch.addcmul(self.plain_sum, self.count, step),
+            weighted_sum=torch.addcmul(self.weighted_sum, self.weight[:, None], step),
             weighted_outer=self._outer_about(step),
         )
 
@@ -96,7 +96,7 @@ class Moments:
         return self._outer_about(-mean)
 
     def _outer_about(self, step: torch.Tensor) -> torch.Tensor:
-        """sum w (y + step)(y + step)^T, in one pass: with a = sum w y + weight step / 2 it adds a step^T + step a^T."""
+        """sum w (y + step)(y + step)^T: with a = sum w y + weight step / 2, one product adds a step^T + step a^T."""
         half = torch.addcmul(self.weighted_sum, self.weight[:, None], step, value=0.5)
         left, right = torch.stack([half, step], -1), torch.stack([step, half], -2)
         return torch.baddbmm(self.weighted_outer, left, right)
