@@ -224,6 +224,24 @@ void run_task(const Block& task, const A* shift, int64_t width, int64_t padded, 
   }
 }
 
+// Sums about `from` to results about `to`, which the precision of the former cannot hold: with `step` between them and
+// half = sum w y + sum w step / 2, the outer product grows by half step^T + step half^T.
+template <typename A>
+void finish(const Sums& sums, const A* from, const double* to, double tokens, int64_t dims, int64_t padded,
+            double* weight, double* plain, double* weighted, double* outer) {
+  *weight = *sums.weight;
+  std::vector<double> step(dims), half(dims);
+  for (int64_t i = 0; i < dims; ++i) {
+    step[i] = from[i] - to[i];
+    half[i] = sums.weighted[i] + 0.5 * *weight * step[i];
+    plain[i] = sums.plain[i] + tokens * step[i];
+    weighted[i] = sums.weighted[i] + *weight * step[i];
+  }
+  for (int64_t i = 0; i < dims; ++i)
+    for (int64_t j = i; j < dims; ++j)
+      outer[i * dims + j] = outer[j * dims + i] = sums.outer[i * padded + j] + half[i] * step[j] + step[i] * half[j];
+}
+
 template <typename T, typename A>
 void run(View x, View grad, const double* shift64, int64_t tokens, int64_t groups, int64_t dims, double* weight,
          double* plain, double* weighted, double* outer) {
@@ -256,18 +274,13 @@ void run(View x, View grad, const double* shift64, int64_t tokens, int64_t group
         const double* other = at(split, g).weight;
         for (int64_t i = 0; i < size; ++i) all.weight[i] += other[i];
       }
-      weight[g] = *all.weight;
-      std::copy(all.plain, all.plain + dims, plain + g * dims);
-      std::copy(all.weighted, all.weighted + dims, weighted + g * dims);
-      double* square = outer + g * dims * dims;
-      for (int64_t i = 0; i < dims; ++i)
-        for (int64_t j = i; j < dims; ++j) square[i * dims + j] = square[j * dims + i] = all.outer[i * padded + j];
+      finish(all, shift.data() + g * width, shift64 + g * dims, double(tokens), dims, padded, weight + g,
+             plain + g * dims, weighted + g * dims, outer + g * dims * dims);
     }
   });
 }
 
-// x, grad (T, G, D) with unit stride along D; shift (G, D) float64, contiguous, exactly representable in the dtype the
-// sums are staged in. Returns float64 (G), (G, D), (G, D), (G, D, D).
+// x, grad (T, G, D) with unit stride along D; shift (G, D) float64, contiguous. Returns float64 (G), (G, D), (G, D), (G, D, D).
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& shift) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() == 3 && grad.dim() == 3 && shift.dim() == 2, "token_moments: wrong number of dimensions");

@@ -138,18 +138,20 @@ _operation = operation(token_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean.
 
-    The point must be exact in the precision that the kernel works in, so the sums are re-based to `shift` (or to the
-    mean, which is known only afterwards) in float64.
+    The CUDA kernel's point must be exact in float32, so its sums are re-based to `shift` in float64; the CPU kernel
+    does that itself. The mean is known only afterwards: sums about that of some tokens are re-based to it.
     """
     x, grad = rows(x, 2), rows(grad, 2)
     tokens = x.shape[0]
-    working = torch.float64 if x.dtype == torch.float64 else torch.float32
     near = x[:_SAMPLE].double().sum(0) / max(min(tokens, _SAMPLE), 1) if shift is None else shift.detach()
-    near = near.to(x.device, working).double().contiguous()
-    weight, plain, weighted, outer = torch.ops.skd_kernels.token_moments.default(x, grad, near)
+    near = near.to(x.device, torch.float64).contiguous()
+    about = near.float().double() if x.is_cuda else near
+    weight, plain, weighted, outer = torch.ops.skd_kernels.token_moments.default(x, grad, about)
     count = torch.tensor(float(tokens), dtype=torch.float64, device=x.device)
-    sums = Moments(count, near, weight, plain, weighted, outer)
-    return sums.about(near + plain / count.clamp(min=1) if shift is None else shift.detach())
+    sums = Moments(count, about, weight, plain, weighted, outer)
+    if shift is None:
+        return sums.about(about + plain / count.clamp(min=1))
+    return sums.about(near) if x.is_cuda else sums
 
 
 @_operation.implementation("reference", always)
