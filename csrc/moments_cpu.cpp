@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_common.h"
+#include "cpu_vector.h"
 
 namespace skd {
 namespace {

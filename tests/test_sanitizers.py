@@ -64,8 +64,8 @@ def test_no_sanitizer_reports_anything(tmp_path: Path, register_bytes: int) -> N
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [
-        ("cpu_common.h", "if (count >= both)", "if (count >= both - 1)"),  # reads one element beyond a row
-        ("moments_cpu.cpp", "stage(width);", "stage(width - 1);"),  # writes beyond a buffer
+        ("cpu_vector.h", "if (count >= both)", "if (count >= both - 1)"),  # reads one element beyond a row
+        ("moments_cpu.cpp", "tokens(kBlock * width)", "tokens(kBlock * width - 1)"),  # writes beyond a buffer
         ("taylor_cpu.cpp", "std::min(kBlock, last - token)", "kBlock"),  # reads tokens that are not there
     ],
 )
@@ -76,4 +76,4 @@ def test_an_error_of_bounds_is_reported(tmp_path: Path, name: str, right: str, w
     assert right in source.read_text()
     source.write_text(source.read_text().replace(right, wrong))
     done = run(build(tmp_path, tmp_path / "csrc", 64))
-    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr

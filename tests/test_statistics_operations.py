@@ -71,7 +71,8 @@ STATISTICS = {
     "taylor_scores": lambda x, g: kernels.taylor_scores(x, g),
     "squared taylor_scores": lambda x, g: kernels.taylor_scores(x, g, power=2),
 }
-IMPLEMENTATIONS = ("reference", "compiled")
+IMPLEMENTATIONS = tuple(kernels.build_info()["implementations"]["token_moments"])
+assert set(IMPLEMENTATIONS) == set(kernels.build_info()["implementations"]["taylor_scores"])
 
 
 def check_statistic(name: str, x: torch.Tensor, grad: torch.Tensor, implementation: str) -> None:
@@ -264,6 +265,8 @@ def test_taylor_scores_of_nothing_are_zero() -> None:
     [
         (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 4)), "grad has shape"),
         (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3).double()), "grad is torch.float64"),
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), "on meta"),
+        (lambda: kernels.token_moments(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, device="meta")), "on meta"),
         (lambda: kernels.taylor_scores(torch.zeros(2, 3).long(), torch.zeros(2, 3).long()), "x has dtype"),
         (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3), power=3), "power is 3"),
         (lambda: kernels.taylor_scores(torch.tensor(1.0), torch.tensor(1.0)), "no dimension"),
