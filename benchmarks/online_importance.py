@@ -12,8 +12,10 @@ import argparse
 import copy
 import json
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -89,11 +91,8 @@ def run(seeds: int, stand_in_epochs: int, epochs: int) -> dict[str, Any]:
             converted = skd.convert(model, data.calibration)
             passes = train(copy.deepcopy(converted), data, "passes", epochs, seed + 1)
             compared = Compared(data.calibration)
-            OnlineImportance.propose = lambda online, convention: compared(online, convention)  # type: ignore
-            try:
+            with mock.patch.object(OnlineImportance, "propose", partialmethod(compared)):
                 online = train(copy.deepcopy(converted), data, "online", epochs, seed + 1)
-            finally:
-                OnlineImportance.propose = compared.own  # type: ignore[method-assign]
             online["seconds"]["importance"] -= compared.seconds
         results.append({"seed": seed, "passes": passes, "online": online, "agreement": compared.rounds})
         print(summary(results[-1]))

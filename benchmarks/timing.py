@@ -1,7 +1,8 @@
-"""Ratios that survive a noisy machine: contenders take turns, medians are compared."""
+"""Ratios that survive a noisy machine: contenders take turns in random order, medians are compared."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ def side_by_side(
 ) -> dict[str, float]:
     """Median seconds of each contender over rounds of one call each, in turn, after one warm-up.
 
+    Every round has another order: what a call leaves in the caches, such as lines to be written back, costs the next.
+
     Args:
         contenders: what to call, by name.
         rounds: at least so many.
@@ -30,9 +33,11 @@ def side_by_side(
     for call in contenders.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order, shuffle = list(contenders.items()), random.Random(0).shuffle
     start, turn = time.perf_counter(), 0
     while turn < rounds or (turn < MOST_ROUNDS and time.perf_counter() - start < budget):
-        for name, call in contenders.items():
+        shuffle(order)
+        for name, call in order:
             seconds[name].append(clock(call))
         turn += 1
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -10,13 +10,11 @@ namespace {
 #define SKD_STRING(x) SKD_STRING2(x)
 
 const char* cpu_level() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    return "x86-64-v4";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
-#endif
-  return "default";
+  switch (skd::register_bytes()) {
+    case 64: return "x86-64-v4";
+    case 32: return "x86-64-v3";
+    default: return "default";
+  }
 }
 
 pybind11::dict build_info() {

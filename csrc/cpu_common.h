@@ -4,10 +4,21 @@
 #include <cstdint>
 #include <cstring>
 
-// One binary, three versions of a hot function; the loader picks the best one the processor has.
+// One binary, three versions of a hot function; the loader picks the best one the processor has. A build for tests may
+// set SKD_MOST_REGISTER_BYTES to see the others.
+#ifndef SKD_MOST_REGISTER_BYTES
+#define SKD_MOST_REGISTER_BYTES 64
+#endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SKD_NO_CLONES)
-#define SKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define SKD_LEVELS
 #define SKD_CPU_LEVELS "x86-64-v4, x86-64-v3, default"
+#if SKD_MOST_REGISTER_BYTES >= 64
+#define SKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif SKD_MOST_REGISTER_BYTES >= 32
+#define SKD_CLONES __attribute__((target("arch=x86-64-v3")))
+#else
+#define SKD_CLONES
+#endif
 #else
 #define SKD_CLONES
 #define SKD_CPU_LEVELS "default"
@@ -27,6 +38,18 @@ SKD_INLINE float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// What the processor has: bytes of a vector register.
+inline int64_t register_bytes() {
+#ifdef SKD_LEVELS
+  __builtin_cpu_init();
+  if (SKD_MOST_REGISTER_BYTES >= 64 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+    return 64;
+  if (SKD_MOST_REGISTER_BYTES >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
+#endif
+  return 16;
 }
 
 SKD_INLINE double load(double value) { return value; }

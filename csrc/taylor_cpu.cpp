@@ -20,6 +20,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 64;    // tokens summed in float32
 constexpr int64_t kUnroll = 4;    // tokens added at a time: a quarter of the traffic to the sums
+constexpr int64_t kPage = 4096;   // bytes
 constexpr int64_t kMaxSplits = 16;
 constexpr int64_t kTokensPerTask = 256;
 
@@ -29,16 +30,19 @@ SKD_INLINE A term(A x, A grad) {
   return Squared ? product * product : std::abs(product);
 }
 
+// Rows shorter than a page are read one after the other, as one stream that the processor fetches ahead; of longer ones
+// kUnroll at a time.
 template <bool Squared, typename T, typename A>
 SKD_INLINE void add_rows(const T* x, const T* grad, int64_t x_stride, int64_t grad_stride, int64_t tokens, int64_t dims,
                          A* sum) {
   int64_t t = 0;
-  for (; t + kUnroll <= tokens; t += kUnroll, x += kUnroll * x_stride, grad += kUnroll * grad_stride)
-    for (int64_t d = 0; d < dims; ++d)
-      sum[d] += (term<Squared, A>(load(x[d]), load(grad[d])) +
-                 term<Squared, A>(load(x[d + x_stride]), load(grad[d + grad_stride]))) +
-                (term<Squared, A>(load(x[d + 2 * x_stride]), load(grad[d + 2 * grad_stride])) +
-                 term<Squared, A>(load(x[d + 3 * x_stride]), load(grad[d + 3 * grad_stride])));
+  if (dims * int64_t(sizeof(T)) >= kPage)
+    for (; t + kUnroll <= tokens; t += kUnroll, x += kUnroll * x_stride, grad += kUnroll * grad_stride)
+      for (int64_t d = 0; d < dims; ++d)
+        sum[d] += (term<Squared, A>(load(x[d]), load(grad[d])) +
+                   term<Squared, A>(load(x[d + x_stride]), load(grad[d + grad_stride]))) +
+                  (term<Squared, A>(load(x[d + 2 * x_stride]), load(grad[d + 2 * grad_stride])) +
+                   term<Squared, A>(load(x[d + 3 * x_stride]), load(grad[d + 3 * grad_stride])));
   for (; t < tokens; ++t, x += x_stride, grad += grad_stride)
     for (int64_t d = 0; d < dims; ++d) sum[d] += term<Squared, A>(load(x[d]), load(grad[d]));
 }

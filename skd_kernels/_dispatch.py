@@ -68,7 +68,8 @@ class Operation:
     def select(self, arguments: dict[str, Any]) -> tuple[Implementation, dict[str, str]]:
         """The implementation for `arguments` and the reason of each one refused before it."""
         specs = {name: _spec(value) for name, value in arguments.items()}
-        only = forced() if forced() in self.names() else None
+        name = forced()
+        only = name if name is not None and name in self.names() else None
         refused: dict[str, str] = {}
         for implementation in self.implementations:
             if only and implementation.name != only:

@@ -61,8 +61,9 @@ def refuses_moments(*, x: Any, grad: Any, **_: Any) -> str | None:
 
 def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
     """`tensor` as (tokens, ...last `trailing` dims) with unit stride along the last: a view where there is one."""
-    flat = tensor.detach().reshape(tensor.shape[: tensor.ndim - trailing].numel(), *tensor.shape[-trailing:])
-    return flat if flat.shape[-1] < 2 or flat.stride(-1) == 1 else flat.contiguous()
+    if tensor.ndim != trailing + 1:
+        tensor = tensor.reshape(tensor.shape[: tensor.ndim - trailing].numel(), *tensor.shape[-trailing:])
+    return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _register_fakes() -> None:

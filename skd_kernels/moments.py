@@ -43,14 +43,13 @@ class Moments:
         check_tensor("shift", shift, tuple(self.shift.shape))
         shift = shift.to(self.shift)
         step = self.shift - shift
-        cross = _outer(self.weighted_sum, step)
         return Moments(
             count=self.count,
             shift=shift,
             weight=self.weight,
-            plain_sum=self.plain_sum + self.count * step,
-            weighted_sum=self.weighted_sum + self.weight[:, None] * step,
-            weighted_outer=self.weighted_outer + (cross + cross.mT) + self.weight[:, None, None] * _outer(step, step),
+            plain_sum=torch.addcmul(self.plain_sum, self.count, step),
+            weighted_sum=torch.addcmul(self.weighted_sum, self.weight[:, None], step),
+            weighted_outer=self._outer_about(step),
         )
 
     def __add__(self, other: Moments) -> Moments:
@@ -94,8 +93,13 @@ class Moments:
         Zeros when no token was seen.
         """
         mean = self.plain_sum / self.count.clamp(min=1)  # of y, that is mu - shift
-        cross = _outer(self.weighted_sum, mean)
-        return self.weighted_outer - (cross + cross.mT) + self.weight[:, None, None] * _outer(mean, mean)
+        return self._outer_about(-mean)
+
+    def _outer_about(self, step: torch.Tensor) -> torch.Tensor:
+        """sum w (y + step)(y + step)^T: with a = sum w y + weight step / 2, one product adds a step^T + step a^T."""
+        half = torch.addcmul(self.weighted_sum, self.weight[:, None], step, value=0.5)
+        left, right = torch.stack([half, step], -1), torch.stack([step, half], -2)
+        return torch.baddbmm(self.weighted_outer, left, right)
 
 
 def token_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None = None) -> Moments:
@@ -134,18 +138,20 @@ _operation = operation(token_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean.
 
-    The point must be exact in the precision that the kernel works in, so the sums are re-based to `shift` (or to the
-    mean, which is known only afterwards) in float64.
+    The CUDA kernel's point must be exact in float32, so its sums are re-based to `shift` in float64; the CPU kernel
+    does that itself. The mean is known only afterwards: sums about that of some tokens are re-based to it.
     """
     x, grad = rows(x, 2), rows(grad, 2)
     tokens = x.shape[0]
-    working = torch.float64 if x.dtype == torch.float64 else torch.float32
     near = x[:_SAMPLE].double().sum(0) / max(min(tokens, _SAMPLE), 1) if shift is None else shift.detach()
-    near = near.to(x.device, working).double().contiguous()
-    weight, plain, weighted, outer = torch.ops.skd_kernels.token_moments(x, grad, near)
+    near = near.to(x.device, torch.float64).contiguous()
+    about = near.float().double() if x.is_cuda else near
+    weight, plain, weighted, outer = torch.ops.skd_kernels.token_moments.default(x, grad, about)
     count = torch.tensor(float(tokens), dtype=torch.float64, device=x.device)
-    sums = Moments(count, near, weight, plain, weighted, outer)
-    return sums.about(near + plain / count.clamp(min=1) if shift is None else shift.detach())
+    sums = Moments(count, about, weight, plain, weighted, outer)
+    if shift is None:
+        return sums.about(about + plain / count.clamp(min=1))
+    return sums.about(near) if x.is_cuda else sums
 
 
 @_operation.implementation("reference", always)
@@ -167,7 +173,3 @@ def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Te
         weighted_sum=weighted.sum(0),
         weighted_outer=weighted.permute(1, 2, 0) @ y.permute(1, 0, 2),
     )
-
-
-def _outer(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a[..., :, None] * b[..., None, :]

@@ -43,7 +43,7 @@ _operation = operation(taylor_scores)
 @_operation.implementation("compiled", refuses_statistics)
 def taylor_scores_compiled(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
     """csrc/taylor_cpu.cpp, csrc/taylor_cuda.cu: one pass; float32 over a few tokens, float64 across."""
-    scores: torch.Tensor = torch.ops.skd_kernels.taylor_scores(rows(x, 1), rows(grad, 1), power)
+    scores: torch.Tensor = torch.ops.skd_kernels.taylor_scores.default(rows(x, 1), rows(grad, 1), power)
     return scores
 
 

@@ -66,11 +66,13 @@ def test_work_counts_inputs_and_outputs_once() -> None:
     assert (scores.bytes, scores.flops) == (2 * 80 * 4 + 64, 160)
 
 
-def test_side_by_side_calls_in_turn() -> None:
+def test_side_by_side_calls_in_turn_and_in_every_order() -> None:
     calls: list[str] = []
     contenders = {name: (lambda name=name: calls.append(name)) for name in "ab"}
-    found = side_by_side(contenders, 3, clock=lambda call: (call(), 2.0)[1])
-    assert calls == list("abababab") and found == {"a": 2.0, "b": 2.0}
+    found = side_by_side(contenders, 20, clock=lambda call: (call(), 2.0)[1])
+    assert found == {"a": 2.0, "b": 2.0} and calls[:2] == ["a", "b"]
+    rounds = ["".join(calls[first : first + 2]) for first in range(2, len(calls), 2)]
+    assert len(rounds) == 20 and set(rounds) == {"ab", "ba"}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

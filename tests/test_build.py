@@ -1,4 +1,4 @@
-"""setup.py: what it builds, what it says, what the packages hold. Builds nothing itself."""
+"""setup.py: what it builds, what it says, what the packages hold. Only the slow tests compile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,47 @@ def test_a_wheel_has_the_recipes(checkout: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     built = {str(path.relative_to(tmp_path / "lib")) for path in (tmp_path / "lib").rglob("*") if path.is_file()}
     assert len(RECIPES) >= 4 and RECIPES | {"skd/py.typed", "skd/recipes/__init__.py"} <= built
+
+
+def pip(*arguments: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps", "--no-build-isolation"]
+    variables = os.environ | {"SKD_CUDA": "off"} | environment
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_extension_and_the_packages_only(checkout: Path, tmp_path: Path) -> None:
+    pip("wheel", str(checkout), "--wheel-dir", str(tmp_path / "wheel"))
+    (archive,) = (tmp_path / "wheel").iterdir()
+    with zipfile.ZipFile(archive) as wheel:
+        names = set(wheel.namelist())
+    modules = {str(path.relative_to(ROOT)) for name in ("skd", "skd_kernels") for path in (ROOT / name).rglob("*.py")}
+    assert modules | {"skd/py.typed", "skd_kernels/py.typed"} <= names
+    assert len([name for name in names if name.startswith("skd_kernels/_C.") and name.endswith(".so")]) == 1
+    assert {name.split("/")[0] for name in names} == {
+        "skd",
+        "skd_kernels",
+        next(n for n in names if "dist-info" in n).split("/")[0],
+    }
+
+
+@pytest.mark.slow
+def test_an_editable_install_runs_from_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    """In a new environment that sees the packages of this one."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    pip("--python", str(python), "install", "--editable", str(checkout), PYTHONPATH="")
+    code = "import skd, skd_kernels; print(skd.__file__, skd_kernels.__file__, skd_kernels.build_info()['compiled'])"
+    found = subprocess.run(
+        [python, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second, compiled = found.stdout.split()
+    assert Path(first).is_relative_to(checkout) and Path(second).is_relative_to(checkout) and compiled == "True"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,22 @@ STATISTICS = {
     "taylor_scores": lambda x, g: kernels.taylor_scores(x, g),
     "squared taylor_scores": lambda x, g: kernels.taylor_scores(x, g, power=2),
 }
-IMPLEMENTATIONS = ("reference", "compiled")
+IMPLEMENTATIONS = tuple(kernels.build_info()["implementations"]["token_moments"])
+assert set(IMPLEMENTATIONS) == set(kernels.build_info()["implementations"]["taylor_scores"])
+
+
+def check_statistic(name: str, x: torch.Tensor, grad: torch.Tensor, implementation: str) -> None:
+    """Against float64, by the policy of tolerances.py; and the same bits again."""
+    with kernels.use("reference"):
+        expected = STATISTICS[name](x.double(), grad.double())
+    with kernels.use(implementation):
+        found = STATISTICS[name](x, grad)
+        again = STATISTICS[name](x, grad)
+    assert found.dtype == torch.float64 and torch.equal(found, again)
+    scale = expected.norm()
+    if name == "weighted_covariance":  # centred: what cancels is as large as the moment itself
+        scale = scale + x.double().square().sum() * 1e-2
+    assert (found - expected).norm() <= statistics_tolerance(implementation, x.dtype) * scale, (name, x.shape)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -80,17 +96,35 @@ IMPLEMENTATIONS = ("reference", "compiled")
 def test_every_layout(name: str, layout: str, dtype: torch.dtype, implementation: str) -> None:
     for shape in ((3, 5, 2, 8), (2, 150, 3, 16), (1, 1, 1, 1), (7, 1, 5, 13), (2, 3, 1, 128), (0, 4, 2, 8)):
         x, grad = (LAYOUTS[layout](tensor + 3).to(dtype) for tensor in pair(*shape))
-        with kernels.use("reference"):
-            expected = STATISTICS[name](x.double(), grad.double())
-        with kernels.use(implementation):
-            found = STATISTICS[name](x, grad)
-            again = STATISTICS[name](x, grad)
-        assert found.dtype == torch.float64 and torch.equal(found, again)
-        error = (found - expected).norm()
-        scale = expected.norm()
-        if name == "weighted_covariance":  # centred: what cancels is as large as the moment itself
-            scale = scale + x.double().square().sum() * 1e-2
-        assert error <= statistics_tolerance(implementation, dtype) * scale, shape
+        check_statistic(name, x, grad, implementation)
+
+
+@st.composite
+def statistics_inputs(draw: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, grad) of any shape, dtype, order of dimensions, step along each and offset; some tokens without weight."""
+    shape = draw(st.tuples(st.integers(0, 300), st.integers(1, 5), st.integers(1, 130)))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
+    tensors = []
+    for tensor in pair(*shape, seed=seed):
+        steps, order = draw(st.tuples(*[st.integers(1, 3)] * 3)), draw(st.permutations(range(3)))
+        sizes = [size * step for size, step in zip(shape, steps, strict=True)]
+        offset = draw(st.integers(0, 3))
+        memory = torch.full((offset + math.prod(sizes),), float("nan"), dtype=dtype)  # between and before: not read
+        whole = (
+            memory[offset:].reshape([sizes[axis] for axis in order]).permute([order.index(axis) for axis in range(3)])
+        )
+        view = whole[:: steps[0], :: steps[1], :: steps[2]]
+        tensors.append(view.copy_(tensor + 3))
+    x, grad = tensors
+    grad[draw(st.integers(0, 3)) :: draw(st.integers(1, 4))] = 0
+    return x, grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(inputs=statistics_inputs(), implementation=st.sampled_from(IMPLEMENTATIONS))
+def test_any_shape_and_stride(inputs: tuple[torch.Tensor, torch.Tensor], implementation: str) -> None:
+    for name in STATISTICS:
+        check_statistic(name, *inputs, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -231,6 +265,8 @@ def test_taylor_scores_of_nothing_are_zero() -> None:
     [
         (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 4)), "grad has shape"),
         (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3).double()), "grad is torch.float64"),
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3, device="meta")), "on meta"),
+        (lambda: kernels.token_moments(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, device="meta")), "on meta"),
         (lambda: kernels.taylor_scores(torch.zeros(2, 3).long(), torch.zeros(2, 3).long()), "x has dtype"),
         (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3), power=3), "power is 3"),
         (lambda: kernels.taylor_scores(torch.tensor(1.0), torch.tensor(1.0)), "no dimension"),

@@ -12,7 +12,7 @@ python3 -m venv "$folder/builder"
 "$folder/builder/bin/pip" wheel --quiet --no-deps --wheel-dir "$folder/wheel" "$root"
 for torch in "torch==2.11.*" torch; do
   python3 -m venv --clear "$folder/runner"
-  "$folder/runner/bin/pip" install --quiet "$torch" numpy
+  "$folder/runner/bin/pip" install --quiet --no-compile "$torch" numpy
   "$folder/runner/bin/pip" install --quiet --no-deps "$folder"/wheel/skd-*.whl
   (cd "$folder" && "$folder/runner/bin/python" - <<'PY'
 import torch

@@ -1,0 +1,71 @@
+"""Runs the CPU kernels of a library over operation, dtype and layout: `python sanitized_driver.py LIBRARY`.
+
+Inputs are cut to exactly the memory they need, so a sanitizer sees the first byte that is read or written beyond it.
+Results are compared with float64. tests/test_sanitizers.py starts it; nothing of `skd_kernels` is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = (
+    (1, 1, 1),
+    (1, 2, 64),
+    (5, 3, 7),
+    (129, 1, 13),
+    (130, 2, 24),
+    (257, 3, 64),
+    (1100, 7, 40),
+    (0, 2, 8),
+    (64, 2, 128),
+)
+
+
+def layouts(exact: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of (T, G, D) with unit stride along D whose last element is the last one of its memory."""
+    tokens, groups, _ = exact.shape
+    yield "contiguous", exact.clone()
+    yield "unaligned", torch.cat([exact.reshape(-1)[:1], exact.reshape(-1)])[1:].reshape(exact.shape)
+    yield "sliced", torch.cat([exact.new_zeros(tokens, groups, 3), exact], -1)[..., 3:]
+    yield "transposed", exact.transpose(0, 1).contiguous().transpose(0, 1)
+    yield "zero stride", exact[:1].clone().expand(exact.shape)
+
+
+def check(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    if not (found - expected).norm() <= 2e-6 * expected.norm() + 1e-12:
+        raise SystemExit(f"{what}: off by {(found - expected).norm() / expected.norm():.1e}")
+
+
+def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
+    y, g = x.double(), grad.double()
+    shift = torch.full(y.shape[1:], 0.5, dtype=torch.float64)
+    weight = (y * g).abs().sum(-1) / y.shape[-1]
+    y = y - shift
+    expected = weight.sum(0), y.sum(0), (weight[..., None] * y).sum(0), torch.einsum("tg,tgi,tgj->gij", weight, y, y)
+    for a, b in zip(torch.ops.skd_kernels.token_moments(x, grad, shift), expected, strict=True):
+        check(a, b, f"token_moments, {what}")
+    product = (x[:, 0].double() * grad[:, 0].double()).abs()
+    for power in (1, 2):
+        scores = torch.ops.skd_kernels.taylor_scores(x[:, 0], grad[:, 0], power)
+        check(scores, (product**power).sum(0), f"taylor_scores {power}, {what}")
+
+
+def main(library: str) -> None:
+    torch.ops.load_library(library)
+    generator = torch.Generator().manual_seed(0)
+    cases = 0
+    for dtype, shape in itertools.product(DTYPES, SHAPES):
+        draw = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        for (layout, x), (other, grad) in itertools.product(*(tuple(layouts(tensor)) for tensor in draw)):
+            run(x, grad, f"{dtype} {shape} {layout}, {other}")
+            cases += 1
+    print(f"ok: {cases} cases")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
