@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # usage: benchmarks/run_on_gpu.sh OUTPUT_DIR
-# Builds the package in place (no network needed), runs the GPU tests, a tiny run of each kernel under compute-sanitizer
-# where that is installed, and the benchmarks. Leaves JSON and logs in OUTPUT_DIR and prints a short table last; a step
-# that fails does not stop the next ones, but the exit status.
+# Builds the package in place (no network needed), then asks in order: are the kernels right (GPU tests; small runs of
+# each under compute-sanitizer, where that is installed), are they near the vendor's libraries (benchmarks.quick), and
+# how do whole operations and training steps compare with the other ways. Leaves JSON and logs in OUTPUT_DIR and prints
+# short tables last; a step that fails does not stop the next ones, but the exit status. The limits of the steps add
+# up to 580 seconds, those that run side by side counted once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 output=${1:?usage: benchmarks/run_on_gpu.sh OUTPUT_DIR}
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
-export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1 SKD_CUDA=on
+export MAX_JOBS=${MAX_JOBS:-$(nproc)} PYTHONUNBUFFERED=1 SKD_CUDA=on CUBLAS_WORKSPACE_CONFIG=:4096:8
 capability='import torch; print("%d.%d" % torch.cuda.get_device_capability())'
 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(python3 -c "$capability")} || exit 1
 export TORCH_CUDA_ARCH_LIST
@@ -18,24 +20,41 @@ rm -f "$output/failed"
 step() {
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  timeout "$limit" "$@" >"$output/$name.log" 2>&1
+  timeout -k 5 "$limit" "$@" >"$output/$name.log" 2>&1
   local status=$?
   tail -n 3 "$output/$name.log"
   echo "== $name: status $status, $((SECONDS - start)) s"
   [ "$status" -eq 0 ] || echo "$name" >>"$output/failed"
 }
 
-step build 180 python3 -m pip install --no-deps --no-build-isolation -e .
-step build_info 30 python3 -c "import json, skd_kernels; print(json.dumps(skd_kernels.build_info(), indent=1))"
-step tests 60 python3 -m pytest -q -m gpu tests
+# watched TOOL NAME COMMAND...: the same under compute-sanitizer.
+watched() {
+  local tool=$1 name=$2
+  shift 2
+  step "$tool-$name" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 "$@"
+}
+
+step build 80 python3 -m pip install --no-deps --no-build-isolation -e .
+python3 -c "import json, skd_kernels; print(json.dumps(skd_kernels.build_info(), indent=1))" >"$output/build_info.log"
+# Compiling the kernels of each dtype takes longest: side by side.
+for file in tests/test_gpu*.py; do
+  for dtypes in dtype0 dtype1 dtype2 "not dtype"; do
+    name=$(basename "$file" .py)-${dtypes// /-}
+    grep -q parametrize.*dtype "$file" || [ "$dtypes" = "not dtype" ] || continue
+    step "$name" 120 python3 -m pytest -q -p no:cacheprovider -m gpu -k "$dtypes" "$file" &
+  done
+done
+wait
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
   for tool in memcheck racecheck; do
-    for case in "token_moments 300,3,64" "token_moments 70,2,40" "taylor_scores 300,200"; do
-      read -r operation shape <<<"$case"
-      for dtype in float32 bfloat16; do
-        step "$tool-$operation-${shape//,/x}-$dtype" 90 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-          python3 -m benchmarks.op "$operation" --shape "$shape" --dtype "$dtype" --device cuda --contenders ours \
-          --rounds 1 --seconds 0 --megabytes 1 &
+    for dtype in float32 bfloat16; do
+      for case in "token_moments 300,3,64" "token_moments 70,2,40" "taylor_scores 300,200"; do
+        read -r operation shape <<<"$case"
+        watched "$tool" "$operation-${shape//,/x}-$dtype" python3 -m benchmarks.op "$operation" --shape "$shape" \
+          --dtype "$dtype" --device cuda --contenders ours --rounds 1 --seconds 0 --megabytes 1 &
+      done
+      for operation in masked_mlp masked_attention; do
+        watched "$tool" "$operation-$dtype" python3 -m benchmarks.small "$operation" --dtype "$dtype" &
       done
     done
   done
@@ -43,8 +62,18 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sa
 else
   echo "== compute-sanitizer is not installed"
 fi
-step benchmarks 210 python3 -m pytest -q benchmarks --benchmark-json "$output/gpu.json"
-python3 -m benchmarks.table "$output/gpu.json" | tee "$output/table.md"
+step quick 50 python3 -m benchmarks.quick --model base --model small --json "$output/quick.json"
+# Each model in a run of its own: what one has not finished in time is lost, not what came before it.
+for model in base small tiny; do
+  step "steps-$model" 45 python3 -m pytest -q benchmarks/test_steps.py -k "$model" \
+    --benchmark-json "$output/gpu-steps-$model.json"
+done
+step masked 70 python3 -m pytest -q benchmarks/test_masked.py --benchmark-json "$output/gpu-masked.json"
+step statistics 45 python3 -m pytest -q benchmarks/test_operations.py --benchmark-json "$output/gpu.json"
+cat "$output/quick.log"
+for result in "$output"/gpu*.json; do
+  python3 -m benchmarks.table "$result"
+done | tee "$output/table.md"
 if [ -e "$output/failed" ]; then
   echo "FAILED: $(sort "$output/failed" | paste -sd ' ')"
   exit 1

@@ -24,12 +24,71 @@ def section(paths: list[Path]) -> str:
 
 def part(path: Path, run: dict[str, Any]) -> str:
     entries = [entry["extra_info"] for entry in run["benchmarks"]]
-    operations = [info for info in entries if "operation" in info]
-    if not operations:
-        raise ValueError(f"{path} has no benchmark of an operation; run pytest benchmarks/test_operations.py")
-    lines = [heading(path, run, operations[0]), "", *operation_table(operations)]
+    tables = [
+        (rows, make([info for info in entries if rows in info]))
+        for rows, make in (("operation", operation_table), ("masked", masked_table), ("step", step_table))
+        if any(rows in info for info in entries)
+    ]
+    if not tables:
+        raise ValueError(
+            f"{path} has no benchmark of an operation or a step; run pytest benchmarks/test_operations.py"
+        )
+    first = next(info for info in entries if tables[0][0] in info)
+    lines = [heading(path, run, first)]
+    for _, table in tables:
+        lines += ["", *table]
     lines += [calibration(info) for info in entries if "peak_mb_over_loading" in info]
+    lines += [following(info) for info in entries if "time_against_macs" in info]
+    lines += [memory(info) for info in entries if "step_memory" in info]
     return "\n".join(lines)
+
+
+def masked_table(layers: list[dict[str, Any]]) -> list[str]:
+    """Forward and backward of one layer: ours, and how much longer the others take."""
+    others = [name for name in layers[0]["both"]["ratio"] if name != "ours, scores"]
+    columns = ["operation", "DeiT", "width", "ms", "TFLOP/s", "% of matmul", *others, "with scores", "compilations"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * 2 + "|--:" * (len(columns) - 2) + "|"]
+    for info in layers:
+        both = info["both"]
+        cells = [f"`{info['masked']}`", info["model"].capitalize(), f"{100 * info['fraction']:g} %"]
+        cells += [f"{both['median_ms']['ours']:.3g}", f"{both['tflops']['ours']:.3g}"]
+        cells += [f"{both['percent_of_matmul']['ours']:.0f}", *(f"{both['ratio'][name]:.2f}x" for name in others)]
+        cells += [f"{both['ratio']['ours, scores']:.2f}x", str(info["compilations"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def step_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One training step: milliseconds of each contender, and how much longer the others take than ours."""
+    ours, *others = rows[0]["median_ms"]
+    columns = ["DeiT", "MACs", f"{ours}, ms", "TFLOP/s", "% of matmul", *others]
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
+    for info in rows:
+        share = f"{100 * info['macs_fraction']:.0f} %" + (", mean of a list" if info["fraction"] == "mean" else "")
+        cells = [info["step"].capitalize(), share, f"{info['median_ms'][ours]:.3g}", f"{info['tflops'][ours]:.3g}"]
+        cells += [f"{info['percent_of_matmul'][ours]:.0f}", *(f"{info['ratio'][name]:.2f}x" for name in others)]
+        lines.append("| " + " | ".join(cells) + " |")
+    last = rows[-1]
+    if last["compilations"]:
+        counts = ", ".join(f"{name} {count}" for name, count in last["compilations"].items())
+        lines += [
+            "",
+            f"Compilations: {counts}. Peak MB: {last['peak_mb']}. Seconds to warm up: {last['warm_up_seconds']}.",
+        ]
+    return lines
+
+
+def following(info: dict[str, Any]) -> str:
+    """One line on how the time of a step follows the sub-network's MACs."""
+    shares = info["macs_fraction"]
+    pairs = (f"{100 * shares[key]:.0f} %: {value:.2f}" for key, value in info["time_over_macs"].items())
+    return f"\nTime over MACs of a step, relative to the full network, in turn in one run: {', '.join(pairs)}."
+
+
+def memory(info: dict[str, Any]) -> str:
+    """One line on the peak memory of two steps."""
+    peaks = ", ".join(f"{name} {round(value):,} MB" for name, value in info["peak_mb"].items())
+    return f"Peak memory of a process that takes two steps: {peaks}."
 
 
 def calibration(info: dict[str, Any]) -> str:
@@ -44,12 +103,16 @@ def calibration(info: dict[str, Any]) -> str:
 def heading(path: Path, run: dict[str, Any], first: dict[str, Any]) -> str:
     """The file, the machine and the versions."""
     info, commit = run["machine_info"], run["commit_info"]
-    where = f"{runs.device(run)}, {info['cores']} cores" if first["threads"] != "gpu" else runs.device(run)
+    where = f"{runs.device(run)}, {info['cores']} cores" if first.get("threads") != "gpu" else runs.device(run)
     state = ", with uncommitted changes" if commit.get("dirty") else ""
     return (
         f"`{path.name}`: {where}; torch {info['build']['torch']}, commit {commit['id'][:8]}{state}, "
-        f"{run['datetime'][:10]}; batch {first['batch']}, 197 tokens."
+        f"{run['datetime'][:10]}; batch {first['batch']}, 197 tokens{precision(first)}."
     )
+
+
+def precision(first: dict[str, Any]) -> str:
+    return f", {first['dtype']}, {first.get('threads', 'gpu')} threads" if "step" in first else ""
 
 
 def operation_table(operations: list[dict[str, Any]]) -> list[str]:

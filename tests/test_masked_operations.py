@@ -190,7 +190,7 @@ def test_scores_are_float32_for_float32() -> None:
 @pytest.mark.parametrize("implementation", ["slices", "reference"])
 @pytest.mark.parametrize("width", [0, 4, D])
 def test_a_few_queries_are_the_first_of_all(width: int, implementation: str) -> None:
-    """Results, gradients and scores are those of a loss that reads no other token."""
+    """Results, gradients and scores are those of a loss that reads no other token (a gradient of zero is noise)."""
     results = []
     for queries in (None, 2):
         leaves = [tensor.detach().requires_grad_() for tensor in attention_inputs() if tensor is not None]
@@ -200,7 +200,7 @@ def test_a_few_queries_are_the_first_of_all(width: int, implementation: str) -> 
         out.square().sum().backward()
         results.append([out.detach(), scores, *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_custom_scale_and_default_scale_of_the_full_head() -> None:

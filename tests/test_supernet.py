@@ -59,19 +59,46 @@ def test_every_parameter_stays_in_the_graph(planned: skd.SuperNet, batches: Any,
         assert bool(parameter.grad.eq(0).all()) == skipped, name
 
 
-def test_one_compiled_graph_serves_twenty_entries(batches: Any) -> None:
+@pytest.fixture
+def with_twenty_one_entries() -> skd.SuperNet:
     supernet = skd.SuperNet(tiny_vit())
     full, rows = supernet.widths(), [supernet.widths()]
     for step in range(1, 21):
         rows.append([max(full[0] - step, 0), max(full[1] - 3 * step, 0), full[2], max(full[3] - 2 * step, 0)])
     supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, rows)
+    return supernet
+
+
+def test_one_compilation_serves_a_training_step_of_twenty_entries(
+    with_twenty_one_entries: skd.SuperNet, batches: Any
+) -> None:
+    """Forward, backward and update: nothing breaks the graph, and no entry compiles anything again."""
+    supernet, compiled_net = with_twenty_one_entries, copy.deepcopy(with_twenty_one_entries)
+    images, labels = batches[0]
+    graphs: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    def step(network: skd.SuperNet, entry: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(network(images, entry=entry), labels)
+
     torch._dynamo.reset()
-    compiled = torch.compile(supernet, fullgraph=True, backend="aot_eager")
-    images = batches[0][0]
+    compiled = torch.compile(lambda entry: step(compiled_net, entry), fullgraph=True, backend=backend)
+    optimizers = [torch.optim.SGD(network.parameters(), lr=1e-2) for network in (supernet, compiled_net)]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for entry in range(21):
-            found = compiled(images, torch.tensor(entry))
-            torch.testing.assert_close(found, supernet(images, entry=entry), rtol=1e-9, atol=1e-11)
+            expected, found = step(supernet, entry), compiled(torch.tensor(entry))
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+            for loss, optimizer in ((expected, optimizers[0]), (found, optimizers[1])):
+                optimizer.zero_grad()
+                loss.backward()
+            for a, b in zip(compiled_net.parameters(), supernet.parameters(), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10)
+            for optimizer in optimizers:
+                optimizer.step()
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -6,6 +6,7 @@ looked up on the device. Not yet run on a GPU.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,20 +26,31 @@ def refusal(trainer: Any) -> str | None:
         "opt is not adamw": config.opt != "adamw",
         "decay='expected' changes its factors as the list grows": config.decay == "expected",
         "model_ema_warmup changes the decay in each step": config.model_ema and config.model_ema_warmup,
+        "an average of bfloat16 weights is rounded at random": config.model_ema and _has_bfloat16(trainer.supernet),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _has_bfloat16(module: torch.nn.Module) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
 class StepGraph:
-    """Forward, backward, clipping, optimizer and average of the weights, in one graph."""
+    """Forward, backward, clipping, optimizer and average of the weights, in one graph.
+
+    Gradients are made and released inside of it, so none is left between steps. Importance and evaluation run between
+    replays as they like: they change no tensor that the graph reads, except weights and the table of widths in place.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.calls = 0
         self.graph: Any = None
+        self.table: torch.Tensor | None = None  # of widths, as the graph reads it
+        self.failed = False
         self.inputs: dict[str, torch.Tensor] = {}
         self.loss = torch.zeros((), device=trainer.device)
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(trainer.device)
         self.rates = [torch.tensor(float(group["lr"]), device=trainer.device) for group in self._groups()]
         for group in self._groups():
             group["capturable"] = True
@@ -65,28 +77,56 @@ class StepGraph:
             The loss, 0-d.
 
         Raises:
-            ValueError: another shape.
+            ValueError: another shape or dtype.
         """
-        if not self.inputs:
-            self.inputs = {name: value.to(self.trainer.device).clone() for name, value in inputs.items()}
-        for name, value in inputs.items():
-            if value.shape != self.inputs[name].shape:
-                shapes = f"{tuple(value.shape)} after {tuple(self.inputs[name].shape)}"
-                raise ValueError(f"train_loader gives {name} of shape {shapes}; with cuda_graph they must not change")
-            self.inputs[name].copy_(value, non_blocking=True)
-        if self.calls < WARMUP:
-            self._on_the_side()
-        else:
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self._step()
-            self.graph.replay()
+        # Streams and captures are of the current device, which need not be the network's.
+        with torch.cuda.device(self.trainer.device):
+            self._copy(inputs)
+            self._run()
         self.calls += 1
         return self.loss.clone()
 
+    def _copy(self, inputs: dict[str, torch.Tensor]) -> None:
+        if not self.inputs:
+            self.inputs = {name: value.to(self.trainer.device, copy=True) for name, value in inputs.items()}
+        for name, value in inputs.items():
+            there = self.inputs[name]
+            if (value.shape, value.dtype) != (there.shape, there.dtype):
+                shapes = f"{value.dtype} {tuple(value.shape)} after {there.dtype} {tuple(there.shape)}"
+                raise ValueError(f"train_loader gives {name} of {shapes}; with cuda_graph they must not change")
+            there.copy_(value, non_blocking=True)
+
+    def _run(self) -> None:
+        if self.calls < WARMUP or self.failed:
+            self._on_the_side()
+            return
+        table = self.trainer.supernet.width_table
+        if self.graph is None or self.table is not table:  # a longer list than the table was made for has a new one
+            self.graph, self.table = None, table
+            self._capture()
+        if self.graph is None:
+            self._on_the_side()
+        else:
+            self.graph.replay()
+
+    def _capture(self) -> None:
+        """Record a step, without taking it. Where that fails, steps run one by one from now on."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # On the stream of the first steps, where the libraries have their workspaces. A loader's thread that
+            # pins memory must not end the capture: hence not the mode "global".
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self._step()
+        except RuntimeError as error:
+            self.trainer.optimizer.zero_grad(set_to_none=True)
+            self.failed = True
+            first = str(error).partition("\n")[0]
+            warnings.warn(f"cuda_graph: the steps run one by one, because the capture failed: {first}", stacklevel=2)
+        else:
+            self.graph = graph
+
     def _on_the_side(self) -> None:
-        """A capture wants its tensors to have been used on another stream first."""
+        """A capture wants its tensors to have been used on its own stream before."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._step()
@@ -106,8 +146,6 @@ class StepGraph:
             clip_grad_norm_(trainer.supernet.parameters(), trainer.config.clip_grad)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)
-        if trainer.ema is not None:
-            averages, weights = list(trainer.ema.module.parameters()), list(trainer.supernet.parameters())
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, weights, 1 - trainer.config.model_ema_decay)
+        if trainer.ema is not None:  # without warm-up the decay is a constant from the second step on
+            trainer.ema.update(trainer.supernet, step=trainer.step + 1)
         self.loss.copy_(loss.detach())

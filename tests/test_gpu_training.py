@@ -1,0 +1,137 @@
+"""Whole training steps on a CUDA device: one graph for all entries; skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import QUIET, digit_net, nested, training_config
+from tolerances import kernel_tolerance
+
+import skd
+import skd_kernels
+from skd.training.graph import WARMUP
+from skd.training.screen import Screen
+from skd.training.step import eager_step
+from skd.training.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
+]
+SETTINGS: dict[str, Any] = {"model_ema_warmup": False, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def ieee() -> Any:
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def network(dtype: torch.dtype = torch.float32) -> skd.SuperNet:
+    """Entries of every kind: full, narrow, odd widths, modules of width 0."""
+    rows = [[16, 20, 16, 24], [16, 20, 9, 24], [8, 13, 9, 16], [8, 13, 0, 16], [3, 1, 0, 5], [0, 1, 0, 0]]
+    return nested(digit_net(dtype), *rows).cuda()
+
+
+def trainer(graph: bool, **changes: Any) -> Trainer:
+    config = training_config(**{**SETTINGS, "cuda_graph": graph, "batch_size": 64, **changes})
+    run = Trainer(network().train(), [], None, config, (), None, Screen(QUIET))
+    assert (run.graph is not None) == graph
+    return run
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(64, 1, 8, 8, generator=generator)
+    return images.cuda().to(dtype), torch.randint(0, 10, (64,), generator=generator).cuda()
+
+
+def take(run: Trainer, entries: Any) -> list[torch.Tensor]:
+    """Steps of these entries; the losses."""
+    losses = []
+    for entry in entries:
+        images, labels = batch(run.step)
+        number = torch.tensor(int(entry), device="cuda")
+        if run.graph is None:
+            losses.append(eager_step(run, [(images, labels)], number, None))  # type: ignore[arg-type]
+        else:
+            losses.append(run.graph({"images": images, "targets": labels, "entry": number}))
+        run.step += 1
+    return losses
+
+
+def test_a_thousand_steps_of_mixed_entries_stay_finite() -> None:
+    """bfloat16, one graph; the capacity of the table is not passed, so one capture serves all."""
+    run = trainer(True, amp_dtype="bfloat16")
+    losses = torch.stack(take(run, np.random.default_rng(0).integers(7, size=1000)))
+    assert run.graph is not None and run.graph.graph is not None and not run.graph.failed
+    assert losses.isfinite().all()
+    for module in (run.supernet, run.averaged):
+        assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"clip_grad": 0.1}, {"model_ema": False}])
+def test_replayed_steps_are_the_eager_ones(changes: dict[str, Any]) -> None:
+    entries = np.random.default_rng(1).integers(7, size=WARMUP + 12)
+    runs = [trainer(graph, amp_dtype="float32", **changes) for graph in (False, True)]
+    eager, replayed = (torch.stack(take(run, entries)) for run in runs)
+    torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(runs[1].averaged.parameters(), runs[0].averaged.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_replay_never_stops_the_host() -> None:
+    run = trainer(True, amp_dtype="bfloat16")
+    take(run, [0, 1, 2, 3, 4])
+    images, labels = batch(0)
+    inputs = {"images": images, "targets": labels, "entry": torch.tensor(2, device="cuda")}
+    assert run.graph is not None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.graph(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def gradients(net: skd.SuperNet, entry: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    net.zero_grad()
+    images, labels = batch(0, next(net.parameters()).dtype)
+    with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+        logits = net(images, entry=entry)
+    F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels).backward()
+    return [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_step_against_float64(dtype: torch.dtype) -> None:
+    """Every entry, all parameters as one vector; no more than twice what plain PyTorch is off by."""
+    net = network()
+    exact_net = copy.deepcopy(net).double()
+    for entry in range(7):
+        with skd_kernels.use("reference"):
+            exact = torch.cat([g.flatten() for g in gradients(exact_net, entry, torch.float64)])
+        plain = torch.cat([g.flatten() for g in gradients(net, entry, dtype)])
+        found = torch.cat([g.flatten() for g in gradients(net, torch.tensor(entry, device="cuda"), dtype)])
+        other = float((plain - exact).norm() / exact.norm())
+        assert float((found - exact).norm() / exact.norm()) <= kernel_tolerance(other, dtype), entry
+
+
+def test_deterministic_mode_repeats_a_run_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    entries = np.random.default_rng(2).integers(7, size=20)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [trainer(graph, amp_dtype="bfloat16") for graph in (False, False, True, True)]
+        for run in runs:
+            take(run, entries)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for first, again in ((runs[0], runs[1]), (runs[2], runs[3])):
+        for a, b in zip(first.supernet.parameters(), again.supernet.parameters(), strict=True):
+            assert torch.equal(a, b)
