@@ -1,0 +1,25 @@
+"""torchcompile: the whole run compiles its network once, and trains what it trains without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close, digit_net, run_training, training_config
+from torch._dynamo.utils import counters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"grad_accum_steps": 2}], ids=str)
+def test_one_compilation_for_all_entries(changes: dict) -> None:
+    settings = {"mixup": 0.0, "cutmix": 0.0, "model_ema": False, **changes}
+    plain, compiled = digit_net(torch.float64), digit_net(torch.float64)
+    history = run_training(plain, training_config(**settings))
+    torch._dynamo.reset()
+    counters.clear()
+    found = run_training(compiled, training_config(torchcompile=True, **settings))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert len(compiled.dropout_list) > 2
+    assert_close(compiled.state_dict(), plain.state_dict(), 1e-9)
+    assert [row["curve"] for row in found.epochs] == [row["curve"] for row in history.epochs]
+    seconds = [row["seconds"] for row in found.epochs]
+    assert "compile" in seconds[0] and not any("compile" in row for row in seconds[1:])
