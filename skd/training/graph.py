@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
 WARMUP = 3  # steps before the capture, so that everything is allocated and tuned
@@ -33,6 +34,17 @@ def refusal(trainer: Any) -> str | None:
 
 def _has_bfloat16(module: torch.nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+@torch.no_grad()
+def average_gradients(network: torch.nn.Module, group: Any) -> None:
+    """The mean over the ranks, in one collective: DistributedDataParallel's own begin outside of a graph."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    parts = (flat / dist.get_world_size(group)).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 class StepGraph:
@@ -142,6 +154,8 @@ class StepGraph:
             logits = trainer.supernet(inputs["images"], entry=inputs["entry"])
             loss = trainer.mixing.loss(logits, inputs["targets"])
         loss.backward()
+        if trainer.group is not None:
+            average_gradients(trainer.supernet, trainer.group)
         if trainer.config.clip_grad is not None:
             clip_grad_norm_(trainer.supernet.parameters(), trainer.config.clip_grad)
         trainer.optimizer.step()

@@ -23,7 +23,8 @@ class History:
         epochs: per epoch:
             epoch (from 0), step (optimizer steps so far), lr, loss (mean), images, entries (length of the dropout
             list), macs_fraction (of the smallest entry);
-            sensitivity: {module: gamma} in epochs that grew the list, else None;
+            sensitivity: {module: gamma} in epochs that grew the list (with importance="online" its share of the
+            scores), else None;
             drawn: [{macs_fraction, count, loss, seconds}], the steps by size of the sub-network, means;
             curve: rows of `skd.curve.measure_curve`, area (percent) and best (bool) where it was evaluated, else
             None, None and False;
