@@ -166,14 +166,14 @@ class Case:
     def gradients(self, layer: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Output, and gradients of x and of all parameters."""
         out = layer()
-        return out, *torch.autograd.grad(out, (self.x, *self.parameters), self.dy)
+        return out.detach(), *torch.autograd.grad(out, (self.x, *self.parameters), self.dy)
 
     def exact(self, width: int) -> list[torch.Tensor]:
         """The same by the reference in float64."""
         leaves = [tensor.detach().double().requires_grad_() for tensor in (self.x, *self.parameters)]
         with skd_kernels.use("reference"):
             out = self.operation.ours(*leaves, width, **self.arguments)
-        return [out, *torch.autograd.grad(out, leaves, self.dy.double())]
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.dy.double())]
 
     def check(self, width: int, tolerance: float) -> dict[str, float]:
         """Each contender's largest relative error (Frobenius norm) over output and gradients.

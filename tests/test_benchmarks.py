@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import compare, fashion_mnist, op, published, runs, table
+from benchmarks import compare, fashion_mnist, op, published, runs, steps, table
 from benchmarks import input as input_pipeline
+from benchmarks.masked import MASKED, Case
 from benchmarks.measure import check
 from benchmarks.operations import COMPILED, OPERATIONS, inputs
 from benchmarks.timing import side_by_side
@@ -188,6 +189,33 @@ def test_the_published_conversion_is_ours() -> None:
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", MASKED)
+def test_contenders_of_the_masked_layers_agree(name: str) -> None:
+    """Output and gradients, at an odd width too; a wrong one is caught."""
+    case = Case(name, "tiny", 1, "cpu", torch.float32)
+    case.compiled = case.operation.slices  # torch.compile takes seconds
+    for width in (5, case.width(0.5), case.width(1.0)):
+        assert len(case.check(width, 1e-4)) == 5
+    case.compiled = lambda *arguments, **named: case.operation.slices(*arguments, **named) * 1.01
+    with pytest.raises(RuntimeError, match=f"{name} at width 5: torch.compile is off by"):
+        case.check(5, 1e-4)
+
+
+def test_work_of_the_masked_layers_follows_the_width() -> None:
+    for operation in MASKED.values():
+        full = operation.full(12)
+        whole, half = (operation.work(25216, 12, width, torch.bfloat16, True) for width in (full, full // 2))
+        assert half.flops == whole.flops // 2 and whole.bytes // 2 < half.bytes < whole.bytes
+    flops = MASKED["masked_mlp"].work(10, 3, 5, torch.float32, False).flops
+    assert flops == 2 * 10 * 192 * 5 * 2
+
+
+def test_contenders_of_a_training_step_have_one_gradient() -> None:
+    batch = steps.images_and_labels(2, "cpu")
+    made = {name: steps.make(name, "tiny", batch, "cpu") for name in steps.names("cpu")}
+    assert set(steps.check(made, "tiny", 300, 1e-3)) == {"ours", "slices", "published"}
+
+
 def test_fashion_mnist_in_the_readme_is_the_committed_result() -> None:
     """All budgets, both columns; and nothing of the machine it ran on but its processor."""
     file = ROOT / "benchmarks" / "results" / "fashion-mnist.json"
@@ -210,5 +238,5 @@ def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytes
             for sent in input_pipeline.SENT
         )
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
-    document = json.loads((ROOT / "benchmarks" / "results" / "cpu-input.json").read_text())
+    document = json.loads((ROOT / "benchmarks" / "results" / "input-cpu.json").read_text())
     assert input_pipeline.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()
