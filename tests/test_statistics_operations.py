@@ -302,4 +302,5 @@ def test_all_reduce_gives_every_rank_the_moments_of_all_tokens(
     for name in vars(ranks[0]):
         assert torch.equal(getattr(ranks[0], name), getattr(ranks[1], name))
     assert int(ranks[0].count) == 120
-    torch.testing.assert_close(ranks[0].covariance(), whole.covariance(), rtol=tolerance, atol=tolerance / 100)
+    found, expected = ranks[0].covariance(), whole.covariance()
+    assert ((found - expected).norm((-2, -1)) <= tolerance * expected.norm(dim=(-2, -1))).all()
