@@ -303,4 +303,4 @@ def test_all_reduce_gives_every_rank_the_moments_of_all_tokens(
         assert torch.equal(getattr(ranks[0], name), getattr(ranks[1], name))
     assert int(ranks[0].count) == 120
     found, expected = ranks[0].covariance(), whole.covariance()
-    assert ((found - expected).norm((-2, -1)) <= tolerance * expected.norm(dim=(-2, -1))).all()
+    assert ((found - expected).norm(dim=(-2, -1)) <= tolerance * expected.norm(dim=(-2, -1))).all()
