@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -212,9 +213,18 @@ def test_numbers(run: Any, quick: None, tmp_path: Path) -> None:
     assert summary["original top-1"] == "81.87 %"
     assert f"epoch {config.epochs}," in summary["weights kept"] and f"{history.area:.2f} %" in summary["weights kept"]
     assert summary["wall time"].endswith("(importance 12%, steps 61%, evaluate 24%)")
+    host = 1e3 * sum(row["seconds"]["steps"] for row in history.epochs) / (7 * config.epochs)
+    assert float(summary["host time per step"].removesuffix(" ms").replace(",", "")) == pytest.approx(host, abs=0.051)
     assert summary["settings"] == ("the defaults" if config.epochs == 300 else "epochs 2")
     assert f"{int(supernet.costs.params(supernet.widths())):,} parameters" in summary["model"]
     assert f"skd {skd.__version__}" in summary["versions"]
+
+
+def test_compile_time(short: Any, quick: None, tmp_path: Path) -> None:
+    history, supernet, config = copy.deepcopy(short)
+    history.epochs[0]["seconds"] = {"compile": 90.0, "steps": 0.12, "total": 91.0}
+    summary = dict(table(write_report(tmp_path, history, supernet, config), "|  |"))
+    assert summary["host time per step"].endswith(" ms, and 90.0 s to compile")
 
 
 def test_a_run_cut_short(short: Any, quick: None, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def _summary(history: History, supernet: SuperNet, config: TrainConfig) -> list[
         "epochs": f"{len(rows):,}{planned}, {rows[-1]['step']:,} steps",
         "images seen": f"{sum(row['images'] for row in rows):,}",
         "wall time": _time_text(rows),
+        "host time per step": _host_text(rows),
         "sub-networks": f"{rows[-1]['entries']:,}, down to {rows[-1]['macs_fraction']:.1%} of the MACs",
         "original top-1": "not measured" if history.original_top1 is None else f"{history.original_top1:.2f} %",
         "weights kept": kept,
@@ -136,6 +137,15 @@ def _time_text(rows: Rows) -> str:
     shares = {part: sum(seconds.get(part, 0.0) for seconds in known) / total for part in _PARTS}
     parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items() if share >= 0.005)
     return _duration(total) + (f" ({parts})" if parts else "")
+
+
+def _host_text(rows: Rows) -> str:
+    """What the main process takes for a step: on a GPU to issue it, while the device computes."""
+    known = [row["seconds"] for row in rows if row.get("seconds")]
+    steps = rows[-1]["step"] - sum("compile" in seconds for seconds in known)
+    text = f"{1e3 * sum(seconds.get('steps', 0.0) for seconds in known) / max(steps, 1):,.1f} ms"
+    compiling = sum(seconds.get("compile", 0.0) for seconds in known)
+    return text + (f", and {_duration(compiling)} to compile" if compiling else "")
 
 
 def _duration(seconds: float) -> str:
