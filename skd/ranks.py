@@ -147,11 +147,11 @@ def together(group: Any) -> Iterator[None]:
         _raise_for_all(error, group)
 
 
-def in_step(batches: Iterable[Any], group: Any, *, equal: bool = False) -> Iterator[Any]:
+def in_step(batches: Iterable[Any], group: Any, *, equal: bool = False) -> Iterable[Any]:
     """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
 
     Args:
-        batches: what an iteration raises, StopAll too, is raised on every rank.
+        batches: what an iteration raises, StopAll too, is raised on every rank. Without a group they are returned.
         equal: the ranks must have the same number.
 
     Raises:
@@ -159,9 +159,10 @@ def in_step(batches: Iterable[Any], group: Any, *, equal: bool = False) -> Itera
         StopAll: a rank was asked to stop.
         ValueError: a rank has no batch at all, or fewer than another with `equal`.
     """
-    if group is None:
-        yield from batches
-        return
+    return batches if group is None else _in_step(batches, group, equal)
+
+
+def _in_step(batches: Iterable[Any], group: Any, equal: bool) -> Iterator[Any]:
     count = 0
     for item, error, code in _turns(batches):
         low, high = _extremes(code, group)

@@ -240,7 +240,7 @@ class Trainer:
         self.supernet.train()
         accumulated = self.config.grad_accum_steps
         start = self.step_in_epoch * accumulated
-        groups = in_step(self._groups(start), self.group, equal=True)
+        groups = iter(in_step(self._groups(start), self.group, equal=True))
         if self.config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
             self._set_learning_rate(self.scheduler.step_update, max(self.step - 1, 0))
         else:
