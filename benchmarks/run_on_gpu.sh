@@ -2,9 +2,9 @@
 # usage: benchmarks/run_on_gpu.sh OUTPUT_DIR
 # Builds the package in place (no network needed), then asks in order: are the kernels right (GPU tests; small runs of
 # each under compute-sanitizer, where that is installed), are they near the vendor's libraries (benchmarks.quick), and
-# how do whole operations and training steps compare with the other ways. Leaves JSON and logs in OUTPUT_DIR and prints
+# how do whole operations and training steps compare with the other ways. Leaves JSON and logs.tar.gz in OUTPUT_DIR and prints
 # short tables last; a step that fails does not stop the next ones, but the exit status. The limits of the steps add
-# up to 580 seconds, those that run side by side counted once.
+# up to 565 seconds, those that run side by side counted once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 output=${1:?usage: benchmarks/run_on_gpu.sh OUTPUT_DIR}
@@ -27,21 +27,29 @@ step() {
   [ "$status" -eq 0 ] || echo "$name" >>"$output/failed"
 }
 
+# some_tests KEYWORDS FILE: its GPU tests; none with these keywords is no failure.
+some_tests() {
+  python3 -m pytest -q -p no:cacheprovider -m gpu -k "$1" "$2"
+  local status=$?
+  [ "$status" -eq 5 ] || return "$status"
+}
+export -f some_tests
+
 # watched TOOL NAME COMMAND...: the same under compute-sanitizer.
 watched() {
   local tool=$1 name=$2
   shift 2
-  step "$tool-$name" 80 "$sanitizer" --tool "$tool" --error-exitcode 1 "$@"
+  step "$tool-$name" 70 "$sanitizer" --tool "$tool" --error-exitcode 1 "$@"
 }
 
-step build 80 python3 -m pip install --no-deps --no-build-isolation -e .
+step build 70 python3 -m pip install --no-deps --no-build-isolation -e .
 python3 -c "import json, skd_kernels; print(json.dumps(skd_kernels.build_info(), indent=1))" >"$output/build_info.log"
 # Compiling the kernels of each dtype takes longest: side by side.
 for file in tests/test_gpu*.py; do
   for dtypes in dtype0 dtype1 dtype2 "not dtype"; do
     name=$(basename "$file" .py)-${dtypes// /-}
     grep -q parametrize.*dtype "$file" || [ "$dtypes" = "not dtype" ] || continue
-    step "$name" 120 python3 -m pytest -q -p no:cacheprovider -m gpu -k "$dtypes" "$file" &
+    step "$name" 100 bash -c 'some_tests "$@"' _ "$dtypes" "$file" &
   done
 done
 wait
@@ -64,16 +72,18 @@ else
 fi
 step quick 50 python3 -m benchmarks.quick --model base --model small --json "$output/quick.json"
 # Each model in a run of its own: what one has not finished in time is lost, not what came before it.
-for model in base small tiny; do
-  step "steps-$model" 45 python3 -m pytest -q benchmarks/test_steps.py -k "$model" \
+for run in "base 90" "small 60" "tiny 45"; do
+  read -r model limit <<<"$run"
+  step "steps-$model" "$limit" python3 -m pytest -q benchmarks/test_steps.py -k "$model" \
     --benchmark-json "$output/gpu-steps-$model.json"
 done
-step masked 70 python3 -m pytest -q benchmarks/test_masked.py --benchmark-json "$output/gpu-masked.json"
-step statistics 45 python3 -m pytest -q benchmarks/test_operations.py --benchmark-json "$output/gpu.json"
+step masked 50 python3 -m pytest -q benchmarks/test_masked.py --benchmark-json "$output/gpu-masked.json"
+step statistics 30 python3 -m pytest -q benchmarks/test_operations.py --benchmark-json "$output/gpu.json"
 cat "$output/quick.log"
 for result in "$output"/gpu*.json; do
-  python3 -m benchmarks.table "$result"
+  [ ! -s "$result" ] || python3 -m benchmarks.table "$result"
 done | tee "$output/table.md"
+(cd "$output" && tar -czf logs.tar.gz ./*.log && rm ./*.log)
 if [ -e "$output/failed" ]; then
   echo "FAILED: $(sort "$output/failed" | paste -sd ' ')"
   exit 1

@@ -9,7 +9,7 @@
 #ifndef SKD_MOST_REGISTER_BYTES
 #define SKD_MOST_REGISTER_BYTES 64
 #endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SKD_NO_CLONES)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(SKD_NO_CLONES)
 #define SKD_LEVELS
 #define SKD_CPU_LEVELS "x86-64-v4, x86-64-v3, default"
 #if SKD_MOST_REGISTER_BYTES >= 64
@@ -44,10 +44,9 @@ SKD_INLINE float from_bits(uint32_t bits) {
 inline int64_t register_bytes() {
 #ifdef SKD_LEVELS
   __builtin_cpu_init();
-  if (SKD_MOST_REGISTER_BYTES >= 64 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-    return 64;
-  if (SKD_MOST_REGISTER_BYTES >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 32;
+  // The whole level: what is compiled for one uses more than its vector instructions.
+  if (SKD_MOST_REGISTER_BYTES >= 64 && __builtin_cpu_supports("x86-64-v4")) return 64;
+  if (SKD_MOST_REGISTER_BYTES >= 32 && __builtin_cpu_supports("x86-64-v3")) return 32;
 #endif
   return 16;
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from skd.architecture import ModuleInfo, describe
-from skd.ranks import check_group, in_step, summed, total
+from skd.ranks import check_group, in_step, others_alive, summed, total
 from skd.supernet import SuperBlock, SuperNet
 from skd.taps import checked, frozen, probe, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments
@@ -81,9 +81,10 @@ def convert(
     infos = tuple(info for info in describe(model) if info.full_width)  # not the modules an extraction skipped
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
-    batches = in_step(batches if progress is None else progress(batches), group)
-    collect(converted, infos, batches, statistics.add, statistics.end_batch, predicted=labels == "predicted")
-    statistics.all_reduce(group)
+    batches = batches if progress is None else progress(batches)
+    collect(converted, infos, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
+    with others_alive():
+        statistics.all_reduce(group)
     if statistics.skipped:
         _report_skipped(statistics)
     transforms = {info.name: statistics.transform(info) for info in infos}
@@ -123,10 +124,11 @@ def collect(
     consume: Callable[[ModuleInfo, torch.Tensor, torch.Tensor], None],
     end_batch: Callable[[], None] = lambda: None,
     predicted: bool = False,
+    group: Any = None,
 ) -> None:
     """Forward and backward of the cost over `batches`, every (info, feature, gradient) to `consume`."""
     with tapped(model, infos, consume), torch.enable_grad():
-        for images, targets in checked(model, batches):
+        for images, targets in in_step(checked(model, batches), group):
             total_cost(model, model(images), None if predicted else targets).backward()
             end_batch()
 

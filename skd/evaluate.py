@@ -122,8 +122,8 @@ def evaluate(
         for entry in variants:
             model.widths(entry)
     with frozen(model):
-        batches = in_step(batches if progress is None else progress(batches), group)
-        for images, labels in checked(timm_model, batches):
+        batches = checked(timm_model, batches if progress is None else progress(batches))
+        for images, labels in in_step(batches, group):
             reference = timm_model(images) if labels is None else None
             top1.start(reference, labels, len(images))
             for entry in dict.fromkeys(variants):

@@ -56,8 +56,8 @@ def importance(
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
     with frozen(supernet):
-        batches = in_step(batches if progress is None else progress(batches), group)
-        for images, labels in checked(model, batches):
+        batches = checked(model, batches if progress is None else progress(batches))
+        for images, labels in in_step(batches, group):
             with torch.no_grad():
                 reference = supernet(images) if top1.headless or labels is None else None
             if labels is None and reference is not None and not top1.headless:

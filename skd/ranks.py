@@ -6,7 +6,7 @@ done in `together` or drawn through `in_step`: then all of them fail, and each s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,7 +97,7 @@ def spread(model: torch.nn.Module, group: Any) -> None:
     if group is not None:
         with others_alive():
             for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0, group=group)
+                dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
 
 
 # Agreement
@@ -115,15 +115,15 @@ def everyone(value: Any, group: Any) -> list[Any]:
 
 def largest(number: int, group: Any) -> int:
     """The largest of the ranks' integers."""
-    return _extremes(number, group)[1]
+    return number if group is None else _extremes([number], group)[0][1]
 
 
 def check_same(value: Any, name: str, group: Any) -> None:
-    """Raise RuntimeError on every rank unless all have an equal `value`."""
+    """Raise ValueError on every rank unless all have an equal `value`."""
     values = everyone(value, group)
     other = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
     if other:
-        raise RuntimeError(
+        raise ValueError(
             f"{name} is not the same on all ranks: {values[0]} on rank 0, {values[other[0]]} on rank {other[0]}"
         )
 
@@ -147,33 +147,36 @@ def together(group: Any) -> Iterator[None]:
         _raise_for_all(error, group)
 
 
-def in_step(batches: Iterable[Any], group: Any, *, equal: bool = False) -> Iterable[Any]:
+def in_step(batches: Iterable[Any], group: Any, images: Callable[[Any], int] | None = None) -> Iterable[Any]:
     """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
 
     Args:
         batches: what an iteration raises, StopAll too, is raised on every rank. Without a group they are returned.
-        equal: the ranks must have the same number.
+        images: of a batch; where it is given, the ranks must have as many batches, and as many images in each.
 
     Raises:
         RankFailed: another rank failed.
         StopAll: a rank was asked to stop.
-        ValueError: a rank has no batch at all, or fewer than another with `equal`.
+        ValueError: a rank has no batch at all, or with `images` not what another has.
     """
-    return batches if group is None else _in_step(batches, group, equal)
+    return batches if group is None else _in_step(batches, group, images)
 
 
-def _in_step(batches: Iterable[Any], group: Any, equal: bool) -> Iterator[Any]:
+def _in_step(batches: Iterable[Any], group: Any, images: Callable[[Any], int] | None) -> Iterator[Any]:
     count = 0
     for item, error, code in _turns(batches):
-        low, high = _extremes(code, group)
+        size = images(item) if images is not None and code == _GO else 0
+        (low, high), (smallest, most) = _extremes([code, size], group)
         if high == _FAILED:
-            _raise_for_all(error, group)
+            _raise_for_all(error if code == _FAILED else None, group)
         if high >= _STOP:
             raise StopAll(high - _STOP)
-        if low == _GO and (high == _EMPTY or (equal and high == _END)):
+        if low == _GO and (high == _EMPTY or (images is not None and high == _END)):
             raise ValueError(f"the ranks have {everyone(count + (code == _GO), group)} batches and more; {_EQUAL}")
         if low != _GO:
             return
+        if high == _GO and smallest != most:
+            raise ValueError(f"the ranks have batches of {everyone(size, group)} images; each needs as many")
         if code == _GO:
             count += 1
             yield item
@@ -203,13 +206,12 @@ def _raise_for_all(error: Exception | None, group: Any) -> None:
     raise RankFailed(f"rank {rank} failed: {said[rank]}")
 
 
-def _extremes(number: int, group: Any) -> tuple[int, int]:
-    if group is None:
-        return number, number
-    pair = torch.tensor([-number, number])
+def _extremes(numbers: list[int], group: Any) -> list[tuple[int, int]]:
+    """The smallest and the largest of each number over the ranks."""
+    both = torch.tensor([[-number, number] for number in numbers])
     with others_alive():
-        dist.all_reduce(pair, dist.ReduceOp.MAX, group=group)
-    return -int(pair[0]), int(pair[1])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    return [(-low, high) for low, high in both.tolist()]
 
 
 @contextmanager

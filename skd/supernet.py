@@ -42,9 +42,10 @@ class SuperBlock(nn.Module):
         attn_width: Width | None = None,
         mlp_width: Width | None = None,
         tokens: int | None = None,
+        scores: Sequence[torch.Tensor | None] = (None, None),
     ) -> torch.Tensor:
-        """(B, N, C), or of the first `tokens` alone: (B, tokens, C)."""
-        return self.feed_forward(self.attend(x, attn_width, tokens=tokens), mlp_width)
+        """(B, N, C), or of the first `tokens` alone: (B, tokens, C); `scores` of the attention and of the MLP."""
+        return self.feed_forward(self.attend(x, attn_width, scores[0], tokens), mlp_width, scores[1])
 
     def attend(
         self,
@@ -288,8 +289,7 @@ class _AtWidths:
         self.block, self.widths, self.scores, self.tokens = block, widths, scores, tokens
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.block.attend(x, self.widths[0], self.scores[0], self.tokens)
-        y: torch.Tensor = self.block.feed_forward(x, self.widths[1], self.scores[1])
+        y: torch.Tensor = self.block(x, *self.widths, self.tokens, self.scores)
         return y
 
 

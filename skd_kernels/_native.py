@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -15,8 +14,17 @@ STATISTICS_DTYPES = {
 CUDA_LARGEST_GROUP = 128
 
 
-@functools.cache
+_loaded: tuple[Any, str] | None = None  # plain, because torch.compile looks through a cache and traces the import
+
+
 def _load() -> tuple[Any, str]:
+    global _loaded
+    if _loaded is None:
+        _loaded = _import()
+    return _loaded
+
+
+def _import() -> tuple[Any, str]:
     try:
         module = importlib.import_module("skd_kernels._C")
     except ImportError as error:

@@ -68,8 +68,9 @@ def masked_attention(
     head_dim = inner // num_heads
     check_width(width, head_dim, x.device)
     check_scores(scores, (3, num_heads, head_dim), x.device)
-    if queries is not None and not 1 <= queries <= x.shape[1]:
-        raise ValueError(f"queries is {queries}; it may be 1..{x.shape[1]}, or None")
+    whole = isinstance(queries, int) and not isinstance(queries, bool)
+    if queries is not None and not (whole and 1 <= queries <= x.shape[1]):
+        raise ValueError(f"queries is {queries!r}; it may be 1..{x.shape[1]}, or None")
     result: torch.Tensor = _operation(
         x=x,
         w_qkv=w_qkv,

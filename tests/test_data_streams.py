@@ -107,6 +107,18 @@ def test_evaluation_and_calibration(shards: str, source: Any, workers: int) -> N
     assert len(set(flat(chosen))) == 20 and sorted(flat(chosen)) != list(range(20))
 
 
+@pytest.mark.parametrize("split, world, workers", [("validation", 3, 0), ("validation", 2, 3), ("part-1.tar", 2, 2)])
+def test_ranks_evaluate_every_image_once(shards: str, split: str, world: int, workers: int) -> None:
+    """Also where the ranks and workers do not divide the shards."""
+    source = open_source(shards, split, in_chans=1, num_samples=12 if split.endswith(".tar") else None)
+    loaders = [
+        eval_loader(source, config(), batch_size=8, workers=workers, rank=rank, world=world) for rank in range(world)
+    ]
+    parts = [flat(numbers(loader)) for loader in loaders]
+    assert sorted(flat(parts)) == (list(range(12, 24)) if split.endswith(".tar") else list(range(48)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= max(1, workers)
+
+
 def test_labels_and_what_a_stream_cannot(shards: str, source: Any) -> None:
     fixed = open_source(shards, "validation", in_chans=1)
     with pytest.raises(ValueError, match=r"has the label 2; the head has the classes 0\.\.1"):

@@ -179,3 +179,12 @@ def test_float32_and_bfloat16_run() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         supernet = skd.convert(tiny_vit(dtype), random_batches(dtype=dtype))
         assert supernet(random_batches(dtype=dtype)[0][0]).dtype == dtype
+
+
+def test_blocks_are_called_as_modules(model: Any) -> None:
+    """So that hooks, and wrappers of blocks, see them."""
+    supernet, calls = skd.SuperNet(copy.deepcopy(model)), []
+    for index, block in enumerate(supernet.model.blocks):
+        block.register_forward_hook(lambda module, inputs, output, index=index: calls.append(index))
+    supernet(random_batches(1)[0][0], entry=0)
+    assert calls == list(range(len(supernet.model.blocks)))

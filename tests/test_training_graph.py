@@ -31,7 +31,7 @@ class FakeGraphs:
     """What `StepGraph` uses of torch.cuda; a graph's replay calls the step that was captured."""
 
     def __init__(self, monkeypatch):
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.released = 0
         self.capturing = None
         self.error = None
         outer = self
@@ -48,6 +48,9 @@ class FakeGraphs:
                 outer.replays += 1
                 outer.step()
 
+            def reset(self):
+                outer.released += 1
+
         for name, value in {
             "Stream": Stream,
             "CUDAGraph": CUDAGraph,
@@ -55,6 +58,7 @@ class FakeGraphs:
             "stream": lambda stream: contextlib.nullcontext(),
             "device": lambda device: contextlib.nullcontext(),
             "graph": self.graph,
+            "synchronize": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         step = StepGraph._step
@@ -111,7 +115,7 @@ def test_replayed_steps_are_the_eager_ones(graphs, changes):
     """While the dropout list grows and the learning rate moves; and one capture serves them all."""
     eager, replayed = trained(False, **changes), trained(True, **changes)
     assert_same(replayed, eager)
-    assert graphs.captures == 1 and graphs.replays == replayed[2] - WARMUP > 5
+    assert graphs.captures == 1 and graphs.replays == replayed[2] - WARMUP > 5 and graphs.released == 1
 
 
 def test_a_list_beyond_the_table_is_captured_anew(graphs):

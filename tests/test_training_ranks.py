@@ -70,7 +70,8 @@ def run_ranks(rank: int, folder: Path) -> None:
             if name in FAULTS:
                 loaders |= FAULTS[name](rank, loaders, settings)
             net = digit_net(torch.float64)
-            history = run_training(net, settings, folder / name, **loaders, group=dist.group.WORLD)
+            arguments = {"config": settings, **loaders, "out": folder / name}
+            history = run_training(net, **arguments, group=dist.group.WORLD)
             result = {"weights": net.state_dict(), "history": history.epochs, "list": net.dropout_list.to_json()}
         except Exception as error:
             result = {"error": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start}
@@ -103,8 +104,7 @@ def at_batch(number: int, action: Callable[[], None]) -> Callable[[int], None]:
 
 
 def stop_rank_1(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
-    ask = at_batch(6, lambda: signal.raise_signal(signal.SIGTERM))
-    return {"train_loader": Hooked(loaders["train_loader"], ask)} if rank == 1 else {}
+    return stop_at(loaders, 6) if rank == 1 else {}
 
 
 def stop_in_importance(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
@@ -127,7 +127,40 @@ def broken_calibration(rank: int, loaders: dict[str, Any], settings: Any) -> dic
 
 
 def fewer_batches(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
-    return {"train_loader": loaders["train_loader"][:3]} if rank == 1 else {}
+    class Stream:
+        """Of a length that is not known before."""
+
+        def __init__(self, batches: list[Any]) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Any:
+            return iter(self.batches)
+
+    return {"train_loader": Stream(loaders["train_loader"][: 4 - rank])}
+
+
+def smaller_batches(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    short = spoilt(loaders["train_loader"], 2, lambda images, labels: (images[:-1], labels[:-1]))
+    return {"train_loader": short} if rank == 1 else {}
+
+
+def wrong_label(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    bad = spoilt(loaders["val_loader"], 1, lambda images, labels: (images, labels + 90))
+    return {"val_loader": bad} if rank == 1 else {}
+
+
+def other_settings(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    return {"config": settings.changed(seed=1)} if rank == 1 else {}
+
+
+def failure_and_signal(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """In the same turn."""
+    return broken_file(rank, loaders, settings) if rank == 1 else stop_at(loaders, 4)
+
+
+def stop_at(loaders: dict[str, Any], number: int) -> dict[str, Any]:
+    ask = at_batch(number, lambda: signal.raise_signal(signal.SIGTERM))
+    return {"train_loader": Hooked(loaders["train_loader"], ask)}
 
 
 def full_disk(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
@@ -154,6 +187,10 @@ FAULTS: dict[str, Callable[..., dict[str, Any]]] = {
     "broken file": broken_file,
     "broken calibration": broken_calibration,
     "fewer batches": fewer_batches,
+    "smaller batches": smaller_batches,
+    "wrong label": wrong_label,
+    "other settings": other_settings,
+    "failure and signal": failure_and_signal,
     "full disk": full_disk,
     "death": death,  # the last: rank 1 is gone
 }
@@ -247,6 +284,8 @@ def test_a_signal_while_importance_is_measured(ranks: Path) -> None:
         ("nan", 1, "Diverged", "NaN or infinite in epoch 0, by step 3; the last good checkpoint is .*step-000000002"),
         ("broken file", 1, "OSError", "input/output error: 'images/7.png'"),
         ("broken calibration", 0, "ValueError", "a label is 11"),
+        ("failure and signal", 1, "OSError", "input/output error"),
+        ("wrong label", 1, "ValueError", r"labels has 9\d\.\.9\d"),
         ("full disk", 0, "OSError", "No space left on device"),
     ],
 )
@@ -261,10 +300,18 @@ def test_a_fault_on_one_rank_is_told_on_both(ranks: Path, name: str, where: int,
     assert_checkpoints_whole(ranks / name)
 
 
-def test_ranks_with_different_numbers_of_batches(ranks: Path) -> None:
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("fewer batches", r"\[4, 3\] batches"),
+        ("smaller batches", r"batches of \[8, 7\] images"),
+        ("other settings", "settings is not the same on all ranks"),
+    ],
+)
+def test_ranks_that_do_not_fit_together(ranks: Path, name: str, text: str) -> None:
     for rank in range(2):
-        assert result(ranks, "fewer batches", rank)["error"] == "ValueError"
-        assert "[4, 3] batches" in result(ranks, "fewer batches", rank)["text"]
+        assert result(ranks, name, rank)["error"] == "ValueError"
+        assert re.search(text, result(ranks, name, rank)["text"])
 
 
 def test_a_rank_that_dies(ranks: Path) -> None:

@@ -20,7 +20,7 @@ from skd import recipes
 from skd.architecture import create_model
 from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
 from skd.files import load
-from skd.ranks import everyone, rank_of, size_of
+from skd.ranks import everyone, rank_of, size_of, together
 from skd.supernet import SuperNet
 from skd.training.config import BAD_IMAGES, TrainConfig
 from skd.training.screen import Screen
@@ -66,15 +66,17 @@ def source(
     arguments: argparse.Namespace, model: Any, split: str, like: Source | None = None, **options: Any
 ) -> Source:
     """One split of --data, its classes compared with those of `like`, another split, and with the model's head."""
-    opened = open_source(
-        arguments.data,
-        split,
-        in_chans=model.in_chans,
-        data_dir=arguments.data_dir,
-        class_map=arguments.class_map,
-        download=arguments.download,
-        **options,
-    )
+    options |= {
+        "in_chans": model.in_chans,
+        "data_dir": arguments.data_dir,
+        "class_map": arguments.class_map,
+        "download": arguments.download,
+    }
+    if arguments.download:  # one process of a node writes the files, the others find them
+        with together(arguments.group):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                open_source(arguments.data, split, **options)
+    opened = open_source(arguments.data, split, **options)
     if like is not None and like.classes and opened.classes and not opened.mapped and like.classes != opened.classes:
         names = sorted(set(like.classes) ^ set(opened.classes))
         raise ValueError(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from skd.training.stopping import Stopped
+
 SHARING = ("convert", "plan", "train", "finetune", "evaluate")  # commands that know what to do
 
 
@@ -45,7 +47,10 @@ def processes(command: str, device: str | None) -> Iterator[Any]:
         )
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= gpus:
+            raise ValueError(f"this node has {gpus} GPUs; --nproc_per_node may be that at most, or use --device cpu")
+        torch.cuda.set_device(place)
     # gloo also where there are GPUs: what the ranks have to agree on is on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
@@ -55,6 +60,6 @@ def processes(command: str, device: str | None) -> Iterator[Any]:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 yield dist.group.WORLD
     finally:
-        # After an error the others may be waiting in a collective: they are to see this process go.
-        if sys.exc_info()[0] is None:
+        # After an error the others may wait in a collective, and are to see this process go. Stopped, all leave.
+        if sys.exc_info()[0] in (None, Stopped):
             dist.destroy_process_group()

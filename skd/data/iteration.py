@@ -194,6 +194,10 @@ class StreamLoader(Loader):
 
     def _workers(self) -> DataLoader[Loaded]:
         """What the readers draw from: the same on all ranks for the shards, one of its own for a worker's images."""
+        # To evaluate, every rank reads all and keeps its part: the readers' own division may leave out images of one
+        # shard and read those of another twice.
+        whole = not self._training and self._limit is None
+        rank, world = (0, 1) if whole else (self._rank, self._world)
         shards = int(generator(self._seed, "shards").integers(2**31))
         images = int(generator(self._seed, "stream", self.epoch, self._rank).integers(2**31))
         self._source.prepare(
@@ -201,12 +205,13 @@ class StreamLoader(Loader):
             worker_seed=images,
             epoch=self.epoch,
             workers=self._processes,
-            rank=self._rank,
-            world=self._world,
+            rank=rank,
+            world=world,
             rows=self._rows,
         )
         counters = (self.epoch, self._rank)
-        dataset = StreamBatches(self._source, self._preparation, self._rows, counters, self.start_batch)
+        keep = (self._rank, self._world) if whole else (0, 1)
+        dataset = StreamBatches(self._source, self._preparation, self._rows, counters, self.start_batch, keep)
         return DataLoader(
             dataset,
             batch_size=None,

@@ -111,7 +111,7 @@ def eval_loader(
             ValueError. The reader of a stream has its own way.
         indices: only these images, in this order.
         rank, world: this process takes rows rank, rank + world, ... of each batch; it yields nothing for a batch
-            in which it has no row. A stream is divided by its reader.
+            in which it has no row. Of a stream every rank reads all, and keeps its part.
         pin_memory: page-locked batches, for faster copies to a GPU.
         device: where images are normalised and left; None: on the CPU.
 
@@ -197,5 +197,7 @@ def _check(batch_size: int, workers: int, rank: int, world: int, bad_images: str
         raise ValueError(f"workers is {workers}; it must be at least 0")
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank} of {world}; it must be 0..world - 1")
+    if batch_size < world:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least the number of ranks, {world}")
     if bad_images not in ("skip", "fail"):
         raise ValueError(f"bad_images is {bad_images!r}; it may be 'skip' or 'fail'")

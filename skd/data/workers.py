@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -134,6 +135,7 @@ class StreamBatches(IterableDataset[Loaded]):
         rows: images in a batch.
         counters: of the augmentation, before the worker and the position in its part of the stream.
         start_batch: batches before it are read, since a stream cannot do otherwise, but not prepared: they are empty.
+        keep: (rank, world): of this worker's part only the images rank, rank + world, ...
     """
 
     def __init__(
@@ -143,7 +145,9 @@ class StreamBatches(IterableDataset[Loaded]):
         rows: int,
         counters: tuple[int, ...],
         start_batch: int = 0,
+        keep: tuple[int, int] = (0, 1),
     ) -> None:
+        self.keep = keep
         self.source = source
         self.preparation = preparation
         self.rows = rows
@@ -162,7 +166,8 @@ class StreamBatches(IterableDataset[Loaded]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         count, samples = 0, []
-        for count, (image, label) in enumerate(self.source.stream(), start=1):
+        mine = islice(self.source.stream(), self.keep[0], None, self.keep[1])
+        for count, (image, label) in enumerate(mine, start=1):
             batch = (count - 1) // self.rows * workers + worker
             if batch >= self.start_batch:
                 counters = (*self.counters, worker, count - 1)

@@ -51,7 +51,13 @@ def dry_run(
         raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
     device = next(supernet.parameters()).device
     trainer = Trainer(
-        supernet, [], None, config.changed(sched_on_updates=False), (), None, Screen(Console(quiet=True))
+        supernet,
+        [],
+        None,
+        config.changed(sched_on_updates=False, cuda_graph=False),
+        (),
+        None,
+        Screen(Console(quiet=True)),
     )
     supernet.train()
     supernet.model.set_grad_checkpointing(config.grad_checkpointing)

@@ -58,7 +58,7 @@ class StepGraph:
         self.trainer = trainer
         self.calls = 0
         self.graph: Any = None
-        self.table: torch.Tensor | None = None  # of widths, as the graph reads it
+        self.reads: tuple[Any, Any] = (None, None)  # table of widths and buffers of scores, as the graph has them
         self.failed = False
         self.inputs: dict[str, torch.Tensor] = {}
         self.loss = torch.zeros((), device=trainer.device)
@@ -112,14 +112,22 @@ class StepGraph:
         if self.calls < WARMUP or self.failed:
             self._on_the_side()
             return
-        table = self.trainer.supernet.width_table
-        if self.graph is None or self.table is not table:  # a longer list than the table was made for has a new one
-            self.graph, self.table = None, table
+        supernet = self.trainer.supernet
+        reads = (supernet.width_table, supernet.scores)  # a list longer than its table has a new one
+        if self.graph is None or any(old is not new for old, new in zip(self.reads, reads, strict=True)):
+            self.graph, self.reads = None, reads
             self._capture()
         if self.graph is None:
             self._on_the_side()
         else:
             self.graph.replay()
+
+    def release(self) -> None:
+        """Give the graph up. A group of processes cannot end while a graph holds its collectives."""
+        if self.graph is not None:
+            torch.cuda.synchronize(self.trainer.device)
+            self.graph.reset()
+            self.graph = None
 
     def _capture(self) -> None:
         """Record a step, without taking it. Where that fails, steps run one by one from now on."""

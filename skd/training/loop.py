@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from skd.architecture import describe
 from skd.outputs import output_folder, remove_leftovers, write_json
-from skd.ranks import check_group, rank_of, together
+from skd.ranks import check_group, check_same, rank_of, together
 from skd.supernet import SuperBlock, SuperNet, check_supernet
 from skd.training.checkpoints import checkpoints
 from skd.training.config import TrainConfig, finetune_config
@@ -165,6 +165,8 @@ def _check(
             raise ValueError(
                 f"{name} is an iterator, empty after one pass; it must be a list, a DataLoader or the like"
             )
+    steps = len(train_loader) if isinstance(train_loader, Sized) else None
+    check_same([steps, config.to_dict()], "the batches of an epoch and the settings", group)
     if calibration is None and config.growing_epochs:
         raise ValueError("calibration is None; importance needs un-augmented batches of training images")
 

@@ -23,7 +23,7 @@ def distributed(network: Any, supernet: SuperNet, group: Any) -> DistributedData
         parallel = DistributedDataParallel(
             network, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-        if network is supernet:  # or it would compile for this
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for this
             _settle(parallel, supernet)
     return parallel
 

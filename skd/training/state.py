@@ -51,9 +51,11 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
         if trainer.ema is not None:
             trainer.ema.module.load_state_dict(_part(tensors, "ema."))
         restore_optimizer(trainer.optimizer, trainer.names, tensors, header["optimizer"])
-        trainer.use(DropoutList.from_json(header["dropout_list"]))
+        dropout_list = DropoutList.from_json(header["dropout_list"])
+        trainer.supernet.dropout_list = dropout_list
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"resume: the checkpoint is of another network: {error}") from None
+    trainer.use(dropout_list)
     if trainer.online is not None:
         trainer.online.load_state(_part(tensors, "scores."), header["scored_steps"])
     trainer.scaler.load_state_dict(header["scaler"])

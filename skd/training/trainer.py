@@ -141,6 +141,8 @@ class Trainer:
             ):
                 self._run_epochs()
         finally:
+            if self.graph is not None:
+                self.graph.release()
             self.supernet.scores = None
             self.supernet.model.set_grad_checkpointing(checkpointing)
             self.supernet.train(training)
@@ -240,7 +242,7 @@ class Trainer:
         self.supernet.train()
         accumulated = self.config.grad_accum_steps
         start = self.step_in_epoch * accumulated
-        groups = iter(in_step(self._groups(start), self.group, equal=True))
+        groups = iter(in_step(self._groups(start), self.group, images_in))
         if self.config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
             self._set_learning_rate(self.scheduler.step_update, max(self.step - 1, 0))
         else:
@@ -281,7 +283,7 @@ class Trainer:
 
     def train_step(self, group: list[Any], entry: int) -> None:
         """Train one entry on one batch, given in parts: update the weights and their average."""
-        images = sum(len(part) for part, _ in group)
+        images = images_in(group)
         start = self._now()
         masks = None
         if self.paths is not None:  # of the whole batch; this rank has its rows rank, rank + world, ...
@@ -345,7 +347,7 @@ class Trainer:
         return int(generator(self.config.seed, "entry", self.step).integers(len(self.supernet.dropout_list)))
 
     def _check_batch_size(self, group: list[Any]) -> None:
-        images = sum(len(part) for part, _ in group) * self.world
+        images = images_in(group) * self.world
         if self.step == 0 and self.rank == 0 and self.config.lr is None and images != self.config.batch_size:
             warnings.warn(
                 f"train_loader gives {images} images per step, but batch_size is {self.config.batch_size}: "
@@ -435,3 +437,8 @@ class Trainer:
             for name, text in texts.items():
                 with replacing(self.folder / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")
+
+
+def images_in(group: list[Any]) -> int:
+    """Of a step's batch, given in parts."""
+    return sum(len(images) for images, _ in group)
