@@ -24,35 +24,29 @@ def tf32(enabled: bool) -> Iterator[None]:
     """Inside the block a GPU may use TF32 for float32 products and convolutions; switches as they were after it.
 
     Not enabled: they stay as PyTorch or the user has set them. PyTorch's compiler asks for the older switches, which
-    refuse to answer once the newer ones were set: so those are used, unless the user has set the newer.
+    refuse to answer where only the newer ones were set: so they are set first, unless the user has set the newer.
     """
     if not enabled:
         yield
         return
     cudnn: Any = torch.backends.cudnn  # a module whose stub does not have all
-    try:
-        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:
-        with _newer_switches(torch.backends.cuda.matmul, cudnn.conv):
-            yield
-        return
-    try:
-        torch.set_float32_matmul_precision("high")
-        cudnn.allow_tf32 = True
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32 = before[1]
-
-
-@contextmanager
-def _newer_switches(*switches: Any) -> Iterator[None]:
+    switches = (torch.backends.cuda.matmul, cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
     try:
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:
+        older = None
+    try:
+        if older is not None:
+            torch.set_float32_matmul_precision("high")
+            cudnn.allow_tf32 = True
         for switch in switches:
             switch.fp32_precision = "tf32"
         yield
     finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            cudnn.allow_tf32 = older[1]
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value
 
