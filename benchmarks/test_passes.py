@@ -12,7 +12,7 @@ import skd
 from benchmarks import memory, published
 from benchmarks.timing import report
 from skd.evaluate import Top1
-from skd.importance import _add_scores, _count_skips, _score_buffers
+from skd.importance import _add_scores, _count_skips, score_buffers
 from skd.taps import frozen, total_cost
 
 BATCH = 16
@@ -75,7 +75,7 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
     supernet, (images, labels) = skd.SuperNet(deit(size, device)), batch(device)
     widths = supernet.widths()
     with frozen(supernet):
-        streams, _ = _add_scores(supernet, widths, images, labels, _score_buffers(supernet))
+        streams, _ = _add_scores(supernet, widths, images, labels, score_buffers(supernet))
 
     def counted(top1: Top1) -> list[int]:
         return [top1.correct(info.name) for info in supernet.infos]

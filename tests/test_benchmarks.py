@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -240,3 +241,9 @@ def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytes
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
     document = json.loads((ROOT / "benchmarks" / "results" / "input-cpu.json").read_text())
     assert input_pipeline.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_imported(path: Path) -> None:
+    """What they use of the library's inside may get another name; pytest does not collect them here."""
+    importlib.import_module(f"benchmarks.{path.stem}")
