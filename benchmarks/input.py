@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 
 import skd
 from benchmarks.provenance import provenance
+from benchmarks.timing import synchronize
 from skd.data import data_config, open_source, train_loader, train_transform
 from skd.data.pixels import Prepared
-from skd.training.screen import Screen
-from skd.training.trainer import Trainer
+from skd.training.trainer import by_hand
 
 SIZE = (500, 375)
 SHARDS = 4
@@ -117,7 +116,7 @@ def make_step(name: str, device: str) -> Any:
     supernet = skd.SuperNet(skd.create_model(name).to(device))
     images = STEP_IMAGES[device]
     config = skd.TrainConfig(batch_size=images)
-    trainer = Trainer(supernet.train(), [], None, config, (), None, Screen(Console(quiet=True)))
+    trainer = by_hand(supernet.train(), config)
     batch = (torch.randn(images, 3, 224, 224, device=device), torch.randint(1000, (images,), device=device))
 
     def call() -> tuple[float, float]:
@@ -128,11 +127,6 @@ def make_step(name: str, device: str) -> Any:
         return images / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / images
 
     return call
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def measure(images: int, batch: int, rounds: int, workers: list[int], models: list[str]) -> dict[str, Any]:

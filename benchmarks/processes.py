@@ -21,12 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
 
 import skd
 from benchmarks.provenance import provenance
-from skd.training.screen import Screen
-from skd.training.trainer import Trainer
+from skd.training.trainer import by_hand
 
 
 def steps(rank: int, setup: dict[str, Any]) -> None:
@@ -45,7 +43,7 @@ def steps(rank: int, setup: dict[str, Any]) -> None:
     torch.manual_seed(0)
     supernet = skd.SuperNet(skd.create_model(setup["model"])).to(device).train()
     config = skd.TrainConfig(batch_size=setup["batch"])
-    trainer = Trainer(supernet, [], None, config, (), None, Screen(Console(quiet=True)), group=group)
+    trainer = by_hand(supernet, config, group)
     share = setup["batch"] // world
     images = torch.randn(share, 3, *supernet.model.patch_embed.img_size, device=device)
     labels = torch.arange(share, device=device)

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from timm.utils import ModelEma, ModelEmaV3
 from torch import nn
 
@@ -34,9 +33,8 @@ from benchmarks.compiled import Compiled
 from benchmarks.networks import Network, deit, dropout_list, gradient
 from benchmarks.operations import COMPILED
 from skd.supernet import SuperBlock
-from skd.training.screen import Screen
 from skd.training.step import eager_step
-from skd.training.trainer import Trainer
+from skd.training.trainer import by_hand
 
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
 OURS, OURS_COMPILED, OURS_GRAPH = "ours", "ours, compiled", "ours, graph"
@@ -119,7 +117,7 @@ class OwnStep(Step):
         supernet = skd.SuperNet(deit(model, device)).train()
         supernet.dropout_list = dropout_list(supernet)
         config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=name == OURS_GRAPH, **SETTINGS)
-        self.trainer = Trainer(supernet, [], None, config, (), None, Screen(Console(quiet=True)))
+        self.trainer = by_hand(supernet, config)
         self.on_device = device == "cuda" or name == OURS_COMPILED
         self.entry = torch.zeros((), dtype=torch.int64, device=device)
         if name == OURS_GRAPH and self.trainer.graph is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 import skd
-from benchmarks import memory, published
+from benchmarks import memory, networks, published
+from benchmarks.steps import images_and_labels
 from benchmarks.timing import report
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, score_buffers
@@ -19,13 +19,11 @@ BATCH = 16
 
 
 def deit(size: str, device: str) -> Any:
-    return timm.create_model(f"deit_{size}_patch16_224").to(device).eval()
+    return networks.deit(size, device).eval()
 
 
 def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, 224, 224, generator=generator)
-    return images.to(device), torch.randint(0, 1000, (BATCH,), generator=generator).to(device)
+    return images_and_labels(BATCH, device)
 
 
 def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) -> torch.Tensor:

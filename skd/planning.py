@@ -172,6 +172,17 @@ def propose(
     """One round: importance at the last entry of `current`, ranked into operations."""
     widths = current.entry(len(current) - 1)
     scores, sensitivity = importance(supernet, batches, widths=list(widths.values()), group=group)
+    return ranked(supernet, scores, sensitivity, widths, convention)
+
+
+def ranked(
+    supernet: SuperNet,
+    scores: dict[str, np.ndarray],
+    sensitivity: dict[str, float],
+    widths: Mapping[str, int],
+    convention: str,
+) -> Proposal:
+    """What was measured at `widths`, by module, as a proposal: `rank_operations` with the network's own prices."""
     operations = rank_operations(
         scores,
         sensitivity,

@@ -16,6 +16,7 @@ from helpers import (
 )
 
 import skd
+from skd.training.decay import inclusion
 from skd.training.online import OnlineImportance
 
 ONLINE = {"importance": "online", "progressive_epochs": 3}
@@ -38,7 +39,16 @@ def test_scores_are_those_of_the_steps() -> None:
     assert online.steps == 0 and all(float(buffer.abs().sum()) == 0 for buffer in online.buffers)
 
 
-def test_sums_are_divided_by_inclusion_and_modules_compared_by_their_totals() -> None:
+def test_every_entry_includes_the_coordinates_that_are_read() -> None:
+    """So their inclusion probability, by which sums would be divided, is 1."""
+    net = digit_net()
+    net.dropout_list = skd.plan(net, digit_data()[2], rounds=2)
+    for index, (info, width) in enumerate(zip(net.infos, net.widths(len(net.dropout_list) - 1), strict=True)):
+        shares = inclusion(net.dropout_list, index, info.full_width)
+        assert (shares[:width] == 1).all() and (shares[width:] < 1).all()
+
+
+def test_modules_are_compared_by_their_totals() -> None:
     net = digit_net(torch.float64)
     online = OnlineImportance(net)
     for buffer in online.buffers:

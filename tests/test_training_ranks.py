@@ -33,6 +33,7 @@ from helpers import (
     training_config,
 )
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
 import skd
 from skd.training import checkpoints
@@ -62,9 +63,18 @@ def share(batches: Any, rank: int) -> list[Any]:
 
 def run_ranks(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    kept_apart: list[None] = []
+    no_sync = DistributedDataParallel.no_sync
+
+    def counted(network: Any) -> Any:
+        kept_apart.append(None)
+        return no_sync(network)
+
+    DistributedDataParallel.no_sync = counted  # type: ignore[method-assign]
     for name in [*CHANGES, *FAULTS]:
         loaders = {key: share(batches, rank) for key, batches in zip(LOADERS, digit_data(), strict=True)}
         settings = config(**CHANGES.get(name, {}))
+        kept_apart.clear()
         start = time.monotonic()
         try:
             if name in FAULTS:
@@ -72,7 +82,12 @@ def run_ranks(rank: int, folder: Path) -> None:
             net = digit_net(torch.float64)
             arguments = {"config": settings, **loaders, "out": folder / name}
             history = run_training(net, **arguments, group=dist.group.WORLD)
-            result = {"weights": net.state_dict(), "history": history.epochs, "list": net.dropout_list.to_json()}
+            result = {
+                "apart": len(kept_apart),
+                "weights": net.state_dict(),
+                "history": history.epochs,
+                "list": net.dropout_list.to_json(),
+            }
         except Exception as error:
             result = {"error": type(error).__name__, "text": str(error), "seconds": time.monotonic() - start}
         torch.save(result, folder / f"{name}-{rank}.pt")
@@ -249,6 +264,11 @@ def test_gradients_are_averaged_as_a_graph_does_it(ranks: Path) -> None:
     expected = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
     for rank in range(2):
         assert_close(torch.load(ranks / f"gradients-{rank}.pt"), expected)
+
+
+def test_ranks_add_up_gradients_once_a_step(ranks: Path) -> None:
+    """With two parts, 3 epochs of 2 steps: the first part of each step is kept apart."""
+    assert [result(ranks, name, 0)["apart"] for name in ("plain", "accumulated")] == [0, 6]
 
 
 def test_rank_0_writes_what_one_process_writes(ranks: Path) -> None:

@@ -15,8 +15,7 @@ from rich.table import Table
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
 from skd.training.precision import laid_out, tf32
-from skd.training.screen import Screen
-from skd.training.trainer import Trainer
+from skd.training.trainer import Trainer, by_hand
 
 IMAGENET = 1_281_167  # training images, assumed where no data set is given
 LARGEST = {"cpu": 8, "cuda": 64}  # images of a measured step: a whole batch need not fit where the run is planned
@@ -50,15 +49,8 @@ def dry_run(
     if supernet.model.num_classes == 0:
         raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
     device = next(supernet.parameters()).device
-    trainer = Trainer(
-        supernet,
-        [],
-        None,
-        config.changed(sched_on_updates=False, cuda_graph=False),
-        (),
-        None,
-        Screen(Console(quiet=True)),
-    )
+    # Without an epoch there are no updates to schedule by, and a graph is for one batch size.
+    trainer = by_hand(supernet, config.changed(sched_on_updates=False, cuda_graph=False))
     supernet.train()
     supernet.model.set_grad_checkpointing(config.grad_checkpointing)
     total = IMAGENET if images is None else images

@@ -8,19 +8,17 @@ import numpy as np
 import torch
 
 from skd.importance import read_scores, score_buffers
-from skd.planning import Proposal, rank_operations
-from skd.prices import planning_macs_per_unit
+from skd.planning import Proposal, ranked
 from skd.ranks import gathered, rank_of, size_of, summed
 from skd.supernet import SuperNet
-from skd.training.decay import inclusion
 
 
 class OnlineImportance:
     """Sums of |x g| (METHOD 2, step 2) over the steps since the dropout list last grew.
 
-    A coordinate takes part only in the entries that include it, so its sum is divided by its inclusion probability
-    under the list. No module is skipped to learn its sensitivity: in its place stands the module's share of all
-    scores, by heads added up.
+    Sums are to be divided by the probability with which a step includes a coordinate. Only coordinates of the last
+    entry are read, and lists are nested: every entry includes them, so that probability is 1. No module is skipped to
+    learn its sensitivity: in its place stands the module's share of all scores, by heads added up.
 
     Attributes:
         steps: how many the sums are of.
@@ -43,27 +41,19 @@ class OnlineImportance:
 
     def propose(self, convention: str) -> Proposal:
         """Operations at the widths of the list's last entry, as `skd.planning.propose` has them; sums restart."""
-        supernet = self.supernet
-        listed = supernet.dropout_list
+        listed = self.supernet.dropout_list
         widths = listed.entry(len(listed) - 1)
         sums = iter(summed([buffer for buffer in self.buffers if buffer is not None], self.group))
         scores: dict[str, np.ndarray] = {}
         shares: dict[str, float] = {}
-        for index, info in enumerate(supernet.infos):
-            raw = read_scores(None if self.buffers[index] is None else next(sums), widths[info.name])
-            scores[info.name] = raw / inclusion(listed, index, info.full_width)[: len(raw)]
+        for info, buffer in zip(self.supernet.infos, self.buffers, strict=True):
+            # A copy: what is read may be the buffer itself, which restarts.
+            scores[info.name] = read_scores(None if buffer is None else next(sums), widths[info.name]).copy()
             shares[info.name] = float(scores[info.name].sum()) * (info.num_heads if info.kind == "attn" else 1)
         largest = max(max(shares.values()), 1e-300)
         sensitivity = {name: share / largest for name, share in shares.items()}
         self.restart()
-        operations = rank_operations(
-            scores,
-            sensitivity,
-            planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, convention),
-            {info.name: info.group_size for info in supernet.infos},
-            widths,
-        )
-        return Proposal(operations, scores, sensitivity)
+        return ranked(self.supernet, scores, sensitivity, widths, convention)
 
     def restart(self) -> None:
         self.steps = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from timm.utils import ModelEmaV3
 
 from skd.curve import area, measure_curve
@@ -437,6 +438,11 @@ class Trainer:
             for name, text in texts.items():
                 with replacing(self.folder / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")
+
+
+def by_hand(supernet: SuperNet, config: TrainConfig, group: Any = None) -> Trainer:
+    """A trainer to call `train_step` of: without loaders and files, and it shows nothing."""
+    return Trainer(supernet, [], None, config, (), None, Screen(Console(quiet=True)), group=group)
 
 
 def images_in(group: list[Any]) -> int:
