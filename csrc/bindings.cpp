@@ -11,7 +11,7 @@ namespace {
 
 const char* cpu_level() {
   switch (skd::register_bytes()) {
-    case 64: return "x86-64-v4";
+    case 64: return skd::multiplies_pairs() ? "x86-64-v4, avx512bf16" : "x86-64-v4";
     case 32: return "x86-64-v3";
     default: return "default";
   }

@@ -51,6 +51,16 @@ inline int64_t register_bytes() {
   return 16;
 }
 
+// Whether it multiplies pairs of bfloat16 in registers of 64 bytes.
+inline bool multiplies_pairs() {
+#ifdef SKD_LEVELS
+  __builtin_cpu_init();
+  return register_bytes() == 64 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 SKD_INLINE double load(double value) { return value; }
 SKD_INLINE float load(float value) { return value; }
 SKD_INLINE float load(BFloat16 value) { return from_bits(uint32_t(value.bits) << 16); }

@@ -100,6 +100,36 @@ SKD_INLINE Vector<double, Bytes> absolute(Vector<double, Bytes> v) {
   return Vector<double, Bytes>(Vector<uint64_t, Bytes>(v) & 0x7fffffffffffffffull);
 }
 
+// sum + left right, lane by lane.
+template <int64_t Bytes, typename A>
+SKD_INLINE Vector<A, Bytes> multiply_add(A left, Vector<A, Bytes> right, Vector<A, Bytes> sum) {
+  return sum + left * right;
+}
+#ifdef SKD_LEVELS
+// Each lane of left and right holds two bfloat16: both products are added, by AVX-512 BF16.
+template <int64_t Bytes>
+SKD_INLINE Vector<float, Bytes> multiply_add(uint32_t left, Vector<uint32_t, Bytes> right, Vector<float, Bytes> sum) {
+  const Vector<uint32_t, Bytes> everywhere = left - Vector<uint32_t, Bytes>{};
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(everywhere), "v"(right));
+  return sum;
+}
+#endif
+
+// The bits of the nearest bfloat16, to even in the middle; NaN stays one.
+template <int64_t Bytes>
+SKD_INLINE Vector<uint32_t, Bytes> to_bfloat16(Vector<float, Bytes> v) {
+  using Bits = Vector<uint32_t, Bytes>;
+  const Bits bits = Bits(v), special = Bits(v != v);
+  return (((bits + 0x7fff + (bits >> 16 & 1)) & ~special) | (0x7fc00000u & special)) >> 16;
+}
+
+// to[i] += values[i], in float64.
+template <typename V>
+SKD_INLINE void add_to(double* to, V values) {
+  using Sums = Vector<double, sizeof(V) / sizeof(values[0]) * sizeof(double)>;
+  *reinterpret_cast<Sums*>(to) += __builtin_convertvector(values, Sums);
+}
+
 // Sum of the lanes, by halves.
 template <typename A, int64_t Bytes>
 SKD_INLINE A total(Vector<A, Bytes> v) {

@@ -6,7 +6,8 @@
 // Work is cut into tasks of up to four groups and a range of tokens, by the shape alone, so the result does not depend
 // on the number of threads. Inside a task, blocks of 128 tokens are staged as sqrt(w) y in the cache and multiplied by
 // tiles in registers, upper triangle only, while the next block is fetched from memory. Sums are float32 within a block
-// and float64 across blocks.
+// and float64 across blocks. Of bfloat16 input sqrt(w) y is rounded to bfloat16 again where the processor multiplies
+// such numbers (exactly, in pairs, and adds in float32) at twice the rate: no larger an error than the input came with.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -33,6 +34,10 @@ constexpr int64_t kGroupsPerTask = 3;  // neighbours in memory: they share pages
 constexpr int64_t kUsualDims = 64;     // of a head
 constexpr int64_t kWidth = 16;         // staged tokens are multiples of it wide
 constexpr int64_t kRows = 8;           // of a register tile; its columns are one vector, or half of one
+constexpr int64_t kAhead = 4;          // tokens that are on their way to the first-level cache while one is staged
+constexpr int64_t kLine = 64;          // bytes of the caches
+constexpr int64_t kPace = 8;           // rows multiplied per line of features and gradients fetched
+static_assert(kBlock % 2 == 0);        // tokens are also paired
 
 struct View {
   const void* data;
@@ -77,6 +82,15 @@ struct Stage {
   std::vector<A> plain, weighted, token, tokens;
 };
 
+// Into the first-level cache: one token of one group.
+template <typename T>
+SKD_INLINE void fetch_token(const T* x, const T* grad, int64_t dims) {
+  for (int64_t d = 0; d < dims; d += kLine / int64_t(sizeof(T))) {
+    __builtin_prefetch(x + d, 0, 3);
+    __builtin_prefetch(grad + d, 0, 3);
+  }
+}
+
 // Stage sqrt(w) y of the block's tokens of one group; returns the sum of w. `plain` and `weighted` get those of y and
 // w y; `token` is scratch.
 template <int64_t Bytes, typename T, typename A>
@@ -88,6 +102,7 @@ SKD_INLINE A stage_tokens(const Block& block, int64_t group, int64_t dims, int64
   const T* grad = block.grad.at<T>(block.tokens.begin, group);
   A weight = 0;
   for (int64_t t = 0; t < block.tokens.size(); ++t, x += block.x.token_stride, grad += block.grad.token_stride) {
+    fetch_token(x + kAhead * block.x.token_stride, grad + kAhead * block.grad.token_stride, dims);
     Vector<A, Bytes> sum = {};
     for (int64_t v = 0; v < width / step; ++v) {
       token[v] = load_first<A, Bytes>(x + v * step, dims - v * step);
@@ -126,82 +141,107 @@ SKD_INLINE A stage_block(const Block& block, int64_t group, const A* shift, Stag
   return weight;
 }
 
-// Into the second-level cache, some tokens of all groups of the block.
+// Rows of staged tokens, in place, to half as many rows of pairs: two bfloat16 in each uint32_t.
+template <int64_t Bytes>
+SKD_INLINE const uint32_t* pack_pairs(float* staged, int64_t tokens, int64_t width) {
+  using Pairs = Vector<uint32_t, Bytes>;
+  uint32_t* packed = reinterpret_cast<uint32_t*>(staged);
+  if (tokens % 2 == 1) std::fill_n(staged + tokens * width, width, 0.0f);
+  for (int64_t t = 0; t < tokens; t += 2, staged += 2 * width)
+    for (int64_t d = 0; d < width; d += Bytes / 4) {
+      const Pairs first = to_bfloat16<Bytes>(load_vector<Bytes>(staged + d));
+      const Pairs second = to_bfloat16<Bytes>(load_vector<Bytes>(staged + width + d));
+      store_vector<Bytes>(packed + t / 2 * width + d, Pairs(first | second << 16));
+    }
+  return packed;
+}
+
+// Brings the tokens of one group of a block into the second-level cache, line by line.
 template <typename T>
-SKD_INLINE void prefetch(const Block& block, Range tokens) {
-  for (int64_t t = tokens.begin; t < tokens.end; ++t)
-    for (int64_t g = block.groups.begin; g < block.groups.end; ++g)
-      for (int64_t d = 0; d < block.dims; d += 64 / int64_t(sizeof(T))) {
-        __builtin_prefetch(block.x.at<T>(t, g) + d, 0, 2);
-        __builtin_prefetch(block.grad.at<T>(t, g) + d, 0, 2);
-      }
-}
+struct Fetch {
+  const T *x, *grad;
+  int64_t x_stride, grad_stride, dims, tokens, d = 0;
 
-// outer (kRows, one vector; rows `padded` apart) += rows^T columns, of tokens `width` apart.
-template <int64_t Bytes, typename A>
-SKD_INLINE void add_tile(const A* staged, int64_t row, int64_t column, int64_t tokens, int64_t width, double* outer,
-                         int64_t padded) {
-  Vector<A, Bytes> sum[kRows] = {};
-  for (int64_t t = 0; t < tokens; ++t) {
-    const A* y = staged + t * width;
-    const auto right = load_vector<Bytes>(y + column);
-    for (int64_t r = 0; r < kRows; ++r) sum[r] += y[row + r] * right;
+  Fetch(const Block& block, int64_t group)
+      : x(block.x.at<T>(block.tokens.begin, group)),
+        grad(block.grad.at<T>(block.tokens.begin, group)),
+        x_stride(block.x.token_stride),
+        grad_stride(block.grad.token_stride),
+        dims(block.dims),
+        tokens(block.tokens.size()) {}
+
+  SKD_INLINE void next() {
+    if (tokens == 0) return;
+    __builtin_prefetch(x + d, 0, 2);
+    __builtin_prefetch(grad + d, 0, 2);
+    if ((d += kLine / int64_t(sizeof(T))) >= dims) d = 0, --tokens, x += x_stride, grad += grad_stride;
   }
-  for (int64_t r = 0; r < kRows; ++r)
-    for (int64_t c = 0; c < Bytes / int64_t(sizeof(A)); ++c) outer[(row + r) * padded + column + c] += sum[r][c];
+};
+
+// outer (kRows, one vector; rows `padded` apart) += left^T right, both of `rows` rows, `width` apart.
+template <int64_t Bytes, typename A, typename E, typename T>
+SKD_INLINE void add_tile(const E* left, const E* right, int64_t rows, int64_t width, double* outer, int64_t padded,
+                         Fetch<T>& fetch) {
+  Vector<A, Bytes> sum[kRows] = {};
+  for (int64_t t = 0; t < rows; ++t, left += width, right += width) {
+    const auto columns = load_vector<Bytes>(right);
+    for (int64_t r = 0; r < kRows; ++r) sum[r] = multiply_add<Bytes>(left[r], columns, sum[r]);
+    if (t % kPace == 0) fetch.next(), fetch.next();
+  }
+  for (int64_t r = 0; r < kRows; ++r) add_to(outer + r * padded, sum[r]);
 }
 
-// Upper triangle of staged^T staged, in tiles. `fetch` is called before each, with how much is done after it.
-template <int64_t Bytes, typename A, typename Fetch>
-SKD_INLINE void add_outer(const A* staged, int64_t tokens, int64_t width, double* outer, int64_t padded, Fetch fetch) {
+// Upper triangle of staged^T staged, in tiles.
+template <int64_t Bytes, typename A, typename E, typename T>
+SKD_INLINE void add_outer(const E* staged, int64_t rows, int64_t width, double* outer, int64_t padded,
+                          Fetch<T> fetch) {
   constexpr int64_t lanes = Bytes / sizeof(A);
   static_assert(lanes <= 2 * kRows);  // what is left of a row of tiles is half a vector or nothing
-  int64_t done = 0;
-  for (int64_t row = 0; row < padded; row += kRows)
-    for (int64_t column = row; column < padded;) {
-      const bool whole = column + lanes <= padded;
-      const int64_t columns = whole ? lanes : lanes / 2;
-      fetch(done += kRows * columns);
-      if (whole)
-        add_tile<Bytes>(staged, row, column, tokens, width, outer, padded);
-      else
-        add_tile<Bytes / 2>(staged, row, column, tokens, width, outer, padded);
-      column += columns;
-    }
+  for (int64_t row = 0; row < padded; row += kRows) {
+    int64_t column = row;
+    for (; column + lanes <= padded; column += lanes)
+      add_tile<Bytes, A>(staged + row, staged + column, rows, width, outer + row * padded + column, padded, fetch);
+    if (column < padded)
+      add_tile<Bytes / 2, A>(staged + row, staged + column, rows, width, outer + row * padded + column, padded, fetch);
+  }
 }
 
-// All groups of a block; meanwhile the next one is fetched.
-template <int64_t Bytes, typename T, typename A>
+// All groups of a block; meanwhile the next one is fetched. Paired: staged tokens are rounded to bfloat16.
+template <int64_t Bytes, bool Paired, typename T, typename A>
 SKD_INLINE void add_block(const Block& block, const Block& next, const A* shift, int64_t padded, Stage<A>& stage,
                           const Sums* into) {
-  const int64_t area = block.groups.size() * padded * (padded + kRows) / 2;  // of all triangles
-  int64_t before = 0, fetched = next.tokens.begin;
-  for (int64_t g = block.groups.begin; g < block.groups.end; ++g, ++into, before += padded * (padded + kRows) / 2) {
+  const int64_t tokens = block.tokens.size();
+  A* staged = stage.tokens.data();
+  for (int64_t g = block.groups.begin; g < block.groups.end; ++g, ++into) {
     *into->weight += stage_block<std::min<int64_t>(Bytes, 32), T, A>(block, g, shift + g * stage.width, stage);
     for (int64_t d = 0; d < block.dims; ++d) into->plain[d] += stage.plain[d];
     for (int64_t d = 0; d < block.dims; ++d) into->weighted[d] += stage.weighted[d];
-    add_outer<Bytes>(stage.tokens.data(), block.tokens.size(), stage.width, into->outer, padded, [&](int64_t done) {
-      const int64_t due = next.tokens.begin + next.tokens.size() * (before + done) / area;
-      prefetch<T>(next, {fetched, due});
-      fetched = due;
-    });
+    if constexpr (Paired)
+      add_outer<Bytes, A>(pack_pairs<Bytes>(staged, tokens, stage.width), (tokens + 1) / 2, stage.width, into->outer,
+                          padded, Fetch<T>(next, g));
+    else
+      add_outer<Bytes, A>(staged, tokens, stage.width, into->outer, padded, Fetch<T>(next, g));
   }
 }
 
-// One version for each size of registers.
+// One version for each size of registers, and one for pairs of bfloat16.
 template <typename T, typename A>
 struct Add {
   using Function = void(const Block&, const Block&, const A*, int64_t, Stage<A>&, const Sums*);
-#define SKD_ADD(NAME, BYTES, ATTRIBUTE)                                                                             \
+#define SKD_ADD(NAME, BYTES, PAIRED, ATTRIBUTE)                                                                     \
   ATTRIBUTE static void NAME(const Block& block, const Block& next, const A* shift, int64_t padded, Stage<A>& stage, \
                              const Sums* into) {                                                                    \
-    add_block<BYTES, T, A>(block, next, shift, padded, stage, into);                                                \
+    add_block<BYTES, PAIRED, T, A>(block, next, shift, padded, stage, into);                                        \
   }
-  SKD_ADD(narrow, 16, )
+  SKD_ADD(narrow, 16, false, )
 #ifdef SKD_LEVELS
-  SKD_ADD(middle, 32, __attribute__((target("arch=x86-64-v3"))))
-  SKD_ADD(wide, 64, __attribute__((target("arch=x86-64-v4"))))
-  static Function* best() { return register_bytes() == 64 ? wide : register_bytes() == 32 ? middle : narrow; }
+  SKD_ADD(middle, 32, false, __attribute__((target("arch=x86-64-v3"))))
+  SKD_ADD(wide, 64, false, __attribute__((target("arch=x86-64-v4"))))
+  SKD_ADD(paired, 64, (std::is_same_v<T, BFloat16>), __attribute__((target("arch=x86-64-v4,avx512bf16"))))
+  static Function* best() {
+    if (register_bytes() == 64) return std::is_same_v<T, BFloat16> && multiplies_pairs() ? paired : wide;
+    return register_bytes() == 32 ? middle : narrow;
+  }
 #else
   static Function* best() { return narrow; }
 #endif

@@ -114,6 +114,8 @@ def token_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | Non
 
     Returns:
         `Moments`, float64. An empty batch gives zeros. NaN and Inf propagate. Differentiable in `x` and `grad`.
+        Products of bfloat16 input may be of values rounded to bfloat16 once more (CPUs with AVX-512 BF16): each
+        entry of `weighted_outer` is then off by a few 2^-9 of its terms, which average out over tokens.
 
     Raises:
         ValueError: wrong shape, dtype or device.
