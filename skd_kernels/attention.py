@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
+from skd_kernels.cpu import attention, refuses_compiled
 from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
 from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select
@@ -89,6 +90,45 @@ def masked_attention(
 _operation = operation(masked_attention)
 
 
+def refuses_to_compute(
+    *,
+    x: TensorSpec,
+    w_qkv: TensorSpec,
+    b_qkv: TensorSpec | None,
+    w_proj: TensorSpec,
+    b_proj: TensorSpec | None,
+    width: int | TensorSpec,
+    queries: int | None,
+    **_: object,
+) -> str | None:
+    if queries is not None:
+        return "the kernel computes all queries"
+    return refuses_compiled(x, w_qkv, b_qkv, w_proj, b_proj) or refuses_to_slice(width=width)
+
+
+@_operation.implementation("compiled", refuses_to_compute)
+def masked_attention_compiled(
+    x: torch.Tensor,
+    w_qkv: torch.Tensor,
+    b_qkv: torch.Tensor | None,
+    w_proj: torch.Tensor,
+    b_proj: torch.Tensor | None,
+    width: int | torch.Tensor,
+    num_heads: int,
+    scale: float | None,
+    scores: torch.Tensor | None,
+    queries: int | None,
+) -> torch.Tensor:
+    """As "slices", with softmax attention and its gradient by csrc/attention_cpu.cpp, on qkv as it is."""
+    k = check_range(int(width), w_proj.shape[1] // num_heads)
+    if k == 0:
+        return masked_attention_slices(x, w_qkv, b_qkv, w_proj, b_proj, k, num_heads, scale, scores, queries)
+    weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, k)
+    qkv = with_taylor_scores(_heads(x, weight, bias), None if scores is None else scores[:, :, :k])
+    assert scale is not None  # an empty head is refused
+    return F.linear(attention(qkv, float(scale)).flatten(2), columns, b_proj)
+
+
 @_operation.implementation("slices", refuses_to_slice)
 def masked_attention_slices(
     x: torch.Tensor,
@@ -104,10 +144,7 @@ def masked_attention_slices(
 ) -> torch.Tensor:
     """Exact shapes for the library: the kept rows and columns are gathered, work follows the width."""
     k = check_range(int(width), w_proj.shape[1] // num_heads)
-    channels = x.shape[-1]
-    weight = w_qkv.reshape(3, num_heads, -1, channels)[:, :, :k]
-    bias = None if b_qkv is None else b_qkv.reshape(3, num_heads, -1)[:, :, :k]
-    columns = w_proj.reshape(channels, num_heads, -1)[:, :, :k].reshape(channels, -1)
+    weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, k)
     if k == 0:
         # (B, N, 0) times (0, C) is zero and keeps every weight in the graph; so does the sum of nothing.
         nothing = _heads(x[:, :queries], weight, bias)[:, :, 0].flatten(2)
@@ -127,6 +164,16 @@ def masked_attention_slices(
             ).unbind(2)
         )
     return F.linear(_attend(q, keys, values, scale), columns, b_proj)
+
+
+def _kept(
+    w_qkv: torch.Tensor, b_qkv: torch.Tensor | None, w_proj: torch.Tensor, num_heads: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The first k coordinates of every head: weight (3, H, k, C) and bias (3, H, k) of qkv, columns (C, H k)."""
+    channels = w_qkv.shape[1]
+    weight = w_qkv.reshape(3, num_heads, -1, channels)[:, :, :k]
+    bias = None if b_qkv is None else b_qkv.reshape(3, num_heads, -1)[:, :, :k]
+    return weight, bias, w_proj.reshape(channels, num_heads, -1)[:, :, :k].reshape(channels, -1)
 
 
 def _heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -72,6 +72,7 @@ def check(
     *,
     bias: bool = True,
     device: str = "cpu",
+    implementation: str = "triton",
     **kwargs: Any,
 ) -> dict[str, tuple[float, float]]:
     """Output, gradients and scores against float64, with NaN in every parameter past the width.
@@ -92,7 +93,7 @@ def check(
     ]
     found_scores.fill_(1.0)  # added to, not overwritten
     count = torch.tensor(width, dtype=torch.int32, device=device)
-    found = run("triton", poisoned, count, heads, dy, found_scores, **kwargs)
+    found = run(implementation, poisoned, count, heads, dy, found_scores, **kwargs)
     present = [name for name, tensor in zip(NAMES, inputs, strict=True) if tensor is not None]
     masks = [mask for mask, tensor in zip(kept, inputs, strict=True) if tensor is not None]
     errors = {}

@@ -57,6 +57,30 @@ def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
         check(scores, (product**power).sum(0), tolerance, f"taylor_scores {power}, {what}")
 
 
+def run_layers(batch: int, tokens: int, heads: int, dims: int, generator: torch.Generator) -> None:
+    """GELU and attention, there and back."""
+    qkv = torch.randn(batch, tokens, 3, heads, dims, generator=generator)
+    what = f"{tuple(qkv.shape)}"
+    exact = qkv.double().requires_grad_()
+    h = torch.nn.functional.gelu(exact.flatten(0, -2))
+    grad = torch.randn(h.shape, generator=generator)
+    (expected,) = torch.autograd.grad(h, exact, grad.double())
+    check(torch.ops.skd_kernels.gelu(qkv).flatten(0, -2), h, 1e-6, f"gelu, {what}")
+    for scored in (True, False):
+        dz, scores = torch.ops.skd_kernels.gelu_backward(qkv.flatten(0, -2), grad, scored)
+        check(dz, expected.reshape(dz.shape), 1e-6, f"gelu_backward, {what}")
+        if scored:
+            check(scores, (h * grad).abs().sum(0), 1e-6, f"scores of gelu_backward, {what}")
+    q, k, v = exact.permute(2, 0, 3, 1, 4)
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
+    grad = torch.randn(attended.shape, generator=generator)
+    (expected,) = torch.autograd.grad(attended, exact, grad.double())
+    out, sums = torch.ops.skd_kernels.attention(qkv, 0.3)
+    check(out, attended, 1e-5, f"attention, {what}")
+    found = torch.ops.skd_kernels.attention_backward(grad, qkv, out, sums, 0.3)
+    check(found, expected, 1e-5, f"attention_backward, {what}")
+
+
 def main(library: str) -> None:
     torch.ops.load_library(library)
     generator = torch.Generator().manual_seed(0)
@@ -66,6 +90,9 @@ def main(library: str) -> None:
         for (layout, x), (other, grad) in itertools.product(*(tuple(layouts(tensor)) for tensor in draw)):
             run(x, grad, f"{dtype} {shape} {layout}, {other}")
             cases += 1
+    for sizes in itertools.product((1, 2), (2, 64, 65, 197), (1, 3), (1, 8, 13, 40, 64, 100)):
+        run_layers(*sizes, generator)
+        cases += 1
     print(f"ok: {cases} cases")
 
 

@@ -34,7 +34,7 @@ def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
             return f"it needs compute capability 8.0; the device has {capability[0]}.{capability[1]}"
     tensors = [x, *(parameter for parameter in parameters if parameter is not None)]
     for tensor in tensors:
-        dtype = _after_autocast(tensor.dtype, x.device)
+        dtype = after_autocast(tensor.dtype, x.device)
         if dtype not in DTYPES:
             return f"there is no kernel for {dtype}"
         if 0 in tensor.shape:
@@ -51,11 +51,12 @@ def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
 def cast_as_linear(*tensors: torch.Tensor | None) -> list[Any]:
     """What ``F.linear`` makes of its arguments: under autocast, all but float64 in the type of autocast."""
     return [
-        None if tensor is None else tensor.to(_after_autocast(tensor.dtype, tensor.device.type)) for tensor in tensors
+        None if tensor is None else tensor.to(after_autocast(tensor.dtype, tensor.device.type)) for tensor in tensors
     ]
 
 
-def _after_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
+def after_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What ``F.linear`` computes in."""
     if dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
     return torch.get_autocast_dtype(device)
