@@ -86,10 +86,10 @@ x, w_qkv, w_proj = torch.ones(1, 3, 8), torch.ones(24, 8), torch.ones(8, 8)
 found = kernels.explain("masked_attention", x, w_qkv, None, w_proj, None, torch.tensor(3), num_heads=1)
 print(found.chosen, found.refused["triton"])
 """
-    for flag, expected in (("1", "slices"), ("0", "slices")):
+    for flag in "10":
         environment = {**os.environ, "TRITON_INTERPRET": flag}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert result.stdout.startswith(expected), result.stderr
+        assert result.stdout.startswith("compiled"), result.stderr
     x = torch.ones(1, 3, 8)
     with kernels.use("triton"), pytest.raises(ValueError, match="triton: Triton has no CPU target"):
         kernels.masked_attention(x, torch.ones(24, 8), None, torch.ones(8, 8), None, 3, num_heads=1)
