@@ -3,8 +3,8 @@
 Only the way to get there differs from ours; results are the same to rounding.
 
 `convert`: features and gradients of all layers are kept until the backward pass is over; otherwise it is
-`skd.convert(..., centering="batch")`. Parameters are frozen here too, and the clones are made in the backward pass,
-which is to its advantage.
+`skd.convert(..., centering="batch")`, and parameters get gradients that nobody reads. The clones are made in the
+backward pass, which is to its advantage.
 
 `masked_mlp`, `masked_attention`: boolean masks, made on the host for every call and copied to the device, gather the
 kept rows and columns of the weights; softmax attention is written out.
@@ -34,7 +34,9 @@ def convert(model: Any, batches: Iterable[Any]) -> skd.SuperNet:
     statistics = WpacStatistics("batch")
     kept: list[Kept] = []
     with tapped(converted, infos, lambda info, feature, grad: kept.append((info, feature.clone(), grad.clone()))):
+        converted.requires_grad_()
         for images, labels in checked(converted, batches):
+            converted.zero_grad()
             total_cost(converted, converted(images), labels).backward()
             for info, feature, grad in kept:
                 add(statistics, info, feature, grad)

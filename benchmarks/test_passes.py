@@ -26,6 +26,11 @@ def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return images_and_labels(BATCH, device)
 
 
+def published_network(size: str, device: str) -> networks.Network:
+    layers = published.masked_attention, published.masked_mlp
+    return networks.Network(deit(size, device), *layers, compiler=None).eval()
+
+
 def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) -> torch.Tensor:
     """`supernet.step` at all tokens, also in the last block, as a plain forward pass has it."""
     block = supernet.model.blocks[index // 2]
@@ -47,8 +52,12 @@ def test_calibration(benchmark: Any, device: str, size: str) -> None:
 
 @pytest.mark.parametrize("size", ["tiny"])
 def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str, size: str) -> None:
-    """Only gradients of activations, from the first block on, against all gradients of a plain pass."""
+    """Only gradients of activations, from the first block on, against all gradients of a plain pass.
+
+    That pass with our layers, and with the published ones.
+    """
     supernet, (images, labels) = skd.SuperNet(deit(size, device)), batch(device)
+    network = published_network(size, device)
 
     def everything() -> None:
         x = supernet.embed(images)
@@ -57,6 +66,10 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
         total_cost(supernet.model, supernet.head(x), labels).backward()
         supernet.zero_grad()
 
+    def published_pass() -> None:
+        total_cost(network.model, network(images, supernet.widths()), labels).backward()
+        network.zero_grad()
+
     def activations_only() -> None:
         with frozen(supernet):
             x = supernet.embed(images).requires_grad_()
@@ -64,13 +77,14 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
                 x = supernet.step(index, x, width)
             total_cost(supernet.model, supernet.head(x), labels).backward()
 
-    report(benchmark, {"frozen": activations_only, "all gradients": everything})
+    report(benchmark, {"frozen": activations_only, "all gradients": everything, "published": published_pass})
 
 
 @pytest.mark.parametrize("size", ["tiny"])
 def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str) -> None:
-    """One pass per module, from that module on, against one whole plain pass per module."""
+    """One pass per module, from that module on, against one whole pass per module: our layers and published ones."""
     supernet, (images, labels) = skd.SuperNet(deit(size, device)), batch(device)
+    network = published_network(size, device)
     widths = supernet.widths()
     with frozen(supernet):
         streams, _ = _add_scores(supernet, widths, images, labels, score_buffers(supernet))
@@ -90,14 +104,24 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
                 top1.add(skipped.name, supernet.head(x))
         return counted(top1)
 
+    def published_passes() -> list[int]:
+        top1 = Top1(headless=False)
+        top1.start(None, labels, BATCH)
+        with torch.no_grad():
+            supernet(images)
+            for index, skipped in enumerate(supernet.infos):
+                top1.add(skipped.name, network(images, [*widths[:index], 0, *widths[index + 1 :]]))
+        return counted(top1)
+
     def prefix_reuse() -> list[int]:
         top1 = Top1(headless=False)
         top1.start(None, labels, BATCH)
         _count_skips(supernet, widths, streams, top1)
         return counted(top1)
 
-    assert prefix_reuse() == whole_passes()
-    report(benchmark, {"prefix reuse": prefix_reuse, "whole passes": whole_passes}, rounds=3)
+    assert prefix_reuse() == whole_passes() == published_passes()
+    contenders = {"prefix reuse": prefix_reuse, "whole passes": whole_passes, "published": published_passes}
+    report(benchmark, contenders, rounds=3)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
