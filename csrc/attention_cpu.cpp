@@ -16,7 +16,6 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu_math.h"
 #include "cpu_vector.h"
 
 namespace skd {
@@ -30,6 +29,22 @@ constexpr int64_t kColumns = 16;  // logits of a query are padded to a multiple
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// 2^t of t <= 0 (a rounding above is allowed), within 2e-9 and float32's rounding; 2^-126 if it is less. NaN stays NaN.
+// A polynomial fitted to 2^f on [-1/2, 1/2]; without branches, so that compilers make vectors of it.
+SKD_INLINE float exp2_of_negative(float t) {
+  t = t < -126.0f ? -126.0f : t;
+  const int32_t whole = int32_t(t - 0.5f);  // towards zero: the nearest
+  const float f = t - float(whole);
+  float power = 1.5337558e-4f;
+  power = power * f + 1.33998657e-3f;
+  power = power * f + 9.61851981e-3f;
+  power = power * f + 5.55032901e-2f;
+  power = power * f + 2.40226462e-1f;
+  power = power * f + 6.93147182e-1f;
+  power = power * f + 1.0f;
+  return power * from_bits(uint32_t(whole + 127) << 23);
+}
 
 // A matrix in memory: element (i, j) is data[i * row + j * step].
 struct Matrix {

@@ -5,8 +5,6 @@
 STABLE_TORCH_LIBRARY(skd_kernels, m) {
   m.def("token_moments(Tensor x, Tensor grad, Tensor shift) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("taylor_scores(Tensor x, Tensor grad, int power) -> Tensor");
-  m.def("gelu(Tensor z) -> Tensor");
-  m.def("gelu_backward(Tensor z, Tensor grad, bool scored) -> (Tensor, Tensor)");
   m.def("attention(Tensor qkv, float scale) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor sums, float scale) -> Tensor");
 }

@@ -78,8 +78,6 @@ def _register_fakes() -> None:
     """Shapes and dtypes of the outputs, for torch.compile."""
     torch.library.register_fake("skd_kernels::token_moments", _fake_moments)
     torch.library.register_fake("skd_kernels::taylor_scores", _fake_scores)
-    torch.library.register_fake("skd_kernels::gelu", torch.empty_like)
-    torch.library.register_fake("skd_kernels::gelu_backward", _fake_gelu_backward)
     torch.library.register_fake("skd_kernels::attention", _fake_attention)
     torch.library.register_fake("skd_kernels::attention_backward", lambda grad, qkv, *_: torch.empty_like(qkv))
 
@@ -88,10 +86,6 @@ def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> t
     groups, dims = x.shape[-2:]
     sizes = ((groups,), (groups, dims), (groups, dims), (groups, dims, dims))
     return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
-
-
-def _fake_gelu_backward(z: torch.Tensor, grad: torch.Tensor, scored: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(z), z.new_empty(z.shape[-1] if scored else 0, dtype=torch.float64)
 
 
 def _fake_attention(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
+from skd_kernels import _native
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
-from skd_kernels.cpu import attention, refuses_compiled
 from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
-from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_triton
+from skd_kernels.gpu.entry import after_autocast, cast_as_linear, device_width, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select
 from skd_kernels.taylor import with_taylor_scores
 
@@ -101,9 +104,23 @@ def refuses_to_compute(
     queries: int | None,
     **_: object,
 ) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile generates code of its own"
+    for tensor in (x, w_qkv, b_qkv, w_proj, b_proj):
+        if tensor is None:
+            continue
+        if tensor.device != "cpu":
+            return f"there is no kernel for {tensor.device}"
+        dtype = after_autocast(tensor.dtype, "cpu")
+        if dtype != torch.float32:
+            return f"there is no kernel for {dtype}"
+        if 0 in tensor.shape:
+            return f"a tensor of shape {tensor.shape} is empty"
     if queries is not None:
         return "the kernel computes all queries"
-    return refuses_compiled(x, w_qkv, b_qkv, w_proj, b_proj) or refuses_to_slice(width=width)
+    if _native.module() is None:
+        return _native.failure()
+    return refuses_to_slice(width=width)
 
 
 @_operation.implementation("compiled", refuses_to_compute)
@@ -126,7 +143,36 @@ def masked_attention_compiled(
     weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, k)
     qkv = with_taylor_scores(_heads(x, weight, bias), None if scores is None else scores[:, :, :k])
     assert scale is not None  # an empty head is refused
-    return F.linear(attention(qkv, float(scale)).flatten(2), columns, b_proj)
+    out, _ = Attention.apply(qkv, float(scale))
+    return F.linear(out.flatten(2), columns, b_proj)
+
+
+class Attention(torch.autograd.Function):
+    """softmax(scale q k^T) v of qkv (B, N, 3, H, D) float32: (B, N, H, D)."""
+
+    @staticmethod
+    def forward(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        out, sums = torch.ops.skd_kernels.attention.default(qkv.contiguous(), scale)
+        return out, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        qkv, ctx.scale = inputs
+        out, sums = output
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(qkv, out, sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, None]:
+        if grad is None:
+            return None, None
+        qkv, out, sums = ctx.saved_tensors
+        found: torch.Tensor = torch.ops.skd_kernels.attention_backward.default(
+            grad.contiguous(), qkv.contiguous(), out, sums, ctx.scale
+        )
+        return found, None
 
 
 @_operation.implementation("slices", refuses_to_slice)

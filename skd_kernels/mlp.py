@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
-from skd_kernels.cpu import gelu, refuses_compiled
 from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_triton
 from skd_kernels.gpu.mlp import mlp_forward
 from skd_kernels.taylor import with_taylor_scores
@@ -88,43 +87,6 @@ def refuses_to_slice(*, width: int | TensorSpec, **_: object) -> str | None:
         if width.device != "cpu":
             return f"width is a tensor on {width.device}: reading it would stall the host"
     return None
-
-
-def refuses_to_compute(
-    *,
-    x: TensorSpec,
-    w1: TensorSpec,
-    b1: TensorSpec | None,
-    w2: TensorSpec,
-    b2: TensorSpec | None,
-    width: int | TensorSpec,
-    act: str,
-    gated: bool,
-    **_: object,
-) -> str | None:
-    if act != "gelu" or gated:
-        return f"there is no kernel for {'gated ' if gated else ''}{act}"
-    return refuses_compiled(x, w1, b1, w2, b2) or refuses_to_slice(width=width)
-
-
-@_operation.implementation("compiled", refuses_to_compute)
-def masked_mlp_compiled(
-    x: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor | None,
-    w2: torch.Tensor,
-    b2: torch.Tensor | None,
-    width: int | torch.Tensor,
-    act: str,
-    gated: bool,
-    scores: torch.Tensor | None,
-) -> torch.Tensor:
-    """As "slices", with GELU, its gradient and the scores by csrc/gelu_cpu.cpp."""
-    m = check_range(int(width), w2.shape[1])
-    if m == 0:
-        return masked_mlp_slices(x, w1, b1, w2, b2, m, act, gated, scores)
-    z = F.linear(x, w1[:m], None if b1 is None else b1[:m])
-    return F.linear(gelu(z, None if scores is None else scores[:m]), w2[:, :m], b2)
 
 
 @_operation.implementation("slices", refuses_to_slice)

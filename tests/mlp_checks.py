@@ -72,7 +72,6 @@ def check(
     gated: bool = False,
     bias: bool = True,
     device: str = "cpu",
-    implementation: str = "triton",
     **kwargs: Any,
 ) -> dict[str, tuple[float, float]]:
     """Output, gradients and scores against float64, with NaN in every parameter past the width.
@@ -94,7 +93,7 @@ def check(
     ]
     count = torch.tensor(width, dtype=torch.int32, device=device)
     found_scores.fill_(1.0)  # added to, not overwritten
-    found = run(implementation, poisoned, count, dy, found_scores, **kwargs)
+    found = run("triton", poisoned, count, dy, found_scores, **kwargs)
     present = [name for name, tensor in zip(NAMES, inputs, strict=True) if tensor is not None]
     masks = [mask for mask, tensor in zip(kept, inputs, strict=True) if tensor is not None]
     errors = {}

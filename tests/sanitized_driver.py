@@ -57,20 +57,11 @@ def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
         check(scores, (product**power).sum(0), tolerance, f"taylor_scores {power}, {what}")
 
 
-def run_layers(batch: int, tokens: int, heads: int, dims: int, generator: torch.Generator) -> None:
-    """GELU and attention, there and back."""
+def run_attention(batch: int, tokens: int, heads: int, dims: int, generator: torch.Generator) -> None:
+    """There and back."""
     qkv = torch.randn(batch, tokens, 3, heads, dims, generator=generator)
     what = f"{tuple(qkv.shape)}"
     exact = qkv.double().requires_grad_()
-    h = torch.nn.functional.gelu(exact.flatten(0, -2))
-    grad = torch.randn(h.shape, generator=generator)
-    (expected,) = torch.autograd.grad(h, exact, grad.double())
-    check(torch.ops.skd_kernels.gelu(qkv).flatten(0, -2), h, 1e-6, f"gelu, {what}")
-    for scored in (True, False):
-        dz, scores = torch.ops.skd_kernels.gelu_backward(qkv.flatten(0, -2), grad, scored)
-        check(dz, expected.reshape(dz.shape), 1e-6, f"gelu_backward, {what}")
-        if scored:
-            check(scores, (h * grad).abs().sum(0), 1e-6, f"scores of gelu_backward, {what}")
     q, k, v = exact.permute(2, 0, 3, 1, 4)
     attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
     grad = torch.randn(attended.shape, generator=generator)
@@ -91,7 +82,7 @@ def main(library: str) -> None:
             run(x, grad, f"{dtype} {shape} {layout}, {other}")
             cases += 1
     for sizes in itertools.product((1, 2), (2, 64, 65, 197), (1, 3), (1, 8, 13, 40, 64, 100)):
-        run_layers(*sizes, generator)
+        run_attention(*sizes, generator)
         cases += 1
     print(f"ok: {cases} cases")
 

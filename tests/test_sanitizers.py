@@ -13,7 +13,7 @@ import pytest
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("library.cpp", "moments_cpu.cpp", "taylor_cpu.cpp", "gelu_cpu.cpp", "attention_cpu.cpp")
+SOURCES = ("library.cpp", "moments_cpu.cpp", "taylor_cpu.cpp", "attention_cpu.cpp")
 SANITIZE = [
     "-fsanitize=address,undefined",
     "-fno-sanitize=vptr",
