@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS
 from tolerances import statistics_tolerance
 
 import skd_kernels as kernels
@@ -53,14 +54,6 @@ def test_covariance_is_its_definition(batch: int, tokens: int, groups: int, dims
     )
 
 
-LAYOUTS = {
-    "contiguous": lambda x: x,
-    "sliced": lambda x: torch.cat([x, x], dim=-2)[..., : x.shape[-2], :],
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "strided along D": lambda x: x.mT.contiguous().mT,
-    "zero stride": lambda x: x[:1].expand(x.shape),
-    "unaligned": lambda x: torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].reshape(x.shape),
-}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 STATISTICS = {
     "weighted_covariance": kernels.weighted_covariance,
