@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -298,8 +299,9 @@ void run(View x, View grad, const double* shift64, int64_t tokens, int64_t group
     double* p = partial.data() + (split * groups + g) * size;
     return Sums{p, p + 1, p + 1 + dims, p + 1 + 2 * dims};
   };
-  torch::stable::parallel_for(0, splits * ranges, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
+  std::atomic<int64_t> taken{0};  // in turn: a thread that starts late or is slow does less
+  torch::stable::parallel_for(0, splits * ranges, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = taken++) < splits * ranges;) {
       const int64_t split = task / ranges;
       const Range mine = Range{0, groups}.part(task % ranges, ranges);
       Sums sums[kGroupsPerTask];

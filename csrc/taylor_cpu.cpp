@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -67,9 +68,10 @@ void sum_tokens(const Tensor& x, const Tensor& grad, double* scores, Add add_blo
   const int64_t tokens = x.size(0), dims = x.size(1);
   const int64_t splits = std::clamp<int64_t>(tokens / kTokensPerTask, 1, kMaxSplits);
   std::vector<double> partial(splits * dims, 0.0);
-  torch::stable::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
+  std::atomic<int64_t> taken{0};  // in turn: a thread that starts late or is slow does less
+  torch::stable::parallel_for(0, splits, 1, [&](int64_t, int64_t) {
     std::vector<A> sum(dims);
-    for (int64_t split = begin; split < end; ++split) {
+    for (int64_t split; (split = taken++) < splits;) {
       const int64_t last = tokens * (split + 1) / splits;
       for (int64_t token = tokens * split / splits; token < last; token += kBlock) {
         std::fill(sum.begin(), sum.end(), A(0));
