@@ -17,6 +17,11 @@ BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 OTHERS = ("eager", "blocked", "torch.compile", "published")
 
 
+def three_digits(value: float) -> str:
+    """Or whole numbers, however large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def section(paths: list[Path]) -> str:
     """The text between the markers: one part per run."""
     return "\n\n".join(part(path, runs.read(path)) for path in paths)
@@ -65,7 +70,12 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     for info in rows:
         share = f"{100 * info['macs_fraction']:.0f} %" + (", mean of a list" if info["fraction"] == "mean" else "")
-        cells = [info["step"].capitalize(), share, f"{info['median_ms'][ours]:.3g}", f"{info['tflops'][ours]:.3g}"]
+        cells = [
+            info["step"].capitalize(),
+            share,
+            three_digits(info["median_ms"][ours]),
+            f"{info['tflops'][ours]:.3g}",
+        ]
         cells += [f"{info['percent_of_matmul'][ours]:.0f}", *(f"{info['ratio'][name]:.2f}x" for name in others)]
         lines.append("| " + " | ".join(cells) + " |")
     last = rows[-1]
