@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from skd_kernels import _native
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
@@ -164,15 +163,32 @@ class Attention(torch.autograd.Function):
         ctx.save_for_backward(qkv, out, sums)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, None]:
         if grad is None:
             return None, None
         qkv, out, sums = ctx.saved_tensors
+        return AttentionGradient.apply(grad, qkv, out, sums, ctx.scale), None
+
+
+class AttentionGradient(torch.autograd.Function):
+    """The gradient at qkv. It has none itself, and says so to whoever asks, rather than pass for a constant."""
+
+    @staticmethod
+    def forward(
+        grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         found: torch.Tensor = torch.ops.skd_kernels.attention_backward.default(
-            grad.contiguous(), qkv.contiguous(), out, sums, ctx.scale
+            grad.contiguous(), qkv.contiguous(), out, sums, scale
         )
-        return found, None
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> None:
+        raise RuntimeError("the compiled masked_attention has no second derivative; use('reference') has")
 
 
 @_operation.implementation("slices", refuses_to_slice)

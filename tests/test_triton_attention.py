@@ -89,7 +89,7 @@ print(found.chosen, found.refused["triton"])
     for flag in "10":
         environment = {**os.environ, "TRITON_INTERPRET": flag}
         result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert result.stdout.startswith("compiled"), result.stderr
+        assert result.stdout.split()[0] in ("compiled", "slices"), result.stderr
     x = torch.ones(1, 3, 8)
     with kernels.use("triton"), pytest.raises(ValueError, match="triton: Triton has no CPU target"):
         kernels.masked_attention(x, torch.ones(24, 8), None, torch.ones(8, 8), None, 3, num_heads=1)
