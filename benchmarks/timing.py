@@ -14,6 +14,7 @@ Call = Callable[[], object]
 
 QUEUE_CYCLES = 10_000_000  # about 5 ms at 1.98 GHz: longer than the launches of any contender take the host
 MOST_ROUNDS = 60
+GPU = torch.cuda.is_available()  # asked once: the question takes a while
 
 
 def side_by_side(
@@ -64,7 +65,7 @@ def on_device(call: Call) -> float:
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
 
 

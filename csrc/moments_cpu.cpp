@@ -3,11 +3,12 @@
 // For every group g of D coordinates, with y = x - shift and w = mean_d |x grad| of a token:
 //   weight[g] = sum w,  plain[g] = sum y,  weighted[g] = sum w y,  outer[g] = sum w y y^T = sum (sqrt(w) y)(sqrt(w) y)^T
 //
-// Work is cut into tasks of up to four groups and a range of tokens, by the shape alone, so the result does not depend
+// Work is cut into tasks of up to three groups and a range of tokens, by the shape alone, so the result does not depend
 // on the number of threads. Inside a task, blocks of 128 tokens are staged as sqrt(w) y in the cache and multiplied by
 // tiles in registers, upper triangle only, while the next block is fetched from memory. Sums are float32 within a block
 // and float64 across blocks. Of bfloat16 input sqrt(w) y is rounded to bfloat16 again where the processor multiplies
-// such numbers (exactly, in pairs, and adds in float32) at twice the rate: no larger an error than the input came with.
+// such numbers (in pairs, added in float32; denormals count as zero) at twice the rate: no larger an error than the
+// input came with.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -31,13 +33,14 @@ constexpr int64_t kMostTokens = 4096;   // of a task
 constexpr int64_t kFewestTokens = 512;  // of a task, unless there are fewer
 constexpr int64_t kTasks = 12;          // at least, if that leaves each enough tokens
 constexpr int64_t kMaxSplits = 16;
+constexpr int64_t kSample = 64;        // tokens whose mean stands in for that of all while they are summed
 constexpr int64_t kGroupsPerTask = 3;  // neighbours in memory: they share pages
 constexpr int64_t kUsualDims = 64;     // of a head
 constexpr int64_t kWidth = 16;         // staged tokens are multiples of it wide
 constexpr int64_t kRows = 8;           // of a register tile; its columns are one vector, or half of one
 constexpr int64_t kAhead = 4;          // tokens that are on their way to the first-level cache while one is staged
 constexpr int64_t kLine = 64;          // bytes of the caches
-constexpr int64_t kPace = 8;           // rows multiplied per line of features and gradients fetched
+constexpr int64_t kPace = 8;           // rows multiplied per two lines of features and two of gradients fetched
 static_assert(kBlock % 2 == 0);        // tokens are also paired
 
 struct View {
@@ -257,48 +260,79 @@ void run_task(const Block& task, const A* shift, int64_t width, int64_t padded, 
   const auto add = Add<T, A>::best();
   Stage<A> stage(width);
   Block block = task, next = task;
-  next.tokens.end = next.tokens.begin;
-  while (next.tokens.end < task.tokens.end || next.tokens.size() > 0) {  // the first time only fetches
-    block = next;
+  for (int64_t token = task.tokens.begin; token < task.tokens.end; token = block.tokens.end) {
+    block.tokens = {token, std::min(token + kBlock, task.tokens.end)};
     next.tokens = {block.tokens.end, std::min(block.tokens.end + kBlock, task.tokens.end)};
     add(block, next, shift, padded, stage, into);
   }
 }
 
-// Sums about `from` to results about `to`, which the precision of the former cannot hold: with `step` between them and
-// half = sum w y + sum w step / 2, the outer product grows by half step^T + step half^T.
-template <typename A>
-void finish(const Sums& sums, const A* from, const double* to, double tokens, int64_t dims, int64_t padded,
-            double* weight, double* plain, double* weighted, double* outer) {
-  *weight = *sums.weight;
-  std::vector<double> step(dims), half(dims);
-  for (int64_t i = 0; i < dims; ++i) {
-    step[i] = from[i] - to[i];
-    half[i] = sums.weighted[i] + 0.5 * *weight * step[i];
-    plain[i] = sums.plain[i] + tokens * step[i];
-    weighted[i] = sums.weighted[i] + *weight * step[i];
+// Where the results go, of all groups or of one: (G, D), (G), (G, D), (G, D), (G, D, D).
+struct Results {
+  double *about, *weight, *plain, *weighted, *outer;
+
+  Results of(int64_t group, int64_t dims) const {
+    return {about + group * dims, weight + group, plain + group * dims, weighted + group * dims,
+            outer + group * dims * dims};
   }
-  for (int64_t i = 0; i < dims; ++i)
-    for (int64_t j = i; j < dims; ++j)
-      outer[i * dims + j] = outer[j * dims + i] = sums.outer[i * padded + j] + half[i] * step[j] + step[i] * half[j];
+};
+
+// The parts of one group's sums, all about `from`, to results about `to.about`, which the precision of `from` cannot
+// hold, or about the mean where `centred`. With `step` between the two points and half = sum w y + sum w step / 2, the
+// outer product grows by half step^T + step half^T.
+template <typename A>
+void finish(const std::vector<Sums>& parts, const A* from, bool centred, double tokens, int64_t dims, int64_t padded,
+            const Results& to) {
+  std::vector<double> step(dims), half(dims), row(dims);
+  *to.weight = 0.0;
+  std::fill_n(to.plain, dims, 0.0);
+  std::fill_n(to.weighted, dims, 0.0);
+  for (const Sums& part : parts) {
+    *to.weight += *part.weight;
+    for (int64_t i = 0; i < dims; ++i) to.plain[i] += part.plain[i], to.weighted[i] += part.weighted[i];
+  }
+  for (int64_t i = 0; i < dims; ++i) {
+    if (centred) to.about[i] = from[i] + to.plain[i] / tokens;
+    step[i] = from[i] - to.about[i];
+    half[i] = to.weighted[i] + 0.5 * *to.weight * step[i];
+    to.plain[i] += tokens * step[i];
+    to.weighted[i] += *to.weight * step[i];
+  }
+  for (int64_t i = 0; i < dims; ++i) {
+    for (int64_t j = i; j < dims; ++j) row[j] = half[i] * step[j] + step[i] * half[j];
+    for (const Sums& part : parts)
+      for (int64_t j = i; j < dims; ++j) row[j] += part.outer[i * padded + j];
+    for (int64_t j = i; j < dims; ++j) to.outer[i * dims + j] = to.outer[j * dims + i] = row[j];
+  }
 }
 
+// The mean of a few tokens, near that of all: (groups, dims).
+template <typename T>
+void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* mean) {
+  const int64_t count = std::min(tokens, kSample);
+  std::fill_n(mean, groups * dims, 0.0);
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t d = 0; d < dims; ++d) mean[g * dims + d] += double(load(x.at<T>(t, g)[d])) / double(count);
+}
+
+// Sums about `to.about`, or, where `centred`, about the mean of the tokens, which goes there.
 template <typename T, typename A>
-void run(View x, View grad, const double* shift64, int64_t tokens, int64_t groups, int64_t dims, double* weight,
-         double* plain, double* weighted, double* outer) {
+void run(View x, View grad, bool centred, int64_t tokens, int64_t groups, int64_t dims, const Results& to) {
   const int64_t width = round_up(dims, kWidth), padded = round_up(dims, kRows);
   const int64_t ranges = round_up(groups, kGroupsPerTask) / kGroupsPerTask;
   const int64_t balanced = std::min(tokens / kFewestTokens, (kTasks + ranges - 1) / ranges);
   const int64_t splits = std::clamp<int64_t>(std::max(tokens / kMostTokens, balanced), 1, kMaxSplits);
   const int64_t size = 1 + 2 * dims + padded * padded;  // doubles of one group
-  std::vector<double> partial(splits * groups * size, 0.0);
-  std::vector<A> shift(groups * width, A(0));
-  for (int64_t g = 0; g < groups; ++g)
-    std::copy(shift64 + g * dims, shift64 + (g + 1) * dims, shift.begin() + g * width);
+  const std::unique_ptr<double[]> partial(new double[splits * groups * size]);
   auto at = [&](int64_t split, int64_t g) {
-    double* p = partial.data() + (split * groups + g) * size;
+    double* p = partial.get() + (split * groups + g) * size;
     return Sums{p, p + 1, p + 1 + dims, p + 1 + 2 * dims};
   };
+  if (centred) sample_mean<T>(x, tokens, groups, dims, to.about);
+  std::vector<A> shift(groups * width, A(0));
+  for (int64_t g = 0; g < groups; ++g)
+    std::copy(to.about + g * dims, to.about + (g + 1) * dims, shift.begin() + g * width);
   std::atomic<int64_t> taken{0};  // in turn: a thread that starts late or is slow does less
   torch::stable::parallel_for(0, splits * ranges, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = taken++) < splits * ranges;) {
@@ -306,40 +340,47 @@ void run(View x, View grad, const double* shift64, int64_t tokens, int64_t group
       const Range mine = Range{0, groups}.part(task % ranges, ranges);
       Sums sums[kGroupsPerTask];
       for (int64_t g = mine.begin; g < mine.end; ++g) sums[g - mine.begin] = at(split, g);
+      std::fill_n(sums[0].weight, mine.size() * size, 0.0);
       run_task<T, A>({x, grad, Range{0, tokens}.part(split, splits), mine, dims}, shift.data(), width, padded, sums);
     }
   });
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      Sums all = at(0, g);
-      for (int64_t split = 1; split < splits; ++split) {
-        const double* other = at(split, g).weight;
-        for (int64_t i = 0; i < size; ++i) all.weight[i] += other[i];
-      }
-      finish(all, shift.data() + g * width, shift64 + g * dims, double(tokens), dims, padded, weight + g,
-             plain + g * dims, weighted + g * dims, outer + g * dims * dims);
+      std::vector<Sums> parts;
+      for (int64_t split = 0; split < splits; ++split) parts.push_back(at(split, g));
+      finish(parts, shift.data() + g * width, centred, double(tokens), dims, padded, to.of(g, dims));
     }
   });
 }
 
-// x, grad (T, G, D) with unit stride along D; shift (G, D) float64, contiguous. Returns float64 (G), (G, D), (G, D), (G, D, D).
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& shift) {
+using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// x, grad (T, G, D) with unit stride along D. Returns float64 sums (G), (G, D), (G, D), (G, D, D) about `shift` (G, D),
+// or about the mean of the tokens if there is none, and before them what they are about.
+Tensors moments(const Tensor& x, const Tensor& grad, const Tensor* shift) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(x.dim() == 3 && grad.dim() == 3 && shift.dim() == 2, "token_moments: wrong number of dimensions");
+  STD_TORCH_CHECK(x.dim() == 3 && grad.dim() == 3, "token_moments: wrong number of dimensions");
   const int64_t tokens = x.size(0), groups = x.size(1), dims = x.size(2);
+  STD_TORCH_CHECK(grad.size(0) == tokens && grad.size(1) == groups && grad.size(2) == dims &&
+                      grad.scalar_type() == x.scalar_type(),
+                  "token_moments: grad is not like x");
   const bool any = tokens > 0 && groups > 0 && dims > 0;
   const auto make = [&](std::vector<int64_t> size) {
-    return any ? torch::stable::new_empty(shift, size) : torch::stable::new_zeros(shift, size);
+    return any ? torch::stable::new_empty(x, size, ScalarType::Double)
+               : torch::stable::new_zeros(x, size, ScalarType::Double);
   };
-  Tensor weight = make({groups}), plain = make({groups, dims});
+  Tensor about = make({groups, dims}), weight = make({groups}), plain = make({groups, dims});
   Tensor weighted = make({groups, dims}), outer = make({groups, dims, dims});
+  const Results results{about.mutable_data_ptr<double>(), weight.mutable_data_ptr<double>(),
+                        plain.mutable_data_ptr<double>(), weighted.mutable_data_ptr<double>(),
+                        outer.mutable_data_ptr<double>()};
+  if (shift) std::copy_n(shift->const_data_ptr<double>(), groups * dims, results.about);
   if (any) {
+    STD_TORCH_CHECK((x.stride(2) == 1 && grad.stride(2) == 1) || dims < 2,
+                    "token_moments: x and grad must have unit stride along the last dimension");
     const View a{x.const_data_ptr(), x.stride(0), x.stride(1)};
     const View b{grad.const_data_ptr(), grad.stride(0), grad.stride(1)};
-    auto call = [&](auto runner) {
-      runner(a, b, shift.const_data_ptr<double>(), tokens, groups, dims, weight.mutable_data_ptr<double>(),
-             plain.mutable_data_ptr<double>(), weighted.mutable_data_ptr<double>(), outer.mutable_data_ptr<double>());
-    };
+    auto call = [&](auto runner) { runner(a, b, shift == nullptr, tokens, groups, dims, results); };
     switch (x.scalar_type()) {
       case ScalarType::Float: call(run<float, float>); break;
       case ScalarType::Double: call(run<double, double>); break;
@@ -348,10 +389,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, co
       default: STD_TORCH_CHECK(false, "token_moments: unsupported dtype");
     }
   }
+  return {about, weight, plain, weighted, outer};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& shift) {
+  STD_TORCH_CHECK(shift.dim() == 2 && x.dim() == 3 && shift.size(0) == x.size(1) && shift.size(1) == x.size(2) &&
+                      shift.is_contiguous() && shift.scalar_type() == torch::headeronly::ScalarType::Double,
+                  "token_moments: shift must be a contiguous float64 tensor of shape (G, D)");
+  auto [about, weight, plain, weighted, outer] = moments(x, grad, &shift);
   return {weight, plain, weighted, outer};
 }
+
+Tensors centred_moments_cpu(const Tensor& x, const Tensor& grad) { return moments(x, grad, nullptr); }
 
 }  // namespace
 }  // namespace skd
 
-STABLE_TORCH_LIBRARY_IMPL(skd_kernels, CPU, m) { m.impl("token_moments", TORCH_BOX(&skd::token_moments_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(skd_kernels, CPU, m) {
+  m.impl("token_moments", TORCH_BOX(&skd::token_moments_cpu));
+  m.impl("centred_moments", TORCH_BOX(&skd::centred_moments_cpu));
+}

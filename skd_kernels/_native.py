@@ -77,6 +77,7 @@ def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
 def _register_fakes() -> None:
     """Shapes and dtypes of the outputs, for torch.compile."""
     torch.library.register_fake("skd_kernels::token_moments", _fake_moments)
+    torch.library.register_fake("skd_kernels::centred_moments", _fake_centred_moments)
     torch.library.register_fake("skd_kernels::taylor_scores", _fake_scores)
     torch.library.register_fake("skd_kernels::attention", _fake_attention)
     torch.library.register_fake("skd_kernels::attention_backward", lambda grad, qkv, *_: torch.empty_like(qkv))
@@ -86,6 +87,10 @@ def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> t
     groups, dims = x.shape[-2:]
     sizes = ((groups,), (groups, dims), (groups, dims), (groups, dims, dims))
     return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
+
+
+def _fake_centred_moments(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.new_empty(x.shape[-2:], dtype=torch.float64), *_fake_moments(x, grad, x)
 
 
 def _fake_attention(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

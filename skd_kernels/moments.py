@@ -130,7 +130,9 @@ def token_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | Non
 
 def weighted_covariance(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """``token_moments(x, grad).covariance()``: (G, D, D) float64, centred by the plain mean of this call."""
-    return token_moments(x, grad).covariance()
+    moments = token_moments(x, grad)
+    # They are about the mean already: only a gradient has to pass through it.
+    return moments.covariance() if moments.weighted_outer.requires_grad else moments.weighted_outer
 
 
 _operation = operation(token_moments)
@@ -138,22 +140,27 @@ _operation = operation(token_moments)
 
 @_operation.implementation("compiled", refuses_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
-    """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean.
-
-    The CUDA kernel's point must be exact in float32, so its sums are re-based to `shift` in float64; the CPU kernel
-    does that itself. The mean is known only afterwards: sums about that of some tokens are re-based to it.
-    """
+    """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean."""
     x, grad = rows(x, 2), rows(grad, 2)
-    tokens = x.shape[0]
-    near = x[:_SAMPLE].double().sum(0) / max(min(tokens, _SAMPLE), 1) if shift is None else shift.detach()
-    near = near.to(x.device, torch.float64).contiguous()
-    about = near.float().double() if x.is_cuda else near
-    weight, plain, weighted, outer = torch.ops.skd_kernels.token_moments.default(x, grad, about)
-    count = torch.tensor(float(tokens), dtype=torch.float64, device=x.device)
-    sums = Moments(count, about, weight, plain, weighted, outer)
+    count = x.new_full((), x.shape[0], dtype=torch.float64)
+    shift = None if shift is None else shift.detach().to(x.device, torch.float64).contiguous()
+    if x.is_cuda:
+        return _moments_cuda(x, grad, shift, count)
     if shift is None:
-        return sums.about(about + plain / count.clamp(min=1))
-    return sums.about(near) if x.is_cuda else sums
+        return Moments(count, *torch.ops.skd_kernels.centred_moments.default(x, grad))
+    return Moments(count, shift, *torch.ops.skd_kernels.token_moments.default(x, grad, shift))
+
+
+def _moments_cuda(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None, count: torch.Tensor) -> Moments:
+    """The kernel's point must be exact in float32, so its sums are re-based in float64, to the mean without `shift`.
+
+    The mean is known only afterwards: until then that of some tokens stands in for it.
+    """
+    tokens = x.shape[0]
+    near = x[:_SAMPLE].double().sum(0) / max(min(tokens, _SAMPLE), 1) if shift is None else shift
+    about = near.float().double()
+    sums = Moments(count, about, *torch.ops.skd_kernels.token_moments.default(x, grad, about))
+    return sums.about(about + sums.plain_sum / count.clamp(min=1) if shift is None else shift)
 
 
 @_operation.implementation("reference", always)

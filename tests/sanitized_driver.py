@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from tolerances import statistics_tolerance
+from tolerances import kernel_tolerance, statistics_tolerance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = (
@@ -43,33 +43,49 @@ def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: s
 
 
 def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
+    tolerance, of_products = (
+        statistics_tolerance("compiled", x.dtype, products=products, alike="zero stride" in what)
+        for products in (False, True)
+    )
     y, g = x.double(), grad.double()
     shift = torch.full(y.shape[1:], 0.5, dtype=torch.float64)
     weight = (y * g).abs().sum(-1) / y.shape[-1]
-    y = y - shift
-    expected = weight.sum(0), y.sum(0), (weight[..., None] * y).sum(0), torch.einsum("tg,tgi,tgj->gij", weight, y, y)
-    for a, b in zip(torch.ops.skd_kernels.token_moments(x, grad, shift), expected, strict=True):
-        check(a, b, statistics_tolerance("compiled", x.dtype, products=a.ndim == 3), f"token_moments, {what}")
+
+    def sums(shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        about = y - shift
+        outer = torch.einsum("tg,tgi,tgj->gij", weight, about, about)
+        return weight.sum(0), about.sum(0), (weight[..., None] * about).sum(0), outer
+
+    for a, b in zip(torch.ops.skd_kernels.token_moments(x, grad, shift), sums(shift), strict=True):
+        check(a, b, of_products if a.ndim == 3 else tolerance, f"token_moments, {what}")
+    mean, *_, outer = torch.ops.skd_kernels.centred_moments(x, grad)
+    about, like = sums(mean)[-1], sums(torch.zeros_like(shift))[-1]  # what cancels is as large as what it leaves
+    check(outer + like, about + like, of_products, f"centred_moments, {what}")
     product = (x[:, 0].double() * grad[:, 0].double()).abs()
     for power in (1, 2):
         scores = torch.ops.skd_kernels.taylor_scores(x[:, 0], grad[:, 0], power)
-        tolerance = statistics_tolerance("compiled", x.dtype)
         check(scores, (product**power).sum(0), tolerance, f"taylor_scores {power}, {what}")
 
 
 def run_attention(batch: int, tokens: int, heads: int, dims: int, generator: torch.Generator) -> None:
     """There and back."""
     qkv = torch.randn(batch, tokens, 3, heads, dims, generator=generator)
-    what = f"{tuple(qkv.shape)}"
-    exact = qkv.double().requires_grad_()
-    q, k, v = exact.permute(2, 0, 3, 1, 4)
-    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2)
-    grad = torch.randn(attended.shape, generator=generator)
-    (expected,) = torch.autograd.grad(attended, exact, grad.double())
-    out, sums = torch.ops.skd_kernels.attention(qkv, 0.3)
-    check(out, attended, 1e-5, f"attention, {what}")
-    found = torch.ops.skd_kernels.attention_backward(grad, qkv, out, sums, 0.3)
-    check(found, expected, 1e-5, f"attention_backward, {what}")
+    grad = torch.randn(batch, tokens, heads, dims, generator=generator)
+    exact, rounded = attend(qkv.double(), grad.double()), attend(qkv, grad)
+    out, sums = torch.ops.skd_kernels.attention(qkv, dims**-0.5)
+    back = torch.ops.skd_kernels.attention_backward(grad, qkv, out, sums, dims**-0.5)
+    for name, found, expected, pytorch in zip(("there", "back"), (out, back), exact, rounded, strict=True):
+        error = float((pytorch - expected).norm() / expected.norm().clamp(min=1e-30))
+        rows = batch * heads * tokens  # each is rounded in its own way
+        check(found, expected, kernel_tolerance(error, torch.float32, rows), f"attention {name}, {tuple(qkv.shape)}")
+
+
+def attend(qkv: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch's attention and its gradient."""
+    qkv = qkv.clone().requires_grad_()
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
 
 
 def main(library: str) -> None:
