@@ -31,13 +31,13 @@ SKD_INLINE A term(A x, A grad) {
   return Squared ? product * product : std::abs(product);
 }
 
-// Rows shorter than a page are read one after the other, as one stream that the processor fetches ahead; of longer ones
-// kUnroll at a time.
+// Rows are read one after the other, as one stream that the processor fetches ahead; long ones of float32 and float64,
+// whose sums would come and go as often as they do, kUnroll at a time.
 template <bool Squared, typename T, typename A>
 SKD_INLINE void add_rows(const T* x, const T* grad, int64_t x_stride, int64_t grad_stride, int64_t tokens, int64_t dims,
                          A* sum) {
   int64_t t = 0;
-  if (dims * int64_t(sizeof(T)) >= kPage)
+  if (sizeof(T) >= sizeof(float) && dims * int64_t(sizeof(T)) >= kPage)
     for (; t + kUnroll <= tokens; t += kUnroll, x += kUnroll * x_stride, grad += kUnroll * grad_stride)
       for (int64_t d = 0; d < dims; ++d)
         sum[d] += (term<Squared, A>(load(x[d]), load(grad[d])) +
