@@ -1,7 +1,7 @@
 // Softmax attention and its gradient on the CPU, float32, for heads of any width.
 //
 // One task is one head of one image. Its queries are taken 64 at a time: their logits against all keys, the softmax and
-// the products with the values stay in the second-level cache. What goes back computes the logits again, bit for bit,
+// the products with the values stay in the second-level cache up to some thousand tokens. What goes back computes the logits again, bit for bit,
 // and needs only the largest of each query and the sum. Matrices are packed with rows and columns of zeros up to whole
 // tiles, and multiplied by tiles of eight rows and one vector. With s = scale q k^T, p = softmax(s), o = p v:
 //   dv = p^T do,  dp = do v^T,  ds = p (dp - sum_d do o),  dq = scale ds k,  dk = scale ds^T q.
@@ -28,9 +28,7 @@ constexpr int64_t kRows = 8;      // of a tile, whose columns are one vector, or
 constexpr int64_t kColumns = 16;  // logits of a query are padded to a multiple
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
-// 2^t of t <= 0 (a rounding above is allowed), within 2e-9 and float32's rounding; 2^-126 if it is less. NaN stays NaN.
+// 2^t of t <= 0 (a rounding above is allowed), within roundings of float32; 2^-126 if it is less. NaN stays NaN.
 // A polynomial fitted to 2^f on [-1/2, 1/2]; without branches, so that compilers make vectors of it.
 SKD_INLINE float exp2_of_negative(float t) {
   t = t < -126.0f ? -126.0f : t;
@@ -129,7 +127,7 @@ struct Sum {
   float largest, inverse;
 };
 
-// One query's logits to 2^(logit - largest), not normalised; columns beyond `keys` become nothing.
+// One query's logits to 2^(logit - largest), not normalised; columns beyond `keys` add 2^-126 at most.
 template <int64_t Bytes>
 SKD_INLINE Sum softmax_row(float* p, int64_t keys, int64_t padded) {
   for (int64_t j = keys; j < padded; ++j) p[j] = -INFINITY;
@@ -241,9 +239,10 @@ void check(const Tensor& tensor, int64_t dimensions) {
                   "attention: tensors must be float32 and contiguous, with the right number of dimensions");
 }
 
-// qkv (B, N, 3, H, D). Returns out (B, N, H, D) and the sums (B, H, N, 2) that the gradient needs.
+// qkv (B, N, 3, H, D), none of them 0. Returns out (B, N, H, D) and the sums (B, H, N, 2) that the gradient needs.
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& qkv, double scale) {
   check(qkv, 5);
+  STD_TORCH_CHECK(qkv.size(2) == 3, "attention: qkv must have shape (B, N, 3, H, D)");
   const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
   Tensor out = torch::stable::new_empty(qkv, {batch, tokens, heads, dims});
   Tensor sums = torch::stable::new_empty(qkv, {batch, heads, tokens, 2});
@@ -262,6 +261,12 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& qkv, double scale) {
 Tensor attention_backward_cpu(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& sums,
                               double scale) {
   check(qkv, 5), check(grad, 4), check(out, 4), check(sums, 4);
+  for (const Tensor* like : {&grad, &out})
+    STD_TORCH_CHECK(like->size(0) == qkv.size(0) && like->size(1) == qkv.size(1) && like->size(2) == qkv.size(3) &&
+                        like->size(3) == qkv.size(4),
+                    "attention_backward: grad and out must have shape (B, N, H, D)");
+  STD_TORCH_CHECK(qkv.size(2) == 3 && sums.numel() == 2 * qkv.size(0) * qkv.size(1) * qkv.size(3),
+                  "attention_backward: qkv must have shape (B, N, 3, H, D), sums (B, H, N, 2)");
   const int64_t tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
   Tensor result = torch::stable::empty_like(qkv);
   const float *out_data = out.const_data_ptr<float>(), *grad_data = grad.const_data_ptr<float>();

@@ -34,6 +34,8 @@ struct Float16 {
   uint16_t bits;
 };
 
+inline int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
 SKD_INLINE float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

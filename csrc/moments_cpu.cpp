@@ -252,8 +252,6 @@ struct Add {
 #undef SKD_ADD
 };
 
-int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
-
 // The sums of a task go to `into`, one per group.
 template <typename T, typename A>
 void run_task(const Block& task, const A* shift, int64_t width, int64_t padded, const Sums* into) {

@@ -11,7 +11,7 @@ from skd_kernels import _native
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
 from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
-from skd_kernels.gpu.entry import after_autocast, cast_as_linear, device_width, refuses_triton
+from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_tensors, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select
 from skd_kernels.taylor import with_taylor_scores
 
@@ -105,21 +105,15 @@ def refuses_to_compute(
 ) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile generates code of its own"
-    for tensor in (x, w_qkv, b_qkv, w_proj, b_proj):
-        if tensor is None:
-            continue
-        if tensor.device != "cpu":
-            return f"there is no kernel for {tensor.device}"
-        dtype = after_autocast(tensor.dtype, "cpu")
-        if dtype != torch.float32:
-            return f"there is no kernel for {dtype}"
-        if 0 in tensor.shape:
-            return f"a tensor of shape {tensor.shape} is empty"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms what PyTorch is made of"
+    if x.device != "cpu":
+        return f"there is no kernel for {x.device}"
     if queries is not None:
         return "the kernel computes all queries"
     if _native.module() is None:
         return _native.failure()
-    return refuses_to_slice(width=width)
+    return refuses_tensors((torch.float32,), x, w_qkv, b_qkv, w_proj, b_proj) or refuses_to_slice(width=width)
 
 
 @_operation.implementation("compiled", refuses_to_compute)
@@ -142,7 +136,7 @@ def masked_attention_compiled(
     weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, k)
     qkv = with_taylor_scores(_heads(x, weight, bias), None if scores is None else scores[:, :, :k])
     assert scale is not None  # an empty head is refused
-    out, _ = Attention.apply(qkv, float(scale))
+    out: torch.Tensor = Attention.apply(qkv, float(scale))
     return F.linear(out.flatten(2), columns, b_proj)
 
 
@@ -150,24 +144,15 @@ class Attention(torch.autograd.Function):
     """softmax(scale q k^T) v of qkv (B, N, 3, H, D) float32: (B, N, H, D)."""
 
     @staticmethod
-    def forward(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        out, sums = torch.ops.skd_kernels.attention.default(qkv.contiguous(), scale)
-        return out, sums
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        qkv, ctx.scale = inputs
-        out, sums = output
-        ctx.mark_non_differentiable(sums)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, qkv: torch.Tensor, scale: float) -> torch.Tensor:
+        qkv, ctx.scale = qkv.contiguous(), scale
+        out, sums = torch.ops.skd_kernels.attention.default(qkv, scale)
         ctx.save_for_backward(qkv, out, sums)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, None]:
-        if grad is None:
-            return None, None
-        qkv, out, sums = ctx.saved_tensors
-        return AttentionGradient.apply(grad, qkv, out, sums, ctx.scale), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return AttentionGradient.apply(grads[0], *ctx.saved_tensors, ctx.scale), None
 
 
 class AttentionGradient(torch.autograd.Function):
@@ -175,19 +160,15 @@ class AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, scale: float
+        ctx: Any, grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, scale: float
     ) -> torch.Tensor:
         found: torch.Tensor = torch.ops.skd_kernels.attention_backward.default(
-            grad.contiguous(), qkv.contiguous(), out, sums, scale
+            grad.contiguous(), qkv, out, sums, scale
         )
         return found
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> None:
+    def backward(ctx: Any, *_: torch.Tensor) -> None:
         raise RuntimeError("the compiled masked_attention has no second derivative; use('reference') has")
 
 

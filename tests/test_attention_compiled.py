@@ -79,6 +79,22 @@ def test_when_it_is_chosen() -> None:
         assert why(7) == "there is no kernel for torch.bfloat16"
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's of its own attention
+def test_transforms_of_functions_go_another_way() -> None:
+    """torch.func sees PyTorch's own operations, not the kernel."""
+    images, *parameters = attention_checks.make_inputs((3, 5, 24), 2, 8)
+    images, *parameters = (tensor.detach() for tensor in (images, *parameters))
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return kernels.masked_attention(x, *parameters, 8, num_heads=2)
+
+    one_by_one = torch.func.vmap(lambda image: attend(image[None])[0])(images)
+    torch.testing.assert_close(one_by_one, attend(images))
+    own = images.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(attend(own).square().sum(), own)
+    torch.testing.assert_close(torch.func.grad(lambda x: attend(x).square().sum())(images), grad)
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_second_derivative_is_refused(linear: bool) -> None:
     """Also where the incoming gradient is a constant."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -32,19 +33,22 @@ def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
             return f"it needs compute capability 8.0; the device has {capability[0]}.{capability[1]}"
-    tensors = [x, *(parameter for parameter in parameters if parameter is not None)]
+    for tensor in parameters:
+        if tensor is not None and math.prod(tensor.shape) > LARGEST_WEIGHT:
+            return f"a weight of shape {tensor.shape} has 2^31 elements or more"
+    return refuses_tensors(DTYPES, x, *parameters)
+
+
+def refuses_tensors(dtypes: tuple[torch.dtype, ...], *tensors: TensorSpec | None) -> str | None:
+    """Whether kernels of these `dtypes` take all tensors, as autocast leaves them: None, or why not."""
     for tensor in tensors:
-        dtype = after_autocast(tensor.dtype, x.device)
-        if dtype not in DTYPES:
+        if tensor is None:
+            continue
+        dtype = after_autocast(tensor.dtype, tensor.device)
+        if dtype not in dtypes:
             return f"there is no kernel for {dtype}"
         if 0 in tensor.shape:
             return f"a tensor of shape {tensor.shape} is empty"
-    for tensor in tensors[1:]:
-        elements = 1
-        for size in tensor.shape:
-            elements *= size
-        if elements > LARGEST_WEIGHT:
-            return f"a weight of shape {tensor.shape} has 2^31 elements or more"
     return None
 
 
