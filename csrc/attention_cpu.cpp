@@ -1,9 +1,10 @@
 // Softmax attention and its gradient on the CPU, float32, for heads of any width.
 //
 // One task is one head of one image. Its queries are taken 64 at a time: their logits against all keys, the softmax and
-// the products with the values stay in the second-level cache up to some thousand tokens. What goes back computes the logits again, bit for bit,
-// and needs only the largest of each query and the sum. Matrices are packed with rows and columns of zeros up to whole
-// tiles, and multiplied by tiles of eight rows and one vector. With s = scale q k^T, p = softmax(s), o = p v:
+// the products with the values stay in the second-level cache, up to some thousand tokens. What goes back computes the
+// logits again, bit for bit, and needs only the largest of each query and the sum. Matrices are packed with rows and
+// columns of zeros up to whole tiles, and multiplied by tiles of eight rows and one vector. With s = scale q k^T,
+// p = softmax(s), o = p v:
 //   dv = p^T do,  dp = do v^T,  ds = p (dp - sum_d do o),  dq = scale ds k,  dk = scale ds^T q.
 // Exponentials are powers of two: queries are packed times scale log2(e).
 

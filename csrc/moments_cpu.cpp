@@ -304,14 +304,16 @@ void finish(const std::vector<Sums>& parts, const A* from, bool centred, double 
   }
 }
 
-// The mean of a few tokens, near that of all: (groups, dims).
+// The mean of a few tokens from everywhere, near that of all: (groups, dims).
 template <typename T>
 void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* mean) {
   const int64_t count = std::min(tokens, kSample);
   std::fill_n(mean, groups * dims, 0.0);
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t d = 0; d < dims; ++d) mean[g * dims + d] += double(load(x.at<T>(t, g)[d])) / double(count);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t g = 0; g < groups; ++g) {
+      const T* token = x.at<T>(tokens * i / count, g);
+      for (int64_t d = 0; d < dims; ++d) mean[g * dims + d] += double(load(token[d])) / double(count);
+    }
 }
 
 // Sums about `to.about`, or, where `centred`, about the mean of the tokens, which goes there.

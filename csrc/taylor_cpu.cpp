@@ -99,6 +99,11 @@ void run(const Tensor& x, const Tensor& grad, bool squared, double* scores) {
 Tensor taylor_scores_cpu(const Tensor& x, const Tensor& grad, int64_t power) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() == 2 && grad.dim() == 2, "taylor_scores: wrong number of dimensions");
+  STD_TORCH_CHECK(grad.size(0) == x.size(0) && grad.size(1) == x.size(1) && grad.scalar_type() == x.scalar_type(),
+                  "taylor_scores: grad is not like x");
+  STD_TORCH_CHECK(power == 1 || power == 2, "taylor_scores: power must be 1 or 2, got ", power);
+  STD_TORCH_CHECK((x.stride(1) == 1 && grad.stride(1) == 1) || x.size(1) < 2 || x.size(0) == 0,
+                  "taylor_scores: x and grad must have unit stride along the last dimension");
   Tensor scores = torch::stable::new_zeros(x, {x.size(1)}, ScalarType::Double);
   double* out = scores.mutable_data_ptr<double>();
   switch (x.scalar_type()) {

@@ -24,6 +24,7 @@ import torch
 from skd.architecture import ModuleInfo, describe
 from skd.convert import Rotation, Transform, apply_transforms, collect, convert
 from skd.supernet import SuperNet
+from skd.taps import all_finite, report_left_out
 from skd_kernels import taylor_scores
 
 METHODS = ("random", "magnitude", "taylor", "hessian", "wpac")
@@ -91,15 +92,24 @@ def _row_norms(model: Any, info: ModuleInfo) -> torch.Tensor:
 def _gradient_scores(model: Any, infos: tuple[ModuleInfo, ...], batches: Iterable[Any], method: str) -> Scores:
     """Sums over all tokens of the batches of |x g|, or of half its square."""
     scores: Scores = {}
+    batch: Scores = {}
+    left_out = 0
     power, factor = (1, 1.0) if method == "taylor" else (2, 0.5)
 
     def add(info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:
         coordinates = len(_shape(info))
         x, g = feature.flatten(-coordinates), grad.flatten(-coordinates)
-        score = factor * taylor_scores(x, g, power=power).reshape(_shape(info))
-        scores[info.name] = scores[info.name] + score if info.name in scores else score
+        batch[info.name] = factor * taylor_scores(x, g, power=power).reshape(_shape(info))
 
-    collect(model, infos, batches, add)
+    def end_batch() -> None:
+        nonlocal left_out
+        if all_finite(batch.values()):
+            scores.update({name: scores[name] + score if scores else score for name, score in batch.items()})
+        else:
+            left_out += 1
+
+    collect(model, infos, batches, add, end_batch)
+    report_left_out(left_out, bool(scores))
     return scores
 
 

@@ -7,7 +7,6 @@ K, and per MLP a permutation of its neurons.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from skd.architecture import ModuleInfo, describe
 from skd.ranks import check_group, in_step, others_alive, summed, total
 from skd.supernet import SuperBlock, SuperNet
-from skd.taps import checked, frozen, probe, tapped, total_cost
+from skd.taps import all_finite, checked, frozen, probe, report_left_out, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments
 
 CENTERINGS = ("dataset", "batch")
@@ -85,21 +84,12 @@ def convert(
     collect(converted, infos, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
     with others_alive():
         statistics.all_reduce(group)
-    if statistics.skipped:
-        _report_skipped(statistics)
+    report_left_out(statistics.skipped, bool(statistics.importance))
     transforms = {info.name: statistics.transform(info) for info in infos}
     apply_transforms(converted, infos, transforms)
     supernet = SuperNet(converted)
     _check_function(model, supernet)
     return supernet
-
-
-def _report_skipped(statistics: WpacStatistics) -> None:
-    """Batches left out are counted aloud; with none left there is nothing to convert by."""
-    cause = "an image, a weight or a gradient is NaN or infinite (fp16 may overflow: use float32 or bfloat16)"
-    if not statistics.importance:
-        raise ValueError(f"batches: none has finite statistics; {cause}")
-    warnings.warn(f"batches: {statistics.skipped} were left out, not finite; {cause}", stacklevel=3)
 
 
 @torch.no_grad()
@@ -165,8 +155,12 @@ class WpacStatistics:
     def end_batch(self) -> None:
         """Take the present batch into the sums, or count it as skipped."""
         batch, self._batch = self._batch, {}
-        sums = [part.weight if isinstance(part, Moments) else part for part in batch.values()]
-        if not bool(torch.isfinite(torch.cat(sums)).all()):  # one look for all modules
+        # What is not finite in a token is not in the squares either.
+        sums = [
+            part.weighted_outer.diagonal(dim1=-2, dim2=-1) if isinstance(part, Moments) else part
+            for part in batch.values()
+        ]
+        if not all_finite(sums):
             self.skipped += 1
             return
         for name, part in batch.items():

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from skd.evaluate import Top1
-from skd.ranks import check_group, in_step, summed
+from skd.ranks import check_group, in_step, summed, total
 from skd.supernet import SuperNet, check_supernet
-from skd.taps import check_gradients_possible, checked, frozen, total_cost
+from skd.taps import all_finite, check_gradients_possible, checked, frozen, report_left_out, total_cost
 
 
 def importance(
@@ -44,7 +44,8 @@ def importance(
         images into batches does not matter.
 
     Raises:
-        ValueError: no batches, bad images or labels, widths out of range.
+        ValueError: no batches, bad images or labels, widths out of range, or no batch (of a rank) whose output and
+            scores are finite; a batch that has others is left out with a warning that counts them.
     """
     check_supernet(supernet)
     check_gradients_possible()
@@ -55,6 +56,7 @@ def importance(
     buffers = score_buffers(supernet)
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
+    counted = left_out = 0
     with frozen(supernet):
         batches = checked(model, batches if progress is None else progress(batches))
         for images, labels in in_step(batches, group):
@@ -62,14 +64,23 @@ def importance(
                 reference = supernet(images) if top1.headless or labels is None else None
             if labels is None and reference is not None and not top1.headless:
                 labels = reference.argmax(-1)
-            top1.start(reference, labels, len(images))
             streams, output = _add_scores(supernet, current, images, labels, buffers)
-            for total, buffer in zip(totals, buffers, strict=True):
-                if total is not None and buffer is not None:
-                    total += buffer
+            finite = all_finite([output, *(buffer for buffer in buffers if buffer is not None)])
+            for sums, buffer in zip(totals, buffers, strict=True):
+                if sums is not None and buffer is not None:
+                    if finite:
+                        sums += buffer
                     buffer.zero_()
+            if not finite:
+                left_out += 1
+                continue
+            counted += 1
+            top1.start(reference, labels, len(images))
             top1.add("all", output)
             _count_skips(supernet, current, streams, top1)
+    device = next(supernet.parameters()).device
+    none_on_a_rank = bool(total(not counted, group, device))
+    report_left_out(int(total(left_out, group, device)), not none_on_a_rank)
     reduced = iter(summed([part for part in totals if part is not None], group))
     counts = top1.counts(["all", *(i.name for i, w in zip(supernet.infos, current, strict=True) if w)], group)
     scores, sensitivity = {}, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -139,6 +140,24 @@ def checked_batch(model: Any, batch: Any, name: str) -> Batch:
     to_gpu = parameter.device.type == "cuda"  # a copy to the host that does not block may be read too early
     images = _usable(images).to(parameter.device, parameter.dtype, non_blocking=to_gpu)
     return images, None if labels is None else _usable(labels).to(parameter.device, non_blocking=to_gpu)
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no number in any of them is NaN or infinite; one look at the device for all."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+
+
+def report_left_out(left_out: int, counted: bool) -> None:
+    """Batches left out are counted aloud; with none left there is nothing to go by.
+
+    Raises:
+        ValueError: nothing `counted`.
+    """
+    cause = "an image, a weight or a gradient is NaN or infinite (fp16 may overflow: use float32 or bfloat16)"
+    if not counted:
+        raise ValueError(f"batches: none has finite statistics; {cause}")
+    if left_out:
+        warnings.warn(f"batches: {left_out} were left out, not finite; {cause}", stacklevel=3)
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,9 @@ def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...] | None = 
         raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}; it may be one of {FLOAT_DTYPES}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name} is {layout}; it must be a dense tensor")
     if shape is not None:
         fits = tensor.ndim == len(shape) and all(
             want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)

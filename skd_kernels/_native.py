@@ -45,6 +45,15 @@ def failure() -> str:
     return _load()[1]
 
 
+def refuses_transforms() -> str | None:
+    """Whether PyTorch wants to see what a kernel computes by itself: None, or why."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms what PyTorch is made of"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives may be asked for"
+    return None
+
+
 def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
     """Whether the compiled statistics take features `x` and gradients `grad`: None, or why not."""
     if module() is None:
@@ -57,7 +66,7 @@ def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
         return f"dtype {x.dtype} is not compiled for {x.device}"
     if x.needs_grad or grad.needs_grad:
         return "a gradient is asked for; the compiled statistics have none"
-    return None
+    return refuses_transforms()
 
 
 def refuses_moments(*, x: Any, grad: Any, **_: Any) -> str | None:

@@ -105,15 +105,16 @@ def refuses_to_compute(
 ) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile generates code of its own"
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms what PyTorch is made of"
     if x.device != "cpu":
         return f"there is no kernel for {x.device}"
     if queries is not None:
         return "the kernel computes all queries"
     if _native.module() is None:
         return _native.failure()
-    return refuses_tensors((torch.float32,), x, w_qkv, b_qkv, w_proj, b_proj) or refuses_to_slice(width=width)
+    tensors = x, w_qkv, b_qkv, w_proj, b_proj
+    return (
+        _native.refuses_transforms() or refuses_tensors((torch.float32,), *tensors) or refuses_to_slice(width=width)
+    )
 
 
 @_operation.implementation("compiled", refuses_to_compute)

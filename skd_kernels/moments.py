@@ -125,14 +125,14 @@ def token_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | Non
         raise ValueError(f"x has shape {tuple(x.shape)}; it must have shape (..., G, D)")
     if shift is not None:
         check_tensor("shift", shift, tuple(x.shape[-2:]))
+        if shift.device != x.device:
+            raise ValueError(f"shift is on {shift.device}; x is on {x.device}")
     return _operation(x=x, grad=grad, shift=shift)
 
 
 def weighted_covariance(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """``token_moments(x, grad).covariance()``: (G, D, D) float64, centred by the plain mean of this call."""
-    moments = token_moments(x, grad)
-    # They are about the mean already: only a gradient has to pass through it.
-    return moments.covariance() if moments.weighted_outer.requires_grad else moments.weighted_outer
+    return token_moments(x, grad).weighted_outer  # which is about that mean
 
 
 _operation = operation(token_moments)
@@ -143,7 +143,7 @@ def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Ten
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean."""
     x, grad = rows(x, 2), rows(grad, 2)
     count = x.new_full((), x.shape[0], dtype=torch.float64)
-    shift = None if shift is None else shift.detach().to(x.device, torch.float64).contiguous()
+    shift = None if shift is None else shift.detach().to(torch.float64, copy=True).contiguous()
     if x.is_cuda:
         return _moments_cuda(x, grad, shift, count)
     if shift is None:
@@ -154,10 +154,10 @@ def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Ten
 def _moments_cuda(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None, count: torch.Tensor) -> Moments:
     """The kernel's point must be exact in float32, so its sums are re-based in float64, to the mean without `shift`.
 
-    The mean is known only afterwards: until then that of some tokens stands in for it.
+    The mean is known only afterwards: until then that of some tokens, from everywhere, stands in for it.
     """
-    tokens = x.shape[0]
-    near = x[:_SAMPLE].double().sum(0) / max(min(tokens, _SAMPLE), 1) if shift is None else shift
+    some = x[:: max(x.shape[0] // _SAMPLE, 1)]
+    near = some.double().sum(0) / max(some.shape[0], 1) if shift is None else shift
     about = near.float().double()
     sums = Moments(count, about, *torch.ops.skd_kernels.token_moments.default(x, grad, about))
     return sums.about(about + sums.plain_sum / count.clamp(min=1) if shift is None else shift)
@@ -168,9 +168,8 @@ def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Te
     tokens = x.shape[:-2].numel()
     x64 = x.double().reshape(tokens, *x.shape[-2:])  # (T, G, D)
     grad64 = grad.double().reshape(x64.shape)
-    # A constant of the computation: every derived quantity is independent of it.
-    constant = x64.sum(0) / max(tokens, 1) if shift is None else shift.to(x64)
-    shift64 = constant.detach()
+    # The mean depends on x; a given shift is a constant, and nobody else's to change.
+    shift64 = x64.sum(0) / max(tokens, 1) if shift is None else shift.detach().to(x64, copy=True)
     weight = (x64 * grad64).abs().sum(-1) / max(x.shape[-1], 1)  # (T, G)
     y = x64 - shift64
     weighted = weight[..., None] * y

@@ -32,7 +32,7 @@ def taylor_scores(x: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.
     check_pair(x, grad)
     if x.ndim < 1:
         raise ValueError("x has no dimension; it must have shape (..., D)")
-    if power not in (1, 2):
+    if not isinstance(power, int) or isinstance(power, bool) or power not in (1, 2):
         raise ValueError(f"power is {power!r}; it may be 1 or 2")
     return _operation(x=x, grad=grad, power=power)
 

@@ -90,6 +90,16 @@ def test_scores_are_their_formulas(model: Any, batches: Any) -> None:
     torch.testing.assert_close(norms["1.mlp"][7], block.mlp.fc1.weight[7].norm())
 
 
+def test_a_bad_batch_is_left_out(model: Any, batches: Any) -> None:
+    bad = (torch.full((4, 3, 32, 32), float("nan"), dtype=torch.float64), torch.zeros(4).long())
+    with pytest.warns(UserWarning, match="1 were left out"):
+        scores = coordinate_scores(model, [bad, *batches], "taylor")
+    expected = coordinate_scores(model, batches, "taylor")
+    assert all(torch.equal(scores[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="none has finite statistics"):
+        coordinate_scores(model, [bad], "taylor")
+
+
 def test_random_depends_on_the_seed_alone(model: Any, batches: Any) -> None:
     def weights(seed: int, given: Any) -> torch.Tensor:
         return reordered(model, given, "random", seed=seed).model.blocks[0].mlp.fc1.weight

@@ -12,7 +12,7 @@ from helpers import random_batches, tiny_vit
 from torch import nn
 
 import skd
-from skd.convert import principal_axes
+from skd.convert import WpacStatistics, principal_axes
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -121,6 +121,18 @@ def test_a_bad_batch_is_left_out_and_counted(model: Any, batches: Any) -> None:
             found = skd.convert(model, [bad, *batches], centering=centering)
         expected = skd.convert(model, batches, centering=centering)
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_sums_that_overflow_are_left_out_too() -> None:
+    """Large features with small gradients: their product is not large, the squares of the former are."""
+    x, grad = torch.full((5, 3, 3, 1, 4), 1e22), torch.full((5, 3, 3, 1, 4), 1e-22)
+    x += 1e21 * torch.randn(x.shape)
+    (info, *_) = skd.SuperNet(tiny_vit()).infos
+    statistics = WpacStatistics()
+    statistics.add(info, x, grad)
+    finite = bool(statistics._batch[info.name].weighted_outer.isfinite().all())
+    statistics.end_batch()
+    assert statistics.skipped == (not finite)
 
 
 def test_bad_models(batches: Any) -> None:

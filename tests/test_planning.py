@@ -211,6 +211,18 @@ def test_importance_frees_what_it_holds_and_restores_the_network(model: Any, bat
     assert supernet.training and all(p.requires_grad and p.grad is None for p in supernet.parameters())
 
 
+def test_importance_leaves_bad_batches_out(model: Any, batches: Any) -> None:
+    supernet = skd.SuperNet(model)
+    bad = (torch.full((4, 3, 32, 32), float("nan"), dtype=torch.float64), torch.zeros(4).long())
+    with pytest.warns(UserWarning, match="1 were left out"):
+        scores, sensitivity = skd.importance(supernet, [bad, *batches])
+    expected = skd.importance(supernet, batches)
+    assert sensitivity == expected[1]
+    assert all(np.array_equal(scores[name], expected[0][name]) for name in scores)
+    with pytest.raises(ValueError, match="none has finite statistics"):
+        skd.importance(supernet, [bad])
+
+
 def test_importance_rejects_widths(model: Any) -> None:
     supernet = skd.SuperNet(model)
     with pytest.raises(ValueError, match=r"0\.mlp has 99"):

@@ -176,7 +176,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements() -> None:
-    """Offsets need 64 bits: a zero-stride view has 2.2e9 elements without their memory."""
+    """Counts need 64 bits: a zero-stride view has 2.2e9 elements without their memory."""
     row, grad = pair(1, 1, 64, dtype=torch.float32)
     tokens = 34_000_000
     x, g = row.expand(tokens, 1, 64), grad.expand(tokens, 1, 64)
@@ -186,6 +186,67 @@ def test_more_than_two_to_the_31_elements() -> None:
     big = torch.zeros(2**31 + 4096, dtype=torch.bfloat16).reshape(-1, 4096)
     big[-1] = 1
     assert kernels.taylor_scores(big, big).eq(1).all()
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Tokens that are 2^30 elements apart, in memory of which nothing else is touched."""
+    memory = torch.empty(2**31 + 256, dtype=torch.bfloat16)
+    x = memory.as_strided((3, 2, 64), (2**30, 128, 1))
+    x.copy_(pair(3, 2, 64, dtype=torch.bfloat16)[0])
+    grad = pair(3, 2, 64, dtype=torch.bfloat16)[1]
+    assert torch.equal(kernels.weighted_covariance(x, grad), kernels.weighted_covariance(x.clone(), grad))
+    assert torch.equal(
+        kernels.taylor_scores(x[:, 1], x[:, 1]), kernels.taylor_scores(x[:, 1].clone(), x[:, 1].clone())
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_shift_moments_are_about_the_mean(dtype: torch.dtype) -> None:
+    x, grad = pair(300, 3, 16, dtype=dtype)
+    x[: len(x) // 4] += 100  # what some tokens are like says little of all
+    moments = kernels.token_moments(x, grad)
+    spread = x.double().abs().mean(0)
+    tolerance = statistics_tolerance("compiled", dtype, alike=True)
+    assert ((moments.shift - x.double().mean(0)).abs() <= tolerance * spread).all()
+    assert (moments.plain_sum.abs() <= tolerance * len(x) * spread).all()
+    check_statistic("weighted_covariance", x, grad, "compiled" if "compiled" in IMPLEMENTATIONS else "reference")
+
+
+def test_moments_keep_their_shift_to_themselves() -> None:
+    x, grad = pair(6, 3, 4)
+    shift = torch.ones(3, 4, dtype=torch.float64)
+    for implementation in IMPLEMENTATIONS:
+        with kernels.use(implementation):
+            moments = kernels.token_moments(x, grad, shift)
+        shift.add_(1)
+        assert torch.equal(moments.shift, shift - 1)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_derivatives_of_every_kind() -> None:
+    """Forward mode and torch.func see what plain PyTorch gives, the way through the mean included."""
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        y = x - x.mean(0)
+        return torch.einsum("tg,tgi,tgj->gij", (x * grad).abs().mean(-1), y, y)
+
+    x, grad = pair(9, 2, 4)
+    many = torch.stack([x, 2 * x, x + 1])
+    cases = [
+        (lambda x: kernels.weighted_covariance(x, grad), by_hand),
+        (lambda x: kernels.taylor_scores(x, grad), lambda x: (x * grad).abs().sum((0, 1))),
+    ]
+    for ours, plain in cases:
+        for transform in (
+            lambda f: torch.func.jvp(f, (x,), (x,))[1],
+            lambda f: torch.func.grad(lambda x: torch.vmap(f)(x).square().sum())(many),
+            lambda f: torch.func.jacrev(torch.func.jacfwd(f))(x),
+        ):
+            torch.testing.assert_close(transform(ours), transform(plain))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            tangents = [torch.autograd.forward_ad.unpack_dual(f(dual)).tangent for f in (ours, plain)]
+            torch.testing.assert_close(*tangents)
 
 
 def test_a_large_mean_does_not_cancel() -> None:
@@ -275,6 +336,12 @@ def test_taylor_scores_of_nothing_are_zero() -> None:
             lambda: kernels.token_moments(torch.zeros(3, 2, 4), torch.zeros(3, 2, 4), torch.zeros(4)),
             "shift has shape",
         ),
+        (
+            lambda: kernels.token_moments(*torch.zeros(2, 3, 2, 4), torch.zeros(2, 4, device="meta")),
+            "shift is on meta",
+        ),
+        (lambda: kernels.taylor_scores(torch.zeros(2, 3), torch.zeros(2, 3), power=1.0), "power is 1.0"),
+        (lambda: kernels.taylor_scores(*[torch.zeros(2, 3).to_sparse()] * 2), "must be a dense tensor"),
         (lambda: kernels.weighted_covariance(None, torch.zeros(3, 2, 4)), "x is a NoneType"),
     ],
 )
