@@ -1,6 +1,6 @@
 """The ways to compute the two statistics that are timed against each other. All take (x, grad), return one tensor.
 
-eager       whole tensors, in the input's dtype, sums in float32
+eager       whole tensors, in the input's dtype, sums in float32 (of float64 in float64)
 blocked     the same in blocks of tokens that stay in the cache of a CPU: the best PyTorch we found there
 published   the published implementation's way: cloned features, centred copies, a Python loop over q, k, v and heads
 ours        `skd_kernels`, by the implementation it chooses itself
@@ -20,22 +20,27 @@ BLOCK_TOKENS = 256  # of the covariance: 64 to 512 are within 20 %
 BLOCK_ELEMENTS = 128 * 1024  # of the scores: fits the second-level cache with its gradients
 
 
+def sums_in(x: torch.Tensor) -> torch.dtype:
+    """float32, or what is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 # Weighted covariance of (T, G, D): sum over tokens of w (x - mean)(x - mean)^T with w = mean_d |x grad|; (G, D, D).
 
 
 def covariance_eager(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    weight = (x * grad).abs_().mean(-1, keepdim=True, dtype=torch.float32)
-    mean = x.mean(0, dtype=torch.float32).to(x.dtype)
+    weight = (x * grad).abs_().mean(-1, keepdim=True, dtype=sums_in(x))
+    mean = x.mean(0, dtype=sums_in(x)).to(x.dtype)
     scaled = ((x - mean) * weight.sqrt().to(x.dtype)).transpose(0, 1)
     return scaled.mT @ scaled
 
 
 def covariance_blocked(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     _, groups, dims = x.shape
-    mean = x.mean(0, dtype=torch.float32)
+    mean = x.mean(0, dtype=sums_in(x))
     total = mean.new_zeros(groups, dims, dims)
     for part, part_grad in zip(x.split(BLOCK_TOKENS), grad.split(BLOCK_TOKENS), strict=True):
-        part = part.float()
+        part = part.to(mean.dtype)
         weight = (part * part_grad).abs_().mean(-1, keepdim=True)
         scaled = (part - mean).mul_(weight.sqrt_()).transpose(0, 1)
         total.baddbmm_(scaled.mT, scaled)
@@ -68,14 +73,14 @@ def covariance_ours(first: torch.Tensor) -> Contender:
 
 
 def scores_eager(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    return (x * grad).abs().sum(0, dtype=torch.float32)
+    return (x * grad).abs().sum(0, dtype=sums_in(x))
 
 
 def scores_blocked(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     tokens = max(1, BLOCK_ELEMENTS // x.shape[1])
-    total = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
+    total = torch.zeros(x.shape[1], dtype=sums_in(x), device=x.device)
     for part, part_grad in zip(x.split(tokens), grad.split(tokens), strict=True):
-        total += (part * part_grad).abs_().sum(0, dtype=torch.float32)
+        total += (part * part_grad).abs_().sum(0, dtype=total.dtype)
     return total
 
 

@@ -203,7 +203,7 @@ def build_info() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    module = _native.module()
+    module = _native.module
     return {
         "skd": installed("skd"),
         "python": platform.python_version(),
@@ -212,7 +212,7 @@ def build_info() -> dict[str, Any]:
         "timm": installed("timm"),
         "cuda_available": torch.cuda.is_available(),
         "compiled": module is not None,
-        "reason": _native.failure(),
+        "reason": _native.failure,
         **(module.build_info() if module is not None else {}),
         "implementations": {name: entry.names() for name, entry in _operations.items()},
     }

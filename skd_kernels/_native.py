@@ -1,8 +1,9 @@
-"""The compiled extension: loaded at first use, a failure remembered and told with every refusal."""
+"""The compiled extension: loaded with the package; a failure is told once, and with every refusal."""
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import torch  # before the extension, which needs its libraries loaded
@@ -12,37 +13,6 @@ STATISTICS_DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 CUDA_LARGEST_GROUP = 128
-
-
-_loaded: tuple[Any, str] | None = None  # plain, because torch.compile looks through a cache and traces the import
-
-
-def _load() -> tuple[Any, str]:
-    global _loaded
-    if _loaded is None:
-        _loaded = _import()
-    return _loaded
-
-
-def _import() -> tuple[Any, str]:
-    try:
-        module = importlib.import_module("skd_kernels._C")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "skd_kernels._C":
-            return None, "the extension is not built (no compiler when skd was installed?); reinstall with one"
-        return None, f"the extension does not load: {error}"
-    _register_fakes()
-    return module, ""
-
-
-def module() -> Any:
-    """`skd_kernels._C`, or None; then `failure` says why."""
-    return _load()[0]
-
-
-def failure() -> str:
-    """Why there is no extension; empty when there is one."""
-    return _load()[1]
 
 
 def refuses_transforms() -> str | None:
@@ -56,11 +26,11 @@ def refuses_transforms() -> str | None:
 
 def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
     """Whether the compiled statistics take features `x` and gradients `grad`: None, or why not."""
-    if module() is None:
-        return failure()
+    if module is None:
+        return failure
     if x.device not in STATISTICS_DTYPES:
         return f"there is no kernel for {x.device}"
-    if x.device == "cuda" and not module().build_info()["cuda"]:
+    if x.device == "cuda" and not HAS_CUDA:
         return "the extension was built without CUDA (SKD_CUDA=on builds it)"
     if x.dtype not in STATISTICS_DTYPES[x.device]:
         return f"dtype {x.dtype} is not compiled for {x.device}"
@@ -81,6 +51,19 @@ def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
     if tensor.ndim != trailing + 1:
         tensor = tensor.reshape(tensor.shape[: tensor.ndim - trailing].numel(), *tensor.shape[-trailing:])
     return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _load() -> tuple[Any, str]:
+    try:
+        module = importlib.import_module("skd_kernels._C")
+    except ImportError as error:
+        reason = f"the extension does not load: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == "skd_kernels._C":
+            reason = "the extension is not built (no compiler when skd was installed?); reinstall with one"
+        warnings.warn(f"skd runs without its compiled half, by PyTorch alone: {reason}", stacklevel=2)
+        return None, reason
+    _register_fakes()
+    return module, ""
 
 
 def _register_fakes() -> None:
@@ -109,3 +92,8 @@ def _fake_attention(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torc
 
 def _fake_scores(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tensor:
     return x.new_empty(x.shape[-1:], dtype=torch.float64)
+
+
+# `skd_kernels._C`, or None and why. Loaded here and now: torch.compile cannot trace an import.
+module, failure = _load()
+HAS_CUDA = module is not None and bool(module.build_info()["cuda"])

@@ -109,8 +109,8 @@ def refuses_to_compute(
         return f"there is no kernel for {x.device}"
     if queries is not None:
         return "the kernel computes all queries"
-    if _native.module() is None:
-        return _native.failure()
+    if _native.module is None:
+        return _native.failure
     tensors = x, w_qkv, b_qkv, w_proj, b_proj
     return (
         _native.refuses_transforms() or refuses_tensors((torch.float32,), *tensors) or refuses_to_slice(width=width)

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skd_kernels as kernels
-from skd_kernels import _native
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -108,7 +107,6 @@ def test_a_second_derivative_is_refused(linear: bool) -> None:
 
 def test_shapes_without_values() -> None:
     """What tracing sees is what the kernel gives."""
-    _native.module()
     operations = torch.ops.skd_kernels
     qkv = torch.randn(2, 5, 3, 2, 8)
     out, sums = operations.attention(qkv, 0.3)
@@ -119,6 +117,5 @@ def test_shapes_without_values() -> None:
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, 3).double(), torch.zeros(3, 2).T])
 def test_the_kernel_checks_what_it_is_given(tensor: torch.Tensor) -> None:
-    _native.module()
     with pytest.raises(RuntimeError, match="float32 and contiguous"):
         torch.ops.skd_kernels.attention(tensor, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -75,3 +77,22 @@ def test_build_info_says_what_is_compiled() -> None:
     assert info["compiler"] and info["cpu_level_in_use"]
     assert info["torch"] == torch.__version__
     assert set(info["implementations"]) == {"token_moments", "taylor_scores", "masked_mlp", "masked_attention"}
+
+
+WITHOUT = """
+import sys, warnings
+sys.modules["skd_kernels._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import skd_kernels, torch
+    x = torch.ones(9, 2, 4)
+    compiled = torch.compile(skd_kernels.weighted_covariance, fullgraph=True, backend="aot_eager")
+    found = compiled(x, x), skd_kernels.weighted_covariance(x, x), skd_kernels.taylor_scores(x, x)
+told = [str(each.message) for each in caught if "skd" in str(each.message)]
+assert len(told) == 1 and "without its compiled half" in told[0], told
+assert skd_kernels.build_info()["compiled"] is False
+"""
+
+
+def test_without_the_extension_all_works_and_one_warning_says_so() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
+from tolerances import kernel_tolerance
 
 import skd_kernels as kernels
 from skd_kernels.mlp import ACTIVATIONS
@@ -277,3 +280,45 @@ def test_attention_rejects(change: dict[str, Any], match: str) -> None:
     call: dict[str, Any] = dict(zip(names, attention_inputs(), strict=True)) | {"width": 3, "num_heads": H} | change
     with pytest.raises(ValueError, match=match):
         kernels.masked_attention(**call)
+
+
+def results(implementation: str, call: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Output, gradients and scores."""
+    own = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    with kernels.use(implementation):
+        out, scores = call(*own)
+        out.square().sum().backward()
+    return [out.detach(), scores, *(tensor.grad for tensor in own)]
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 20)),
+    inner=st.integers(1, 40),
+    heads=st.integers(1, 3),
+    part=st.floats(0, 1),
+    act=st.sampled_from(sorted(ACTIVATIONS)),
+    gated=st.booleans(),
+)
+def test_slices_of_any_shape(
+    sizes: tuple[int, int, int], inner: int, heads: int, part: float, act: str, gated: bool
+) -> None:
+    """Against the specification, in float64."""
+    channels, width = sizes[-1], round(part * inner)
+    rows = 2 * inner if gated else inner
+
+    def mlp(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.zeros(inner, dtype=torch.float64)
+        return kernels.masked_mlp(*inputs, width, act=act, gated=gated, scores=scores), scores
+
+    def attention(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.zeros(3, heads, inner, dtype=torch.float64)
+        return kernels.masked_attention(*inputs, width, num_heads=heads, scores=scores), scores
+
+    x, b2 = randn(*sizes), randn(channels)
+    for call, first, last in ((mlp, rows, inner), (attention, 3 * heads * inner, heads * inner)):
+        inputs = [x, randn(first, channels, seed=1), randn(first), randn(channels, last, seed=2), b2]
+        pairs = zip(results("slices", call, inputs), results("reference", call, inputs), strict=True)
+        for found, expected in pairs:
+            allowed = kernel_tolerance(0.0, torch.float64) * expected.norm()
+            assert (found - expected).norm() <= allowed, (call.__name__, found.shape)

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.projections import kept, padded, width_kernel
-from skd_kernels.gpu.tiles import precision
+from skd_kernels.gpu.projections import kept, padded
+from skd_kernels.gpu.tiles import precision, width_kernel
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,20 @@ import triton.language as tl
 from skd_kernels.gpu.activations import activate, in_kernel
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import launch
-from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, read_width, small_config, tile_of
+from skd_kernels.gpu.tiles import (
+    Config,
+    dot_nn,
+    dot_nt,
+    inner_step,
+    precision,
+    read_width,
+    small_config,
+    tile_of,
+    width_kernel,
+)
 
 
-@triton.jit
+@width_kernel
 def hidden_kernel(
     x,
     w,
@@ -138,7 +148,7 @@ def dot_nt_pair(
     return first, second
 
 
-@triton.jit
+@width_kernel
 def gradient_kernel(
     dy,
     w,

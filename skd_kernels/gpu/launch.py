@@ -134,7 +134,8 @@ def launch(
         kernel: a ``triton.jit`` function.
         grid: one to three numbers of programs.
         arguments: every parameter of the kernel by name, constants included. Tensors may be None; a tensor's storage
-            must start at a multiple of 16 bytes for the code to be the one that `record` notes.
+            must start at a multiple of 16 bytes for the code to be the one that `record` notes, unless the kernel
+            does not specialise on its alignment.
         num_warps, num_stages: as Triton defines them.
         max_registers: of a thread. Without it ptxas may choose a limit of its own, and spill to keep it.
     """
@@ -163,7 +164,8 @@ def _describe(kernel: Any, arguments: dict[str, Any], settings: tuple[int, int, 
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-            divisible.append(name)
+            if not param.do_not_specialize_on_alignment:
+                divisible.append(name)
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):

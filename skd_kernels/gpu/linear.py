@@ -6,15 +6,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, dot_nn, dot_nt, inner_step, precision, read_width, small_config, tile_of
+from skd_kernels.gpu.tiles import (
+    Config,
+    dot_nn,
+    dot_nt,
+    inner_step,
+    precision,
+    read_width,
+    small_config,
+    tile_of,
+    width_kernel,
+)
 
 
-@triton.jit
+@width_kernel
 def output_kernel(
     a,
     w,
@@ -54,7 +63,7 @@ def output_kernel(
         tl.store(places, total.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & (c < channels)[None, :])
 
 
-@triton.jit
+@width_kernel
 def input_gradient_kernel(
     dz,
     w,

@@ -188,6 +188,10 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
         for channels, hidden in ((384, 1536), (192, 768), (200, 500), (1152, 4304)):
             shape = (3, 197, channels)
             yield f"{channels} x {hidden} bf16{suffix}", partial(_example, torch.bfloat16, shape, hidden, gated=gated)
+        for dtype in (torch.float16, torch.float32):
+            for channels, hidden in ((200, 500), (136, 512)):  # rows of other lengths than multiples of 16
+                name = f"{channels} x {hidden} {str(dtype).removeprefix('torch.')}{suffix}"
+                yield name, partial(_example, dtype, (3, 197, channels), hidden, gated=gated)
         yield f"float32 with TF32{suffix}", partial(_example_tf32, gated)
 
 

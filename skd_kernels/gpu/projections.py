@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, precision
+from skd_kernels.gpu.tiles import Config, precision, width_kernel
 
 PIECE = 8  # coordinates in a column block of the small kernels; divides every pitch
 
@@ -59,9 +59,6 @@ def gradient_config(like: torch.Tensor, channels: int) -> Config:
 
 
 # Kernels -------------------------------------------------------------------------------------------
-
-# A width may be an element of a table: code that only serves widths at multiples of 16 bytes would be compiled twice.
-width_kernel = triton.jit(do_not_specialize_on_alignment=["width"])
 
 
 @triton.jit

@@ -60,11 +60,12 @@ def small_config(like: torch.Tensor, *strides: int) -> Config | None:
     float32 without TF32 runs on the ordinary cores, which keep their operands in registers. And Triton asks of a row
     length only whether 16 divides it: otherwise it loads element by element, with an address for each.
     """
+    uneven = any(stride % 16 for stride in strides)
     if like.dtype == torch.float32 and precision() == "ieee":
+        if uneven:
+            return Config(32, 32, 32, warps=4, stages=2)
         return Config(64, 64, 32, warps=8, stages=3, registers=168)  # left to itself, ptxas spills to fit in 128
-    if any(stride % 16 for stride in strides):
-        return Config(64, 64, 32, warps=8, stages=3)
-    return None
+    return Config(64, 64, 32, warps=8, stages=3) if uneven else None
 
 
 def inner_step(like: torch.Tensor) -> int:
@@ -73,6 +74,10 @@ def inner_step(like: torch.Tensor) -> int:
     Every tile of hidden features has a multiple of that many columns: a step that begins in a tile ends in it.
     """
     return 128 // like.element_size()
+
+
+# A width may be an element of a table: code that only serves widths at multiples of 16 bytes would be compiled twice.
+width_kernel = triton.jit(do_not_specialize_on_alignment=["width"])
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.tiles import Config, inner_step, precision, read_width, small_config, tile_of
+from skd_kernels.gpu.tiles import Config, inner_step, precision, read_width, small_config, tile_of, width_kernel
 
 STRIP = 16  # rows of a tile that one program of the second kernel finishes
 
@@ -36,7 +36,7 @@ def grid_of(limit, rows, columns, PARTS: tl.constexpr, BY_ROWS: tl.constexpr, M:
     return part_rows, part_rows * PARTS, tiles_across
 
 
-@triton.jit
+@width_kernel
 def weight_gradient_kernel(
     a,
     b,
@@ -138,7 +138,7 @@ def store_tile(
     tl.store(places, total, mask=(i < rows)[:, None] & (j < columns)[None, :])
 
 
-@triton.jit
+@width_kernel
 def finish_kernel(
     out,
     work,
@@ -242,7 +242,7 @@ def weight_gradient(
 # Sums over tokens ----------------------------------------------------------------------------------
 
 
-@triton.jit
+@width_kernel
 def column_sums_kernel(
     a, partial, width, tokens, columns, stride_a, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -260,7 +260,7 @@ def column_sums_kernel(
         tl.store(partial + tl.program_id(1) * columns + j, tl.sum(total, 0), mask=j < columns)
 
 
-@triton.jit
+@width_kernel
 def sums_kernel(
     partial,
     bias,
