@@ -9,12 +9,15 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+
+DECIDE_THE_BUILD = ("CUDA", "CXX", "SKD_CUDA", "TORCH_CUDA_ARCH_LIST")  # not to be taken from who runs the tests
 
 RECIPES = {str(path.relative_to(ROOT)) for path in (ROOT / "skd" / "recipes").glob("*.yaml")}
 
@@ -35,7 +38,7 @@ def checkout(tmp_path: Path) -> Path:
 def setup(
     checkout: Path, *arguments: str, path: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "CXX"))}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(DECIDE_THE_BUILD)}
     if path is not None:
         variables["PATH"] = path
     command = [sys.executable, "setup.py", *arguments]
@@ -74,13 +77,67 @@ def test_cuda_on_without_nvcc_is_an_error_with_the_fix(checkout: Path, only_a_co
     assert done.returncode != 0 and "it may be auto, on or off" in done.stderr
 
 
-def test_a_wrapped_nvcc_still_finds_its_toolkit(checkout: Path, only_a_compiler: str, tmp_path: Path) -> None:
-    """nvcc on PATH may be a script; only nvcc itself knows where it lives."""
-    nvcc = Path(only_a_compiler) / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
+@pytest.fixture
+def cuda_torch(tmp_path: Path) -> Callable[[str | None], str]:
+    """A PYTHONPATH under which PyTorch says that it was built with this version of CUDA."""
+
+    def built_with(version: str | None) -> str:
+        (tmp_path / "site").mkdir(exist_ok=True)
+        (tmp_path / "site" / "sitecustomize.py").write_text(f"import torch\ntorch.version.cuda = {version!r}\n")
+        return str(tmp_path / "site")
+
+    return built_with
+
+
+def write_nvcc(folder: str, toolkit: Path, version: str = "", codes: Sequence[str] = ()) -> str:
+    """A script that answers as nvcc does; a PATH that holds it."""
+    nvcc = Path(folder) / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+case $1 in
+--dryrun) echo '#$ TOP={toolkit}/bin/..' >&2 ;;
+--version) echo 'Cuda compilation tools, release {version}, V{version}.88' ;;
+--list-gpu-code) printf '%s\\n' {" ".join(codes)} ;;
+esac
+""")
     nvcc.chmod(0o755)
-    done = setup(checkout, "--name", path=f"{only_a_compiler}:/usr/bin:/bin")
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_a_wrapped_nvcc_still_finds_its_toolkit(
+    checkout: Path, only_a_compiler: str, tmp_path: Path, cuda_torch: Callable
+) -> None:
+    """nvcc on PATH may be a script; only nvcc itself knows where it lives."""
+    path = write_nvcc(only_a_compiler, tmp_path / "toolkit")
+    done = setup(checkout, "--name", path=path, PYTHONPATH=cuda_torch("13.2"))
     assert f"toolkit {tmp_path}/toolkit, architectures 8.0;9.0;10.0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    [
+        ("13.2", "is of CUDA 12.8 and PyTorch of CUDA 13.2 (install a toolkit of CUDA 13, or set CUDA_HOME"),
+        (None, "the PyTorch it is built against is without CUDA (install a CUDA build of PyTorch)"),
+    ],
+)
+def test_a_toolkit_that_pytorch_refuses_is_not_used(
+    checkout: Path, only_a_compiler: str, tmp_path: Path, cuda_torch: Callable, torch_cuda: str | None, reason: str
+) -> None:
+    path, site = write_nvcc(only_a_compiler, tmp_path / "toolkit", "12.8"), cuda_torch(torch_cuda)
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site)
+    assert done.returncode == 0 and "building CPU kernels" in done.stderr
+    assert "CUDA kernels are not built: " in done.stderr and reason in done.stderr
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site, SKD_CUDA="on")
+    assert done.returncode != 0 and "SKD_CUDA=on, but " in done.stderr and reason in done.stderr
+
+
+def test_default_architectures_are_those_that_nvcc_knows(
+    checkout: Path, only_a_compiler: str, tmp_path: Path, cuda_torch: Callable
+) -> None:
+    path, site = write_nvcc(only_a_compiler, tmp_path, "12.6", ("sm_80", "sm_90")), cuda_torch("12.8")
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site)
+    assert "architectures 10.0 are left out: " in done.stderr and "architectures 8.0;9.0\n" in done.stderr
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site, TORCH_CUDA_ARCH_LIST="10.0")
+    assert "left out" not in done.stderr and "architectures 10.0\n" in done.stderr
 
 
 def test_the_source_distribution_has_every_source(checkout: Path, tmp_path: Path) -> None:
