@@ -137,7 +137,8 @@ def extensions() -> tuple[list, dict]:
     if toolkit is not None:
         sources += sorted(str(path) for path in CSRC.glob("*.cu"))
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
-        defines += ["-DUSE_CUDA", f'-DSKD_CUDA_ARCHITECTURES="{architectures}"']
+        defines += ["-DUSE_CUDA", f'-DSKD_CUDA_TOOLKIT="{toolkit.version()}"']
+        defines += [f'-DSKD_CUDA_ARCHITECTURES="{architectures}"']
         includes.append(str(Path(toolkit.home) / "include"))
         # The runtime is linked in and torch_cuda is not needed: one file loads under CUDA and CPU builds of torch.
         link = [f"-L{Path(toolkit.home) / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
