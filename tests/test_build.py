@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
@@ -161,11 +162,78 @@ def test_a_wheel_has_the_recipes(checkout: Path, tmp_path: Path) -> None:
     assert len(RECIPES) >= 4 and RECIPES | {"skd/py.typed", "skd/recipes/__init__.py"} <= built
 
 
-def pip(*arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps", "--no-build-isolation"]
+def pip(*arguments: str, **environment: str) -> str:
+    """What it and setup.py print."""
+    command = [sys.executable, "-m", "pip", *arguments, "--verbose", "--no-deps", "--no-build-isolation"]
     variables = os.environ | {"SKD_CUDA": "off"} | environment
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def run_with(packages: Path, code: str) -> str:
+    """What `code` prints in a new process that sees `packages`, and no editable install (-S reads no .pth)."""
+    seen = [str(packages), *(path for path in sys.path if path.endswith("site-packages"))]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=packages,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(seen)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+EVERY_OPERATION = """
+import torch
+import skd_kernels as kernels
+
+x, grad = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4)
+print(kernels.__file__)
+print(kernels.build_info()["compiled"])
+print(*kernels.weighted_covariance(x, grad).shape)
+print(*kernels.taylor_scores(x, grad).shape)
+x = torch.randn(2, 5, 12)
+print(*kernels.masked_mlp(x, torch.randn(20, 12), None, torch.randn(12, 20), None, 7).shape)
+print(*kernels.masked_attention(x, torch.randn(36, 12), None, torch.randn(12, 12), None, 2, num_heads=3).shape)
+"""
+
+
+def test_what_is_installed_without_a_compiler_works(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    packages = tmp_path / "packages"
+    printed = pip("install", str(checkout), "--target", str(packages), PATH=str(tmp_path / "bin"), CXX="")
+    assert "no C++ compiler, nothing is compiled" in printed
+    assert not list(packages.rglob("*.so"))
+    file, *rest = run_with(packages, EVERY_OPERATION).splitlines()
+    assert Path(file).is_relative_to(packages)
+    assert rest == ["False", "3 4 4", "4", "2 5 12", "2 5 12"]
+
+
+LOAD_WITH_CUDA = """
+import torch
+import skd_kernels as kernels
+
+info = kernels.build_info()
+print(info["reason"], info.get("cuda"), info.get("cuda_toolkit"), info.get("cuda_architectures"), sep="|")
+for name in ("token_moments", "taylor_scores"):
+    print(torch._C._dispatch_has_kernel_for_dispatch_key(f"skd_kernels::{name}", "CUDA"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is a build without CUDA")
+def test_an_extension_with_cuda_loads_without_a_gpu(checkout: Path, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    pip("install", str(checkout), "--target", str(packages), SKD_CUDA="on", TORCH_CUDA_ARCH_LIST="9.0")
+    answer = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = answer.split("release ")[1].split(",")[0]
+    built, *kernels = run_with(packages, LOAD_WITH_CUDA).splitlines()
+    assert built == f"|True|{version}|9.0"
+    assert kernels == ["True", "True"]
 
 
 @pytest.mark.slow
