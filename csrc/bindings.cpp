@@ -29,9 +29,11 @@ pybind11::dict build_info() {
   info["cpu_level_in_use"] = cpu_level();
 #ifdef USE_CUDA
   info["cuda"] = true;
+  info["cuda_toolkit"] = SKD_CUDA_TOOLKIT;
   info["cuda_architectures"] = SKD_CUDA_ARCHITECTURES;
 #else
   info["cuda"] = false;
+  info["cuda_toolkit"] = "";
   info["cuda_architectures"] = "";
 #endif
   return info;

@@ -9,12 +9,16 @@ import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+
+DECIDE_THE_BUILD = ("CUDA", "CXX", "SKD_CUDA", "TORCH_CUDA_ARCH_LIST")  # not to be taken from who runs the tests
 
 RECIPES = {str(path.relative_to(ROOT)) for path in (ROOT / "skd" / "recipes").glob("*.yaml")}
 
@@ -35,7 +39,7 @@ def checkout(tmp_path: Path) -> Path:
 def setup(
     checkout: Path, *arguments: str, path: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess:
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA", "CXX"))}
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(DECIDE_THE_BUILD)}
     if path is not None:
         variables["PATH"] = path
     command = [sys.executable, "setup.py", *arguments]
@@ -74,13 +78,67 @@ def test_cuda_on_without_nvcc_is_an_error_with_the_fix(checkout: Path, only_a_co
     assert done.returncode != 0 and "it may be auto, on or off" in done.stderr
 
 
-def test_a_wrapped_nvcc_still_finds_its_toolkit(checkout: Path, only_a_compiler: str, tmp_path: Path) -> None:
-    """nvcc on PATH may be a script; only nvcc itself knows where it lives."""
-    nvcc = Path(only_a_compiler) / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
+@pytest.fixture
+def cuda_torch(tmp_path: Path) -> Callable[[str | None], str]:
+    """A PYTHONPATH under which PyTorch says that it was built with this version of CUDA."""
+
+    def built_with(version: str | None) -> str:
+        (tmp_path / "site").mkdir(exist_ok=True)
+        (tmp_path / "site" / "sitecustomize.py").write_text(f"import torch\ntorch.version.cuda = {version!r}\n")
+        return str(tmp_path / "site")
+
+    return built_with
+
+
+def write_nvcc(folder: str, toolkit: Path, version: str = "", codes: Sequence[str] = ()) -> str:
+    """A script that answers as nvcc does; a PATH that holds it."""
+    nvcc = Path(folder) / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+case $1 in
+--dryrun) echo '#$ TOP={toolkit}/bin/..' >&2 ;;
+--version) echo 'Cuda compilation tools, release {version}, V{version}.88' ;;
+--list-gpu-code) printf '%s\\n' {" ".join(codes)} ;;
+esac
+""")
     nvcc.chmod(0o755)
-    done = setup(checkout, "--name", path=f"{only_a_compiler}:/usr/bin:/bin")
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_a_wrapped_nvcc_still_finds_its_toolkit(
+    checkout: Path, only_a_compiler: str, tmp_path: Path, cuda_torch: Callable
+) -> None:
+    """nvcc on PATH may be a script; only nvcc itself knows where it lives."""
+    path = write_nvcc(only_a_compiler, tmp_path / "toolkit")
+    done = setup(checkout, "--name", path=path, PYTHONPATH=cuda_torch("13.2"))
     assert f"toolkit {tmp_path}/toolkit, architectures 8.0;9.0;10.0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "reason"),
+    [
+        ("13.2", "is of CUDA 12.8 and PyTorch of CUDA 13.2 (install a toolkit of CUDA 13, or set CUDA_HOME"),
+        (None, "the PyTorch it is built against is without CUDA (install a CUDA build of PyTorch)"),
+    ],
+)
+def test_a_toolkit_that_pytorch_refuses_is_not_used(
+    checkout: Path, only_a_compiler: str, tmp_path: Path, cuda_torch: Callable, torch_cuda: str | None, reason: str
+) -> None:
+    path, site = write_nvcc(only_a_compiler, tmp_path / "toolkit", "12.8"), cuda_torch(torch_cuda)
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site)
+    assert done.returncode == 0 and "building CPU kernels" in done.stderr
+    assert "CUDA kernels are not built: " in done.stderr and reason in done.stderr
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site, SKD_CUDA="on")
+    assert done.returncode != 0 and "SKD_CUDA=on, but " in done.stderr and reason in done.stderr
+
+
+def test_default_architectures_are_those_that_nvcc_knows(
+    checkout: Path, only_a_compiler: str, tmp_path: Path, cuda_torch: Callable
+) -> None:
+    path, site = write_nvcc(only_a_compiler, tmp_path, "12.6", ("sm_80", "sm_90")), cuda_torch("12.8")
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site)
+    assert "architectures 10.0 are left out: " in done.stderr and "architectures 8.0;9.0\n" in done.stderr
+    done = setup(checkout, "--name", path=path, PYTHONPATH=site, TORCH_CUDA_ARCH_LIST="10.0")
+    assert "left out" not in done.stderr and "architectures 10.0\n" in done.stderr
 
 
 def test_the_source_distribution_has_every_source(checkout: Path, tmp_path: Path) -> None:
@@ -104,11 +162,76 @@ def test_a_wheel_has_the_recipes(checkout: Path, tmp_path: Path) -> None:
     assert len(RECIPES) >= 4 and RECIPES | {"skd/py.typed", "skd/recipes/__init__.py"} <= built
 
 
-def pip(*arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps", "--no-build-isolation"]
+def pip(*arguments: str, **environment: str) -> str:
+    """What it and setup.py print."""
+    command = [sys.executable, "-m", "pip", *arguments, "--verbose", "--no-deps", "--no-build-isolation"]
     variables = os.environ | {"SKD_CUDA": "off"} | environment
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def run_with(packages: Path, code: str) -> str:
+    """What `code` prints in a new process that sees `packages`, and no editable install (-S reads no .pth)."""
+    seen = [str(packages), *(path for path in sys.path if path.endswith("site-packages"))]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=packages,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(seen)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+EVERY_OPERATION = """
+import torch
+import skd_kernels as kernels
+
+x, grad = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4)
+print(kernels.__file__)
+print(kernels.build_info()["compiled"])
+print(*kernels.weighted_covariance(x, grad).shape)
+print(*kernels.taylor_scores(x, grad).shape)
+x = torch.randn(2, 5, 12)
+print(*kernels.masked_mlp(x, torch.randn(20, 12), None, torch.randn(12, 20), None, 7).shape)
+print(*kernels.masked_attention(x, torch.randn(36, 12), None, torch.randn(12, 12), None, 2, num_heads=3).shape)
+"""
+
+
+def test_what_is_installed_without_a_compiler_works(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    packages = tmp_path / "packages"
+    printed = pip("install", str(checkout), "--target", str(packages), PATH=str(tmp_path / "bin"), CXX="")
+    assert "no C++ compiler, nothing is compiled" in printed
+    assert not list(packages.rglob("*.so"))
+    file, *rest = run_with(packages, EVERY_OPERATION).splitlines()
+    assert Path(file).is_relative_to(packages)
+    assert rest == ["False", "3 4 4", "4", "2 5 12", "2 5 12"]
+
+
+LOAD_WITH_CUDA = """
+import torch
+import skd_kernels as kernels
+
+info = kernels.build_info()
+print(info["reason"], info.get("cuda"), info.get("cuda_toolkit"), info.get("cuda_architectures"), sep="|")
+for name in ("token_moments", "taylor_scores"):
+    print(torch._C._dispatch_has_kernel_for_dispatch_key(f"skd_kernels::{name}", "CUDA"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is a build without CUDA")
+def test_an_extension_with_cuda_loads_without_a_gpu(checkout: Path, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    pip("install", str(checkout), "--target", str(packages), SKD_CUDA="on", TORCH_CUDA_ARCH_LIST="9.0")
+    answer = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = answer.split("release ")[1].split(",")[0]
+    assert run_with(packages, LOAD_WITH_CUDA).splitlines() == [f"|True|{version}|9.0", "True", "True"]
 
 
 @pytest.mark.slow

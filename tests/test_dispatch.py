@@ -75,6 +75,7 @@ def test_build_info_says_what_is_compiled() -> None:
     info = kernels.build_info()
     assert info["compiled"] is True and info["reason"] == ""
     assert info["compiler"] and info["cpu_level_in_use"]
+    assert bool(info["cuda_toolkit"]) is bool(info["cuda_architectures"]) is info["cuda"]
     assert info["torch"] == torch.__version__
     assert set(info["implementations"]) == {"token_moments", "taylor_scores", "masked_mlp", "masked_attention"}
 
