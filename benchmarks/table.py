@@ -31,7 +31,12 @@ def part(path: Path, run: dict[str, Any]) -> str:
     entries = [entry["extra_info"] for entry in run["benchmarks"]]
     tables = [
         (rows, make([info for info in entries if rows in info]))
-        for rows, make in (("operation", operation_table), ("masked", masked_table), ("step", step_table))
+        for rows, make in (
+            ("operation", operation_table),
+            ("masked", masked_table),
+            ("step", step_table),
+            ("pass", pass_table),
+        )
         if any(rows in info for info in entries)
     ]
     if not tables:
@@ -85,6 +90,16 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
             "",
             f"Compilations: {counts}. Peak MB: {last['peak_mb']}. Seconds to warm up: {last['warm_up_seconds']}.",
         ]
+    return lines
+
+
+def pass_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Passes of the method, ours against each other way of the same."""
+    lines = ["| DeiT | pass | ours, ms | time of other ways |", "|---|---|--:|---|"]
+    for info in rows:
+        ours = next(iter(info["median_ms"].values()))
+        others = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in info["ratio"].items())
+        lines.append(f"| {info['model'].title()} | {info['pass']} | {three_digits(ours)} | {others} |")
     return lines
 
 

@@ -26,6 +26,11 @@ def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return images_and_labels(BATCH, device)
 
 
+def describe(benchmark: Any, name: str, size: str) -> None:
+    """For the table."""
+    benchmark.extra_info.update({"pass": name, "model": size, "batch": BATCH})
+
+
 def published_network(size: str, device: str) -> networks.Network:
     layers = published.masked_attention, published.masked_mlp
     return networks.Network(deit(size, device), *layers, compiler=None).eval()
@@ -45,6 +50,7 @@ def test_calibration(benchmark: Any, device: str, size: str) -> None:
         "streamed": lambda: skd.convert(model, batches, centering="batch"),
         "published": lambda: published.convert(model, batches),
     }
+    describe(benchmark, "`skd.convert` as a whole", size)
     report(benchmark, contenders, rounds=3)
     peaks = memory.peaks(f"deit_{size}_patch16_224", BATCH, device)
     benchmark.extra_info["peak_mb_over_loading"] = {way: round(peaks[way] - peaks["load"]) for way in contenders}
@@ -77,6 +83,7 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
                 x = supernet.step(index, x, width)
             total_cost(supernet.model, supernet.head(x), labels).backward()
 
+    describe(benchmark, "backward of the cost, parameters frozen", size)
     report(benchmark, {"frozen": activations_only, "all gradients": everything, "published": published_pass})
 
 
@@ -121,6 +128,7 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
 
     assert prefix_reuse() == whole_passes() == published_passes()
     contenders = {"prefix reuse": prefix_reuse, "whole passes": whole_passes, "published": published_passes}
+    describe(benchmark, "sensitivities, each from its module on", size)
     report(benchmark, contenders, rounds=3)
 
 
@@ -138,4 +146,5 @@ def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> 
         "extract": lambda: skd.extract(supernet, entry=1),
         "copy": lambda: [parameter.clone() for parameter in parameters],
     }
+    describe(benchmark, f"`skd.extract`, {fraction:.0%} of the widths", size)
     report(benchmark, contenders, rounds=15)
