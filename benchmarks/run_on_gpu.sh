@@ -65,8 +65,12 @@ if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sa
         watched "$tool" "$operation-${shape//,/x}-$dtype" python3 -m benchmarks.op "$operation" --shape "$shape" \
           --dtype "$dtype" --device cuda --contenders ours --rounds 1 --seconds 0 --megabytes 1 &
       done
-      for operation in masked_mlp masked_attention; do
-        watched "$tool" "$operation-$dtype" python3 -m benchmarks.small "$operation" --dtype "$dtype" &
+      for case in "masked_mlp odd" "masked_mlp aligned" "masked_mlp gated" "masked_attention odd" \
+        "masked_attention aligned"; do
+        read -r operation sizes <<<"$case"
+        [ "$dtype $sizes" != "float32 aligned" ] || continue # the same tiles as odd
+        watched "$tool" "$operation-$sizes-$dtype" python3 -m benchmarks.small "$operation" --sizes "$sizes" \
+          --dtype "$dtype" &
       done
     done
   done
