@@ -164,7 +164,10 @@ def test_a_whole_run_replays_its_steps(importance: str, monkeypatch: pytest.Monk
     )
     assert config.mixup and config.cutmix
     history = run_training(net, config)
-    assert replayed == [False] * WARMUP + [True] * (3 * 4 - WARMUP)
+    expected = [False] * WARMUP + [True] * (3 * 4 - WARMUP)
+    if importance == "online":  # the second epoch adds up no scores: another graph, after one step without
+        expected[4] = False
+    assert replayed == expected
     rows = history.epochs
     assert 1 < rows[0]["entries"] < rows[1]["entries"] == rows[2]["entries"]
     assert rows[0]["lr"] < rows[1]["lr"]
