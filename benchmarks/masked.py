@@ -4,6 +4,7 @@ published       boolean masks gather the kept weights, attention is written out
 slices          leading rows and columns of the weights, library attention
 torch.compile   `slices`, compiled for any width
 ours            `skd_kernels`: by slices on a CPU, by Triton with the width on the device on a GPU
+auto            on a GPU, `skd_kernels` with the width on the host: what it chooses by itself, as ours on a CPU
 """
 
 from __future__ import annotations
@@ -145,7 +146,8 @@ class Case:
     def layers(self, width: int) -> dict[str, Callable[[], torch.Tensor]]:
         """A forward pass of each contender, ours first; `ours, scores` also adds up Taylor scores."""
         inputs, names = (self.x, *self.parameters), self.arguments
-        own: Any = torch.tensor(width, dtype=torch.int32, device=self.device) if self.device == "cuda" else width
+        on_gpu = self.device == "cuda"
+        own: Any = torch.tensor(width, dtype=torch.int32, device=self.device) if on_gpu else width
         operation = self.operation
         calls: dict[str, Callable[[], torch.Tensor]] = {
             "ours": lambda: operation.ours(*inputs, own, **names),
@@ -154,6 +156,8 @@ class Case:
             "published": lambda: operation.published(*inputs, width, **names),
             "ours, scores": lambda: operation.ours(*inputs, own, scores=self.scores, **names),
         }
+        if on_gpu:
+            calls["auto"] = lambda: operation.ours(*inputs, width, **names)
         return {name: (lambda call=call: self._cast(call)) for name, call in calls.items()}  # type: ignore[misc]
 
     def _cast(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ torch.compile   `slices`, its block compiled for any widths
 ours            `skd.train`'s step; on a GPU with the entry on the device
 ours, compiled  the same, its block compiled
 ours, graph     the same as one CUDA graph
+ours, scores    the first of ours (the graph on a GPU) while Taylor scores are added up for the importance
 
 A step is forward, backward, update and average of the weights, with label smoothing and without Mixup, stochastic
 depth or clipping. On a GPU all run under autocast to bfloat16.
@@ -37,7 +38,7 @@ from skd.training.step import eager_step
 from skd.training.trainer import by_hand
 
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
-OURS, OURS_COMPILED, OURS_GRAPH = "ours", "ours, compiled", "ours, graph"
+OURS, OURS_COMPILED, OURS_GRAPH, OURS_SCORES = "ours", "ours, compiled", "ours, graph", "ours, scores"
 PUBLISHED, SLICES = "published", "slices"
 SETTINGS: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": LR, "warmup_epochs": 0}
 SETTINGS |= {"smoothing": SMOOTHING, "model_ema_warmup": False, "model_ema_decay": DECAY}
@@ -116,11 +117,15 @@ class OwnStep(Step):
         super().__init__(model, batch, device)
         supernet = skd.SuperNet(deit(model, device)).train()
         supernet.dropout_list = dropout_list(supernet)
-        config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=name == OURS_GRAPH, **SETTINGS)
+        graph = name == OURS_GRAPH or (name == OURS_SCORES and device == "cuda")
+        importance = "online" if name == OURS_SCORES else "passes"
+        config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=graph, importance=importance, **SETTINGS)
         self.trainer = by_hand(supernet, config)
+        if self.trainer.online is not None:
+            self.trainer.online.follow(True)
         self.on_device = device == "cuda" or name == OURS_COMPILED
         self.entry = torch.zeros((), dtype=torch.int64, device=device)
-        if name == OURS_GRAPH and self.trainer.graph is None:
+        if graph and self.trainer.graph is None:
             raise RuntimeError("skd refused to use a CUDA graph here")
         if name == OURS_COMPILED:
             self.compiled = Compiled(SuperBlock.forward, fullgraph=True, backend=backend)
@@ -148,8 +153,8 @@ class OwnStep(Step):
 def names(device: str) -> list[str]:
     """The contenders, ours first. Compiling a whole step takes a CPU minutes."""
     if device == "cuda":
-        return [OURS_GRAPH, OURS, OURS_COMPILED, SLICES, COMPILED, PUBLISHED]
-    return [OURS, SLICES, PUBLISHED]
+        return [OURS_GRAPH, OURS_SCORES, OURS, OURS_COMPILED, SLICES, COMPILED, PUBLISHED]
+    return [OURS, OURS_SCORES, SLICES, PUBLISHED]
 
 
 def make(name: str, model: str, batch: Any, device: str, backend: str = "inductor") -> Step:

@@ -84,13 +84,19 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
         cells += [f"{info['percent_of_matmul'][ours]:.0f}", *(f"{info['ratio'][name]:.2f}x" for name in others)]
         lines.append("| " + " | ".join(cells) + " |")
     last = rows[-1]
+    notes = [host(info) for info in rows if "host_ms" in info]
     if last["compilations"]:
         counts = ", ".join(f"{name} {count}" for name, count in last["compilations"].items())
-        lines += [
-            "",
-            f"Compilations: {counts}. Peak MB: {last['peak_mb']}. Seconds to warm up: {last['warm_up_seconds']}.",
-        ]
-    return lines
+        notes.append(
+            f"Compilations: {counts}. Peak MB: {last['peak_mb']}. Seconds to warm up: {last['warm_up_seconds']}."
+        )
+    return [*lines, "", *notes] if notes else lines
+
+
+def host(info: dict[str, Any]) -> str:
+    """One line on how long a step of each contender keeps the host."""
+    times = "; ".join(f"{name}: {three_digits(value)}" for name, value in info["host_ms"].items())
+    return f"Milliseconds of the host at {100 * info['macs_fraction']:.0f} % of the MACs: {times}."
 
 
 def pass_table(rows: list[dict[str, Any]]) -> list[str]:

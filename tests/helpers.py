@@ -37,6 +37,28 @@ def tiny_vit(dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
     return model
 
 
+def with_twenty_one_entries(dtype: torch.dtype = torch.float64) -> skd.SuperNet:
+    """`tiny_vit` as a super-network whose entries get narrower, down to a skipped attention."""
+    net = skd.SuperNet(tiny_vit(dtype))
+    full = net.widths()
+    rows = [
+        [max(full[0] - step, 0), max(full[1] - 3 * step, 0), full[2], max(full[3] - 2 * step, 0)]
+        for step in range(1, 21)
+    ]
+    return nested(net, *rows)
+
+
+def noted(backend: str) -> tuple[Callable[..., Any], list[Any]]:
+    """A backend of torch.compile, and the graphs that it is given."""
+    graphs: list[Any] = []
+
+    def compile_graph(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, example)
+
+    return compile_graph, graphs
+
+
 def random_batches(
     count: int = 2, size: int = 4, dtype: torch.dtype = torch.float64, classes: int = 5, pixels: int = 32
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -166,6 +166,15 @@ def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
     assert readme.read_text() == "no markers"
 
 
+def test_the_table_of_steps_tells_the_host_time_where_it_was_taken() -> None:
+    info = {"step": "tiny", "fraction": 0.5, "macs_fraction": 0.498, "compilations": {}, "tflops": {"ours": 1.0}}
+    info |= {"median_ms": {"ours": 2.0, "ours, scores": 2.1}, "ratio": {"ours, scores": 1.05}}
+    info |= {"percent_of_matmul": {"ours": 50.0}}
+    lines = table.step_table([info, info | {"host_ms": {"ours": 0.3, "ours, scores": 0.31}}])
+    assert lines[2] == lines[3] == "| Tiny | 50 % | 2 | 1 | 50 | 1.05x |"
+    assert lines[4:] == ["", "Milliseconds of the host at 50 % of the MACs: ours: 0.3; ours, scores: 0.31."]
+
+
 def test_readme_table_is_fresh() -> None:
     """README's numbers are those of the committed results that it names."""
     _, inside, _ = table.split((ROOT / "README.md").read_text())
@@ -214,7 +223,10 @@ def test_work_of_the_masked_layers_follows_the_width() -> None:
 def test_contenders_of_a_training_step_have_one_gradient() -> None:
     batch = steps.images_and_labels(2, "cpu")
     made = {name: steps.make(name, "tiny", batch, "cpu") for name in steps.names("cpu")}
-    assert set(steps.check(made, "tiny", 300, 1e-3)) == {"ours", "slices", "published"}
+    assert set(steps.check(made, "tiny", 300, 1e-3)) == {"ours", "ours, scores", "slices", "published"}
+    for name in ("ours", "ours, scores"):
+        scores = made[name].trainer.supernet.scores  # type: ignore[attr-defined]
+        assert (scores is not None and all(bool(s.any()) for s in scores)) == (name == "ours, scores")
 
 
 def test_fashion_mnist_in_the_readme_is_the_committed_result() -> None:

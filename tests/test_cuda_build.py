@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled for every architecture without spills, and run on the CPU by emulation.
 
 The emulation (tests/cuda) executes the kernels' own source thread by thread, with the matrix instructions written
-from the layouts in the PTX manual. What needs a device is at the end.
+from the layouts in the PTX manual.
 """
 
 from __future__ import annotations
@@ -10,46 +10,15 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from statistics_checks import DTYPES, check_moments, error, exact_moments, pair
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["moments_cuda.cu", "taylor_cuda.cu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features around a mean of 0.5 and small gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    x, grad = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-    return (x + 0.5).to(dtype), (grad * 1e-3).to(dtype)
-
-
-def exact_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Weight, plain, weighted and outer sums of (T, G, D) in float64."""
-    x, grad = x.double(), grad.double()
-    weight = (x * grad).abs().mean(-1)
-    y = x - shift
-    outer = torch.einsum("tg,tgi,tgj->gij", weight, y, y)
-    return weight.sum(0), y.sum(0), torch.einsum("tg,tgi->gi", weight, y), outer
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
-def check_moments(found: tuple[torch.Tensor, ...], x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> None:
-    weight, plain, weighted, outer = exact_moments(x, grad, shift)
-    spread = (x.double() - shift).abs()  # the linear sums cancel: their error is that of the sum of magnitudes
-    heavy = torch.einsum("tg,tgi->gi", (x.double() * grad.double()).abs().mean(-1), spread)
-    assert error(found[0], weight) < 1e-6
-    assert float((found[1] - plain).norm() / spread.sum(0).norm()) < 1e-6
-    assert float((found[2] - weighted).norm() / heavy.norm()) < 1e-6
-    assert error(found[3], outer) < 1e-5
 
 
 # Compilation ---------------------------------------------------------------------------------------
@@ -246,80 +215,3 @@ def test_splits_fill_the_device_and_bound_the_float_sums(emulated: Any) -> None:
     assert choose(1000, 394, 396, 1024) >= 1
     assert choose(1, 1, 396, 1024) == 1
     assert choose(10**6, 10**6, 396, 1024) >= 10**6 // 1024
-
-
-# On a device ---------------------------------------------------------------------------------------
-
-
-def compiled(name: str) -> Callable[..., Any]:
-    """The compiled operation on CUDA, or skip."""
-    import skd_kernels  # noqa: F401  (loads the extension)
-
-    if not torch.cuda.is_available():
-        pytest.skip("torch.cuda.is_available() is False")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"skd_kernels::{name}", "CUDA"):
-        pytest.skip("the extension was built without CUDA")
-    return getattr(torch.ops.skd_kernels, name)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", [8, 13, 16, 32, 40, 64, 72, 80, 96, 128])
-@pytest.mark.parametrize(("tokens", "groups"), [(1, 1), (997, 3), (25216, 36)])
-def test_moments_on_the_device(tokens: int, groups: int, dims: int, dtype: torch.dtype) -> None:
-    operation = compiled("token_moments")
-    x, grad = (tensor.cuda() for tensor in pair(tokens, groups, dims, dtype=dtype))
-    shift = torch.full((groups, dims), 0.4375, dtype=torch.float64, device="cuda")
-    found = operation(x, grad, shift)
-    check_moments(found, x, grad, shift)
-    for first, second in zip(found, operation(x, grad, shift), strict=True):
-        assert torch.equal(first, second)  # to the bit
-    assert torch.equal(found[3], found[3].mT)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_moments_of_views_and_of_nothing_on_the_device(dtype: torch.dtype) -> None:
-    operation = compiled("token_moments")
-    x, grad = (tensor.cuda() for tensor in pair(6, 500, 131, dtype=dtype))
-    shift = torch.zeros(6, 64, dtype=torch.float64, device="cuda")
-    for start in (0, 1):
-        views = [tensor[..., start : start + 64].transpose(0, 1) for tensor in (x, grad)]
-        for found, expected in zip(operation(*views, shift), exact_moments(*views, shift), strict=True):
-            assert error(found, expected) < 1e-5
-    for shape in [(0, 2, 8), (5, 0, 8), (5, 2, 0)]:
-        empty = torch.zeros(shape, dtype=dtype, device="cuda")
-        for found in operation(empty, empty, torch.zeros(shape[1:], dtype=torch.float64, device="cuda")):
-            assert found.eq(0).all()
-    with pytest.raises(RuntimeError, match="at most 128"):
-        operation(x, grad, torch.zeros(500, 131, dtype=torch.float64, device="cuda"))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize(("tokens", "dims"), [(0, 5), (5, 0), (1, 1), (997, 45), (25216, 3072), (200_000, 16)])
-def test_taylor_on_the_device(tokens: int, dims: int, power: int, dtype: torch.dtype) -> None:
-    operation = compiled("taylor_scores")
-    x, grad = (tensor.cuda() for tensor in pair(tokens, dims, dtype=dtype))
-    found = operation(x, grad, power)
-    expected = (x.double() * grad.double()).abs().pow(power).sum(0)
-    torch.testing.assert_close(found, expected, rtol=3e-6, atol=0)
-    assert torch.equal(found, operation(x, grad, power))
-    view = operation(x[::2, 1:], grad[::2, 1:], power)
-    torch.testing.assert_close(
-        view, (x[::2, 1:].double() * grad[::2, 1:].double()).abs().pow(power).sum(0), rtol=3e-6, atol=0
-    )
-
-
-@pytest.mark.gpu
-def test_more_than_two_billion_elements_on_the_device() -> None:
-    operation, scores = compiled("token_moments"), compiled("taylor_scores")
-    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
-        pytest.skip("needs 14 GiB of device memory")
-    x = torch.zeros(2**21 + 5, 16, 64, dtype=torch.bfloat16, device="cuda")  # 2^31 and 5120 elements
-    x[-1] = 2
-    zero = torch.zeros(16, 64, dtype=torch.float64, device="cuda")
-    weight, plain, _, outer = operation(x, x, zero)
-    assert weight.eq(4).all() and plain.eq(2).all() and outer.eq(16).all()
-    assert scores(x.flatten(1), x.flatten(1), 1).eq(4).all()

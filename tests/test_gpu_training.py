@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUIET, digit_net, nested, training_config
+from helpers import (
+    QUIET,
+    digit_net,
+    nested,
+    noted,
+    random_batches,
+    run_training,
+    training_config,
+    with_twenty_one_entries,
+)
 from tolerances import kernel_tolerance
 
 import skd
 import skd_kernels
-from skd.training.graph import WARMUP
+from skd.training.graph import WARMUP, StepGraph
 from skd.training.screen import Screen
 from skd.training.step import eager_step
 from skd.training.trainer import Trainer
@@ -135,3 +144,59 @@ def test_deterministic_mode_repeats_a_run_to_the_bit(monkeypatch: pytest.MonkeyP
     for first, again in ((runs[0], runs[1]), (runs[2], runs[3])):
         for a, b in zip(first.supernet.parameters(), again.supernet.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("importance", ["passes", "online"])
+def test_a_whole_run_replays_its_steps(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stochastic depth, Mixup and CutMix, a warm-up and a growing list, as the recipes have them."""
+    replayed = []
+    call = StepGraph.__call__
+
+    def noting(step: StepGraph, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = call(step, inputs)
+        replayed.append(step.graph is not None)
+        return loss
+
+    monkeypatch.setattr(StepGraph, "__call__", noting)
+    net = digit_net().cuda()
+    config = training_config(
+        cuda_graph=True, importance=importance, drop_path=0.3, warmup_epochs=1, model_ema_warmup=False
+    )
+    assert config.mixup and config.cutmix
+    history = run_training(net, config)
+    expected = [False] * WARMUP + [True] * (3 * 4 - WARMUP)
+    if importance == "online":  # the second epoch adds up no scores: another graph, after one step without
+        expected[4] = False
+    assert replayed == expected
+    rows = history.epochs
+    assert 1 < rows[0]["entries"] < rows[1]["entries"] == rows[2]["entries"]
+    assert rows[0]["lr"] < rows[1]["lr"]
+    assert np.isfinite([row["loss"] for row in rows]).all() and np.isfinite(rows[-1]["area"])
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
+def test_one_compilation_serves_twenty_entries() -> None:
+    """Forward and backward of a whole super-network: nothing breaks the graph, and the kernels are in it."""
+    net = with_twenty_one_entries(torch.float32).cuda()
+    images, labels = (tensor.cuda() for tensor in random_batches(dtype=torch.float32)[0])
+    backend, graphs = noted("inductor")
+
+    def loss(entry: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(net(images, entry=entry), labels)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(net.parameters()))])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for index in range(21):
+            entry = torch.tensor(index, device="cuda")
+            expected, found = loss(entry), compiled(entry)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            exact = gradient(expected)
+            assert (gradient(found) - exact).norm() <= 1e-4 * exact.norm()
+    assert len(graphs) == 1
+    names = {str(node.target) for node in graphs[0].graph.nodes}
+    for operation in ("masked_attention_triton", "masked_mlp_triton"):
+        assert any(operation in name for name in names), names

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_batches, tiny_vit
+from helpers import noted, random_batches, tiny_vit, with_twenty_one_entries
 
 import skd
 
@@ -59,27 +59,11 @@ def test_every_parameter_stays_in_the_graph(planned: skd.SuperNet, batches: Any,
         assert bool(parameter.grad.eq(0).all()) == skipped, name
 
 
-@pytest.fixture
-def with_twenty_one_entries() -> skd.SuperNet:
-    supernet = skd.SuperNet(tiny_vit())
-    full, rows = supernet.widths(), [supernet.widths()]
-    for step in range(1, 21):
-        rows.append([max(full[0] - step, 0), max(full[1] - 3 * step, 0), full[2], max(full[3] - 2 * step, 0)])
-    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, rows)
-    return supernet
-
-
-def test_one_compilation_serves_a_training_step_of_twenty_entries(
-    with_twenty_one_entries: skd.SuperNet, batches: Any
-) -> None:
+def test_one_compilation_serves_a_training_step_of_twenty_entries(batches: Any) -> None:
     """Forward, backward and update: nothing breaks the graph, and no entry compiles anything again."""
-    supernet, compiled_net = with_twenty_one_entries, copy.deepcopy(with_twenty_one_entries)
+    supernet, compiled_net = with_twenty_one_entries(), with_twenty_one_entries()
     images, labels = batches[0]
-    graphs: list[Any] = []
-
-    def backend(graph: Any, example: Any) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+    backend, graphs = noted("aot_eager")
 
     def step(network: skd.SuperNet, entry: Any) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(network(images, entry=entry), labels)

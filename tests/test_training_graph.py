@@ -137,6 +137,13 @@ def test_a_list_beyond_the_table_is_captured_anew(graphs):
     assert graphs.captures == 2
 
 
+def test_other_kernels_take_a_step_before_they_are_captured(graphs):
+    """Scores are followed in the first epoch only: what computes without them is compiled outside of a capture."""
+    eager, replayed = (trained(on, importance="online") for on in (False, True))
+    assert_same(replayed, eager)
+    assert graphs.captures == 2 and graphs.replays == replayed[2] - WARMUP - 1
+
+
 def test_a_failed_capture_goes_on_one_by_one(graphs):
     """Saying why, to the same weights."""
     eager = trained(False)

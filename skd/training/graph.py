@@ -109,13 +109,15 @@ class StepGraph:
             there.copy_(value, non_blocking=True)
 
     def _run(self) -> None:
-        if self.calls < WARMUP or self.failed:
-            self._on_the_side()
-            return
         supernet = self.trainer.supernet
         reads = (supernet.width_table, supernet.scores)  # a list longer than its table has a new one
-        if self.graph is None or any(old is not new for old, new in zip(self.reads, reads, strict=True)):
+        changed = any(old is not new for old, new in zip(self.reads, reads, strict=True))
+        if changed:  # with scores or without, other kernels take part: none may be compiled inside of a capture
             self.graph, self.reads = None, reads
+        if self.calls < WARMUP or self.failed or changed:
+            self._on_the_side()
+            return
+        if self.graph is None:
             self._capture()
         if self.graph is None:
             self._on_the_side()

@@ -1,0 +1,37 @@
+"""How the CUDA kernels of the statistics are compared with float64, by emulation on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features around a mean of 0.5 and small gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    return (x + 0.5).to(dtype), (grad * 1e-3).to(dtype)
+
+
+def exact_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Weight, plain, weighted and outer sums of (T, G, D) in float64."""
+    x, grad = x.double(), grad.double()
+    weight = (x * grad).abs().mean(-1)
+    y = x - shift
+    outer = torch.einsum("tg,tgi,tgj->gij", weight, y, y)
+    return weight.sum(0), y.sum(0), torch.einsum("tg,tgi->gi", weight, y), outer
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def check_moments(found: tuple[torch.Tensor, ...], x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> None:
+    weight, plain, weighted, outer = exact_moments(x, grad, shift)
+    spread = (x.double() - shift).abs()  # the linear sums cancel: their error is that of the sum of magnitudes
+    heavy = torch.einsum("tg,tgi->gi", (x.double() * grad.double()).abs().mean(-1), spread)
+    assert error(found[0], weight) < 1e-6
+    assert float((found[1] - plain).norm() / spread.sum(0).norm()) < 1e-6
+    assert float((found[2] - weighted).norm() / heavy.norm()) < 1e-6
+    assert error(found[3], outer) < 1e-5
