@@ -56,7 +56,7 @@ def importance(
     buffers = score_buffers(supernet)
     totals = [None if buffer is None else torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers]
     top1 = Top1(model.num_classes == 0)
-    counted = left_out = 0
+    left_out = 0
     with frozen(supernet):
         batches = checked(model, batches if progress is None else progress(batches))
         for images, labels in in_step(batches, group):
@@ -74,13 +74,12 @@ def importance(
             if not finite:
                 left_out += 1
                 continue
-            counted += 1
             top1.start(reference, labels, len(images))
             top1.add("all", output)
             _count_skips(supernet, current, streams, top1)
     device = next(supernet.parameters()).device
-    none_on_a_rank = bool(total(not counted, group, device))
-    report_left_out(int(total(left_out, group, device)), not none_on_a_rank)
+    ranks_without = total(not top1.images, group, device)
+    report_left_out(total(left_out, group, device), ranks_without == 0)
     reduced = iter(summed([part for part in totals if part is not None], group))
     counts = top1.counts(["all", *(i.name for i, w in zip(supernet.infos, current, strict=True) if w)], group)
     scores, sensitivity = {}, {}

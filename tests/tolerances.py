@@ -19,8 +19,8 @@ def statistics_tolerance(
     * compiled, float64: the same, in blocks.
     * compiled, other dtypes, CPU: the weight is a product, a sum of D terms, a division and a square root in float32,
       the staged value one more subtraction and product: fewer than 16 roundings. The outer product is a sum of at
-      most 128 terms in float32, whose roundings average out, unless all terms are equal, as those of a view of
-      stride zero are: 16 more (127 at the very worst; 17 of the 32 were the most seen).
+      most 128 terms in float32, whose roundings average out: 16 more. They need not where terms are `alike`, as those
+      of a view of stride zero are: 127 more.
       Outer products (`products`) of bfloat16 input are of staged values rounded to bfloat16, where the processor has
       instructions for them: two roundings more, as in PyTorch's own products of that precision.
     * compiled, CUDA: the same, but sqrt(w) y is kept as two bfloat16 halves, 16 bits of significand together, twice
@@ -30,10 +30,8 @@ def statistics_tolerance(
         return 1e-10
     if device != "cpu":
         return 2 * 2.0**-17
-    rounded = products and dtype == torch.bfloat16
-    return (16 + (127 if alike else 16)) * UNIT_ROUNDOFF[torch.float32] + (
-        2 * UNIT_ROUNDOFF[torch.bfloat16] if rounded else 0
-    )
+    of_inputs = 2 * UNIT_ROUNDOFF[torch.bfloat16] if products and dtype == torch.bfloat16 else 0
+    return of_inputs + (16 + (127 if alike else 16)) * UNIT_ROUNDOFF[torch.float32]
 
 
 def kernel_tolerance(pytorch_error: float, dtype: torch.dtype, elements: int = 64) -> float:
