@@ -138,8 +138,13 @@ def heading(path: Path, run: dict[str, Any], first: dict[str, Any]) -> str:
     state = ", with uncommitted changes" if commit.get("dirty") else ""
     return (
         f"`{path.name}`: {where}; torch {info['build']['torch']}, commit {commit['id'][:8]}{state}, "
-        f"{run['datetime'][:10]}; batch {first['batch']}, 197 tokens{precision(first)}."
+        f"{run['datetime'][:10]}; {batch(first)}197 tokens{precision(first)}."
     )
+
+
+def batch(first: dict[str, Any]) -> str:
+    """Of the whole run, unless it is a column of its table."""
+    return "" if "operation" in first else f"batch {first['batch']}, "
 
 
 def precision(first: dict[str, Any]) -> str:
@@ -148,10 +153,11 @@ def precision(first: dict[str, Any]) -> str:
 
 def operation_table(operations: list[dict[str, Any]]) -> list[str]:
     others = [name for name in OTHERS if any(name in info["ratio"] for info in operations)]
-    columns = ["operation", "DeiT", "dtype", "threads", "ours", "ms", "GB/s", "% of copy", *others]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * 5 + "|--:" * (len(columns) - 5) + "|"]
-    for info in sorted(operations, key=lambda info: (info["operation"], str(info["threads"]))):
-        cells = [f"`{info['operation']}`", info["model"].capitalize(), info["dtype"], str(info["threads"])]
+    columns = ["operation", "DeiT", "dtype", "batch", "threads", "ours", "ms", "GB/s", "% of copy", *others]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * 6 + "|--:" * (len(columns) - 6) + "|"]
+    for info in sorted(operations, key=lambda info: (info["operation"], info["batch"], str(info["threads"]))):
+        cells = [f"`{info['operation']}`", info["model"].capitalize(), info["dtype"]]
+        cells += [str(info["batch"]), str(info["threads"])]
         cells += [info["implementation"], f"{info['median_ms']['ours']:.3g}", f"{info['gigabytes_per_second']:.4g}"]
         cells += [f"{info['percent_of_copy']:.0f}"]
         cells += [f"{info['ratio'][name]:.2f}x" if name in info["ratio"] else "" for name in others]

@@ -4,7 +4,7 @@
 
 STABLE_TORCH_LIBRARY(skd_kernels, m) {
   m.def("token_moments(Tensor x, Tensor grad, Tensor shift) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("centred_moments(Tensor x, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("centred_moments(Tensor x, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("taylor_scores(Tensor x, Tensor grad, int power) -> Tensor");
   m.def("attention(Tensor qkv, float scale) -> (Tensor, Tensor)");
   m.def("attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor sums, float scale) -> Tensor");

@@ -33,7 +33,8 @@ constexpr int64_t kMostTokens = 4096;   // of a task
 constexpr int64_t kFewestTokens = 512;  // of a task, unless there are fewer
 constexpr int64_t kTasks = 12;          // at least, if that leaves each enough tokens
 constexpr int64_t kMaxSplits = 16;
-constexpr int64_t kSample = 64;        // tokens whose mean stands in for that of all while they are summed
+constexpr int64_t kSample = 31;  // tokens whose mean stands in for that of all while they are summed; a prime, or a
+                                 // batch of equal sequences might give the same place of each
 constexpr int64_t kGroupsPerTask = 3;  // neighbours in memory: they share pages
 constexpr int64_t kUsualDims = 64;     // of a head
 constexpr int64_t kWidth = 16;         // staged tokens are multiples of it wide
@@ -300,8 +301,12 @@ void finish(const std::vector<Sums>& parts, const A* from, bool centred, double 
     for (int64_t j = i; j < dims; ++j) row[j] = half[i] * step[j] + step[i] * half[j];
     for (const Sums& part : parts)
       for (int64_t j = i; j < dims; ++j) row[j] += part.outer[i * padded + j];
-    for (int64_t j = i; j < dims; ++j) to.outer[i * dims + j] = to.outer[j * dims + i] = row[j];
+    std::copy(row.begin() + i, row.end(), to.outer + i * dims + i);
   }
+  for (int64_t row = 0; row < dims; row += kRows)  // whole lines of the upper triangle to the lower one
+    for (int64_t j = 0; j < std::min(row + kRows, dims); ++j)
+      for (int64_t i = std::max(row, j + 1); i < std::min(row + kRows, dims); ++i)
+        to.outer[i * dims + j] = to.outer[j * dims + i];
 }
 
 // The mean of a few tokens from everywhere, near that of all: (groups, dims).
@@ -311,9 +316,12 @@ void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* m
   std::fill_n(mean, groups * dims, 0.0);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t g = 0; g < groups; ++g) {
+      const T* later = x.at<T>(tokens * std::min(i + kAhead, count - 1) / count, g);
+      for (int64_t d = 0; d < dims; d += kLine / int64_t(sizeof(T))) __builtin_prefetch(later + d);
       const T* token = x.at<T>(tokens * i / count, g);
-      for (int64_t d = 0; d < dims; ++d) mean[g * dims + d] += double(load(token[d])) / double(count);
+      for (int64_t d = 0; d < dims; ++d) mean[g * dims + d] += load(token[d]);
     }
+  for (int64_t i = 0; i < groups * dims; ++i) mean[i] /= double(count);
 }
 
 // Sums about `to.about`, or, where `centred`, about the mean of the tokens, which goes there.
@@ -333,22 +341,24 @@ void run(View x, View grad, bool centred, int64_t tokens, int64_t groups, int64_
   std::vector<A> shift(groups * width, A(0));
   for (int64_t g = 0; g < groups; ++g)
     std::copy(to.about + g * dims, to.about + (g + 1) * dims, shift.begin() + g * width);
+  auto finish_range = [&](Range mine) {
+    for (int64_t g = mine.begin; g < mine.end; ++g) {
+      std::vector<Sums> parts;
+      for (int64_t split = 0; split < splits; ++split) parts.push_back(at(split, g));
+      finish(parts, shift.data() + g * width, centred, double(tokens), dims, padded, to.of(g, dims));
+    }
+  };
   std::atomic<int64_t> taken{0};  // in turn: a thread that starts late or is slow does less
+  std::vector<std::atomic<int64_t>> done(ranges);
   torch::stable::parallel_for(0, splits * ranges, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = taken++) < splits * ranges;) {
-      const int64_t split = task / ranges;
-      const Range mine = Range{0, groups}.part(task % ranges, ranges);
+      const int64_t split = task / ranges, range = task % ranges;
+      const Range mine = Range{0, groups}.part(range, ranges);
       Sums sums[kGroupsPerTask];
       for (int64_t g = mine.begin; g < mine.end; ++g) sums[g - mine.begin] = at(split, g);
       std::fill_n(sums[0].weight, mine.size() * size, 0.0);
       run_task<T, A>({x, grad, Range{0, tokens}.part(split, splits), mine, dims}, shift.data(), width, padded, sums);
-    }
-  });
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      std::vector<Sums> parts;
-      for (int64_t split = 0; split < splits; ++split) parts.push_back(at(split, g));
-      finish(parts, shift.data() + g * width, centred, double(tokens), dims, padded, to.of(g, dims));
+      if (++done[range] == splits) finish_range(mine);  // all parts are there
     }
   });
 }
@@ -400,7 +410,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, co
   return {weight, plain, weighted, outer};
 }
 
-Tensors centred_moments_cpu(const Tensor& x, const Tensor& grad) { return moments(x, grad, nullptr); }
+// Of how many tokens the moments are comes first.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> centred_moments_cpu(const Tensor& x, const Tensor& grad) {
+  Tensor count = torch::stable::new_empty(x, {}, torch::headeronly::ScalarType::Double);
+  *count.mutable_data_ptr<double>() = double(x.size(0));
+  return std::tuple_cat(std::tuple(count), moments(x, grad, nullptr));
+}
 
 }  // namespace
 }  // namespace skd

@@ -41,7 +41,9 @@ def check_alike(name: str, tensor: torch.Tensor | None, other: str, like: torch.
 def check_pair(x: torch.Tensor, grad: torch.Tensor) -> None:
     """`x` and `grad` are features and the gradients at them: same shape, dtype and device."""
     check_tensor("x", x)
-    check_tensor("grad", grad, tuple(x.shape))
+    check_tensor("grad", grad)
+    if grad.shape != x.shape:
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; it must have the shape of x, {tuple(x.shape)}")
     if grad.dtype != x.dtype or grad.device != x.device:
         raise ValueError(f"grad is {grad.dtype} on {grad.device}; it must be like x, {x.dtype} on {x.device}")
 

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch  # before the extension, which needs its libraries loaded
+from torch.autograd import forward_ad
 
 STATISTICS_DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -19,7 +20,7 @@ def refuses_transforms() -> str | None:
     """Whether PyTorch wants to see what a kernel computes by itself: None, or why."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms what PyTorch is made of"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode derivatives may be asked for"
     return None
 
@@ -82,7 +83,8 @@ def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> t
 
 
 def _fake_centred_moments(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return x.new_empty(x.shape[-2:], dtype=torch.float64), *_fake_moments(x, grad, x)
+    sizes = ((), x.shape[-2:])
+    return *(x.new_empty(size, dtype=torch.float64) for size in sizes), *_fake_moments(x, grad, x)
 
 
 def _fake_attention(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from skd_kernels._checks import check_pair, check_tensor
 from skd_kernels._dispatch import always, operation
 from skd_kernels._native import refuses_moments, rows
 
-_SAMPLE = 64  # tokens whose mean stands in for that of all, to begin with
+_SAMPLE = 31  # tokens whose mean stands in for that of all, to begin with; a prime, see csrc/moments_cpu.cpp
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ _operation = operation(token_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean."""
     x, grad = rows(x, 2), rows(grad, 2)
+    if shift is None and not x.is_cuda:
+        return Moments(*torch.ops.skd_kernels.centred_moments.default(x, grad))
     count = x.new_full((), x.shape[0], dtype=torch.float64)
     shift = None if shift is None else shift.detach().to(torch.float64, copy=True).contiguous()
     if x.is_cuda:
         return _moments_cuda(x, grad, shift, count)
-    if shift is None:
-        return Moments(count, *torch.ops.skd_kernels.centred_moments.default(x, grad))
     return Moments(count, shift, *torch.ops.skd_kernels.token_moments.default(x, grad, shift))
 
 

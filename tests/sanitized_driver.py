@@ -58,7 +58,7 @@ def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
 
     for a, b in zip(torch.ops.skd_kernels.token_moments(x, grad, shift), sums(shift), strict=True):
         check(a, b, of_products if a.ndim == 3 else tolerance, f"token_moments, {what}")
-    mean, *_, outer = torch.ops.skd_kernels.centred_moments(x, grad)
+    _, mean, *_, outer = torch.ops.skd_kernels.centred_moments(x, grad)
     about, like = sums(mean)[-1], sums(torch.zeros_like(shift))[-1]  # what cancels is as large as what it leaves
     check(outer + like, about + like, of_products, f"centred_moments, {what}")
     product = (x[:, 0].double() * grad[:, 0].double()).abs()

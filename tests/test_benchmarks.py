@@ -159,7 +159,7 @@ def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
     assert (before, after) == ("before\n", "\nafter\n")
     assert (
         inside.splitlines()[-1]
-        == "| `taylor_scores` | Tiny | float32 | 1 | compiled | 1.5 | 12 | 97 | 4.25x | 3.00x |"
+        == "| `taylor_scores` | Tiny | float32 | 16 | 1 | compiled | 1.5 | 12 | 97 | 4.25x | 3.00x |"
     )
     readme.write_text("no markers")
     assert table.main([str(result), "--write", str(readme)]) == 1
