@@ -33,8 +33,7 @@ constexpr int64_t kMostTokens = 4096;   // of a task
 constexpr int64_t kFewestTokens = 512;  // of a task, unless there are fewer
 constexpr int64_t kTasks = 12;          // at least, if that leaves each enough tokens
 constexpr int64_t kMaxSplits = 16;
-constexpr int64_t kSample = 31;  // tokens whose mean stands in for that of all while they are summed; a prime, or a
-                                 // batch of equal sequences might give the same place of each
+constexpr int64_t kSample = 31;         // tokens whose mean stands in for that of all while they are summed
 constexpr int64_t kGroupsPerTask = 3;  // neighbours in memory: they share pages
 constexpr int64_t kUsualDims = 64;     // of a head
 constexpr int64_t kWidth = 16;         // staged tokens are multiples of it wide
@@ -309,16 +308,18 @@ void finish(const std::vector<Sums>& parts, const A* from, bool centred, double 
         to.outer[i * dims + j] = to.outer[j * dims + i];
 }
 
-// The mean of a few tokens from everywhere, near that of all: (groups, dims).
+// The mean of a few tokens from everywhere, near that of all: (groups, dims). A prime number of them, not from the
+// start: a batch of sequences might else give its class tokens, which are unlike the others.
 template <typename T>
 void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* mean) {
   const int64_t count = std::min(tokens, kSample);
+  const auto place = [&](int64_t i) { return tokens * (3 * std::min(i, count - 1) + 1) / (3 * count); };
   std::fill_n(mean, groups * dims, 0.0);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t g = 0; g < groups; ++g) {
-      const T* later = x.at<T>(tokens * std::min(i + kAhead, count - 1) / count, g);
+      const T* later = x.at<T>(place(i + kAhead), g);
       for (int64_t d = 0; d < dims; d += kLine / int64_t(sizeof(T))) __builtin_prefetch(later + d);
-      const T* token = x.at<T>(tokens * i / count, g);
+      const T* token = x.at<T>(place(i), g);
       for (int64_t d = 0; d < dims; ++d) mean[g * dims + d] += load(token[d]);
     }
   for (int64_t i = 0; i < groups * dims; ++i) mean[i] /= double(count);

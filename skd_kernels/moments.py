@@ -11,7 +11,7 @@ from skd_kernels._checks import check_pair, check_tensor
 from skd_kernels._dispatch import always, operation
 from skd_kernels._native import refuses_moments, rows
 
-_SAMPLE = 31  # tokens whose mean stands in for that of all, to begin with; a prime, see csrc/moments_cpu.cpp
+_SAMPLE = 31  # tokens whose mean stands in for that of all, to begin with
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,11 @@ def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Ten
 def _moments_cuda(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None, count: torch.Tensor) -> Moments:
     """The kernel's point must be exact in float32, so its sums are re-based in float64, to the mean without `shift`.
 
-    The mean is known only afterwards: until then that of some tokens, from everywhere, stands in for it.
+    The mean is known only afterwards: until then that of some tokens, from everywhere, stands in for it. A prime
+    number of them, not from the start: a batch of sequences might else give its class tokens, unlike the others.
     """
-    some = x[:: max(x.shape[0] // _SAMPLE, 1)]
+    stride = max(x.shape[0] // _SAMPLE, 1)
+    some = x[stride // 3 :: stride]
     near = some.double().sum(0) / max(some.shape[0], 1) if shift is None else shift
     about = near.float().double()
     sums = Moments(count, about, *torch.ops.skd_kernels.token_moments.default(x, grad, about))

@@ -14,6 +14,14 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tupl
     return (x + 0.5).to(dtype), (grad * 1e-3).to(dtype)
 
 
+def class_tokens_apart(batch: int, groups: int, dims: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of 197 tokens; the first of each is far from the others and has no gradient, thus no weight."""
+    x, grad = pair(batch, 197, groups, dims)
+    x[:, 0] += 1e4
+    grad[:, 0] = 0
+    return x.flatten(0, 1), grad.flatten(0, 1)
+
+
 def exact_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Weight, plain, weighted and outer sums of (T, G, D) in float64."""
     x, grad = x.double(), grad.double()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from statistics_checks import DTYPES, check_moments, error, exact_moments, pair
+from statistics_checks import DTYPES, check_moments, class_tokens_apart, error, exact_moments, pair
 from tolerances import statistics_tolerance
 
 import skd_kernels as kernels
@@ -102,3 +102,11 @@ def test_without_a_shift_moments_are_about_the_mean(implementation: str, dtype: 
     assert error(found.weight, weight) <= tolerance
     assert error(covariance, outer) <= tolerance
     assert torch.equal(covariance, found.weighted_outer)
+
+
+@pytest.mark.parametrize("batch", [2, 16, 31, 128])
+def test_the_mean_of_class_tokens_stands_for_nothing_else(batch: int) -> None:
+    compiled("token_moments")
+    x, grad = (tensor.cuda() for tensor in class_tokens_apart(batch, 6, 64))
+    outer = exact_moments(x, grad, x.double().mean(0))[3]
+    assert error(kernels.weighted_covariance(x, grad), outer) <= statistics_tolerance("compiled", x.dtype, "cuda")

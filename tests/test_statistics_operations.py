@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS
+from statistics_checks import class_tokens_apart, error, exact_moments
 from tolerances import statistics_tolerance
 
 import skd_kernels as kernels
@@ -210,6 +211,13 @@ def test_without_a_shift_moments_are_about_the_mean(dtype: torch.dtype) -> None:
     assert ((moments.shift - x.double().mean(0)).abs() <= tolerance * spread).all()
     assert (moments.plain_sum.abs() <= tolerance * len(x) * spread).all()
     check_statistic("weighted_covariance", x, grad, "compiled" if "compiled" in IMPLEMENTATIONS else "reference")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16, 31, 128])
+def test_the_mean_of_class_tokens_stands_for_nothing_else(batch: int) -> None:
+    x, grad = class_tokens_apart(batch, 2, 8)
+    outer = exact_moments(x, grad, x.double().mean(0))[3]
+    assert error(kernels.weighted_covariance(x, grad), outer) <= statistics_tolerance("compiled", x.dtype)
 
 
 def test_moments_keep_their_shift_to_themselves() -> None:
