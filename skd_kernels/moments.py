@@ -142,27 +142,34 @@ _operation = operation(token_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean."""
     x, grad = rows(x, 2), rows(grad, 2)
-    if shift is None and not x.is_cuda:
-        return Moments(*torch.ops.skd_kernels.centred_moments.default(x, grad))
-    count = x.new_full((), x.shape[0], dtype=torch.float64)
-    shift = None if shift is None else shift.detach().to(torch.float64, copy=True).contiguous()
     if x.is_cuda:
-        return _moments_cuda(x, grad, shift, count)
-    return Moments(count, shift, *torch.ops.skd_kernels.token_moments.default(x, grad, shift))
+        return _moments_cuda(x, grad, shift)
+    if shift is None:
+        return Moments(*torch.ops.skd_kernels.centred_moments.default(x, grad))
+    return _moments_about(x, grad, shift.detach().to(torch.float64, copy=True).contiguous())
 
 
-def _moments_cuda(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None, count: torch.Tensor) -> Moments:
+def _moments_about(x: torch.Tensor, grad: torch.Tensor, point: torch.Tensor) -> Moments:
+    count = x.new_full((), x.shape[0], dtype=torch.float64)
+    return Moments(count, point, *torch.ops.skd_kernels.token_moments.default(x, grad, point))
+
+
+def _moments_cuda(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """The kernel's point must be exact in float32, so its sums are re-based in float64, to the mean without `shift`.
 
-    The mean is known only afterwards: until then that of some tokens, from everywhere, stands in for it. A prime
-    number of them, not from the start: a batch of sequences might else give its class tokens, unlike the others.
+    The mean is known only afterwards: until then that of some tokens stands in for it.
     """
+    near = _mean_of_some(x) if shift is None else shift.detach().to(torch.float64, copy=True)
+    sums = _moments_about(x, grad, near.float().double().contiguous())
+    return sums.about(sums.shift + sums.plain_sum / sums.count.clamp(min=1) if shift is None else near)
+
+
+def _mean_of_some(x: torch.Tensor) -> torch.Tensor:
+    """Of tokens from everywhere, (G, D). About a prime number of them and not from the start: a batch of sequences
+    might else give its class tokens, which are unlike the others."""
     stride = max(x.shape[0] // _SAMPLE, 1)
     some = x[stride // 3 :: stride]
-    near = some.double().sum(0) / max(some.shape[0], 1) if shift is None else shift
-    about = near.float().double()
-    sums = Moments(count, about, *torch.ops.skd_kernels.token_moments.default(x, grad, about))
-    return sums.about(about + sums.plain_sum / count.clamp(min=1) if shift is None else shift)
+    return some.double().sum(0) / max(some.shape[0], 1)
 
 
 @_operation.implementation("reference", always)
