@@ -18,6 +18,7 @@ from statistics_checks import class_tokens_apart, error, exact_moments
 from tolerances import statistics_tolerance
 
 import skd_kernels as kernels
+from skd_kernels.moments import _moments_cuda
 
 
 def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,6 +219,20 @@ def test_the_mean_of_class_tokens_stands_for_nothing_else(batch: int) -> None:
     x, grad = class_tokens_apart(batch, 2, 8)
     outer = exact_moments(x, grad, x.double().mean(0))[3]
     assert error(kernels.weighted_covariance(x, grad), outer) <= statistics_tolerance("compiled", x.dtype)
+
+
+@pytest.mark.skipif("compiled" not in IMPLEMENTATIONS or not kernels.build_info()["compiled"], reason="no extension")
+@pytest.mark.parametrize("tokens", [0, 1, 3152])
+def test_moments_by_the_way_of_cuda(tokens: int) -> None:
+    """What surrounds the kernel there, about the kernel of the CPU."""
+    x, grad = class_tokens_apart(16, 2, 8)
+    x, grad = x[:tokens], grad[:tokens]
+    for shift in (None, torch.ones(2, 8, dtype=torch.float64)):
+        found, expected = _moments_cuda(x, grad, shift), kernels.token_moments(x, grad, shift)
+        assert found.shift is not shift
+        for name in ("count", "shift", "weight", "plain_sum", "weighted_sum", "weighted_outer"):
+            scale = 1e4 * max(tokens, 1) if name in ("shift", "plain_sum") else 1
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-7 * scale)
 
 
 def test_moments_keep_their_shift_to_themselves() -> None:
