@@ -42,7 +42,7 @@ def convert(model: Any, batches: Iterable[Any]) -> skd.SuperNet:
                 add(statistics, info, feature, grad)
             kept.clear()
     apply_transforms(converted, infos, {info.name: statistics.transform(info) for info in infos})
-    return skd.SuperNet(converted)
+    return skd.SuperNet(converted, copy=False)
 
 
 def add(statistics: WpacStatistics, info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:

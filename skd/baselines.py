@@ -55,7 +55,7 @@ def reordered(model: Any, batches: Iterable[Any], method: str, *, seed: int = 0)
     ordered = copy.deepcopy(model)
     scores = coordinate_scores(ordered, batches, method, seed=seed)
     apply_transforms(ordered, infos, {info.name: _ordering(info, scores[info.name]) for info in infos})
-    return SuperNet(ordered)
+    return SuperNet(ordered, copy=False)
 
 
 def coordinate_scores(model: Any, batches: Iterable[Any], method: str, *, seed: int = 0) -> Scores:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,13 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 for a user's mistake; 1 for a failed disk, a vanished data set, a loss of NaN or another
-        process of torchrun's that failed; 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written.
+        process of torchrun's that failed; 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written. A command
+        that has none is ended by SIGTERM with 143, and what it was writing is removed.
     """
     arguments = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            _run(arguments)
+            with _ended_by_sigterm():
+                _run(arguments)
     except ValueError as error:
         return _fail(error, 2)
     except torch.OutOfMemoryError as error:
@@ -43,14 +48,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does. Under torchrun it stays what it is: who waits for others hears
+    nothing."""
+    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None:
-        output_file(arguments.json, "--json")
+    _check_files(arguments)
     with processes(arguments.command, getattr(arguments, "device", None)) as arguments.group:
         document = arguments.run(arguments)
         with together(arguments.group):
             if arguments.json is not None and rank_of(arguments.group) == 0:
                 write_json(arguments.json, document)
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """No output takes the place of an input or of another output (`skd plan` may: it only adds to its input).
+
+    Raises:
+        ValueError: one would, or --json cannot be written.
+    """
+    if arguments.json is not None:
+        output_file(arguments.json, "--json")
+    names = ("json", "out", "supernet", "model", "checkpoint", "config")
+    given = {name: getattr(arguments, name, None) for name in names}
+    taken: dict[str, str] = {}
+    for name, path in given.items():
+        if path is None or (name not in ("json", "out") and not os.path.isfile(path)):
+            continue
+        other = taken.setdefault(os.path.realpath(path), name)
+        allowed = other == name or other not in ("json", "out") or (arguments.command == "plan" and other == "out")
+        if not allowed:
+            raise ValueError(f"--{other} and --{name} are the same file, {path!r}; it would be lost")
 
 
 def _fail(error: object, status: int) -> int:

@@ -87,7 +87,7 @@ def convert(
     report_left_out(statistics.skipped, bool(statistics.importance))
     transforms = {info.name: statistics.transform(info) for info in infos}
     apply_transforms(converted, infos, transforms)
-    supernet = SuperNet(converted)
+    supernet = SuperNet(converted, copy=False)
     _check_function(model, supernet)
     return supernet
 
@@ -118,8 +118,8 @@ def collect(
 ) -> None:
     """Forward and backward of the cost over `batches`, every (info, feature, gradient) to `consume`."""
     with tapped(model, infos, consume), torch.enable_grad():
-        for images, targets in in_step(checked(model, batches), group):
-            total_cost(model, model(images), None if predicted else targets).backward()
+        for images, targets in in_step(checked(model, batches, with_labels=not predicted), group):
+            total_cost(model, model(images), targets).backward()
             end_batch()
 
 

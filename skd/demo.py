@@ -119,7 +119,7 @@ def _run(
     with clock("evaluate"):
         entries = entries_to_measure(supernet)
         untrained.dropout_list = supernet.dropout_list
-        unsorted = SuperNet(copy.deepcopy(model), supernet.dropout_list)
+        unsorted = SuperNet(model, supernet.dropout_list)
         networks = {"trained": supernet, "converted": untrained, "original_order": unsorted}
         curves = {name: measure(network, entries, data.test, bar) for name, network in networks.items()}
     rows = curves["trained"]

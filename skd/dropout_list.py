@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -102,8 +103,8 @@ class DropoutList:
             ValueError: an operation of an unknown module, or one that removes nothing.
         """
         position = {name: index for index, name in enumerate(self.modules)}
-        if not math.isfinite(target_macs):
-            raise ValueError(f"target_macs is {target_macs}; it must be finite")
+        if not isinstance(target_macs, numbers.Real) or not math.isfinite(target_macs):
+            raise ValueError(f"target_macs is {target_macs!r}; it must be a finite number")
         # Sums of floats: an exact hit of the target must not be lost to the last bit.
         budget = target_macs + 1e-9 * abs(target_macs)
         removed, rows, row = self.removed_macs, [], self.widths[-1].copy()

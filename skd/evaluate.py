@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ class Top1:
 
     With a classifier: predictions against labels (without labels: against the reference's own predictions).
     Headless: an image counts when the nearest, by Euclidean distance, of all the reference network's features is
-    its own (METHOD 1); so nothing can be counted before every image has been seen.
+    its own (METHOD 1); so nothing can be counted before every image has been seen. An output with a NaN is wrong.
     """
 
     def __init__(self, headless: bool) -> None:
@@ -38,7 +39,7 @@ class Top1:
             self._reference.append(reference.flatten(1))
         elif labels is None:
             assert reference is not None
-            labels = reference.argmax(-1)
+            labels = _predictions(reference)
         self._labels = labels
 
     def add(self, variant: Hashable, output: torch.Tensor) -> None:
@@ -48,7 +49,8 @@ class Top1:
             self._features.setdefault(variant, []).append(output.flatten(1))
         else:
             assert self._labels is not None
-            correct = int(torch.eq(output.argmax(-1), self._labels).sum())
+            predictions = _predictions(output)
+            correct = int(((predictions == self._labels) & (predictions >= 0)).sum())
             self._counts[variant] = self._counts.get(variant, 0) + correct
 
     def correct(self, variant: Hashable) -> int:
@@ -56,13 +58,15 @@ class Top1:
         if not self.headless:
             return self._counts[variant]
         features, reference = torch.cat(self._features[variant]), torch.cat(self._reference)
+        reference = reference.masked_fill(reference.isnan(), math.inf)  # no image is near to what is not a number
         hits = 0
         for start in range(0, len(features), 1024):
             part = features[start : start + 1024]
             # Differences, not products: those lose a small distance between large features.
             exact = "donot_use_mm_for_euclid_dist"
             nearest = torch.cdist(part.double(), reference.double(), compute_mode=exact).argmin(1)
-            hits += int((nearest == torch.arange(start, start + len(part), device=part.device)).sum())
+            own = torch.arange(start, start + len(part), device=part.device)
+            hits += int(((nearest == own) & ~part.isnan().any(1)).sum())
         return hits
 
     def counts(self, variants: Sequence[Hashable], group: Any = None) -> dict[Hashable, int]:
@@ -81,6 +85,11 @@ class Top1:
         """Of all images of all ranks, in percent."""
         counts, images = self.counts(variants, group), total(self.images, group, self._device)
         return [100.0 * counts[variant] / max(images, 1) for variant in variants]
+
+
+def _predictions(logits: torch.Tensor) -> torch.Tensor:
+    """The class of the largest logit; -1 where one is NaN, which `argmax` takes for the largest."""
+    return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
 @torch.no_grad()
@@ -104,7 +113,7 @@ def evaluate(
             accuracy is that of all images, exact, on every rank. None: this process alone.
 
     Returns:
-        A float, or with `entries` a list of floats in their order.
+        A float, or with `entries` a list of floats in their order. An image whose logits hold a NaN counts as wrong.
 
     Raises:
         ValueError: an unsupported model, bad batches, an entry out of range, or entries of a plain model.

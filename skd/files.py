@@ -55,8 +55,8 @@ def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> Non
             rebuilt from timm's constructor arguments.
         OSError: the file cannot be written (a full disk, no permission).
     """
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
+    path = Path(os.path.realpath(path))  # a link stays one
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in obj.state_dict().items()}
@@ -76,9 +76,13 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         A `SuperNet` with its dropout list, or a timm VisionTransformer; on `device`, in evaluation mode.
 
     Raises:
-        ValueError: no such file, truncated or padded, not written by `save`, by a newer version, of an unknown
-            architecture, or with tensors that do not fit it.
+        ValueError: no such device, no such file, truncated or padded, not written by `save`, by a newer version, of
+            an unknown architecture, or with tensors that do not fit it.
     """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
     header, state = _read(Path(path), device)
     try:
         return _rebuild(header, state, device)
@@ -163,7 +167,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
     if header["architecture"] is None:
         model._model_args = header["model_args"] | {"norm_eps": header["norm_eps"]}
     if header["kind"] == "supernet":
-        return SuperNet(model, DropoutList.from_json(header["dropout_list"])).eval()
+        return SuperNet(model, DropoutList.from_json(header["dropout_list"]), copy=False).eval()
     return model.eval()
 
 
@@ -173,7 +177,7 @@ def _narrowed(model: Any, widths: list[list[int]]) -> Any:
     full = [info.full_width for info in describe(model)]
     if flat == full:
         return model
-    supernet = SuperNet(model)
+    supernet = SuperNet(model, copy=False)
     supernet.dropout_list = DropoutList(supernet.modules_in_order, [full, flat])
     return extract(supernet, entry=1)
 

@@ -25,7 +25,7 @@ def remove_leftovers(*folders: Path) -> None:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`; what is written there takes the place of `path` if the block succeeds."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -61,11 +61,13 @@ def output_file(path: str | os.PathLike[str], name: str = "path") -> Path:
     """`path` as a file that can be written, in a folder that exists.
 
     Raises:
-        ValueError: it is a folder, or its folder is missing or cannot be written to.
+        ValueError: it is a folder or a device, or its folder is missing or cannot be written to.
     """
     file = Path(path)
     if file.is_dir():
         raise ValueError(f"{name} is {str(file)!r}, a folder; it must be a file")
+    if file.exists() and not file.is_file():  # it would be replaced, as any file that is there
+        raise ValueError(f"{name} is {str(file)!r}, a device or a pipe; it must be a file")
     try:
         _probe(file.parent)
     except OSError as error:

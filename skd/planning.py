@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -136,8 +137,8 @@ def plan(
     Raises:
         ValueError: target outside (0, 1], rounds < 1, bad batches.
     """
-    if not 0 < target <= 1:
-        raise ValueError(f"target is {target}; it must be above 0 and at most 1")
+    if not isinstance(target, numbers.Real) or isinstance(target, bool) or not 0 < target <= 1:
+        raise ValueError(f"target is {target!r}; it must be a number above 0 and at most 1")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an int of at least 1")
     check_supernet(supernet)

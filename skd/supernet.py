@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +116,11 @@ class SuperBlock(nn.Module):
         return masked_mlp(x, w1, b1, last.weight, last.bias, width, act=info.act, gated=info.gated, scores=scores)
 
 
+def _what_prices_depend_on(model: Any) -> tuple[int, ...]:
+    """What may change in a model whose blocks stay as they are."""
+    return model.patch_embed.num_patches, sum(parameter.numel() for parameter in model.parameters())
+
+
 def _skip(x: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:
     """`x`, with the parameters of skipped modules in the graph: their gradients are zeros, not None."""
     if not torch.is_grad_enabled():
@@ -131,27 +137,30 @@ class SuperNet(nn.Module):
     0-d integer tensor on the device: then widths are looked up there and nothing is read by the host.
 
     Attributes:
-        model: the timm model, a copy whose blocks are `SuperBlock`s.
+        model: the timm model, a deep copy whose blocks are `SuperBlock`s.
         infos: what is known of each module, in order.
-        costs: prices of every width (`skd.cost`).
+        costs: prices of every width (`skd.cost`), of `model` as it was when they were last brought up to date.
         dropout_list: settable; a new one must name the same modules and start at the full widths.
         scores: None, or for each module a buffer (or None) to which backward passes add its Taylor scores; see
             `masked_attention` and `masked_mlp`.
 
-    State-dict keys are timm's own. `SuperNet(model)` takes the model over as it is, without reordering any weight;
-    `skd.convert` works on a copy and concentrates its knowledge first.
+    State-dict keys are timm's own. `SuperNet(model)` reorders no weight; `skd.convert` concentrates the knowledge of
+    the copy first. With ``copy=False`` the model itself is taken over and its blocks replaced: for callers who have
+    no other use for it.
     """
 
     model: Any
     width_table: torch.Tensor
 
-    def __init__(self, model: Any, dropout_list: DropoutList | None = None) -> None:
+    def __init__(self, model: Any, dropout_list: DropoutList | None = None, *, copy: bool = True) -> None:
         super().__init__()
         infos = describe(model)
+        model = deepcopy(model) if copy else model
         remember_construction(model)
         self.model = model
         self.infos = infos
         self.costs: CostModel = cost_model(model, infos)
+        self._priced = _what_prices_depend_on(model)
         self.scores: list[torch.Tensor | None] | None = None
         blocks = [SuperBlock(b, infos[2 * i], infos[2 * i + 1]) for i, b in enumerate(model.blocks)]
         self.model.blocks = nn.Sequential(*blocks)
@@ -189,6 +198,13 @@ class SuperNet(nn.Module):
                 raise ValueError(f"dropout_list: {info.name} may only have the widths 0 and {info.full_width}")
         self._dropout_list = replace(value, costs=self.costs)
         self._fill_table()
+
+    def update_costs(self) -> None:
+        """Price the network anew if `model` was changed by hand: another image size, another head."""
+        priced = _what_prices_depend_on(self.model)
+        if priced != self._priced:
+            self.costs, self._priced = cost_model(self.model, self.infos), priced
+            self._dropout_list = replace(self._dropout_list, costs=self.costs)
 
     def _fill_table(self) -> None:
         widths = torch.from_numpy(self._dropout_list.widths.copy()).to(self.width_table)

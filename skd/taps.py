@@ -102,8 +102,10 @@ def total_cost(model: Any, output: torch.Tensor, labels: torch.Tensor | None) ->
     return output.gather(1, labels[:, None]).sum()
 
 
-def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterator[Batch]:
-    """The batches on the model's device and in its dtype, each checked.
+def checked(
+    model: Any, batches: Iterable[Any], name: str = "batches", *, with_labels: bool = True
+) -> Iterator[Batch]:
+    """The batches on the model's device and in its dtype, each checked; `with_labels` or with None in their place.
 
     Raises:
         ValueError: no batch at all, or one that `checked_batch` refuses; the message has the number of the batch.
@@ -117,13 +119,13 @@ def checked(model: Any, batches: Iterable[Any], name: str = "batches") -> Iterat
         ) from None
     for index, batch in enumerate(iterator):
         seen = True
-        yield checked_batch(model, batch, f"{name}[{index}]")
+        yield checked_batch(model, batch, f"{name}[{index}]", with_labels)
     if not seen:
         raise ValueError(f"{name} has no batch; it must yield at least one (images, labels)")
 
 
-def checked_batch(model: Any, batch: Any, name: str) -> Batch:
-    """One batch on the model's device and in its dtype.
+def checked_batch(model: Any, batch: Any, name: str, with_labels: bool = True) -> Batch:
+    """One batch on the model's device and in its dtype; without its labels, which may then be anything.
 
     Raises:
         ValueError: not (images, labels), images of a wrong shape, labels of a wrong shape or out of range.
@@ -133,7 +135,7 @@ def checked_batch(model: Any, batch: Any, name: str) -> Batch:
     images, labels = batch
     try:
         check_images(model, images)
-        labels = _check_labels(model, labels, len(images))
+        labels = _check_labels(model, labels, len(images)) if with_labels else None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     parameter = next(model.parameters())

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import skd
+import skd.commands.info
 import skd.demo
 import skd_kernels
 from skd.cli import main
+from skd.outputs import replacing
 
 COMMANDS = ("demo", "convert", "plan", "train", "extract", "evaluate", "finetune", "info")
 
@@ -57,6 +62,21 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for operation in document["implementations"]:
         assert operation in printed
     assert [path.name for path in tmp_path.iterdir()] == ["info.json"]
+
+
+def test_sigterm_ends_a_command_as_an_exception_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command was writing is removed, and the handler that was there before is back."""
+
+    def killed(*_: Any) -> None:
+        with replacing(tmp_path / "half.json") as temporary:
+            temporary.write_text("{")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(skd.commands.info, "run", killed)
+    assert exit_status("info") == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

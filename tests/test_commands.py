@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import skd
 from skd.cli import main
@@ -57,6 +59,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained, half = folder / "run" / "supernet.safetensors", folder / "half.safetensors"
     command("extract", "--supernet", trained, "--macs", "0.6", "--out", half, folder / "extract.json")
     return folder
+
+
+def header(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["skd"])
 
 
 def read(work: Path, name: str) -> dict[str, Any]:
@@ -165,7 +172,7 @@ def test_sizes(text: str, value: float) -> None:
     assert size(text) == value and type(size(text)) is type(value)
 
 
-@pytest.mark.parametrize("text", ["half", "G", "", "1.5T"])
+@pytest.mark.parametrize("text", ["half", "G", "", "1.5T", "1.5", "nan", "inf", "1e400", "infG"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         size(text)
@@ -243,6 +250,28 @@ def test_settings_from_a_file_and_from_options(work: Path) -> None:
         ),
         (["evaluate", "--model", "{work}/half.safetensors", "--data", "{data}", "--device", "tpu9"], "--device is"),
         (["info", "{work}/none.safetensors"], "no such file"),
+        (["plan", "--supernet", "{work}/converted.safetensors", "--data", "{data}", "--out", "{pipe}"], "a pipe"),
+        (["extract", "--supernet", "{trained}", "--macs", "0.6", "--out", "{trained}"], "same file"),
+        (["evaluate", "--supernet", "{trained}", "--data", "{data}", "--json", "{trained}"], "same file"),
+        (["plan", "--supernet", "{trained}", "--data", "{data}", "--out", "{out}", "--json", "{out}"], "same file"),
+        (
+            ["plan", "--supernet", "{trained}", "--data", "{data}", "--out", "{out}", "--calibration-images", "0"],
+            "--calibration-images is 0",
+        ),
+        (
+            [
+                "convert",
+                *MODEL,
+                "{{}}",
+                "--checkpoint",
+                "{work}/half.safetensors",
+                "--data",
+                "{data}",
+                "--out",
+                "{out}",
+            ],
+            "size mismatch",
+        ),
     ],
 )
 def test_mistakes(
@@ -251,10 +280,33 @@ def test_mistakes(
     """One line that says what is wrong, exit status 2, and nothing written."""
     make_images(tmp_path / "four", classes=4)
     places = {"work": work, "data": work / "images", "out": tmp_path / "out", "four": tmp_path / "four"}
+    places |= {"trained": work / "run" / "supernet.safetensors", "pipe": tmp_path / "pipe"}
+    os.mkfifo(tmp_path / "pipe")
+    before = places["trained"].read_bytes()
     assert main([word.format(**places) for word in argv]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and message in last
-    assert not (tmp_path / "out").is_file()
+    assert not (tmp_path / "out").is_file() and (tmp_path / "pipe").is_fifo()
+    assert places["trained"].read_bytes() == before
+
+
+def test_predicted_labels_need_no_classes_of_the_model(work: Path, tmp_path: Path) -> None:
+    make_images(tmp_path / "four", classes=4)
+    argv = ["convert", *MODEL, json.dumps(KWARGS), "--data", tmp_path / "four", "--labels", "predicted"]
+    command(*argv, "--out", tmp_path / "out.safetensors", "--workers", 0, tmp_path / "out.json")
+    assert header(tmp_path / "out.safetensors")["label_names"] is None
+
+
+def test_files_have_the_names_of_the_classes(work: Path) -> None:
+    for name in ("converted", "planned", "run/supernet", "half"):
+        assert header(work / f"{name}.safetensors")["label_names"] == ["class0", "class1", "class2"]
+
+
+def test_a_link_stays_one(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    argv = ["extract", "--supernet", work / "planned.safetensors", "--macs", "0.6", "--out", tmp_path / "link"]
+    command(*argv, tmp_path / "a.json")
+    assert (tmp_path / "link").is_symlink() and skd.load(tmp_path / "target")
 
 
 def test_broken_images_are_skipped_and_counted_or_fail(

@@ -68,6 +68,8 @@ def test_predicted_labels(model: Any, batches: Any) -> None:
     for found in (
         skd.convert(model, [(images, None) for images, _ in batches]),
         skd.convert(model, batches, labels="predicted"),
+        skd.convert(model, [(images, labels + 500) for images, labels in batches], labels="predicted"),
+        skd.convert(model, [(images, ["a cat"]) for images, _ in batches], labels="predicted"),
     ):
         assert all(torch.equal(found.state_dict()[key], expected[key]) for key in expected)
 

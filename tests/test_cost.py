@@ -80,6 +80,19 @@ def test_parameters_are_counted_for_every_entry(planned: skd.SuperNet) -> None:
         assert skd.cost(planned, entry=entry).params == sum(p.numel() for p in sub.parameters())
 
 
+def test_prices_follow_changes_by_hand(planned: skd.SuperNet) -> None:
+    """timm's own ways to give a model another head or another size of images."""
+    last = len(planned.dropout_list) - 1
+    before = [skd.cost(planned, entry=last), skd.cost(planned)]
+    planned.model.reset_classifier(1000)
+    planned.model.set_input_size(img_size=64)
+    for entry, old in zip((last, 0), before, strict=True):
+        cut = skd.extract(planned, entry=entry)
+        assert skd.cost(cut) == skd.cost(planned, entry=entry) != old
+        assert skd.cost(skd.extract(planned, macs=skd.cost(cut).macs)) == skd.cost(cut)
+        assert planned.dropout_list.macs[entry] == skd.cost(cut).macs
+
+
 def test_cost_rejects(planned: skd.SuperNet) -> None:
     with pytest.raises(ValueError, match="convention is 'flops'"):
         skd.cost(planned, convention="flops")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_vit
 
 import skd
 
@@ -30,6 +31,16 @@ def test_without_labels_the_full_network_is_the_judge(planned: skd.SuperNet, bat
     assert skd.evaluate(planned, unlabelled) == 100.0
     own = [(images, planned(images).argmax(-1)) for images, _ in batches]
     assert skd.evaluate(planned, unlabelled, entries=[5]) == skd.evaluate(planned, own, entries=[5])
+
+
+@pytest.mark.parametrize("classes", [10, 0])
+def test_what_is_not_a_number_is_not_correct(classes: int) -> None:
+    """`argmax` takes NaN for the largest: of the first class, or of the first image."""
+    model, images = tiny_vit(num_classes=classes), torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    bad = [(torch.full_like(images, float("nan")), torch.zeros(1, dtype=torch.long)), (images, None)]
+    assert skd.evaluate(model, bad) == 50.0
+    (model.head if classes else model.norm).weight.data.fill_(float("nan"))
+    assert skd.evaluate(model, bad) == 0.0
 
 
 def test_training_mode_is_restored(planned: skd.SuperNet, batches: Any) -> None:

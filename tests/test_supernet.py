@@ -15,11 +15,16 @@ import skd
 def test_wrapping_changes_neither_function_nor_keys(model: Any, batches: Any) -> None:
     images = batches[0][0]
     expected, keys = model(images), list(model.state_dict())
-    supernet = skd.SuperNet(copy.deepcopy(model))
+    classes, memory = [type(module) for module in model.modules()], {p.data_ptr() for p in model.parameters()}
+    supernet = skd.SuperNet(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert memory.isdisjoint(p.data_ptr() for p in supernet.parameters())
     torch.testing.assert_close(supernet(images), expected)
     torch.testing.assert_close(supernet.model(images), expected)
     assert list(supernet.state_dict()) == keys
     supernet.load_state_dict(model.state_dict())
+    taken = copy.deepcopy(model)
+    assert skd.SuperNet(taken, copy=False).model is taken
 
 
 def test_state_dict_nests_and_reports_missing_keys(planned: skd.SuperNet, model: Any) -> None:

@@ -65,7 +65,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def source(
     arguments: argparse.Namespace, model: Any, split: str, like: Source | None = None, **options: Any
 ) -> Source:
-    """One split of --data, its classes compared with those of `like`, another split, and with the model's head."""
+    """One split of --data, its classes compared with those of `like`, another split, and with the model's head.
+
+    A model that has no names of its classes takes those of the images it is trained (or calibrated) on.
+    """
+    labelled = getattr(arguments, "labels", "given") == "given"
     options |= {
         "in_chans": model.in_chans,
         "data_dir": arguments.data_dir,
@@ -83,16 +87,25 @@ def source(
             f"{like.name} and {opened.name} have different classes, so their labels differ: only in one is {names[0]}"
             + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
         )
-    if model.num_classes:
+    if model.num_classes and labelled:
         check_classes(opened, model.num_classes)
+        if options.get("training") and opened.classes and not opened.mapped:
+            known = getattr(model, "pretrained_cfg", {})
+            if known.get("label_names") is None or arguments.command == "finetune":
+                model.pretrained_cfg = {**known, "label_names": opened.classes}
     return opened
 
 
 def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
     """The un-augmented training images of convert and plan."""
+    if arguments.calibration_images < 1:
+        raise ValueError(f"--calibration-images is {arguments.calibration_images}; it must be at least 1")
+    config = data_config(model)
+    if getattr(arguments, "labels", "given") == "predicted":  # then they may be of other classes
+        config["num_classes"] = 0
     return calibration_loader(
         source(arguments, model, arguments.train_split, training=True),
-        data_config(model),
+        config,
         images=arguments.calibration_images,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
@@ -178,7 +191,10 @@ def build_model(arguments: argparse.Namespace) -> Any:
     if name is None:
         if file is None:
             raise ValueError("neither --model nor --checkpoint is given")
-        model = load(file)
+        try:
+            model = load(file)
+        except ValueError as error:
+            raise ValueError(f"--checkpoint without --model must be a file of skd's: {error}") from None
         if isinstance(model, SuperNet):
             raise ValueError(f"--checkpoint is {file!r}, a super-network; it must be a plain model")
         return model
@@ -192,8 +208,14 @@ def build_model(arguments: argparse.Namespace) -> Any:
         try:
             load_checkpoint(model, file, weights_only=True)
         except Exception as error:  # whatever timm makes of a file that does not fit
-            raise ValueError(f"--checkpoint {file} does not fit {name}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"--checkpoint {file} does not fit {name}: {_shortened(error)}") from None
     return model.eval()
+
+
+def _shortened(error: Exception) -> str:
+    """PyTorch names the tensors that do not fit in lines of their own; the first few tell."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) + (f" ({len(lines) - 3} more)" if len(lines) > 3 else "")
 
 
 def supernet(path: str, where: torch.device) -> SuperNet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -38,14 +39,12 @@ def size(text: str) -> int | float:
     """'0.5' is a share, '4.2G' or '1000000' a count."""
     unit = _UNITS.get(text[-1:].upper())
     try:
-        if unit is not None:
-            return round(float(text[:-1]) * unit)
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a share such as 0.5 nor a count such as 4.2G"
-        ) from None
-    return number if number <= 1 else int(number)
+        number = float(text) if unit is None else round(float(text[:-1]) * unit)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or (number > 1 and number != int(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.5 nor a count such as 4.2G")
+    return number if number <= 1 and unit is None else int(number)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
         resume=arguments.resume,
         group=arguments.group,
     )
-    return _finish(arguments, history, SuperNet(model), config, loaders, "model.safetensors")
+    return _finish(arguments, history, SuperNet(model, copy=False), config, loaders, "model.safetensors")
 
 
 def _plain_model(arguments: argparse.Namespace) -> Any:
@@ -246,7 +246,7 @@ def _dry_run(arguments: argparse.Namespace, config: TrainConfig, about: dict[str
         supernet = common.supernet(arguments.supernet, where)
     else:
         arguments.pretrained = False  # what the weights are makes no difference
-        supernet = SuperNet(common.build_model(arguments).to(where))
+        supernet = SuperNet(common.build_model(arguments).to(where), copy=False)
     images = None
     if arguments.data is not None:
         images = len(common.source(arguments, supernet.model, arguments.train_split, training=True))

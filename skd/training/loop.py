@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
@@ -116,7 +115,7 @@ def finetune(
         raise ValueError(
             f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
         )
-    supernet = SuperNet(copy.deepcopy(model))
+    supernet = SuperNet(model)
     _check(supernet, train_loader, val_loader, config, None, resume, group)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)
