@@ -80,5 +80,7 @@ def check_scores(scores: torch.Tensor | None, shape: tuple[int, ...], device: to
         raise ValueError(f"scores has dtype {scores.dtype}; it may be float32 or float64")
     if scores.device != device:
         raise ValueError(f"scores is on {scores.device}; x is on {device}")
+    if any(step == 0 and size > 1 for step, size in zip(scores.stride(), scores.shape, strict=True)):
+        raise ValueError("scores is an expanded tensor; every number must have memory of its own")
     if scores.requires_grad:
         raise ValueError("scores requires grad; it must be a plain buffer")

@@ -20,9 +20,12 @@ def refuses_transforms() -> str | None:
     """Whether PyTorch wants to see what a kernel computes by itself: None, or why."""
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms what PyTorch is made of"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives may be asked for"
-    return None
+    return "forward-mode derivatives may be asked for" if forward_mode() else None
+
+
+def forward_mode() -> bool:
+    """Whether PyTorch's forward mode of differentiation is on."""
+    return bool(forward_ad._current_level >= 0)
 
 
 def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -82,11 +83,20 @@ def masked_attention(
         b_proj=b_proj,
         width=width,
         num_heads=num_heads,
-        scale=head_dim**-0.5 if scale is None and head_dim else scale,
+        scale=_scale(scale, head_dim),
         scores=scores,
         queries=queries,
     )
     return result
+
+
+def _scale(scale: Any, head_dim: int) -> float | None:
+    """The factor of the logits; None for an empty head, which has none."""
+    if scale is None:
+        return head_dim**-0.5 if head_dim else None
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise ValueError(f"scale is {scale!r}; it must be a number, or None for head_dim ** -0.5")
+    return float(scale)
 
 
 _operation = operation(masked_attention)
@@ -173,7 +183,14 @@ class AttentionGradient(torch.autograd.Function):
         raise RuntimeError("the compiled masked_attention has no second derivative; use('reference') has")
 
 
-@_operation.implementation("slices", refuses_to_slice)
+def refuses_to_attend(*, width: int | TensorSpec, **_: object) -> str | None:
+    """As `refuses_to_slice`."""
+    if _native.forward_mode():
+        return "forward-mode derivatives may be asked for; scaled_dot_product_attention has none"
+    return refuses_to_slice(width=width)
+
+
+@_operation.implementation("slices", refuses_to_attend)
 def masked_attention_slices(
     x: torch.Tensor,
     w_qkv: torch.Tensor,
@@ -188,12 +205,14 @@ def masked_attention_slices(
 ) -> torch.Tensor:
     """Exact shapes for the library: the kept rows and columns are gathered, work follows the width."""
     k = check_range(int(width), w_proj.shape[1] // num_heads)
-    weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, k)
     if k == 0:
+        # Not k: torch.compile may have made it a symbol, and fails on empty tensors of symbols.
+        weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, 0)
         # (B, N, 0) times (0, C) is zero and keeps every weight in the graph; so does the sum of nothing.
         nothing = _heads(x[:, :queries], weight, bias)[:, :, 0].flatten(2)
         out = F.linear(nothing, columns)
         return out if b_proj is None else out + b_proj[:0].sum()
+    weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, k)
     kept = None if scores is None else scores[:, :, :k]
     if queries is None:
         q, keys, values = with_taylor_scores(_heads(x, weight, bias), kept).unbind(2)
@@ -288,12 +307,14 @@ def masked_attention_reference(
     keep_head = torch.arange(inner // num_heads, device=x.device) < width
     keep = keep_head.repeat(num_heads)
     keep_rows = keep.repeat(3)
-    qkv = F.linear(x, select(keep_rows[:, None], w_qkv), select(keep_rows, b_qkv))
+    some = torch.arange(1, device=x.device) < width
+    qkv = F.linear(select(some, x), select(keep_rows[:, None], w_qkv), select(keep_rows, b_qkv))
     qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, inner // num_heads)
     qkv = with_taylor_scores(qkv, scores)
-    output_bias = select(torch.arange(1, device=x.device) < width, b_proj)
-    q, keys, values = qkv.unbind(2)
-    return F.linear(_attend(q[:, :queries], keys, values, scale), select(keep, w_proj), output_bias)
+    q, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, D)
+    logits = q[:, :, :queries] @ keys.mT * (1.0 if scale is None else scale)
+    out = (logits.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    return F.linear(out, select(keep, w_proj), select(some, b_proj))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -168,16 +168,17 @@ def masked_mlp_reference(
     hidden = w2.shape[1]
     keep = torch.arange(hidden, device=x.device) < width
     keep_rows = torch.cat([keep, keep]) if gated else keep
-    z = F.linear(x, select(keep_rows[:, None], w1), select(keep_rows, b1))
+    some = torch.arange(1, device=x.device) < width
+    z = F.linear(select(some, x), select(keep_rows[:, None], w1), select(keep_rows, b1))
     if gated:
         gate, value = z.split(hidden, dim=-1)
         h = ACTIVATIONS[act](gate) * value
     else:
         h = ACTIVATIONS[act](z)
     h = with_taylor_scores(h, scores)
-    return F.linear(h, select(keep, w2), select(torch.arange(1, device=x.device) < width, b2))
+    return F.linear(h, select(keep, w2), select(some, b2))
 
 
-def select(keep: torch.Tensor, parameter: Any) -> Any:
-    """`parameter` where `keep`, exact zeros elsewhere, in value and in gradient."""
-    return None if parameter is None else torch.where(keep, parameter, 0.0)
+def select(keep: torch.Tensor, tensor: Any) -> Any:
+    """`tensor` where `keep`, exact zeros elsewhere, in value and in gradient."""
+    return None if tensor is None else torch.where(keep, tensor, 0.0)

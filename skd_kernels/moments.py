@@ -56,6 +56,9 @@ class Moments:
         """Moments of both sets of tokens, about the shift of the left one (of the right one if the left is empty)."""
         if not isinstance(other, Moments):
             return NotImplemented
+        if other.shift.shape != self.shift.shape:
+            groups, dims = self.shift.shape
+            raise ValueError(f"other has (G, D) = {tuple(other.shift.shape)}; it must have ({groups}, {dims})")
         # Moments of nothing have no shift worth keeping.
         mine = self.about(torch.where(self.count > 0, self.shift, other.shift))
         other = other.about(mine.shift)

@@ -253,6 +253,7 @@ def test_one_compiled_graph_serves_every_device_width() -> None:
         ({"gated": True}, "w1 has shape"),
         ({"scores": torch.zeros(3)}, "scores has shape"),
         ({"scores": torch.zeros(HIDDEN, dtype=torch.float16)}, "scores has dtype"),
+        ({"scores": torch.zeros(1).expand(HIDDEN)}, "scores is an expanded tensor"),
     ],
 )
 def test_mlp_rejects(change: dict[str, Any], match: str) -> None:
@@ -273,6 +274,8 @@ def test_mlp_rejects(change: dict[str, Any], match: str) -> None:
         ({"w_qkv": torch.zeros(7, C, dtype=torch.float64)}, "w_qkv has shape"),
         ({"b_qkv": torch.zeros(7, dtype=torch.float64)}, "b_qkv has shape"),
         ({"scores": torch.zeros(H, D)}, "scores has shape"),
+        ({"scale": "a"}, "scale is 'a'"),
+        ({"scale": torch.ones(2)}, "scale is tensor"),
     ],
 )
 def test_attention_rejects(change: dict[str, Any], match: str) -> None:

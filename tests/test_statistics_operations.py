@@ -235,6 +235,12 @@ def test_moments_by_the_way_of_cuda(tokens: int) -> None:
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-7 * scale)
 
 
+def test_moments_of_other_groups_do_not_add() -> None:
+    for shape in ((6, 1, 4), (6, 3, 1), (6, 2, 4)):
+        with pytest.raises(ValueError, match=r"other has .* it must have \(3, 4\)"):
+            kernels.token_moments(*pair(6, 3, 4)) + kernels.token_moments(*pair(*shape))
+
+
 def test_moments_keep_their_shift_to_themselves() -> None:
     x, grad = pair(6, 3, 4)
     shift = torch.ones(3, 4, dtype=torch.float64)

@@ -62,8 +62,8 @@ def small_config(like: torch.Tensor, *strides: int) -> Config | None:
     """
     uneven = any(stride % 16 for stride in strides)
     if like.dtype == torch.float32 and precision() == "ieee":
-        if uneven:  # steps that overlap would need more registers than ptxas finds
-            return Config(32, 32, 32, warps=4, stages=1)
+        if uneven:  # longer steps, or steps that overlap, would need more registers than ptxas finds
+            return Config(32, 32, 32, warps=8, stages=1, registers=255)
         return Config(64, 64, 32, warps=8, stages=3, registers=168)  # left to itself, ptxas spills to fit in 128
     return Config(64, 64, 32, warps=8, stages=3) if uneven else None
 
