@@ -308,12 +308,12 @@ void finish(const std::vector<Sums>& parts, const A* from, bool centred, double 
         to.outer[i * dims + j] = to.outer[j * dims + i];
 }
 
-// The mean of a few tokens from everywhere, near that of all: (groups, dims). A prime number of them, not from the
-// start: a batch of sequences might else give its class tokens, which are unlike the others.
+// The mean of a few tokens from everywhere, near that of all: (groups, dims). A prime number of them, from 0.382 of the
+// way to the second: a batch of sequences might else give its class tokens, which are unlike the others.
 template <typename T>
 void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* mean) {
   const int64_t count = std::min(tokens, kSample);
-  const auto place = [&](int64_t i) { return tokens * (3 * std::min(i, count - 1) + 1) / (3 * count); };
+  const auto place = [&](int64_t i) { return tokens * (1000 * std::min(i, count - 1) + 382) / (1000 * count); };
   std::fill_n(mean, groups * dims, 0.0);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t g = 0; g < groups; ++g) {

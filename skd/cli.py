@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 
+from skd import recipes
 from skd.commands.processes import processes, world_size
 from skd.outputs import output_file, write_json
 from skd.ranks import RankFailed, rank_of, together
 from skd.training.stopping import Diverged, Stopped
+
+# In the folder --out of train, finetune and demo.
+_FILES_OF_A_RUN = ["supernet.safetensors", "model.safetensors", "dropout_list.json", "history.jsonl", "run.json"]
+_FILES_OF_A_RUN += ["report.md", "summary.json", "curve.png"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 for a user's mistake; 1 for a failed disk, a vanished data set, a loss of NaN or another
         process of torchrun's that failed; 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written. A command
-        that has none is ended by SIGTERM with 143, and what it was writing is removed.
+        that has none is ended by SIGTERM with 143 (SystemExit), and what it was writing is removed.
     """
     arguments = build_parser().parse_args(argv)
     try:
@@ -83,11 +88,17 @@ def _check_files(arguments: argparse.Namespace) -> None:
     """
     if arguments.json is not None:
         output_file(arguments.json, "--json")
-    names = ("json", "out", "supernet", "model", "checkpoint", "config")
+    names = ["json", "out", "supernet", "checkpoint", "config", "class_map", "file"]
+    if arguments.command in ("evaluate", "finetune"):  # elsewhere a name of timm's
+        names.append("model")
     given = {name: getattr(arguments, name, None) for name in names}
+    if given["json"] is not None and given["out"] is not None:
+        for name in _FILES_OF_A_RUN:
+            if os.path.realpath(given["json"]) == os.path.realpath(os.path.join(given["out"], name)):
+                raise ValueError(f"--json is {given['json']!r}, a file of --out; it would be lost")
     taken: dict[str, str] = {}
     for name, path in given.items():
-        if path is None or (name not in ("json", "out") and not os.path.isfile(path)):
+        if path is None or (name not in ("json", "out") and (not os.path.isfile(path) or path in recipes.names())):
             continue
         other = taken.setdefault(os.path.realpath(path), name)
         allowed = other == name or other not in ("json", "out") or (arguments.command == "plan" and other == "out")

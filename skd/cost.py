@@ -38,7 +38,6 @@ def cost(model_or_supernet: nn.Module, *, entry: int | None = None, convention: 
     """
     check_convention(convention)
     if isinstance(model_or_supernet, SuperNet):
-        model_or_supernet.update_costs()
         widths = model_or_supernet.widths(entry)
         costs = model_or_supernet.costs
     else:

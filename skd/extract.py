@@ -72,7 +72,6 @@ def choose_entry(
     if entry is not None:
         supernet.widths(entry)
         return entry
-    supernet.update_costs()
     dropout_list = supernet.dropout_list
     if macs is not None:
         sizes = supernet.costs.macs(dropout_list.widths, convention)

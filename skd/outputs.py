@@ -63,15 +63,15 @@ def output_file(path: str | os.PathLike[str], name: str = "path") -> Path:
     Raises:
         ValueError: it is a folder or a device, or its folder is missing or cannot be written to.
     """
-    file = Path(path)
+    file = Path(os.path.realpath(path))  # what `replacing` writes to
     if file.is_dir():
-        raise ValueError(f"{name} is {str(file)!r}, a folder; it must be a file")
+        raise ValueError(f"{name} is {str(path)!r}, a folder; it must be a file")
     if file.exists() and not file.is_file():  # it would be replaced, as any file that is there
-        raise ValueError(f"{name} is {str(file)!r}, a device or a pipe; it must be a file")
+        raise ValueError(f"{name} is {str(path)!r}, a device or a pipe; it must be a file")
     try:
         _probe(file.parent)
     except OSError as error:
-        raise ValueError(f"{name} is {str(file)!r}; it cannot be written: {error.strerror}") from None
+        raise ValueError(f"{name} is {str(path)!r}; it cannot be written: {error.strerror}") from None
     return file
 
 

@@ -139,7 +139,8 @@ class SuperNet(nn.Module):
     Attributes:
         model: the timm model, a deep copy whose blocks are `SuperBlock`s.
         infos: what is known of each module, in order.
-        costs: prices of every width (`skd.cost`), of `model` as it was when they were last brought up to date.
+        costs: prices of every width (`skd.cost`); they follow changes of `model` by hand (another head, another
+            image size), and those of the dropout list with them.
         dropout_list: settable; a new one must name the same modules and start at the full widths.
         scores: None, or for each module a buffer (or None) to which backward passes add its Taylor scores; see
             `masked_attention` and `masked_mlp`.
@@ -159,7 +160,7 @@ class SuperNet(nn.Module):
         remember_construction(model)
         self.model = model
         self.infos = infos
-        self.costs: CostModel = cost_model(model, infos)
+        self._costs: CostModel = cost_model(model, infos)
         self._priced = _what_prices_depend_on(model)
         self.scores: list[torch.Tensor | None] | None = None
         blocks = [SuperBlock(b, infos[2 * i], infos[2 * i + 1]) for i, b in enumerate(model.blocks)]
@@ -181,7 +182,13 @@ class SuperNet(nn.Module):
         return tuple(info.name for info in self.infos)
 
     @property
+    def costs(self) -> CostModel:
+        self._update_costs()
+        return self._costs
+
+    @property
     def dropout_list(self) -> DropoutList:
+        self._update_costs()
         return self._dropout_list
 
     @dropout_list.setter
@@ -199,12 +206,11 @@ class SuperNet(nn.Module):
         self._dropout_list = replace(value, costs=self.costs)
         self._fill_table()
 
-    def update_costs(self) -> None:
-        """Price the network anew if `model` was changed by hand: another image size, another head."""
+    def _update_costs(self) -> None:
         priced = _what_prices_depend_on(self.model)
         if priced != self._priced:
-            self.costs, self._priced = cost_model(self.model, self.infos), priced
-            self._dropout_list = replace(self._dropout_list, costs=self.costs)
+            self._costs, self._priced = cost_model(self.model, self.infos), priced
+            self._dropout_list = replace(self._dropout_list, costs=self._costs, removed_macs=None)
 
     def _fill_table(self) -> None:
         widths = torch.from_numpy(self._dropout_list.widths.copy()).to(self.width_table)
@@ -225,9 +231,10 @@ class SuperNet(nn.Module):
             return [info.full_width for info in self.infos]
         if isinstance(entry, bool) or not isinstance(entry, numbers.Integral):
             raise ValueError(f"entry is {entry!r}; it must be an int")
-        if not 0 <= entry < len(self.dropout_list):
-            raise ValueError(f"entry is {entry}; it may be 0..{len(self.dropout_list) - 1}")
-        row: list[int] = self.dropout_list.widths[entry].tolist()
+        entries = self._dropout_list.widths  # not asking for prices: every forward pass comes here
+        if not 0 <= entry < len(entries):
+            raise ValueError(f"entry is {entry}; it may be 0..{len(entries) - 1}")
+        row: list[int] = entries[entry].tolist()
         return row
 
     def _resolve(self, entry: int | torch.Tensor | None) -> Sequence[Width]:

@@ -312,8 +312,12 @@ def masked_attention_reference(
     qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, inner // num_heads)
     qkv = with_taylor_scores(qkv, scores)
     q, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, D)
-    logits = q[:, :, :queries] @ keys.mT * (1.0 if scale is None else scale)
-    out = (logits.softmax(-1) @ values).transpose(1, 2).flatten(2)
+    # In float32 at least: logits leave the range of float16.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        q = q[:, :, :queries].to(wide) * (1.0 if scale is None else scale)
+        weights = (q @ keys.to(wide).mT).softmax(-1).to(values.dtype)
+        out = (weights @ values).transpose(1, 2).flatten(2)
     return F.linear(out, select(keep, w_proj), select(some, b_proj))
 
 

@@ -254,6 +254,22 @@ def test_settings_from_a_file_and_from_options(work: Path) -> None:
         (["extract", "--supernet", "{trained}", "--macs", "0.6", "--out", "{trained}"], "same file"),
         (["evaluate", "--supernet", "{trained}", "--data", "{data}", "--json", "{trained}"], "same file"),
         (["plan", "--supernet", "{trained}", "--data", "{data}", "--out", "{out}", "--json", "{out}"], "same file"),
+        (["info", "{trained}", "--json", "{trained}"], "same file"),
+        (
+            [
+                "train",
+                "--supernet",
+                "{trained}",
+                "--data",
+                "{data}",
+                "--out",
+                "{work}/run",
+                "--json",
+                "{work}/run/run.json",
+            ],
+            "of --out",
+        ),
+        (["plan", "--supernet", "{trained}", "--data", "{data}", "--out", "{link}"], "cannot be written"),
         (
             ["plan", "--supernet", "{trained}", "--data", "{data}", "--out", "{out}", "--calibration-images", "0"],
             "--calibration-images is 0",
@@ -282,6 +298,8 @@ def test_mistakes(
     places = {"work": work, "data": work / "images", "out": tmp_path / "out", "four": tmp_path / "four"}
     places |= {"trained": work / "run" / "supernet.safetensors", "pipe": tmp_path / "pipe"}
     os.mkfifo(tmp_path / "pipe")
+    places["link"] = tmp_path / "link"
+    places["link"].symlink_to(tmp_path / "no folder" / "target")
     before = places["trained"].read_bytes()
     assert main([word.format(**places) for word in argv]) == 2
     last = capsys.readouterr().err.splitlines()[-1]

@@ -85,3 +85,13 @@ def test_width_zero_does_not_read_its_input(case: Any, implementation: str) -> N
             out = function(x, *inputs[1:], width)
         grads = torch.autograd.grad(out.sum(), [x, *inputs[1:]])
         assert out.eq(0).all() and all(grad.eq(0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("implementation", ["slices", "reference"])
+def test_logits_beyond_the_range_of_float16(implementation: str) -> None:
+    x = (40 * randn(1, 7, 64)).half()
+    weights = torch.eye(64).half()
+    inputs = [x, weights.repeat(3, 1), None, weights, None]
+    with kernels.use(implementation):
+        found = kernels.masked_attention(*inputs, 64, num_heads=1)
+    assert torch.isfinite(found).all()

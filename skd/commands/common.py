@@ -91,7 +91,9 @@ def source(
         check_classes(opened, model.num_classes)
         if options.get("training") and opened.classes and not opened.mapped:
             known = getattr(model, "pretrained_cfg", {})
-            if known.get("label_names") is None or arguments.command == "finetune":
+            labels = known.get("label_names")
+            # What a head was made for is known; what it is trained on is known better.
+            if labels is None or len(labels) != model.num_classes or arguments.command in ("train", "finetune"):
                 model.pretrained_cfg = {**known, "label_names": opened.classes}
     return opened
 
