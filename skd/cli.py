@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -88,22 +89,29 @@ def _check_files(arguments: argparse.Namespace) -> None:
     """
     if arguments.json is not None:
         output_file(arguments.json, "--json")
-    names = ["json", "out", "supernet", "checkpoint", "config", "class_map", "file"]
+    files = _files(arguments)
+    of_a_run = [os.path.join(files.get("out", ""), name) for name in _FILES_OF_A_RUN]
+    if files.get("json") in of_a_run:
+        raise ValueError(f"--json is {arguments.json!r}, a file of --out; it would be lost")
+    for output, other in product(("json", "out"), files):
+        in_place = (arguments.command, output, other) == ("plan", "out", "supernet")
+        if output != other and files.get(output) == files[other] and not in_place:
+            raise ValueError(f"--{output} and --{other} are the same file, {files[other]!r}; it would be lost")
+
+
+def _files(arguments: argparse.Namespace) -> dict[str, str]:
+    """The outputs, and the inputs that are files, without links, by the names of their options."""
+    inputs = ["supernet", "checkpoint", "class_map", "file"]
     if arguments.command in ("evaluate", "finetune"):  # elsewhere a name of timm's
-        names.append("model")
-    given = {name: getattr(arguments, name, None) for name in names}
-    if given["json"] is not None and given["out"] is not None:
-        for name in _FILES_OF_A_RUN:
-            if os.path.realpath(given["json"]) == os.path.realpath(os.path.join(given["out"], name)):
-                raise ValueError(f"--json is {given['json']!r}, a file of --out; it would be lost")
-    taken: dict[str, str] = {}
-    for name, path in given.items():
-        if path is None or (name not in ("json", "out") and (not os.path.isfile(path) or path in recipes.names())):
-            continue
-        other = taken.setdefault(os.path.realpath(path), name)
-        allowed = other == name or other not in ("json", "out") or (arguments.command == "plan" and other == "out")
-        if not allowed:
-            raise ValueError(f"--{other} and --{name} are the same file, {path!r}; it would be lost")
+        inputs.append("model")
+    if getattr(arguments, "config", None) not in recipes.names():
+        inputs.append("config")
+    given = {name: getattr(arguments, name, None) for name in ("json", "out", *inputs)}
+    return {
+        name: os.path.realpath(path)
+        for name, path in given.items()
+        if path is not None and (name not in inputs or os.path.isfile(path))
+    }
 
 
 def _fail(error: object, status: int) -> int:

@@ -34,6 +34,7 @@ from skd.architecture import describe
 from skd.construction import build, construction
 from skd.dropout_list import DropoutList
 from skd.extract import extract
+from skd.outputs import replacing
 from skd.supernet import SuperNet
 from skd.taps import frozen, probe
 
@@ -55,18 +56,14 @@ def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> Non
             rebuilt from timm's constructor arguments.
         OSError: the file cannot be written (a full disk, no permission).
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in obj.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         _write(tensors, header, temporary)
         _verify(obj, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -117,8 +118,10 @@ class SuperBlock(nn.Module):
 
 
 def _what_prices_depend_on(model: Any) -> tuple[int, ...]:
-    """What may change in a model whose blocks stay as they are."""
-    return model.patch_embed.num_patches, sum(parameter.numel() for parameter in model.parameters())
+    """What may change in a model whose blocks stay as they are. Asked in every step: the blocks are not walked."""
+    outside = [part for name, part in model.named_children() if name != "blocks"]
+    parameters = chain(model.parameters(recurse=False), *(part.parameters() for part in outside))
+    return model.patch_embed.num_patches, sum(parameter.numel() for parameter in parameters)
 
 
 def _skip(x: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,14 +18,7 @@ def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def mlp(*inputs: Any, **options: Any) -> torch.Tensor:
-    return kernels.masked_mlp(*inputs, **options)
-
-
-def attention(*inputs: Any, **options: Any) -> torch.Tensor:
-    return kernels.masked_attention(*inputs, num_heads=H, **options)
-
-
+mlp, attention = kernels.masked_mlp, partial(kernels.masked_attention, num_heads=H)
 CASES = {
     "mlp": (mlp, [randn(B, N, C), randn(HIDDEN, C), randn(HIDDEN), randn(C, HIDDEN), randn(C)], (HIDDEN,)),
     "attention": (attention, [randn(B, N, C), randn(3 * C, C), randn(3 * C), randn(C, C), randn(C)], (3, H, D)),

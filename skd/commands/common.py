@@ -69,7 +69,6 @@ def source(
 
     A model that has no names of its classes takes those of the images it is trained (or calibrated) on.
     """
-    labelled = getattr(arguments, "labels", "given") == "given"
     options |= {
         "in_chans": model.in_chans,
         "data_dir": arguments.data_dir,
@@ -87,15 +86,24 @@ def source(
             f"{like.name} and {opened.name} have different classes, so their labels differ: only in one is {names[0]}"
             + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
         )
-    if model.num_classes and labelled:
+    if model.num_classes and _reads_labels(arguments):
         check_classes(opened, model.num_classes)
         if options.get("training") and opened.classes and not opened.mapped:
-            known = getattr(model, "pretrained_cfg", {})
-            labels = known.get("label_names")
-            # What a head was made for is known; what it is trained on is known better.
-            if labels is None or len(labels) != model.num_classes or arguments.command in ("train", "finetune"):
-                model.pretrained_cfg = {**known, "label_names": opened.classes}
+            _name_classes(model, opened.classes, trained=arguments.command in ("train", "finetune"))
     return opened
+
+
+def _reads_labels(arguments: argparse.Namespace) -> bool:
+    """All commands do but ``skd convert --labels predicted``: then they may be of other classes than the model's."""
+    return getattr(arguments, "labels", "given") == "given"
+
+
+def _name_classes(model: Any, classes: list[str], trained: bool) -> None:
+    """For the file's header: the names it has stay, unless they are not of its head or it is `trained` anew."""
+    known = getattr(model, "pretrained_cfg", {})
+    names = known.get("label_names")
+    if trained or names is None or len(names) != model.num_classes:
+        model.pretrained_cfg = {**known, "label_names": classes}
 
 
 def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
@@ -103,7 +111,7 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
     if arguments.calibration_images < 1:
         raise ValueError(f"--calibration-images is {arguments.calibration_images}; it must be at least 1")
     config = data_config(model)
-    if getattr(arguments, "labels", "given") == "predicted":  # then they may be of other classes
+    if not _reads_labels(arguments):
         config["num_classes"] = 0
     return calibration_loader(
         source(arguments, model, arguments.train_split, training=True),
