@@ -1,4 +1,6 @@
-"""Peak memory of a calibration: streamed statistics against features that are kept until the backward pass is over.
+"""Peak memory: of one call, and of a calibration.
+
+Streamed statistics are compared with features that are kept until the backward pass is over:
 
 python -m benchmarks.memory --model deit_tiny_patch16_224 --batch 16
 
@@ -15,6 +17,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,25 @@ def run_way(way: str, model_name: str, batch: int, device: str) -> float:
     calibrate[way](model, batches)
     peak = torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else peak_resident()
     return round(peak / 1e6, 1)
+
+
+def peak_of_call(call: Callable[[], object], device: str) -> float:
+    """MB that PyTorch's allocator holds for a call at most, beyond what it held before."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    events = sorted(
+        (event for event in profiled.events() if event.name == "[memory]"), key=lambda e: e.time_range.start
+    )
+    held = accumulate(event.cpu_memory_usage for event in events)
+    return round(max(held, default=0) / 1e6, 1)
 
 
 def peak_resident() -> int:

@@ -4,7 +4,7 @@ published       masks gather the kept weights, attention is written out; PyTorch
 slices          slices of the weights, library attention, fused AdamW
 torch.compile   `slices`, its block compiled for any widths
 ours            `skd.train`'s step; on a GPU with the entry on the device
-ours, compiled  the same, its block compiled
+ours, compiled  the same, its block compiled; on a CPU too with the entry as a tensor: the full network's work
 ours, graph     the same as one CUDA graph
 ours, scores    the first of ours (the graph on a GPU) while Taylor scores are added up for the importance
 
@@ -151,10 +151,9 @@ class OwnStep(Step):
 
 
 def names(device: str) -> list[str]:
-    """The contenders, ours first. Compiling a whole step takes a CPU minutes."""
-    if device == "cuda":
-        return [OURS_GRAPH, OURS_SCORES, OURS, OURS_COMPILED, SLICES, COMPILED, PUBLISHED]
-    return [OURS, OURS_SCORES, SLICES, PUBLISHED]
+    """The contenders, ours first."""
+    first = [OURS_GRAPH, OURS_SCORES, OURS] if device == "cuda" else [OURS, OURS_SCORES]
+    return [*first, OURS_COMPILED, SLICES, COMPILED, PUBLISHED]
 
 
 def make(name: str, model: str, batch: Any, device: str, backend: str = "inductor") -> Step:

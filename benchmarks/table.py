@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
+from benchmarks.operations import COMPILED
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 OTHERS = ("eager", "blocked", "torch.compile", "published")
@@ -54,16 +55,23 @@ def part(path: Path, run: dict[str, Any]) -> str:
 
 
 def masked_table(layers: list[dict[str, Any]]) -> list[str]:
-    """Forward and backward of one layer: ours, and how much longer the others take."""
+    """Forward and backward of one layer: ours, and how much longer the others take; what torch.compile compiled."""
     others = [name for name in layers[0]["both"]["ratio"] if name != "ours, scores"]
-    columns = ["operation", "DeiT", "width", "ms", "TFLOP/s", "% of matmul", *others, "with scores", "compilations"]
+    columns = ["operation", "DeiT", "width", "ms", "TFLOP/s", "% of matmul", *others, "with scores"]
+    columns += ["MB", "published, MB", "compilations", "compiling, s: ours / torch.compile"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * 2 + "|--:" * (len(columns) - 2) + "|"]
     for info in layers:
         both = info["both"]
         cells = [f"`{info['masked']}`", info["model"].capitalize(), f"{100 * info['fraction']:g} %"]
         cells += [f"{both['median_ms']['ours']:.3g}", f"{both['tflops']['ours']:.3g}"]
         cells += [f"{both['percent_of_matmul']['ours']:.0f}", *(f"{both['ratio'][name]:.2f}x" for name in others)]
-        cells += [f"{both['ratio']['ours, scores']:.2f}x", str(info["compilations"])]
+        peak, compiling = info["peak_mb"], info["warm_up_seconds"]
+        cells += [
+            f"{both['ratio']['ours, scores']:.2f}x",
+            three_digits(peak["ours"]),
+            three_digits(peak["published"]),
+        ]
+        cells += [str(info["compilations"]), f"{compiling['ours']:.1f} / {compiling[COMPILED]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

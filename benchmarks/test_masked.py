@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ceilings
+from benchmarks import ceilings, memory
 from benchmarks.conftest import DEVICE
 from benchmarks.masked import FRACTIONS, MASKED, Case
 from benchmarks.operations import COMPILED
-from benchmarks.timing import on_device, record, side_by_side, wall
+from benchmarks.timing import on_device, record, side_by_side, wall, warm_up
 
-MODELS, BATCH = (("tiny", "small", "base"), 128) if DEVICE == "cuda" else (("tiny",), 16)
+MODELS, BATCH = ("tiny", "small", "base"), 128 if DEVICE == "cuda" else 16
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 ROUNDS = 15 if DEVICE == "cuda" else 7
 # Sums of thousands of products: rounding of bfloat16, 2^-9 each, averages out to a few times that.
@@ -38,10 +38,9 @@ def case_of(cases: Any, name: str, model: str) -> Case:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", MASKED)
 def test_masked(benchmark: Any, cases: Any, name: str, model: str, fraction: float) -> None:
-    """Forward, and forward with backward, of one layer; the cost of the scores; compilations so far."""
+    """Forward, and forward with backward, of one layer; the cost of the scores; memory; compilations so far."""
     case = case_of(cases, name, model)
     width = case.width(fraction)
-    errors = case.check(width, TOLERANCE[DTYPE])
     layers = case.layers(width)
 
     def forward(layer: Callable[[], torch.Tensor]) -> Callable[[], object]:
@@ -51,6 +50,8 @@ def test_masked(benchmark: Any, cases: Any, name: str, model: str, fraction: flo
         "forward": {name: forward(layer) for name, layer in layers.items() if name != "ours, scores"},
         "both": {name: (lambda layer=layer: case.gradients(layer)) for name, layer in layers.items()},
     }
+    compiling = {name: round(warm_up(call), 2) for name, call in passes["both"].items()}
+    errors = case.check(width, TOLERANCE[DTYPE])
     clock = on_device if DEVICE == "cuda" else wall
     peak = ceilings.matmul(DEVICE, DTYPE)
     seconds = {which: side_by_side(calls, ROUNDS, clock=clock) for which, calls in passes.items()}
@@ -69,6 +70,10 @@ def test_masked(benchmark: Any, cases: Any, name: str, model: str, fraction: flo
         }
     both = seconds["both"]
     benchmark.extra_info["scores_cost"] = round(both["ours, scores"] / both["ours"] - 1, 4)
+    benchmark.extra_info["peak_mb"] = {
+        name: memory.peak_of_call(call, DEVICE) for name, call in passes["both"].items()
+    }
+    benchmark.extra_info["warm_up_seconds"] = compiling
     benchmark.extra_info["compilations"] = case.compiled.compilations
     benchmark.extra_info["error"] = {name: float(f"{error:.2g}") for name, error in errors.items()}
     benchmark.extra_info["median_ms"] = {"ours": benchmark.extra_info["both"]["median_ms"]["ours"]}

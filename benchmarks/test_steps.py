@@ -22,7 +22,7 @@ from benchmarks.timing import record, side_by_side, synchronize
 
 GPU = DEVICE == "cuda"
 MODELS, BATCH = (("tiny", "small", "base"), 128) if GPU else (("tiny",), 16)
-FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125) if GPU else (1.0, 0.5, 0.25)
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125)
 ROUNDS = 9 if GPU else 7
 AVERAGED = 13 if GPU else 4  # entries that stand for the whole list
 WARM_UP = 5  # a CUDA graph is captured at the fourth

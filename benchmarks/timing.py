@@ -44,6 +44,11 @@ def side_by_side(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def warm_up(call: Call) -> float:
+    """Seconds that the first call takes beyond a second one: compilation, tuning."""
+    return max(wall(call) - wall(call), 0.0)
+
+
 def wall(call: Call) -> float:
     """Seconds until the result is there, launches included."""
     synchronize()

@@ -222,8 +222,8 @@ def test_work_of_the_masked_layers_follows_the_width() -> None:
 
 def test_contenders_of_a_training_step_have_one_gradient() -> None:
     batch = steps.images_and_labels(2, "cpu")
-    made = {name: steps.make(name, "tiny", batch, "cpu") for name in steps.names("cpu")}
-    assert set(steps.check(made, "tiny", 300, 1e-3)) == {"ours", "ours, scores", "slices", "published"}
+    made = {name: steps.make(name, "tiny", batch, "cpu", backend="eager") for name in steps.names("cpu")}
+    assert set(steps.check(made, "tiny", 300, 1e-3)) == set(steps.names("cpu")) > {"ours, compiled", "torch.compile"}
     for name in ("ours", "ours, scores"):
         scores = made[name].trainer.supernet.scores  # type: ignore[attr-defined]
         assert (scores is not None and all(bool(s.any()) for s in scores)) == (name == "ours, scores")

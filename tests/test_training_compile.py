@@ -7,6 +7,14 @@ import torch
 from helpers import assert_close, digit_net, run_training, training_config
 from torch._dynamo.utils import counters
 
+from skd.training.trainer import by_hand
+
+
+def test_a_cpu_is_warned() -> None:
+    """Widths are tensors inside the graph, which the reference masks: nothing gets smaller."""
+    with pytest.warns(UserWarning, match="torchcompile: on a CPU a compiled step does the work of the full network"):
+        by_hand(digit_net(), training_config(torchcompile=True))
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -81,6 +81,12 @@ class Trainer:
         self.mixing = Mixing(config, supernet.model.num_classes)
         # One compilation serves every entry: widths are looked up on the device.
         self.network: Any = torch.compile(supernet) if config.torchcompile else supernet
+        if config.torchcompile and self.device.type == "cpu":
+            warnings.warn(
+                "torchcompile: on a CPU a compiled step does the work of the full network, whatever the sub-network; "
+                "without it, a small one takes less time",
+                stacklevel=4,
+            )
         if group is not None:
             self.network = distributed(self.network, supernet, group)
         self.cold = config.torchcompile  # the next step waits for the compiler
