@@ -186,7 +186,7 @@ def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Te
     y = x64 - shift64
     weighted = weight[..., None] * y
     return Moments(
-        count=torch.tensor(float(tokens), dtype=torch.float64, device=x.device),
+        count=torch.full((), float(tokens), dtype=torch.float64, device=x.device),
         shift=shift64,
         weight=weight.sum(0),
         plain_sum=y.sum(0),

@@ -17,12 +17,13 @@ import torch
 import triton
 import triton.language as tl
 from attention_checks import NAMES, check, make_inputs, relative_error, run
+from layouts import LAYOUTS
 from tolerances import UNIT_ROUNDOFF, kernel_tolerance
 
 import skd_kernels as kernels
 from skd_kernels.gpu import attention as operator
+from skd_kernels.gpu import flash, projections, weight_gradient
 from skd_kernels.gpu import launch as launching
-from skd_kernels.gpu import projections
 
 ERRORS: dict[str, list[float]] = {}
 
@@ -130,21 +131,49 @@ def test_widths_of_every_kind(width: Any) -> None:
 
 
 def test_views_and_strides() -> None:
-    """Transposed x, an expanded gradient, and weights that are parts of larger ones."""
+    """Transposed x, an expanded gradient, weights that are parts of larger ones, a column, one number."""
     x, w_qkv, b_qkv, w_proj, b_proj = make_inputs((9, 2, 24), 2, 8)
-    assert x is not None and w_qkv is not None and w_proj is not None
+    assert x is not None and w_qkv is not None and b_qkv is not None and w_proj is not None and b_proj is not None
     wide = torch.cat([w_qkv, torch.full_like(w_qkv, torch.nan)], 1)
     tall = torch.cat([w_proj.mT.contiguous(), torch.full_like(w_proj.mT, torch.nan)])
-    inputs: list[Any] = [x.transpose(0, 1), wide[:, :24], b_qkv, tall[:16].mT, b_proj]
+    column = torch.stack([b_qkv, torch.full_like(b_qkv, torch.nan)], 1)[:, 0]
+    inputs: list[Any] = [x.transpose(0, 1), wide[:, :24], column, tall[:16].mT, b_proj[:1].expand(24)]
     leaves = [tensor.requires_grad_() for tensor in inputs]
+    results = {}
+    for name in ("triton", "reference"):
+        with kernels.use(name):
+            out = kernels.masked_attention(*leaves, 6, num_heads=2)
+        results[name] = out, *torch.autograd.grad(out.sum(), leaves)
+    for found, want in zip(*results.values(), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_operands_begin_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are parts of: as the kernels expect that are compiled ahead of time."""
+    leaves: list[Any] = [LAYOUTS["unaligned"](tensor).requires_grad_() for tensor in make_inputs((1, 9, 32), 2, 16)]
+    start = launching.launch
+
+    def launch(kernel: Any, grid: Any, arguments: dict[str, Any], **settings: Any) -> None:
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        assert not [name for name, tensor in tensors.items() if name != "width" and tensor.data_ptr() % 16]
+        start(kernel, grid, arguments, **settings)
+
+    for module in (flash, projections, weight_gradient):
+        monkeypatch.setattr(module, "launch", launch)
     with kernels.use("triton"):
-        kernels.masked_attention(*leaves, 6, num_heads=2).sum().backward()
-    with kernels.use("reference"):
-        out = kernels.masked_attention(*leaves, 6, num_heads=2).sum()
-    for leaf, want in zip(leaves, torch.autograd.grad(out, leaves), strict=True):
-        found = leaf.grad if leaf.is_leaf else None
-        if found is not None:
-            torch.testing.assert_close(found, want)
+        out = kernels.masked_attention(*leaves, 8, num_heads=2)
+    found = torch.autograd.grad(out, leaves, LAYOUTS["unaligned"](torch.ones(out.shape)))
+    for got, want in zip(found, run("reference", leaves, 8, 2, torch.ones(out.shape), None)[1:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_graph_of_a_gradient_keeps_the_scores_out() -> None:
+    inputs = [None if tensor is None else tensor.requires_grad_() for tensor in make_inputs((1, 5, 16), 2, 8)]
+    scores = torch.zeros(3, 2, 8)
+    with kernels.use("triton"):
+        out = kernels.masked_attention(*inputs, 8, num_heads=2, scores=scores)
+    torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    assert bool(scores.any()) and not scores.requires_grad
 
 
 @pytest.fixture
@@ -156,8 +185,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(kernel: Any, *args: Any, **kwargs: Any) -> None:
         names.append(kernel.__name__)
         start(kernel, *args, **kwargs)
-
-    from skd_kernels.gpu import flash, weight_gradient
 
     for module in (flash, projections, weight_gradient):
         monkeypatch.setattr(module, "launch", note)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from layouts import LAYOUTS
 from mlp_checks import NAMES, Inputs, check, make_inputs, run
 
 import skd_kernels as kernels
@@ -110,20 +111,49 @@ def test_a_device_width_out_of_range_does_not_lead_out_of_the_buffers(width: int
 
 
 def test_views_and_strides() -> None:
-    """Transposed x, an expanded gradient, and weights that are parts of larger ones or transposed."""
+    """Transposed x, an expanded gradient, parts of larger or transposed weights, a column, one number repeated."""
     x, w1, b1, w2, b2 = make_inputs((9, 2, 24), 20)
-    assert x is not None and w1 is not None and w2 is not None
+    assert x is not None and w1 is not None and b1 is not None and w2 is not None and b2 is not None
     wide = torch.cat([w1, torch.full_like(w1, torch.nan)], 1)
     tall = torch.cat([w2.mT.contiguous(), torch.full_like(w2.mT, torch.nan)])
-    inputs: list[Any] = [x.transpose(0, 1), wide[:, :24], b1, tall[:20].mT, b2]
+    column = torch.stack([b1, torch.full_like(b1, torch.nan)], 1)[:, 0]
+    inputs: list[Any] = [x.transpose(0, 1), wide[:, :24], column, tall[:20].mT, b2[:1].expand(24)]
     leaves = [tensor.requires_grad_() for tensor in inputs]
     results = {}
     for name in ("triton", "reference"):
         with kernels.use(name):
-            out = kernels.masked_mlp(*leaves, 13).sum()
-        results[name] = torch.autograd.grad(out, leaves)
+            out = kernels.masked_mlp(*leaves, 13)
+        results[name] = out, *torch.autograd.grad(out.sum(), leaves)
     for found, want in zip(*results.values(), strict=True):
         torch.testing.assert_close(found, want)
+
+
+def test_operands_begin_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever they are parts of: as the kernels expect that are compiled ahead of time."""
+    leaves: list[Any] = [LAYOUTS["unaligned"](tensor).requires_grad_() for tensor in make_inputs((1, 9, 32), 48)]
+    start = launching.launch
+
+    def launch(kernel: Any, grid: Any, arguments: dict[str, Any], **settings: Any) -> None:
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        assert not [name for name, tensor in tensors.items() if name != "width" and tensor.data_ptr() % 16]
+        start(kernel, grid, arguments, **settings)
+
+    for module in (hidden, linear, weight_gradient):
+        monkeypatch.setattr(module, "launch", launch)
+    with kernels.use("triton"):
+        out = kernels.masked_mlp(*leaves, 16)
+    found = torch.autograd.grad(out, leaves, LAYOUTS["unaligned"](torch.ones(out.shape)))
+    for got, want in zip(found, run("reference", leaves, 16, torch.ones(out.shape), None)[1:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_graph_of_a_gradient_keeps_the_scores_out() -> None:
+    inputs = [None if tensor is None else tensor.requires_grad_() for tensor in make_inputs((1, 5, 16), 16)]
+    scores = torch.zeros(16)
+    with kernels.use("triton"):
+        out = kernels.masked_mlp(*inputs, 8, scores=scores)
+    torch.autograd.grad(out.sum(), inputs[:1], create_graph=True)
+    assert bool(scores.any()) and not scores.requires_grad
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import skd_kernels as kernels
+from skd_kernels._dispatch import TensorSpec
+from skd_kernels.gpu import entry
 
 SHAPES = ((2, 5, 12), (20, 12), (20,), (12, 20), (12,))
 
@@ -45,6 +47,17 @@ def test_a_device_width_is_not_read_by_the_host() -> None:
     explanation = kernels.explain("masked_mlp", *SHAPES, width, device="meta")
     assert explanation.chosen == "reference"
     assert "stall the host" in explanation.refused["slices"]
+
+
+def test_old_gpus_are_refused_by_name_also_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "_capability", torch.compiler.assume_constant_result(lambda: (7, 5)))
+
+    def reason(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return x + 1, entry.refuses_triton(TensorSpec((1, 2, 4), torch.float16, "cuda"))
+
+    expected = "it needs compute capability 8.0; the device has 7.5"
+    for function in (reason, torch.compile(reason, backend="eager", fullgraph=True)):
+        assert function(torch.zeros(1))[1] == expected
 
 
 def test_explain_rejects_what_it_does_not_know() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skd_kernels.gpu.buffers import uninitialised
+from skd_kernels.gpu.buffers import contiguous, uninitialised
 
 LARGEST_HEAD = 128  # coordinates; more would not fit the registers of one program
 LARGEST_PACKED = 2**20 - 256  # columns of q, k and v side by side, see projections.head_of
@@ -46,7 +46,8 @@ def attention_forward(
 
     head_dim = w_proj.shape[1] // num_heads
     out, qkv, o, logsumexp, transposed = _outputs(x, w_proj, num_heads)
-    rows, w_qkv, w_proj = (tensor.contiguous() for tensor in (x.reshape(-1, x.shape[-1]), w_qkv, w_proj))
+    rows, w_qkv, w_proj = (contiguous(tensor) for tensor in (x.reshape(-1, x.shape[-1]), w_qkv, w_proj))
+    b_qkv, b_proj = (None if bias is None else contiguous(bias) for bias in (b_qkv, b_proj))
     transpose_weight(w_proj, transposed, width, num_heads)
     project(True, rows, w_qkv, b_qkv, qkv, width, head_dim)
     attend(qkv, o, logsumexp, width, head_dim, scale)
@@ -110,7 +111,7 @@ def attention_backward(
     head_dim = inner // num_heads
     results = _gradients(x, w_qkv, transposed, needs)
     dx, dw_qkv, db_qkv, dw_proj, db_proj, scores = results
-    rows, drows = (tensor.reshape(-1, channels).contiguous() for tensor in (x, dout))
+    rows, drows = (contiguous(tensor.reshape(-1, channels)) for tensor in (x, dout))
     if needs[3]:
         differentiate_weight(o, drows, dw_proj, width, num_heads, transposed=True)
     if needs[4]:
@@ -127,7 +128,7 @@ def attention_backward(
         if needs[1]:
             differentiate_weight(dqkv, rows, dw_qkv, width, 3 * num_heads, transposed=False)
         if needs[0]:
-            project(False, dqkv, w_qkv.contiguous(), None, dx.view(rows.shape), width, head_dim)
+            project(False, dqkv, contiguous(w_qkv), None, dx.view(rows.shape), width, head_dim)
     return results
 
 
@@ -182,7 +183,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     needs = [*needed[:5], with_scores]
     *gradients, added = attention_backward(dout, *ctx.saved_tensors, ctx.scale, needs)
     if with_scores:
-        scores.add_(added.view(scores.shape))
+        scores.add_(added.detach().view(scores.shape))
     return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *(None,) * 4)
 
 

@@ -27,6 +27,19 @@ def uninitialised(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = N
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as (rows, last dimension), contiguous along the last: a view where there is one."""
+    """`tensor` as (rows, last dimension), contiguous along the last, from a multiple of 16 bytes on.
+
+    A view where there is one. Parts of other tensors begin anywhere: kernels for those would be other ones than are
+    compiled ahead of time, with more pointers than there are registers.
+    """
     flat = tensor.reshape(-1, tensor.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    return flat if flat.stride(-1) == 1 and flat.data_ptr() % 16 == 0 else _copied(flat)
+
+
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without gaps, from a multiple of 16 bytes on, for the reason above: itself, or a copy."""
+    return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else _copied(tensor)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -29,14 +29,18 @@ def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
             return "kernels are interpreted only where use('triton') asks for it"
     elif x.device != "cuda":
         return f"there is no kernel for {x.device}"
-    elif not torch.compiler.is_compiling() and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if capability < (8, 0):
-            return f"it needs compute capability 8.0; the device has {capability[0]}.{capability[1]}"
+    elif (capability := _capability()) < (8, 0):
+        return f"it needs compute capability 8.0; the device has {capability[0]}.{capability[1]}"
     for tensor in parameters:
         if tensor is not None and math.prod(tensor.shape) > LARGEST_WEIGHT:
             return f"a weight of shape {tensor.shape} has 2^31 elements or more"
     return refuses_tensors(DTYPES, x, *parameters)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability() -> tuple[int, int]:
+    """Of the current device; where there is none nothing runs, and `explain` answers as for one that will do."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
 
 
 def refuses_tensors(dtypes: tuple[torch.dtype, ...], *tensors: TensorSpec | None) -> str | None:

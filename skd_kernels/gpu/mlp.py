@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skd_kernels.gpu.buffers import as_rows, padded, uninitialised
+from skd_kernels.gpu.buffers import as_rows, contiguous, padded, uninitialised
 
 
 @torch.library.custom_op("skd_kernels::masked_mlp_triton", mutates_args=())
@@ -43,6 +43,7 @@ def mlp_forward(
     from skd_kernels.gpu.linear import output
 
     y, h, z = _outputs(x, w2, gated, save)
+    b1, b2 = (None if bias is None else contiguous(bias) for bias in (b1, b2))
     hidden_features(as_rows(x), as_rows(w1), b1, width, h, z if save else None, act, gated)
     output(h, as_rows(w2), b2, width, as_rows(y))
     return y, h, z
@@ -167,7 +168,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     with_scores = ctx.scores is not None and any(needed[:3])
     *gradients, added = mlp_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gated, [*needed, with_scores])
     if with_scores:
-        ctx.scores.add_(added)
+        ctx.scores.add_(added.detach())
     return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *(None,) * 5)
 
 

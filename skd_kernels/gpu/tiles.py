@@ -50,7 +50,10 @@ class Config:
 
 
 def precision() -> str:
-    """float32 products stay float32 unless PyTorch's own switch, in its old form or its new, allows TF32."""
+    """float32 products stay float32 unless PyTorch's own switch, in its old form or its new, allows TF32.
+
+    Then the tensor cores read the operands as they lie in memory: the last 13 bits are cut off, not rounded.
+    """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
