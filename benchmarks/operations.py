@@ -102,9 +102,11 @@ OPERATIONS = {
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str, total_bytes: int = 256 << 20) -> list[Pair]:
     """Pairs (x, grad) to be used in turn: together larger than any cache. Equal values, own memory."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator) + 0.5 * torch.randn(shape[1:], generator=generator)
-    grad = 1e-2 * torch.randn(shape, generator=generator)
-    pair = x.to(device, dtype), grad.to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(shape: Shape) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    pair = (randn(shape) + 0.5 * randn(shape[1:])).to(dtype), (1e-2 * randn(shape)).to(dtype)
     copies = total_bytes // max(1, 2 * pair[0].nbytes)
     return [pair, *((pair[0].clone(), pair[1].clone()) for _ in range(min(max(copies, 2), 32) - 1))]

@@ -78,7 +78,8 @@ def masked_table(layers: list[dict[str, Any]]) -> list[str]:
 
 def step_table(rows: list[dict[str, Any]]) -> list[str]:
     """One training step: milliseconds of each contender, and how much longer the others take than ours."""
-    ours, *others = rows[0]["median_ms"]
+    ours = next(iter(rows[0]["median_ms"]))
+    others = list(dict.fromkeys(name for info in rows for name in info["median_ms"] if name != ours))
     columns = ["DeiT", "MACs", f"{ours}, ms", "TFLOP/s", "% of matmul", *others]
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     for info in rows:
@@ -89,15 +90,18 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
             three_digits(info["median_ms"][ours]),
             f"{info['tflops'][ours]:.3g}",
         ]
-        cells += [f"{info['percent_of_matmul'][ours]:.0f}", *(f"{info['ratio'][name]:.2f}x" for name in others)]
+        cells += [f"{info['percent_of_matmul'][ours]:.0f}"]
+        cells += [f"{info['ratio'][name]:.2f}x" if name in info["ratio"] else "" for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     last = rows[-1]
+    failed = {f"{name} failed: {reason}." for info in rows for name, reason in info.get("failed", {}).items()}
     notes = [host(info) for info in rows if "host_ms" in info]
     if last["compilations"]:
         counts = ", ".join(f"{name} {count}" for name, count in last["compilations"].items())
         notes.append(
             f"Compilations: {counts}. Peak MB: {last['peak_mb']}. Seconds to warm up: {last['warm_up_seconds']}."
         )
+    notes += sorted(failed)
     return [*lines, "", *notes] if notes else lines
 
 

@@ -33,6 +33,7 @@ def threads(request: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(benchmark: Any, device: str, name: str, model: str, dtype: str, batch: int, threads: Any) -> None:
     operation = OPERATIONS[name]
-    found = measure(operation, operation.shape(model, batch), getattr(torch, dtype), device)
+    budget = 0.5 if DEVICE == "cuda" else 2.0
+    found = measure(operation, operation.shape(model, batch), getattr(torch, dtype), device, budget=budget)
     benchmark.extra_info.update(model=model, batch=batch, threads=threads, **found.extra_info())
     record(benchmark, found.calls["ours"], rounds=5)

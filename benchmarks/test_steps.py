@@ -31,25 +31,40 @@ TOLERANCE = 0.1 if GPU else 1e-3
 
 
 class Steps:
-    """All contenders of one model, built once, with what building and warming up took."""
+    """All contenders of one model, built once, with what building and warming up took.
+
+    Attributes:
+        failed: why a contender takes no part; the others do.
+    """
 
     def __init__(self, model: str) -> None:
         torch.compiler.reset()
         batch = steps.images_and_labels(BATCH, DEVICE)
+        exact = steps.exact_gradient(model, batch, 0)
         self.all: dict[str, steps.Step] = {}
+        self.failed: dict[str, str] = {}
         self.memory: dict[str, float] = {}
         self.warm_up: dict[str, float] = {}
         for name in steps.names(DEVICE):
-            before = torch.cuda.memory_allocated() if GPU else 0
-            if GPU:
-                torch.cuda.reset_peak_memory_stats()
-            self.all[name] = steps.make(name, model, batch, DEVICE)
-            self.errors = steps.check({name: self.all[name]}, model, 0, TOLERANCE)
-            self.warm_up[name] = self._warm(self.all[name])
-            if GPU:
-                self.memory[name] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
+            try:
+                self._add(name, model, batch, exact)
+            except Exception as error:  # of a compiler, or of the device
+                self.failed[name] = f"{type(error).__name__}: {error}"[:500]
+        if not self.all:
+            raise RuntimeError(f"no contender takes a step: {self.failed}")
         self.supernet = next(iter(self.all.values())).reference
         self.supernet.dropout_list = dropout_list(self.supernet)
+
+    def _add(self, name: str, model: str, batch: Any, exact: torch.Tensor) -> None:
+        before = torch.cuda.memory_allocated() if GPU else 0
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        step = steps.make(name, model, batch, DEVICE)
+        steps.check(step, exact, 0, TOLERANCE)
+        self.warm_up[name] = self._warm(step)
+        if GPU:
+            self.memory[name] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
+        self.all[name] = step
 
     def _warm(self, step: steps.Step) -> float:
         """Seconds that the first calls take beyond as many later ones: compilation, capture, tuning."""
@@ -100,6 +115,7 @@ class Steps:
             "peak_mb": self.memory,
             "warm_up_seconds": self.warm_up,
             "compilations": {name: found.compilations for name, found in compiled.items()},
+            "failed": self.failed,
             "recompile_limit_reached": {name: found.limited for name, found in compiled.items()},
         }
 
@@ -109,6 +125,7 @@ def model(request: Any) -> Any:
     """(name, its contenders), one model at a time."""
     found = Steps(request.param)
     yield request.param, found
+    assert not found.failed, found.failed
     found.all.clear()
     gc.collect()
     if GPU:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from helpers import random_batches, tiny_vit
 
 import skd
 
+# PyTorch reads it once: without it cuBLAS refuses torch.use_deterministic_algorithms(True).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # For `benchmarks`. Last, so that the installed skd is the one tested, and not the checkout beside it.
 sys.path.append(str(Path(__file__).parent.parent))
 

@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def pair(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Features around a mean of 0.5 and small gradients."""
     generator = torch.Generator().manual_seed(seed)
-    x, grad = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    x, grad = torch.randn(2, *shape, generator=generator)
     return (x + 0.5).to(dtype), (grad * 1e-3).to(dtype)
 
 

@@ -1,94 +1,16 @@
-"""`StepGraph` without a GPU: a "capture" keeps the function, a "replay" calls it, and no value may be looked at."""
-
-import contextlib
+"""`StepGraph` without a GPU, by fake_graphs.py."""
 
 import pytest
 import torch
+from fake_graphs import FakeGraphs, NoLooks
 from helpers import QUIET, assert_close, digit_data, digit_net, nested, run_training, training_config, weights
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import skd_kernels
-from skd.training import graph, trainer
-from skd.training.graph import WARMUP, StepGraph, refusal
+from skd.training.graph import WARMUP, refusal
 from skd.training.screen import Screen
 from skd.training.trainer import Trainer
 
 SETTINGS = {"model_ema": True, "model_ema_warmup": False, "model_ema_decay": 0.9, "drop_path": 0.3, "opt": "adamw"}
-ON_THE_HOST = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
-
-
-class NoLooks(TorchDispatchMode):
-    """Inside of it nothing may read a tensor's value, or make a tensor of values that the host has now."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        assert name not in ON_THE_HOST, f"{name} reads the device"
-        assert name not in ("aten::lift_fresh", "aten::rand", "aten::randn"), f"{name} would be recorded once"
-        return func(*args, **kwargs or {})
-
-
-class FakeGraphs:
-    """What `StepGraph` uses of torch.cuda; a graph's replay calls the step that was captured."""
-
-    def __init__(self, monkeypatch):
-        self.captures = self.replays = self.released = 0
-        self.capturing = None
-        self.error = None
-        outer = self
-
-        class Stream:
-            def __init__(self, device=None):
-                pass
-
-            def wait_stream(self, other):
-                pass
-
-        class CUDAGraph:
-            def replay(self):
-                outer.replays += 1
-                outer.step()
-
-            def reset(self):
-                outer.released += 1
-
-        for name, value in {
-            "Stream": Stream,
-            "CUDAGraph": CUDAGraph,
-            "current_stream": Stream,
-            "stream": lambda stream: contextlib.nullcontext(),
-            "device": lambda device: contextlib.nullcontext(),
-            "graph": self.graph,
-            "synchronize": lambda device: None,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        step = StepGraph._step
-
-        def spy(own):
-            if self.capturing is None:
-                return step(own)
-            if self.error is not None:
-                raise self.error
-            table = own.trainer.supernet.width_table
-
-            def replayed():
-                assert own.trainer.supernet.width_table is table, "the graph reads the table it was captured with"
-                with skd_kernels.use("reference"), NoLooks():
-                    step(own)
-
-            self.step = replayed
-
-        monkeypatch.setattr(StepGraph, "_step", spy)
-        monkeypatch.setattr(graph, "refusal", lambda trainer: None)
-        monkeypatch.setattr(trainer, "refusal", lambda trainer: None)
-
-    @contextlib.contextmanager
-    def graph(self, graph, stream, capture_error_mode):
-        self.captures += 1
-        self.capturing = graph
-        try:
-            yield
-        finally:
-            self.capturing = None
 
 
 @pytest.fixture
@@ -152,6 +74,17 @@ def test_a_failed_capture_goes_on_one_by_one(graphs):
         assert_same(trained(True), eager)
     assert len([w for w in caught if "the capture failed" in str(w.message)]) == 1
     assert graphs.replays == 0
+
+
+def test_what_is_captured_is_the_compiled_network(graphs, monkeypatch):
+    calls = []
+
+    def compiled(net):
+        return lambda *arguments, **named: calls.append(None) or net(*arguments, **named)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    *_, steps = trained(True, torchcompile=True)
+    assert graphs.replays > 5 and len(calls) == steps
 
 
 def test_another_shape_is_refused(graphs):

@@ -63,7 +63,10 @@ class TrainConfig:
     channels_last: bool = _option(False, "give the patch embedding its images in channels-last memory layout")
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     torchcompile: bool = _option(False, "compile the network with torch.compile, once for all sub-networks")
-    cuda_graph: bool = _option(False, "replay each step as one CUDA graph; falls back, saying why, where it cannot")
+    cuda_graph: bool = _option(
+        False,
+        "replay each step as one CUDA graph; wants no model_ema_warmup; falls back, saying why, where it cannot",
+    )
 
     # Regularisation
     drop_path: float = _option(0.1, "rate of stochastic depth in the last block, rising linearly (paper: 0.1)")

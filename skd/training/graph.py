@@ -32,13 +32,21 @@ def refusal(trainer: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _first(error: BaseException) -> BaseException:
+    """What began it: the end of a capture fails too, and says less."""
+    return error if error.__context__ is None else _first(error.__context__)
+
+
 def _has_bfloat16(module: torch.nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
 
 
 @torch.no_grad()
 def average_gradients(network: torch.nn.Module, group: Any) -> None:
-    """The mean over the ranks, in one collective: DistributedDataParallel's own begin outside of a graph."""
+    """The mean over the ranks, in one collective.
+
+    DistributedDataParallel's own cannot be captured: it ties every parameter to the stream on which it was made.
+    """
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat, group=group)
@@ -61,7 +69,7 @@ class StepGraph:
         self.reads: tuple[Any, Any] = (None, None)  # table of widths and buffers of scores, as the graph has them
         self.failed = False
         self.inputs: dict[str, torch.Tensor] = {}
-        self.loss = torch.zeros((), device=trainer.device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
         self.stream = torch.cuda.Stream(trainer.device)
         self.rates = [torch.tensor(float(group["lr"]), device=trainer.device) for group in self._groups()]
         for group in self._groups():
@@ -137,13 +145,17 @@ class StepGraph:
         try:
             # On the stream of the first steps, where the libraries have their workspaces. A loader's thread that
             # pins memory must not end the capture: hence not the mode "global".
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            # The outer stream is the present one: PyTorch 2.11 does not come back to it from a capture that failed.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 self._step()
         except RuntimeError as error:
             self.trainer.optimizer.zero_grad(set_to_none=True)
             self.failed = True
-            first = str(error).partition("\n")[0]
-            warnings.warn(f"cuda_graph: the steps run one by one, because the capture failed: {first}", stacklevel=2)
+            reason = str(_first(error)).partition("\n")[0]
+            warnings.warn(f"cuda_graph: the steps run one by one, because the capture failed: {reason}", stacklevel=2)
         else:
             self.graph = graph
 
@@ -161,7 +173,7 @@ class StepGraph:
         dtype = trainer.amp_dtype
         # A cache of casts would be filled outside of the graph and read inside of it.
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
-            logits = trainer.supernet(inputs["images"], entry=inputs["entry"])
+            logits = trainer.network(inputs["images"], entry=inputs["entry"])
             loss = trainer.mixing.loss(logits, inputs["targets"])
         loss.backward()
         if trainer.group is not None:

@@ -23,7 +23,9 @@ def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor |
     images = sum(len(part) for part, _ in parts)
     loss, done = torch.zeros((), dtype=torch.float64, device=trainer.device), 0
     # Compiled, the entry is read on the device: as an int each would be compiled anew.
-    chosen = torch.tensor(entry, device=trainer.device) if trainer.config.torchcompile else entry
+    chosen: Any = entry
+    if trainer.config.torchcompile:
+        chosen = torch.full((), int(entry), dtype=torch.int64, device=trainer.device)  # a copy would wait for the GPU
     for number, (part, labels) in enumerate(parts, start=1):
         if masks is not None:
             trainer.paths.set(masks[:, done : done + len(part)])
@@ -43,9 +45,10 @@ def _update(trainer: Any) -> None:
     if trainer.config.clip_grad is not None:
         trainer.scaler.unscale_(trainer.optimizer)
         clip_grad_norm_(trainer.supernet.parameters(), trainer.config.clip_grad)
-    scaled, scale = trainer.scaler.is_enabled(), trainer.scaler.get_scale()
+    scaled = trainer.scaler.is_enabled()
     if trainer.decay is not None and not scaled:
         trainer.decay.apply(trainer.optimizer.param_groups[0]["lr"])
+    scale = trainer.scaler.get_scale() if trainer.decay is not None else 1.0  # the host waits for it
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     # float16: a scale that went down means that the gradients had overflowed and the step was left out.

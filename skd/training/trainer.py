@@ -21,7 +21,18 @@ from skd.extract import extract
 from skd.files import load, save
 from skd.outputs import replacing
 from skd.planning import propose
-from skd.ranks import StopAll, check_same, everyone, in_step, largest, others_alive, rank_of, size_of, together
+from skd.ranks import (
+    StopAll,
+    check_same,
+    everyone,
+    in_step,
+    largest,
+    others_alive,
+    rank_of,
+    size_of,
+    spread,
+    together,
+)
 from skd.supernet import SuperNet
 from skd.taps import checked_batch
 from skd.training import checkpoints
@@ -49,7 +60,8 @@ class Trainer:
         step: optimizer steps done in all.
         plain: the network is a plain model in a super-network's clothes, and is saved as a plain model.
         grown: the dropout list has been grown for this epoch.
-        network: what is called to train: the super-network, on several ranks wrapped in DistributedDataParallel.
+        network: what is called to train: the super-network, compiled where asked for, and on several ranks wrapped
+            in DistributedDataParallel, unless a CUDA graph averages the gradients.
     """
 
     def __init__(
@@ -87,7 +99,14 @@ class Trainer:
                 "without it, a small one takes less time",
                 stacklevel=4,
             )
-        if group is not None:
+        self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
+        reason = refusal(self) if config.cuda_graph else None
+        if reason is not None:
+            warnings.warn(f"cuda_graph: the steps run one by one, because {reason}", stacklevel=4)
+        replayed = config.cuda_graph and reason is None
+        if group is not None and replayed:
+            spread(supernet, group)
+        elif group is not None:
             self.network = distributed(self.network, supernet, group)
         self.cold = config.torchcompile  # the next step waits for the compiler
         # Before stochastic depth is put in: the average is a super-network as convert made it.
@@ -100,20 +119,13 @@ class Trainer:
         if isinstance(train_loader, Sized):
             self.steps_per_epoch = len(train_loader) // config.grad_accum_steps
         self.scheduler = make_scheduler(self.optimizer, config, self.steps_per_epoch)
-        self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.online: OnlineImportance | None = None
         if config.importance == "online" and config.growing_epochs > 1:
             if self.amp_dtype == torch.float16:
                 raise ValueError("importance is 'online'; float16's changing loss scale would be in the scores")
             self.online = OnlineImportance(supernet, group)
-        self.graph: StepGraph | None = None
-        if config.cuda_graph:
-            reason = refusal(self)
-            if reason is not None:
-                warnings.warn(f"cuda_graph: the steps run one by one, because {reason}", stacklevel=4)
-            else:
-                self.graph = StepGraph(self)
+        self.graph = StepGraph(self) if replayed else None
 
     @property
     def averaged(self) -> SuperNet:
@@ -318,7 +330,7 @@ class Trainer:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _after_step(self, bar: Any) -> None:
