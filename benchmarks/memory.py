@@ -16,6 +16,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -72,10 +73,11 @@ def peak_of_call(call: Callable[[], object], device: str) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    events = sorted(
-        (event for event in profiled.events() if event.name == "[memory]"), key=lambda e: e.time_range.start
-    )
-    held = accumulate(event.cpu_memory_usage for event in events)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    held = accumulate(event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
     return round(max(held, default=0) / 1e6, 1)
 
 

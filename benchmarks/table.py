@@ -97,18 +97,22 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
     failed = {f"{name} failed: {reason}." for info in rows for name, reason in info.get("failed", {}).items()}
     notes = [host(info) for info in rows if "host_ms" in info]
     if last["compilations"]:
-        counts = ", ".join(f"{name} {count}" for name, count in last["compilations"].items())
         notes.append(
-            f"Compilations: {counts}. Peak MB: {last['peak_mb']}. Seconds to warm up: {last['warm_up_seconds']}."
+            f"Compilations: {listed(last['compilations'])}. Seconds to warm up: {listed(last['warm_up_seconds'])}."
         )
+    if last.get("peak_mb"):
+        notes.append(f"Peak MB: {listed(last['peak_mb'])}.")
     notes += sorted(failed)
     return [*lines, "", *notes] if notes else lines
 
 
+def listed(values: dict[str, float]) -> str:
+    return "; ".join(f"{name}: {three_digits(value)}" for name, value in values.items())
+
+
 def host(info: dict[str, Any]) -> str:
     """One line on how long a step of each contender keeps the host."""
-    times = "; ".join(f"{name}: {three_digits(value)}" for name, value in info["host_ms"].items())
-    return f"Milliseconds of the host at {100 * info['macs_fraction']:.0f} % of the MACs: {times}."
+    return f"Milliseconds of the host at {100 * info['macs_fraction']:.0f} % of the MACs: {listed(info['host_ms'])}."
 
 
 def pass_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from benchmarks import ceilings, steps
 from benchmarks.conftest import DEVICE
 from benchmarks.networks import dropout_list, entry_at, spread
-from benchmarks.timing import record, side_by_side, synchronize
+from benchmarks.timing import record, side_by_side, synchronize, warm_up
 
 GPU = DEVICE == "cuda"
 MODELS, BATCH = (("tiny", "small", "base"), 128) if GPU else (("tiny",), 16)
@@ -60,8 +60,8 @@ class Steps:
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         step = steps.make(name, model, batch, DEVICE)
-        steps.check(step, exact, 0, TOLERANCE)
-        self.warm_up[name] = self._warm(step)
+        compiling = warm_up(lambda: steps.check(step, exact, 0, TOLERANCE))
+        self.warm_up[name] = round(compiling + self._warm(step), 2)
         if GPU:
             self.memory[name] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
         self.all[name] = step
@@ -75,7 +75,7 @@ class Steps:
         first, start = time.perf_counter() - start, time.perf_counter()
         step(0)
         synchronize()
-        return round(max(first - WARM_UP * (time.perf_counter() - start), 0.0), 2)
+        return max(first - WARM_UP * (time.perf_counter() - start), 0.0)
 
     def calls(self, entry: int) -> dict[str, Callable[[], object]]:
         return {name: (lambda step=step: step(entry)) for name, step in self.all.items()}  # type: ignore[misc]

@@ -34,10 +34,10 @@ def side_by_side(
     for call in contenders.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order, shuffle = list(contenders.items()), random.Random(0).shuffle
+    order = list(contenders.items())
     start, turn = time.perf_counter(), 0
     while turn < rounds or (turn < MOST_ROUNDS and time.perf_counter() - start < budget):
-        shuffle(order)
+        random.shuffle(order)
         for name, call in order:
             seconds[name].append(clock(call))
         turn += 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import compare, fashion_mnist, op, published, runs, steps, table, test_steps
+from benchmarks import compare, fashion_mnist, memory, op, published, runs, steps, table, test_steps
 from benchmarks import input as input_pipeline
 from benchmarks.masked import MASKED, Case
 from benchmarks.measure import check
@@ -192,6 +192,17 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     lines = table.step_table([info, info | {"median_ms": {"slices": 2.0}, "ratio": {}}])
     assert lines[2].endswith("| 2.00x |") and lines[3].endswith("|  |")
     assert lines[-1] == "ours failed: RuntimeError: no compiler."
+
+
+def test_the_peak_memory_of_a_call() -> None:
+    """What was there before does not count, nor what is released before more is taken."""
+    x = torch.ones(1_000_000)
+
+    def call() -> None:
+        (x + 1) + 1  # 4 MB twice, then one of them is free
+        x.double()  # 8 MB
+
+    assert memory.peak_of_call(call, "cpu") == 8.0
 
 
 def test_readme_table_is_fresh() -> None:
