@@ -24,7 +24,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def medians(run: dict[str, Any]) -> dict[str, float]:
     """Median seconds of what each benchmark times (ours), by its name; taken side by side where it was."""
-    return {entry["name"]: median(entry) for entry in run["benchmarks"]}
+    return {name_of(entry): median(entry) for entry in run["benchmarks"]}
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    """With the contender that stands for ours, where another one may: where it failed, times are not comparable."""
+    contender = entry.get("extra_info", {}).get("contender")
+    return str(entry["name"]) + (f": {contender}" if contender else "")
 
 
 def median(entry: dict[str, Any]) -> float:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from benchmarks.operations import COMPILED
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 OTHERS = ("eager", "blocked", "torch.compile", "published")
@@ -71,7 +70,7 @@ def masked_table(layers: list[dict[str, Any]]) -> list[str]:
             three_digits(peak["ours"]),
             three_digits(peak["published"]),
         ]
-        cells += [str(info["compilations"]), f"{compiling['ours']:.1f} / {compiling[COMPILED]:.1f}"]
+        cells += [str(info["compilations"]), f"{compiling['ours']:.1f} / {compiling['torch.compile']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -87,10 +86,9 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [
             info["step"].capitalize(),
             share,
-            three_digits(info["median_ms"][ours]),
-            f"{info['tflops'][ours]:.3g}",
+            *(three_digits(info[key][ours]) if ours in info[key] else "" for key in ("median_ms", "tflops")),
+            f"{info['percent_of_matmul'][ours]:.0f}" if ours in info["percent_of_matmul"] else "",
         ]
-        cells += [f"{info['percent_of_matmul'][ours]:.0f}"]
         cells += [f"{info['ratio'][name]:.2f}x" if name in info["ratio"] else "" for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     last = rows[-1]
@@ -100,7 +98,7 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
         notes.append(
             f"Compilations: {listed(last['compilations'])}. Seconds to warm up: {listed(last['warm_up_seconds'])}."
         )
-    if last.get("peak_mb"):
+    if last["peak_mb"]:
         notes.append(f"Peak MB: {listed(last['peak_mb'])}.")
     notes += sorted(failed)
     return [*lines, "", *notes] if notes else lines

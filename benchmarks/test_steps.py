@@ -49,7 +49,7 @@ class Steps:
             try:
                 self._add(name, model, batch, exact)
             except Exception as error:  # of a compiler, or of the device
-                self.failed[name] = f"{type(error).__name__}: {error}"[:500]
+                self.failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         if not self.all:
             raise RuntimeError(f"no contender takes a step: {self.failed}")
         self.supernet = next(iter(self.all.values())).reference
@@ -104,6 +104,7 @@ class Steps:
         compiled = {name: step.compiled for name, step in self.all.items() if step.compiled is not None}
         return {
             "step": model,
+            "contender": ours,
             "batch": BATCH,
             "dtype": "bfloat16" if GPU else "float32",
             "threads": "gpu" if GPU else torch.get_num_threads(),
@@ -125,11 +126,11 @@ def model(request: Any) -> Any:
     """(name, its contenders), one model at a time."""
     found = Steps(request.param)
     yield request.param, found
-    assert not found.failed, found.failed
     found.all.clear()
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
+    assert not found.failed, found.failed
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)

@@ -37,7 +37,7 @@ def side_by_side(
     order = list(contenders.items())
     start, turn = time.perf_counter(), 0
     while turn < rounds or (turn < MOST_ROUNDS and time.perf_counter() - start < budget):
-        random.shuffle(order)
+        random.shuffle(order)  # another one in each run: an order that is always the same favours the same
         for name, call in order:
             seconds[name].append(clock(call))
         turn += 1
@@ -59,7 +59,10 @@ def wall(call: Call) -> float:
 
 
 def on_device(call: Call) -> float:
-    """Seconds on the current CUDA device. The host queues the work while the device is kept busy: no gaps."""
+    """Seconds on the current CUDA device. The host queues the work while the device is kept busy: no gaps.
+
+    Where launches take longer than that, or wait for the device, the rest of the host's time is in it too.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(QUEUE_CYCLES)
     start.record()

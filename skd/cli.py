@@ -90,13 +90,15 @@ def _check_files(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         output_file(arguments.json, "--json")
     files = _files(arguments)
-    of_a_run = [os.path.join(files.get("out", ""), name) for name in _FILES_OF_A_RUN]
+    folder = files.get("out")
+    of_a_run = [] if folder is None else [os.path.realpath(os.path.join(folder, name)) for name in _FILES_OF_A_RUN]
     if files.get("json") in of_a_run:
         raise ValueError(f"--json is {arguments.json!r}, a file of --out; it would be lost")
     for output, other in product(("json", "out"), files):
         in_place = (arguments.command, output, other) == ("plan", "out", "supernet")
         if output != other and files.get(output) == files[other] and not in_place:
-            raise ValueError(f"--{output} and --{other} are the same file, {files[other]!r}; it would be lost")
+            given = getattr(arguments, other)
+            raise ValueError(f"--{output} and --{other} are the same file, {given!r}; it would be lost")
 
 
 def _files(arguments: argparse.Namespace) -> dict[str, str]:

@@ -56,7 +56,7 @@ def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> Non
             rebuilt from timm's constructor arguments.
         OSError: the file cannot be written (a full disk, no permission).
     """
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path))  # of a link: what it leads to
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# What `replacing` and `skd.save` call a file until it is whole.
-_TEMPORARY = re.compile(r"\.[\w-]+(\.safetensors)?\.\d+\.(safetensors|jsonl?|tmp|md|png)")
+# What `replacing` calls a file until it is whole.
+_TEMPORARY = re.compile(r"\.[\w-]+\.\d+\.(safetensors|jsonl?|md|png)")
 
 
 def remove_leftovers(*folders: Path) -> None:

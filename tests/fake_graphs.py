@@ -82,5 +82,7 @@ class FakeGraphs:
         self.capturing = graph
         try:
             yield
+        except RuntimeError:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
         finally:
             self.capturing = None

@@ -169,7 +169,7 @@ def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
 def test_the_table_of_steps_tells_the_host_time_where_it_was_taken() -> None:
     info = {"step": "tiny", "fraction": 0.5, "macs_fraction": 0.498, "compilations": {}, "tflops": {"ours": 1.0}}
     info |= {"median_ms": {"ours": 2.0, "ours, scores": 2.1}, "ratio": {"ours, scores": 1.05}}
-    info |= {"percent_of_matmul": {"ours": 50.0}}
+    info |= {"percent_of_matmul": {"ours": 50.0}, "peak_mb": {}}
     lines = table.step_table([info, info | {"host_ms": {"ours": 0.3, "ours, scores": 0.31}}])
     assert lines[2] == lines[3] == "| Tiny | 50 % | 2 | 1 | 50 | 1.05x |"
     assert lines[4:] == ["", "Milliseconds of the host at 50 % of the MACs: ours: 0.3; ours, scores: 0.31."]

@@ -126,3 +126,12 @@ def test_mistakes(
 def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(*argv) == 2
     assert "usage: skd" in capsys.readouterr().err
+
+
+def test_a_link_does_not_hide_that_two_files_are_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "curve.png").symlink_to(tmp_path / "kept.json")
+    for name in ("kept.json", "run/curve.png"):
+        argv = ["demo", "--out", str(tmp_path / "run"), "--json", str(tmp_path / name)]
+        assert main(argv) == 2
+        assert f"--json is {str(tmp_path / name)!r}, a file of --out" in capsys.readouterr().err

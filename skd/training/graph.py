@@ -32,11 +32,6 @@ def refusal(trainer: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _first(error: BaseException) -> BaseException:
-    """What began it: the end of a capture fails too, and says less."""
-    return error if error.__context__ is None else _first(error.__context__)
-
-
 def _has_bfloat16(module: torch.nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
 
@@ -45,7 +40,7 @@ def _has_bfloat16(module: torch.nn.Module) -> bool:
 def average_gradients(network: torch.nn.Module, group: Any) -> None:
     """The mean over the ranks, in one collective.
 
-    DistributedDataParallel's own cannot be captured: it ties every parameter to the stream on which it was made.
+    DistributedDataParallel ties every parameter to the stream on which it is made, which is not that of the capture.
     """
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -141,7 +136,7 @@ class StepGraph:
 
     def _capture(self) -> None:
         """Record a step, without taking it. Where that fails, steps run one by one from now on."""
-        graph = torch.cuda.CUDAGraph()
+        graph, cause = torch.cuda.CUDAGraph(), None
         try:
             # On the stream of the first steps, where the libraries have their workspaces. A loader's thread that
             # pins memory must not end the capture: hence not the mode "global".
@@ -150,11 +145,15 @@ class StepGraph:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
-                self._step()
+                try:
+                    self._step()
+                except RuntimeError as error:
+                    cause = error  # the end of the capture will fail too, and say less
+                    raise
         except RuntimeError as error:
             self.trainer.optimizer.zero_grad(set_to_none=True)
             self.failed = True
-            reason = str(_first(error)).partition("\n")[0]
+            reason = str(cause or error).partition("\n")[0]
             warnings.warn(f"cuda_graph: the steps run one by one, because the capture failed: {reason}", stacklevel=2)
         else:
             self.graph = graph

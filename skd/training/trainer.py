@@ -97,14 +97,16 @@ class Trainer:
             warnings.warn(
                 "torchcompile: on a CPU a compiled step does the work of the full network, whatever the sub-network; "
                 "without it, a small one takes less time",
-                stacklevel=4,
+                stacklevel=3,
             )
         self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
         reason = refusal(self) if config.cuda_graph else None
         if reason is not None:
-            warnings.warn(f"cuda_graph: the steps run one by one, because {reason}", stacklevel=4)
+            warnings.warn(f"cuda_graph: the steps run one by one, because {reason}", stacklevel=3)
         replayed = config.cuda_graph and reason is None
         if group is not None and replayed:
+            shapes = {name: tuple(tensor.shape) for name, tensor in supernet.state_dict().items()}
+            check_same(shapes, "the shape of the network", group)
             spread(supernet, group)
         elif group is not None:
             self.network = distributed(self.network, supernet, group)
