@@ -12,7 +12,7 @@ from skd.training.trainer import by_hand
 
 def test_a_cpu_is_warned() -> None:
     """Widths are tensors inside the graph, which the reference masks: nothing gets smaller."""
-    with pytest.warns(UserWarning, match="torchcompile: on a CPU a compiled step does the work of the full network"):
+    with pytest.warns(UserWarning, match="torchcompile: on a CPU each compiled step does the full network's work"):
         by_hand(digit_net(), training_config(torchcompile=True))
 
 

@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import skd
 from skd.training import checkpoints
 from skd.training.graph import average_gradients
+from skd.training.parallel import on_ranks
 
 LOADERS = ("train_loader", "val_loader", "calibration")
 CHANGES: dict[str, dict[str, Any]] = {
@@ -111,6 +112,7 @@ def run_ranks(rank: int, folder: Path) -> None:
         torch.save(result, folder / f"{name}-{rank}.pt")
         if name == "plain":
             average(rank, folder)
+            unlike(rank, folder)
         if name == "stopped" and "error" in result:  # a copy to be resumed in other ways
             dist.barrier()
             if rank == 0:
@@ -130,6 +132,15 @@ def average(rank: int, folder: Path) -> None:
     average_gradients(net, dist.group.WORLD)
     gradients = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
     torch.save(gradients, folder / f"gradients-{rank}.pt")
+
+
+def unlike(rank: int, folder: Path) -> None:
+    """Before a CUDA graph trains them."""
+    net: Any = torch.nn.Linear(2 + rank, 2)
+    try:
+        on_ranks(net, net, dist.group.WORLD, replayed=True)
+    except ValueError as error:
+        (folder / f"unlike-{rank}.txt").write_text(str(error))
 
 
 def at_batch(number: int, action: Callable[[], None]) -> Callable[[int], None]:
@@ -274,6 +285,12 @@ def test_two_ranks_train_what_one_trains(ranks: Path, tmp_path: Path, name: str)
     assert all(torch.equal(found[0]["weights"][key], tensor) for key, tensor in found[1]["weights"].items())
     assert timeless(found[0]["history"]) == timeless(found[1]["history"])
     assert len(whole.dropout_list) > 2
+
+
+def test_networks_that_are_not_alike_are_told(ranks: Path) -> None:
+    for rank in range(2):
+        found = (ranks / f"unlike-{rank}.txt").read_text()
+        assert found.startswith("the shape of the network is not the same on all ranks: {'weight': (2, 2), 'bias'")
 
 
 def test_gradients_are_averaged_as_a_graph_does_it(ranks: Path) -> None:

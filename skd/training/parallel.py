@@ -8,13 +8,29 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from skd.ranks import others_alive
+from skd.ranks import check_same, others_alive, spread
 from skd.supernet import SuperNet
 from skd.taps import probe
 
 
+def on_ranks(network: Any, supernet: SuperNet, group: Any, *, replayed: bool) -> Any:
+    """`network` (`supernet`, or it compiled) to be trained on every rank of `group`, from rank 0's weights on.
+
+    A step that is replayed as a CUDA graph averages the gradients itself; otherwise DistributedDataParallel does.
+
+    Raises:
+        ValueError, RuntimeError: the ranks' networks are not alike.
+    """
+    if not replayed:
+        return distributed(network, supernet, group)
+    shapes = {name: tuple(tensor.shape) for name, tensor in supernet.state_dict().items()}
+    check_same(shapes, "the shape of the network", group)
+    spread(supernet, group)
+    return network
+
+
 def distributed(network: Any, supernet: SuperNet, group: Any) -> DistributedDataParallel:
-    """`network` (`supernet`, or it compiled) in DistributedDataParallel: gradients are the mean over the ranks.
+    """`network` in DistributedDataParallel: gradients are the mean over the ranks.
 
     Every rank gets rank 0's weights. Modules of width 0 have gradients of zero, so no parameter is ever unused.
     """

@@ -21,18 +21,7 @@ from skd.extract import extract
 from skd.files import load, save
 from skd.outputs import replacing
 from skd.planning import propose
-from skd.ranks import (
-    StopAll,
-    check_same,
-    everyone,
-    in_step,
-    largest,
-    others_alive,
-    rank_of,
-    size_of,
-    spread,
-    together,
-)
+from skd.ranks import StopAll, check_same, everyone, in_step, largest, others_alive, rank_of, size_of, together
 from skd.supernet import SuperNet
 from skd.taps import checked_batch
 from skd.training import checkpoints
@@ -44,7 +33,7 @@ from skd.training.history import History, StepLog, drawn_means
 from skd.training.mixing import Mixing
 from skd.training.online import OnlineImportance
 from skd.training.optimizer import make_optimizer, make_scheduler
-from skd.training.parallel import distributed
+from skd.training.parallel import on_ranks
 from skd.training.precision import amp_dtype, laid_out, tf32
 from skd.training.screen import Screen, Seconds
 from skd.training.state import capture, restore
@@ -91,25 +80,18 @@ class Trainer:
         self.stop = StopSignal()
         self.paths: DropPaths | None = None
         self.mixing = Mixing(config, supernet.model.num_classes)
-        # One compilation serves every entry: widths are looked up on the device.
-        self.network: Any = torch.compile(supernet) if config.torchcompile else supernet
-        if config.torchcompile and self.device.type == "cpu":
-            warnings.warn(
-                "torchcompile: on a CPU a compiled step does the work of the full network, whatever the sub-network; "
-                "without it, a small one takes less time",
-                stacklevel=3,
-            )
         self.amp_dtype = amp_dtype(config.amp_dtype, self.device)
         reason = refusal(self) if config.cuda_graph else None
         if reason is not None:
             warnings.warn(f"cuda_graph: the steps run one by one, because {reason}", stacklevel=3)
         replayed = config.cuda_graph and reason is None
-        if group is not None and replayed:
-            shapes = {name: tuple(tensor.shape) for name, tensor in supernet.state_dict().items()}
-            check_same(shapes, "the shape of the network", group)
-            spread(supernet, group)
-        elif group is not None:
-            self.network = distributed(self.network, supernet, group)
+        self.network: Any = supernet
+        if config.torchcompile:
+            if self.device.type == "cpu":
+                warnings.warn("torchcompile: on a CPU each compiled step does the full network's work", stacklevel=3)
+            self.network = torch.compile(supernet)  # once for every entry: widths are looked up on the device
+        if group is not None:
+            self.network = on_ranks(self.network, supernet, group, replayed=replayed)
         self.cold = config.torchcompile  # the next step waits for the compiler
         # Before stochastic depth is put in: the average is a super-network as convert made it.
         self.ema: Any = None
