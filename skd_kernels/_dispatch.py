@@ -88,6 +88,7 @@ class Operation:
 
 _operations: dict[str, Operation] = {}
 _forced: ContextVar[str | None] = ContextVar("skd_kernels_forced", default=None)
+_forced_in_graphs: str | None = None  # the same for torch.compile: PyTorch 2.11 traces no ContextVar, but guards this
 
 
 def operation(public: Callable[..., Any]) -> Operation:
@@ -97,7 +98,7 @@ def operation(public: Callable[..., Any]) -> Operation:
 
 def forced() -> str | None:
     """The name that `use` puts in force here, if any."""
-    return _forced.get()
+    return _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
 
 
 def always(**_: Any) -> None:
@@ -186,10 +187,13 @@ def use(name: str) -> Iterator[None]:
     known = sorted({n for entry in _operations.values() for n in entry.names()})
     if name not in known:
         raise ValueError(f"name is {name!r}; it may be one of {known}")
-    token = _forced.set(name)
+    global _forced_in_graphs
+    token, outside = _forced.set(name), _forced_in_graphs
+    _forced_in_graphs = name
     try:
         yield
     finally:
+        _forced_in_graphs = outside
         _forced.reset(token)
 
 
