@@ -4,8 +4,8 @@
 # each under compute-sanitizer, where that is installed), are they near the vendor's libraries (benchmarks.quick), and
 # how do whole operations and training steps compare with the other ways. Leaves JSON, table.md and logs.tar.gz in
 # OUTPUT_DIR and prints short tables last; a step that fails does not stop the next ones, but the exit status tells.
-# It takes about 570 seconds at most, or TOTAL_SECONDS: the last steps are cut short, and keep what they have measured by
-# then. `check` and `speed` are its two halves, for two calls, each with an OUTPUT_DIR of its own, where one is too short.
+# It takes about 570 seconds at most, or TOTAL_SECONDS: the last steps are cut short, and keep what they have measured.
+# `check` and `speed` are its two halves, for two calls where one is too short, each with an OUTPUT_DIR of its own.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 output=${1:?usage: benchmarks/run_on_gpu.sh OUTPUT_DIR [check|speed]} half=${2:-all} total=${TOTAL_SECONDS:-570}

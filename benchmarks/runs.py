@@ -28,9 +28,9 @@ def medians(run: dict[str, Any]) -> dict[str, float]:
 
 
 def name_of(entry: dict[str, Any]) -> str:
-    """With the contender that stands for ours, where another one may: where it failed, times are not comparable."""
-    contender = entry.get("extra_info", {}).get("contender")
-    return str(entry["name"]) + (f": {contender}" if contender else "")
+    """Of a training step with the contender that is timed: where the first has failed, another one is no match."""
+    info = entry.get("extra_info", {})
+    return str(entry["name"]) + (f": {next(iter(info['median_ms']))}" if "step" in info else "")
 
 
 def median(entry: dict[str, Any]) -> float:

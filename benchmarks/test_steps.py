@@ -104,7 +104,6 @@ class Steps:
         compiled = {name: step.compiled for name, step in self.all.items() if step.compiled is not None}
         return {
             "step": model,
-            "contender": ours,
             "batch": BATCH,
             "dtype": "bfloat16" if GPU else "float32",
             "threads": "gpu" if GPU else torch.get_num_threads(),

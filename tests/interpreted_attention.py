@@ -19,12 +19,13 @@ import triton.language as tl
 from attention_checks import NAMES, check, make_inputs, relative_error, run
 from layouts import LAYOUTS
 from tolerances import UNIT_ROUNDOFF, kernel_tolerance
+from watched_launches import check_alignment, watch
 
 import skd_kernels as kernels
 from skd_kernels.gpu import attention as operator
 from skd_kernels.gpu import flash, projections, weight_gradient
-from skd_kernels.gpu import launch as launching
 
+MODULES = (flash, projections, weight_gradient)
 ERRORS: dict[str, list[float]] = {}
 
 
@@ -151,15 +152,7 @@ def test_views_and_strides() -> None:
 def test_operands_begin_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever they are parts of: as the kernels expect that are compiled ahead of time."""
     leaves: list[Any] = [LAYOUTS["unaligned"](tensor).requires_grad_() for tensor in make_inputs((1, 9, 32), 2, 16)]
-    start = launching.launch
-
-    def launch(kernel: Any, grid: Any, arguments: dict[str, Any], **settings: Any) -> None:
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        assert not [name for name, tensor in tensors.items() if name != "width" and tensor.data_ptr() % 16]
-        start(kernel, grid, arguments, **settings)
-
-    for module in (flash, projections, weight_gradient):
-        monkeypatch.setattr(module, "launch", launch)
+    watch(monkeypatch, MODULES, check_alignment)
     with kernels.use("triton"):
         out = kernels.masked_attention(*leaves, 8, num_heads=2)
     found = torch.autograd.grad(out, leaves, LAYOUTS["unaligned"](torch.ones(out.shape)))
@@ -180,14 +173,7 @@ def test_the_graph_of_a_gradient_keeps_the_scores_out() -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are started."""
     names: list[str] = []
-    start = launching.launch
-
-    def note(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.__name__)
-        start(kernel, *args, **kwargs)
-
-    for module in (flash, projections, weight_gradient):
-        monkeypatch.setattr(module, "launch", note)
+    watch(monkeypatch, MODULES, lambda name, arguments: names.append(name))
     return names
 
 

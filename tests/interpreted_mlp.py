@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from layouts import LAYOUTS
 from mlp_checks import NAMES, Inputs, check, make_inputs, run
+from watched_launches import check_alignment, watch
 
 import skd_kernels as kernels
 from skd_kernels.gpu import hidden, linear, weight_gradient
-from skd_kernels.gpu import launch as launching
 from skd_kernels.gpu import mlp as operator
 from skd_kernels.gpu.activations import ACTIVATIONS, activate
 
 DTYPES = (torch.float32, torch.float16)
+MODULES = (hidden, linear, weight_gradient)
 ERRORS: dict[str, list[float]] = {}
 
 
@@ -131,15 +132,7 @@ def test_views_and_strides() -> None:
 def test_operands_begin_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever they are parts of: as the kernels expect that are compiled ahead of time."""
     leaves: list[Any] = [LAYOUTS["unaligned"](tensor).requires_grad_() for tensor in make_inputs((1, 9, 32), 48)]
-    start = launching.launch
-
-    def launch(kernel: Any, grid: Any, arguments: dict[str, Any], **settings: Any) -> None:
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-        assert not [name for name, tensor in tensors.items() if name != "width" and tensor.data_ptr() % 16]
-        start(kernel, grid, arguments, **settings)
-
-    for module in (hidden, linear, weight_gradient):
-        monkeypatch.setattr(module, "launch", launch)
+    watch(monkeypatch, MODULES, check_alignment)
     with kernels.use("triton"):
         out = kernels.masked_mlp(*leaves, 16)
     found = torch.autograd.grad(out, leaves, LAYOUTS["unaligned"](torch.ones(out.shape)))
@@ -160,14 +153,7 @@ def test_the_graph_of_a_gradient_keeps_the_scores_out() -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are started."""
     names: list[str] = []
-    start = launching.launch
-
-    def note(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.__name__)
-        start(kernel, *args, **kwargs)
-
-    for module in (hidden, linear, weight_gradient):
-        monkeypatch.setattr(module, "launch", note)
+    watch(monkeypatch, MODULES, lambda name, arguments: names.append(name))
     return names
 
 

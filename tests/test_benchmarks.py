@@ -192,6 +192,7 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     lines = table.step_table([info, info | {"median_ms": {"slices": 2.0}, "ratio": {}}])
     assert lines[2].endswith("| 2.00x |") and lines[3].endswith("|  |")
     assert lines[-1] == "ours failed: RuntimeError: no compiler."
+    assert runs.name_of({"name": "test_step[1.0]", "extra_info": info}) == "test_step[1.0]: slices"
 
 
 def test_the_peak_memory_of_a_call() -> None:
