@@ -132,7 +132,9 @@ def extensions() -> tuple[list, dict]:
 
     sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
     defines = [*STABLE_ABI, f'-DSKD_BUILT_WITH_TORCH="{torch.__version__}"']
-    includes = [*cpp_extension.include_paths(), pybind11.get_include(), str(CSRC)]
+    # The package's pybind11 comes before the copy that PyTorch brings: that of 2.11 refuses to be included with a
+    # target of the stable ABI.
+    includes = [pybind11.get_include(), *cpp_extension.include_paths(), str(CSRC)]
     link: list[str] = []
     if toolkit is not None:
         sources += sorted(str(path) for path in CSRC.glob("*.cu"))

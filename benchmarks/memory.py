@@ -45,7 +45,7 @@ def run_way(way: str, model_name: str, batch: int, device: str) -> float:
     import torch
 
     import skd
-    from benchmarks import published
+    from benchmarks import published_conversion
 
     torch.manual_seed(0)
     model = timm.create_model(model_name).to(device).eval()
@@ -54,7 +54,7 @@ def run_way(way: str, model_name: str, batch: int, device: str) -> float:
     calibrate: dict[str, Callable[[Any, Any], Any]] = {
         "load": lambda model, batches: None,
         "streamed": lambda model, batches: skd.convert(model, batches, centering="batch"),
-        "published": published.convert,
+        "published": published_conversion.convert,
     }
     calibrate[way](model, batches)
     peak = torch.cuda.max_memory_allocated() if torch.device(device).type == "cuda" else peak_resident()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import skd
-from benchmarks import memory, networks, published
+from benchmarks import memory, networks, published, published_conversion
 from benchmarks.steps import images_and_labels
 from benchmarks.timing import report
 from skd.evaluate import Top1
@@ -48,7 +48,7 @@ def test_calibration(benchmark: Any, device: str, size: str) -> None:
     model, batches = deit(size, device), [batch(device)]
     contenders = {
         "streamed": lambda: skd.convert(model, batches, centering="batch"),
-        "published": lambda: published.convert(model, batches),
+        "published": lambda: published_conversion.convert(model, batches),
     }
     describe(benchmark, "`skd.convert` as a whole", size)
     report(benchmark, contenders, rounds=3)

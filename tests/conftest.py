@@ -1,37 +1,47 @@
-"""Fixtures that many tests share."""
+"""Fixtures that many tests share. They import skd when they are used: tests/kernels runs without skd and timm."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from helpers import random_batches, tiny_vit
 
-import skd
+if TYPE_CHECKING:
+    import torch
 
+    import skd
+
+TESTS = Path(__file__).parent
 # PyTorch reads it once: without it cuBLAS refuses torch.use_deterministic_algorithms(True).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # For `benchmarks`. Last, so that the installed skd is the one tested, and not the checkout beside it.
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(TESTS.parent))
+# For `tolerances`, the numerics policy of all tests.
+sys.path.append(str(TESTS / "kernels"))
 
 
 @pytest.fixture
 def model() -> Any:
+    from helpers import tiny_vit
+
     return tiny_vit()
 
 
 @pytest.fixture
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    from helpers import random_batches
+
     return random_batches()
 
 
 @pytest.fixture
 def planned(model: Any, batches: Any) -> skd.SuperNet:
     """A converted super-network with a planned dropout list down to an eighth of the MACs."""
+    import skd
+
     supernet = skd.convert(model, batches)
     supernet.dropout_list = skd.plan(supernet, batches, rounds=3)
     return supernet

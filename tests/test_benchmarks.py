@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import compare, fashion_mnist, memory, op, published, runs, steps, table, test_steps
+from benchmarks import compare, fashion_mnist, memory, op, published_conversion, runs, steps, table, test_steps
 from benchmarks import input as input_pipeline
 from benchmarks.masked import MASKED, Case
 from benchmarks.measure import check
@@ -225,7 +225,10 @@ def test_committed_results_name_no_machine(path: Path) -> None:
 
 def test_the_published_conversion_is_ours() -> None:
     batches = random_batches()
-    found, expected = published.convert(tiny_vit(), batches), convert(tiny_vit(), batches, centering="batch")
+    found, expected = (
+        published_conversion.convert(tiny_vit(), batches),
+        convert(tiny_vit(), batches, centering="batch"),
+    )
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 

@@ -1,7 +1,7 @@
 """Every registered operation, every implementation that runs here, dtype and layout, against the float64 reference.
 
 An operation or an implementation that is added to the registry is tested here without being named, or fails
-`test_every_operation_has_its_cases`. The statistics have theirs in tests/test_statistics_operations.py, the Triton
+`test_every_operation_has_its_cases`. The statistics have theirs in test_statistics_operations.py, the Triton
 kernels in the interpreted tests.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ("library.cpp", "moments_cpu.cpp", "taylor_cpu.cpp", "attention_cpu.cpp")
 SANITIZE = [
     "-fsanitize=address,undefined",

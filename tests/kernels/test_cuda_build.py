@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: compiled for every architecture without spills, and run on the CPU by emulation.
 
-The emulation (tests/cuda) executes the kernels' own source thread by thread, with the matrix instructions written
-from the layouts in the PTX manual.
+The emulation (tests/kernels/cuda) executes the kernels' own source thread by thread, with the matrix instructions
+written from the layouts in the PTX manual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 from statistics_checks import DTYPES, check_moments, error, exact_moments, pair
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = ["moments_cuda.cu", "taylor_cuda.cu"]
 
 
@@ -78,7 +78,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ on PATH")
     library = tmp_path_factory.mktemp("emulation") / "emulate.so"
     command = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, str(ROOT / "tests/cuda/emulate.cpp"), "-o", str(library)], check=True)
+    subprocess.run([*command, str(Path(__file__).parent / "cuda" / "emulate.cpp"), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate_choose_splits.restype = ctypes.c_int64
     return loaded

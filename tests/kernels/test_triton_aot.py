@@ -21,7 +21,7 @@ from benchmarks.registers import Resources, compile_for, compile_launch
 from skd_kernels import gpu
 from skd_kernels.gpu.launch import Launch, launch, record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def compile_all(architecture: int, quick: bool) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Runs the CPU kernels of a library over operation, dtype and layout: `python sanitized_driver.py LIBRARY`.
 
 Inputs are cut to exactly the memory they need, so a sanitizer sees the first byte that is read or written beyond it.
-Results are compared with float64. tests/test_sanitizers.py starts it; nothing of `skd_kernels` is imported.
+Results are compared with float64. test_sanitizers.py starts it; nothing of `skd_kernels` is imported.
 """
 
 from __future__ import annotations
