@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.sizes import BACKEND
+
 
 class Compiled:
     """`function` under torch.compile, ints dynamic.
@@ -15,7 +17,7 @@ class Compiled:
         compilations: how often a graph was compiled; the first is one of them.
     """
 
-    def __init__(self, function: Callable[..., Any], *, fullgraph: bool = False, backend: str = "inductor") -> None:
+    def __init__(self, function: Callable[..., Any], *, fullgraph: bool = False, backend: str = BACKEND) -> None:
         self.compilations = 0
         self.backend = backend
         self.call = torch.compile(function, dynamic=True, fullgraph=fullgraph, backend=self._compile)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import skd_kernels
+from benchmarks.sizes import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRIVATE = ("node", "release", "machine_id")
 
 

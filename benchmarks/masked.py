@@ -21,7 +21,6 @@ from benchmarks import published, sliced
 from benchmarks.compiled import Compiled
 from benchmarks.operations import COMPILED, HEAD_WIDTH, HEADS, TOKENS, Work
 
-FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125)
 Layer = Callable[..., torch.Tensor]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import skd
+from benchmarks.sizes import SIZES
 
 Layer = Callable[..., torch.Tensor]
 SMALLEST = 0.125  # of the MACs, as METHOD's lists end
@@ -20,7 +21,7 @@ def deit(size: str, device: str) -> Any:
     """A DeiT with random weights, the same each time; drawn on the device, which is faster there."""
     torch.manual_seed(0)
     with torch.device(device):
-        return timm.create_model(f"deit_{size}_patch16_224")
+        return timm.create_model(f"deit_{size}_patch16_224", img_size=SIZES.pixels, depth=SIZES.depth)
 
 
 def dropout_list(supernet: skd.SuperNet, smallest: float = SMALLEST) -> skd.DropoutList:

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import contenders
 from benchmarks.contenders import Contender
+from benchmarks.sizes import BACKEND
 
 TOKENS = 197  # of one 224-pixel image in patches of 16, and the class token
 HEADS = {"tiny": 3, "small": 6, "base": 12}  # of DeiT, each of width 64
@@ -51,7 +52,7 @@ class Operation:
             "ours": self.ours(first),
             "eager": self.eager,
             "blocked": self.blocked,
-            COMPILED: torch.compile(self.eager, dynamic=False),
+            COMPILED: torch.compile(self.eager, dynamic=False, backend=BACKEND),
             "published": self.published,
         }
         if names is None:

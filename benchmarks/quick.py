@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import ceilings
-from benchmarks.masked import FRACTIONS, MASKED
+from benchmarks.masked import MASKED
 from benchmarks.operations import HEAD_WIDTH, HEADS, TOKENS
-from benchmarks.timing import on_device, side_by_side, wall
+from benchmarks.sizes import DEVICE, SIZES
+from benchmarks.timing import captured, on_device, side_by_side, wall
 
 Call = Callable[[], object]
 Row = dict[str, Any]
@@ -131,7 +132,7 @@ class Questions:
             width = torch.full((), operation.full(self.heads), dtype=torch.int32, device=self.device)
             graph = captured(lambda: self.both(operation, x, leaves, width))  # noqa: B023
             row: Row = {"question": f"{name}, replayed", "replay_ms": {}}
-            for fraction in FRACTIONS:
+            for fraction in SIZES.fractions:
                 width.fill_(int(operation.full(self.heads) * fraction))
                 seconds = side_by_side({"replay": graph.replay}, self.rounds, clock=self.clock)["replay"]
                 row["replay_ms"][str(fraction)] = 1e3 * seconds
@@ -140,18 +141,6 @@ class Questions:
     def both(self, operation: Any, x: torch.Tensor, leaves: list[torch.Tensor], width: torch.Tensor) -> None:
         out = operation.ours(x, *leaves, width, **operation.arguments(self.heads))
         torch.autograd.grad(out, (x, *leaves), x)
-
-
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph
 
 
 def table(rows: list[Row]) -> str:
@@ -172,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=HEADS, action="append")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     document: dict[str, Any] = {"copy_gigabytes_per_second": ceilings.copy(args.device) / 1e9}

@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from benchmarks import ceilings, memory
-from benchmarks.conftest import DEVICE
-from benchmarks.masked import FRACTIONS, MASKED, Case
+from benchmarks.masked import MASKED, Case
 from benchmarks.operations import COMPILED
+from benchmarks.sizes import DEVICE, SIZES
 from benchmarks.timing import on_device, record, side_by_side, wall, warm_up
 
-MODELS, BATCH = ("tiny", "small", "base"), 128 if DEVICE == "cuda" else 16
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-ROUNDS = 7
 # Sums of thousands of products: rounding of bfloat16, 2^-9 each, averages out to a few times that.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -30,12 +28,12 @@ def cases() -> dict[tuple[str, str], Case]:
 def case_of(cases: Any, name: str, model: str) -> Case:
     if (name, model) not in cases:
         torch.compiler.reset()
-        cases[name, model] = Case(name, model, BATCH, DEVICE, DTYPE)
+        cases[name, model] = Case(name, model, SIZES.batch, DEVICE, DTYPE)
     return cases[name, model]
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("fraction", SIZES.fractions)
+@pytest.mark.parametrize("model", SIZES.models)
 @pytest.mark.parametrize("name", MASKED)
 def test_masked(benchmark: Any, cases: Any, name: str, model: str, fraction: float) -> None:
     """Forward, and forward with backward, of one layer; the cost of the scores; memory; compilations so far."""
@@ -54,9 +52,14 @@ def test_masked(benchmark: Any, cases: Any, name: str, model: str, fraction: flo
     errors = case.check(width, TOLERANCE[DTYPE])
     clock = on_device if DEVICE == "cuda" else wall
     peak = ceilings.matmul(DEVICE, DTYPE)
-    seconds = {which: side_by_side(calls, ROUNDS, clock=clock) for which, calls in passes.items()}
+    seconds = {which: side_by_side(calls, SIZES.rounds, clock=clock) for which, calls in passes.items()}
     benchmark.extra_info.update(
-        masked=name, model=model, batch=BATCH, dtype=str(DTYPE).removeprefix("torch."), fraction=fraction, width=width
+        masked=name,
+        model=model,
+        batch=SIZES.batch,
+        dtype=str(DTYPE).removeprefix("torch."),
+        fraction=fraction,
+        width=width,
     )
     for which, found in seconds.items():
         work = case.work(width, backward=which == "both")

@@ -8,24 +8,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import skd
 from benchmarks import ceilings, steps
-from benchmarks.conftest import DEVICE
 from benchmarks.networks import dropout_list, entry_at, spread
-from benchmarks.timing import record, side_by_side, synchronize, warm_up
+from benchmarks.profile import device_ms
+from benchmarks.sizes import DEVICE, GPU, REHEARSAL, SIZES
+from benchmarks.timing import Call, record, side_by_side, synchronize, time_limit, warm_up
 
-GPU = DEVICE == "cuda"
-MODELS, BATCH = (("tiny", "small", "base"), 128) if GPU else (("tiny",), 16)
-FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.125)
-ROUNDS = 9 if GPU else 7
-AVERAGED = 13 if GPU else 4  # entries that stand for the whole list
-WARM_UP = 5  # a CUDA graph is captured at the fourth
 # Of a whole gradient after 12 blocks; bfloat16 rounds every activation to 2^-9.
 TOLERANCE = 0.1 if GPU else 1e-3
 
@@ -35,25 +32,32 @@ class Steps:
 
     Attributes:
         failed: why a contender takes no part; the others do.
+        supernet: a network without memory, for the MACs of the entries.
     """
 
     def __init__(self, model: str) -> None:
         torch.compiler.reset()
-        batch = steps.images_and_labels(BATCH, DEVICE)
+        self.supernet = skd.SuperNet(steps.deit(model, "meta"))
+        self.supernet.dropout_list = dropout_list(self.supernet)
+        batch = steps.images_and_labels(SIZES.batch, DEVICE)
         exact = steps.exact_gradient(model, batch, 0)
         self.all: dict[str, steps.Step] = {}
         self.failed: dict[str, str] = {}
         self.memory: dict[str, float] = {}
         self.warm_up: dict[str, float] = {}
         for name in steps.names(DEVICE):
-            try:
+            with self._excused(name), time_limit(SIZES.ready):
                 self._add(name, model, batch, exact)
-            except Exception as error:  # of a compiler, or of the device
-                self.failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         if not self.all:
             raise RuntimeError(f"no contender takes a step: {self.failed}")
-        self.supernet = next(iter(self.all.values())).reference
-        self.supernet.dropout_list = dropout_list(self.supernet)
+
+    @contextmanager
+    def _excused(self, name: str) -> Iterator[None]:
+        """What a compiler or the device raises for one contender leaves the others."""
+        try:
+            yield
+        except Exception as error:
+            self.failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
     def _add(self, name: str, model: str, batch: Any, exact: torch.Tensor) -> None:
         before = torch.cuda.memory_allocated() if GPU else 0
@@ -67,17 +71,34 @@ class Steps:
         self.all[name] = step
 
     def _warm(self, step: steps.Step) -> float:
-        """Seconds that the first calls take beyond as many later ones: compilation, capture, tuning."""
+        """Seconds that the first calls take beyond as many later ones: compilation, capture, tuning.
+
+        Other widths may be compiled anew: each entry that will be timed has its turn.
+        """
+        entries = [0] * steps.WARM_UP + sorted({*self.entries().values(), *spread(self.supernet, SIZES.averaged)})
         start = time.perf_counter()
-        for _ in range(WARM_UP):
-            step(0)
+        for entry in entries:
+            step(entry)
         synchronize()
         first, start = time.perf_counter() - start, time.perf_counter()
         step(0)
         synchronize()
-        return max(first - WARM_UP * (time.perf_counter() - start), 0.0)
+        return max(first - len(entries) * (time.perf_counter() - start), 0.0)
 
-    def calls(self, entry: int) -> dict[str, Callable[[], object]]:
+    def entries(self) -> dict[float, int]:
+        """The largest sub-network within each share of the MACs."""
+        return {fraction: entry_at(self.supernet, fraction) for fraction in SIZES.step_fractions}
+
+    def fixed(self, entry: int) -> dict[str, Call]:
+        """The contenders that a CUDA graph of this one entry makes; empty where there is no GPU."""
+        found: dict[str, Call] = {}
+        for name, fixed in steps.FIXED.items() if GPU else ():
+            if name in self.all:
+                with self._excused(fixed), time_limit(SIZES.ready):
+                    found[fixed] = steps.replayed(self.all[name], entry)
+        return found
+
+    def calls(self, entry: int) -> dict[str, Call]:
         return {name: (lambda step=step: step(entry)) for name, step in self.all.items()}  # type: ignore[misc]
 
     def host(self, entry: int) -> dict[str, float]:
@@ -96,7 +117,7 @@ class Steps:
 
     def flops(self, entry: int) -> float:
         """Forward, and twice that in the backward, of the sub-network's MACs in the `full` convention."""
-        return 6.0 * float(self.supernet.dropout_list.macs[entry]) * BATCH
+        return 6.0 * float(self.supernet.dropout_list.macs[entry]) * SIZES.batch
 
     def info(self, model: str, seconds: dict[str, float], flops: float) -> dict[str, Any]:
         ours, *others = seconds
@@ -104,7 +125,7 @@ class Steps:
         compiled = {name: step.compiled for name, step in self.all.items() if step.compiled is not None}
         return {
             "step": model,
-            "batch": BATCH,
+            "batch": SIZES.batch,
             "dtype": "bfloat16" if GPU else "float32",
             "threads": "gpu" if GPU else torch.get_num_threads(),
             "median_ms": {name: round(1e3 * value, 3) for name, value in seconds.items()},
@@ -120,7 +141,7 @@ class Steps:
         }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=SIZES.step_models)
 def model(request: Any) -> Any:
     """(name, its contenders), one model at a time."""
     found = Steps(request.param)
@@ -132,51 +153,16 @@ def model(request: Any) -> Any:
     assert not found.failed, found.failed
 
 
-@pytest.mark.parametrize("fraction", FRACTIONS)
-def test_step(benchmark: Any, model: Any, fraction: float) -> None:
-    """One sub-network, of the largest MACs within a fraction."""
-    name, found = model
-    entry = entry_at(found.supernet, fraction)
-    calls = found.calls(entry)
-    seconds = side_by_side(calls, ROUNDS)
-    macs = found.supernet.dropout_list.macs
-    benchmark.extra_info.update(found.info(name, seconds, found.flops(entry)))
-    benchmark.extra_info.update(fraction=fraction, macs_fraction=round(float(macs[entry] / macs[0]), 4))
-    if GPU:
-        benchmark.extra_info["host_ms"] = found.host(entry)
-    record(benchmark, calls[next(iter(calls))], rounds=2)
-
-
-def test_time_against_macs(benchmark: Any, model: Any) -> None:
-    """Ours, the sub-networks taking turns: time over MACs, relative to the full network."""
-    name, found = model
-    first, step = next(iter(found.all.items()))
-    entries = {str(fraction): entry_at(found.supernet, fraction) for fraction in FRACTIONS}
-    calls = {key: (lambda entry=entry: step(entry)) for key, entry in entries.items()}
-    seconds = side_by_side(calls, ROUNDS)  # type: ignore[arg-type]
-    macs = found.supernet.dropout_list.macs
-    shares = {key: float(macs[entry] / macs[0]) for key, entry in entries.items()}
-    full = seconds["1.0"]
-    benchmark.extra_info.update(
-        time_against_macs=name,
-        contender=first,
-        macs_fraction={key: round(share, 4) for key, share in shares.items()},
-        time_over_macs={key: round(seconds[key] / full / shares[key], 3) for key in entries},
-        median_ms={key: round(1e3 * value, 3) for key, value in seconds.items()},
-    )
-    record(benchmark, calls["1.0"], rounds=1)  # type: ignore[arg-type]
-
-
 def test_mean_step(benchmark: Any, model: Any) -> None:
     """The mean over entries spread over the dropout list, each visited in turn: widths change at every step."""
     name, found = model
-    entries = spread(found.supernet, AVERAGED)
+    entries = spread(found.supernet, SIZES.averaged)
 
-    def over_all(step: steps.Step) -> Callable[[], object]:
+    def over_all(step: steps.Step) -> Call:
         return lambda: [step(entry) for entry in entries]
 
     calls = {contender: over_all(step) for contender, step in found.all.items()}
-    seconds = {key: value / len(entries) for key, value in side_by_side(calls, 3).items()}
+    seconds = {key: value / len(entries) for key, value in side_by_side(calls, min(3, SIZES.rounds)).items()}
     flops = statistics.fmean(found.flops(entry) for entry in entries)
     macs = found.supernet.dropout_list.macs
     benchmark.extra_info.update(found.info(name, seconds, flops))
@@ -184,12 +170,49 @@ def test_mean_step(benchmark: Any, model: Any) -> None:
     record(benchmark, calls[next(iter(calls))], rounds=1)
 
 
+@pytest.mark.parametrize("fraction", SIZES.step_fractions)
+def test_step(benchmark: Any, model: Any, fraction: float) -> None:
+    """One sub-network, of the largest MACs within a fraction; on a GPU also in graphs of this one entry."""
+    name, found = model
+    entry = found.entries()[fraction]
+    calls = found.calls(entry) | found.fixed(entry)
+    seconds = side_by_side(calls, SIZES.rounds)
+    macs = found.supernet.dropout_list.macs
+    benchmark.extra_info.update(found.info(name, seconds, found.flops(entry)))
+    benchmark.extra_info.update(fraction=fraction, macs_fraction=round(float(macs[entry] / macs[0]), 4))
+    if GPU:
+        benchmark.extra_info["host_ms"] = found.host(entry)
+        benchmark.extra_info["gpu_ms"] = {contender: device_ms(call) for contender, call in calls.items()}
+    record(benchmark, calls[next(iter(calls))], rounds=1)
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU nothing else runs between the sub-networks: test_step says it")
+def test_time_against_macs(benchmark: Any, model: Any) -> None:
+    """Ours, the sub-networks taking turns: time over MACs, relative to the full network."""
+    name, found = model
+    first, step = next(iter(found.all.items()))
+    calls = {str(fraction): (lambda entry=entry: step(entry)) for fraction, entry in found.entries().items()}
+    seconds = side_by_side(calls, SIZES.rounds)
+    macs = found.supernet.dropout_list.macs
+    shares = {str(fraction): float(macs[entry] / macs[0]) for fraction, entry in found.entries().items()}
+    full = seconds["1.0"]
+    benchmark.extra_info.update(
+        time_against_macs=name,
+        contender=first,
+        macs_fraction={key: round(share, 4) for key, share in shares.items()},
+        time_over_macs={key: round(seconds[key] / full / shares[key], 3) for key in calls},
+        median_ms={key: round(1e3 * value, 3) for key, value in seconds.items()},
+    )
+    record(benchmark, calls["1.0"], rounds=1)
+
+
 @pytest.mark.skipif(GPU, reason="test_step has the peak memory on a GPU")
+@pytest.mark.skipif(REHEARSAL, reason="six processes that say nothing in a rehearsal")
 def test_peak_memory(benchmark: Any) -> None:
     """Of a process that takes two steps at full width, each contender in its own; what it takes to load included."""
     peaks = {}
     for name in steps.names(DEVICE):
-        command = [sys.executable, "-m", "benchmarks.steps", "--model", "tiny", "--batch", str(BATCH)]
+        command = [sys.executable, "-m", "benchmarks.steps", "--model", "tiny", "--batch", str(SIZES.batch)]
         done = subprocess.run(
             [*command, "--contender", name],
             cwd=Path(__file__).parent.parent,
@@ -198,5 +221,5 @@ def test_peak_memory(benchmark: Any) -> None:
             check=True,
         )
         peaks[name] = json.loads(done.stdout)
-    benchmark.extra_info.update(step_memory="tiny", batch=BATCH, peak_mb=peaks)
+    benchmark.extra_info.update(step_memory="tiny", batch=SIZES.batch, peak_mb=peaks)
     benchmark.pedantic(lambda: None, rounds=1)

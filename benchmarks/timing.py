@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from benchmarks.sizes import GPU
 
 Call = Callable[[], object]
 
 QUEUE_CYCLES = 4_000_000  # about 2 ms at 1.98 GHz: longer than the launches of most contenders take the host
 MOST_ROUNDS = 60
-GPU = torch.cuda.is_available()  # asked once: the question takes a while
 
 
 def side_by_side(
@@ -70,6 +73,36 @@ def on_device(call: Call) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def captured(call: Call, warm_up: int = 1) -> torch.cuda.CUDAGraph:
+    """The work of `call` on the current CUDA device as a graph, after `warm_up` calls that are not captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in the main thread's Python code inside the block, once it has taken so long."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it was not ready after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def synchronize() -> None:

@@ -1,0 +1,141 @@
+"""What `benchmarks.precompile` leaves in a folder, and how a machine with a GPU puts it to use.
+
+    manifest.json       for which versions it is, and what it holds
+    skd_kernels/_C.*    the compiled extension
+    triton.tar.gz       a Triton cache
+
+Triton's cache keys name the installation of Triton that made them. The folder is of use only where Triton has the same
+version; then `use` makes that part of the key equal by a sitecustomize.py, which every Python process reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MANIFEST, ARCHIVE = "manifest.json", "triton.tar.gz"
+SITE = '''"""Makes the part of Triton's cache keys that names its installation equal to that of a cache made elsewhere."""
+
+import importlib.util
+import sys
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "triton.runtime.cache":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            module.triton_key = lambda: {key!r}
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+'''
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds, and for which machine.
+
+    Attributes:
+        python: major and minor version, such as "3.12".
+        triton: its version.
+        key: the part of Triton's cache keys that names the installation that compiled the kernels.
+        torch: the version that the kernels and the extension were made with.
+        architectures: of the kernels, 10 * major + minor of the compute capability.
+        kernels: how many are in the cache.
+        commit: of the sources.
+    """
+
+    python: str
+    triton: str
+    key: str
+    torch: str
+    architectures: list[int]
+    kernels: int
+    commit: str
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Raises ValueError if the folder is not one of `benchmarks.precompile`."""
+        try:
+            return Manifest(**json.loads((folder / MANIFEST).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} is not what `python -m benchmarks.precompile` leaves: {error}") from None
+
+    def refusal(self) -> str | None:
+        """Why this Python cannot use the folder, or None."""
+        python = "{}.{}".format(*sys.version_info)
+        if python != self.python:
+            return f"it is for Python {self.python}, and this is {python}"
+        triton = installed("triton")
+        return None if triton == self.triton else f"it is for triton {self.triton}, and {triton} is installed"
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def use(folder: Path, scratch: Path) -> dict[str, str]:
+    """Put the extension in place and unpack the cache into `scratch`.
+
+    Returns:
+        The environment variables that make Python processes use them.
+
+    Raises:
+        ValueError: the folder is not for this Python, or holds no manifest.
+    """
+    manifest = Manifest.read(folder)
+    if reason := manifest.refusal():
+        raise ValueError(f"{folder} cannot be used: {reason}")
+    for extension in (folder / "skd_kernels").glob("_C.*"):
+        shutil.copy(extension, ROOT / "skd_kernels" / extension.name)
+    cache, site = scratch / "triton", scratch / "site"
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "sitecustomize.py").write_text(SITE.format(key=manifest.key))
+    with tarfile.open(folder / ARCHIVE) as archive:
+        archive.extractall(cache, filter="data")
+    relocate(cache)
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def relocate(cache: Path) -> None:
+    """Triton writes the whole paths of a kernel's files into its cache: they become those of `cache`."""
+    for group in cache.glob("*/__grp__*.json"):
+        paths = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in paths}}))
+
+
+def kernels_in(cache: Path) -> dict[str, str]:
+    """The name of each kernel in a Triton cache, by its folder there."""
+    return {path.parent.name: path.stem for path in cache.glob("*/*.cubin")}
+
+
+def compiled_since(cache: Path, before: dict[str, str]) -> Counter[str]:
+    """How many kernels of each name were added to a cache; those of torch.compile together."""
+    added = (name for folder, name in kernels_in(cache).items() if folder not in before)
+    return Counter("torch.compile" if re.match("triton_", name) else name for name in added)
