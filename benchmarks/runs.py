@@ -1,4 +1,4 @@
-"""Reading the JSON of a benchmark run."""
+"""Reading the JSON of a benchmark run, and of other committed results."""
 
 from __future__ import annotations
 
@@ -9,17 +9,32 @@ from typing import Any
 
 def read(path: Path) -> dict[str, Any]:
     """A run of pytest-benchmark; ValueError says what is wrong with any other file."""
-    try:
-        run = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    run = document(path)
     try:
         medians(run)
     except (KeyError, TypeError, IndexError, AttributeError):
         raise ValueError(f"{path} is not a result of pytest --benchmark-json") from None
     return run
+
+
+def document(path: Path) -> dict[str, Any]:
+    """Any committed result: a run of pytest-benchmark, or what was measured, in "results", with its provenance."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def is_run(found: dict[str, Any]) -> bool:
+    """Was it written by pytest-benchmark?"""
+    return "benchmarks" in found
+
+
+def results(found: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, of a document that is no run of pytest-benchmark; with or without its provenance."""
+    return dict(found.get("results", found))
 
 
 def medians(run: dict[str, Any]) -> dict[str, float]:
@@ -38,5 +53,26 @@ def median(entry: dict[str, Any]) -> float:
     return next(iter(side_by_side.values())) / 1e3 if side_by_side else float(entry["stats"]["median"])
 
 
-def device(run: dict[str, Any]) -> str:
-    return str(run.get("machine_info", {}).get("device", "an unknown device"))
+def device(found: dict[str, Any]) -> str:
+    return str(found.get("machine_info", found).get("device", "an unknown device"))
+
+
+def versions(found: dict[str, Any]) -> dict[str, str]:
+    return dict(found["machine_info"]["build"] if is_run(found) else found.get("versions", {}))
+
+
+def commit(found: dict[str, Any]) -> str:
+    """Eight digits of it."""
+    return str(found["commit_info"]["id"] if is_run(found) else found.get("commit", "unknown"))[:8]
+
+
+def changes(found: dict[str, Any]) -> str:
+    """What was not committed when it was measured; an empty text where all was."""
+    if not is_run(found):
+        return str(found.get("note", ""))
+    info = found["commit_info"]
+    return str(info.get("note", "uncommitted changes")) if info.get("dirty") else ""
+
+
+def date(found: dict[str, Any]) -> str:
+    return str(found["datetime"] if is_run(found) else found.get("date", "an unknown date"))[:10]

@@ -1,7 +1,11 @@
-"""README's table of performance, made from committed results.
+"""The tables of performance, made from committed results.
 
-python -m benchmarks.table benchmarks/results/cpu.json                      print it
-python -m benchmarks.table benchmarks/results/cpu.json --write README.md    put it between the file's two marker lines
+python -m benchmarks.table RESULT.json ...                              print them
+python -m benchmarks.table RESULT.json ... --write docs/PERFORMANCE.md  put them between the file's two marker lines
+python -m benchmarks.table RESULT.json ... --short --write README.md    one short table for each device instead
+
+A RESULT.json is a run of pytest-benchmark, the output of benchmarks.quick, or one of the other results that
+benchmarks/results has for a GPU. A profile among them gives the table of steps their GPU time.
 """
 
 from __future__ import annotations
@@ -11,30 +15,45 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import runs
+from benchmarks import gpu_table, runs, short_table
+from benchmarks.cells import listed, three_digits
+from benchmarks.gpu_table import GpuTimes
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
 OTHERS = ("eager", "blocked", "torch.compile", "published")
 
 
-def three_digits(value: float) -> str:
-    """Or whole numbers, however large."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def section(paths: list[Path]) -> str:
-    """The text between the markers: one part per run."""
-    return "\n\n".join(part(path, runs.read(path)) for path in paths)
+    """The text between the markers: one part per file, under the name of the device where that changes."""
+    documents = {path: document(path) for path in paths}
+    profiled = gpu_table.gpu_times(list(documents.values()))
+    parts, device = [], None
+    for path, found in documents.items():
+        if runs.device(found) != device:
+            device = runs.device(found)
+            parts.append(f"### {device}")
+        parts.append(part(path, found, profiled) if runs.is_run(found) else other_part(path, found))
+    return "\n\n".join(parts)
 
 
-def part(path: Path, run: dict[str, Any]) -> str:
+def document(path: Path) -> dict[str, Any]:
+    """ValueError where it is neither a run of pytest-benchmark nor a result that has a table."""
+    found = runs.document(path)
+    return found if not runs.is_run(found) and gpu_table.kind(found) else runs.read(path)
+
+
+def other_part(path: Path, found: dict[str, Any]) -> str:
+    return "\n".join([other_heading(path, found), "", *gpu_table.tables(found)])
+
+
+def part(path: Path, run: dict[str, Any], profiled: GpuTimes | None = None) -> str:
     entries = [entry["extra_info"] for entry in run["benchmarks"]]
     tables = [
         (rows, make([info for info in entries if rows in info]))
         for rows, make in (
             ("operation", operation_table),
             ("masked", masked_table),
-            ("step", step_table),
+            ("step", lambda rows: [*step_table(rows), *gpu_table.gpu_time_table(rows, profiled or {})]),
             ("pass", pass_table),
         )
         if any(rows in info for info in entries)
@@ -104,10 +123,6 @@ def step_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, "", *notes] if notes else lines
 
 
-def listed(values: dict[str, float]) -> str:
-    return "; ".join(f"{name}: {three_digits(value)}" for name, value in values.items())
-
-
 def host(info: dict[str, Any]) -> str:
     """One line on how long a step of each contender keeps the host."""
     return f"Milliseconds of the host at {100 * info['macs_fraction']:.0f} % of the MACs: {listed(info['host_ms'])}."
@@ -147,13 +162,31 @@ def calibration(info: dict[str, Any]) -> str:
 
 def heading(path: Path, run: dict[str, Any], first: dict[str, Any]) -> str:
     """The file, the machine and the versions."""
-    info, commit = run["machine_info"], run["commit_info"]
-    where = f"{runs.device(run)}, {info['cores']} cores" if first.get("threads") != "gpu" else runs.device(run)
-    state = ", with uncommitted changes" if commit.get("dirty") else ""
+    info, on_gpu = run["machine_info"], first.get("threads") == "gpu"
+    where = runs.device(run) if on_gpu else f"{runs.device(run)}, {info['cores']} cores"
     return (
-        f"`{path.name}`: {where}; torch {info['build']['torch']}, commit {commit['id'][:8]}{state}, "
-        f"{run['datetime'][:10]}; {batch(first)}197 tokens{precision(first)}."
+        f"`{path.name}`: {where}; {versions(run, on_gpu)}commit {runs.commit(run)}{changed(run)}, "
+        f"{runs.date(run)}; {batch(first)}197 tokens{precision(first)}."
     )
+
+
+def other_heading(path: Path, found: dict[str, Any]) -> str:
+    """The same of a result that is no run of pytest-benchmark, and what it is."""
+    if "device" not in found:
+        return f"`{path.name}`: where it was measured is not recorded."
+    where = f"{runs.device(found)}; {versions(found, True)}commit {runs.commit(found)}{changed(found)}"
+    return f"`{path.name}`: {where}, {runs.date(found)}. {found['what']}"
+
+
+def versions(found: dict[str, Any], on_gpu: bool) -> str:
+    names, known = ("torch", "triton") if on_gpu else ("torch",), runs.versions(found)
+    return "".join(f"{name} {known[name]}, " for name in names if known.get(name))
+
+
+def changed(found: dict[str, Any]) -> str:
+    """What was not committed."""
+    changes = runs.changes(found)
+    return f" ({changes})" if changes else ""
 
 
 def batch(first: dict[str, Any]) -> str:
@@ -162,7 +195,8 @@ def batch(first: dict[str, Any]) -> str:
 
 
 def precision(first: dict[str, Any]) -> str:
-    return f", {first['dtype']}, {first.get('threads', 'gpu')} threads" if "step" in first else ""
+    threads = "" if first.get("threads") == "gpu" else f", {first.get('threads')} threads"
+    return f", {first['dtype']}{threads}" if "step" in first else ""
 
 
 def operation_table(operations: list[dict[str, Any]]) -> list[str]:
@@ -195,12 +229,13 @@ def rewrite(path: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Make the table of performance.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Make the tables of performance.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
+    parser.add_argument("--short", action="store_true", help="a short table for each device")
     parser.add_argument("--write", type=Path, metavar="FILE", help="rewrite the table between FILE's markers")
     args = parser.parse_args(arguments)
     try:
-        text = section(args.results)
+        text = short_table.section(args.results) if args.short else section(args.results)
         if args.write is None:
             print(text)
         else:

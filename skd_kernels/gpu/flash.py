@@ -10,8 +10,9 @@ to the second. Both leave sums over their tokens of dqkv (the bias gradient) and
 The matrix unit works on 16, 32, 64 or 128 coordinates: each kernel holds one body for each and branches on the width.
 The padding up to the pitch is exact zeros in memory, the rest up to the body's size is not read.
 
-Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. Not yet measured on a GPU: the configurations are
-those that compile without spills.
+Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. The configurations compile without spills. Timed
+on an H100 in bfloat16 at DeiT-Base (benchmarks/results/h100-sweep.json), ten others of the forward pass are no
+faster, and ten of the backward pass by 2 % at most.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

@@ -9,7 +9,9 @@ written. z and dz are (tokens, parts, padded F) with parts = 2 (gate, value) whe
 Sums over tokens are written per row of tiles and added up by `weight_gradient.sums`, so their order, and with it the
 result, never changes.
 
-No configuration has been timed on a GPU. Each is one that compiles without spills (`python -m benchmarks.registers`).
+The configurations compile without spills (`python -m benchmarks.registers`). Timed on an H100 in bfloat16 at
+DeiT-Base (benchmarks/results/h100-sweep.json), the fastest of 15 others takes a tenth less at most: both kernels stay
+at less than half the speed of the library's product alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

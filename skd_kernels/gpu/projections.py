@@ -12,7 +12,9 @@ at the attention's output), one goes out of them (``packed W``: the output, and 
 weight gradients, and W is gathered in the kernel: packed column n is row ``(n // pitch) * head_dim + n % pitch``.
 
 Every kernel reads the width from `width`, a 0-d int32 tensor on the device, and works on that many coordinates. All
-sums have a fixed order. Not yet measured on a GPU: the configurations are those that compile without spills.
+sums have a fixed order. The configurations compile without spills. Timed on an H100 in bfloat16 at DeiT-Base
+(benchmarks/results/h100-sweep.json), others are up to 1.2 times as fast for the products, and more than twice as fast
+for the weight gradients.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
