@@ -4,8 +4,8 @@
     skd_kernels/_C.*    the compiled extension
     triton.tar.gz       a Triton cache
 
-Triton's cache keys name the installation of Triton that made them. The folder is of use only where Triton has the same
-version; then `use` makes that part of the key equal by a sitecustomize.py, which every Python process reads.
+Triton's cache keys name the installation of Triton that made them. The folder is of use only where Triton has the
+same version; then `use` makes that part of the key equal by a sitecustomize.py, which every Python process reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MANIFEST, ARCHIVE = "manifest.json", "triton.tar.gz"
-SITE = '''"""Makes the part of Triton's cache keys that names its installation equal to that of a cache made elsewhere."""
+SITE = '''"""Makes the part of Triton's cache keys that names its installation that of a cache made elsewhere."""
 
 import importlib.util
 import sys

@@ -85,7 +85,7 @@ def wanted_by(architecture: int, run: Callable[[], object]) -> dict[str, Wanted]
 
 
 def programs() -> dict[str, Callable[[], object]]:
-    """The tests and benchmarks that start Triton kernels on a GPU, by name. They are imported when they are called."""
+    """The tests and benchmarks that start Triton kernels on a GPU, imported when they are called."""
     import pytest
 
     def tests(paths: list[str]) -> Callable[[], object]:
@@ -186,7 +186,9 @@ def build_extension(folder: Path, architectures: list[int]) -> None:
         raise RuntimeError(f"setup.py build_ext failed:\n{done.stderr[-3000:]}")
 
 
-def precompile(folder: Path, architectures: list[int], processes: int, *, extension: bool = True) -> prebuilt.Manifest:
+def precompile(
+    folder: Path, architectures: list[int], processes: int, *, extension: bool = True
+) -> prebuilt.Manifest:
     """Fill `folder`; what it takes is printed as it goes."""
     import torch
     import triton
@@ -208,7 +210,9 @@ def precompile(folder: Path, architectures: list[int], processes: int, *, extens
                 print(f"sm_{architecture}: {name}: {len(found)} launches, {len(new)} of them new", flush=True)
             start = time.perf_counter()
             failed = compile_all(list(launches.values()), architecture, cache, processes)
-            print(f"sm_{architecture}: {len(prebuilt.kernels_in(cache))} kernels, {time.perf_counter() - start:.0f} s")
+            print(
+                f"sm_{architecture}: {len(prebuilt.kernels_in(cache))} kernels, {time.perf_counter() - start:.0f} s"
+            )
             print("\n".join(failed), end="\n" if failed else "", flush=True)
         pack(cache, folder / prebuilt.ARCHIVE)
         count = len(prebuilt.kernels_in(cache))
@@ -243,9 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.python and Path(shutil.which(args.python) or args.python).absolute() != Path(sys.executable).absolute():
         words = sys.argv[1:] if arguments is None else arguments
         return subprocess.run([args.python, "-m", "benchmarks.precompile", *words], cwd=ROOT, check=False).returncode
-    manifest = precompile(
-        args.folder.absolute(), args.arch or [90], args.processes, extension=not args.no_extension
-    )
+    manifest = precompile(args.folder.absolute(), args.arch or [90], args.processes, extension=not args.no_extension)
     size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
     print(f"{manifest.kernels} kernels; {args.folder} has {size / 1e6:.1f} MB")
     return 0

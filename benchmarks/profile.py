@@ -20,6 +20,7 @@ from benchmarks.sizes import DEVICE, GPU, SIZES
 from benchmarks.timing import Call, synchronize, wall
 
 ROUNDS = 3
+WHAT = "Milliseconds and launches of each kernel of a training step, and milliseconds of the step."
 
 
 def kernel_times(call: Call, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = profiles(args.model, names, args.fraction or [1.0, 0.25])
     print(summary(found))
     if args.json is not None:
-        document = {"model": args.model, "batch": SIZES.batch, **provenance(), "results": found}
+        document = {"what": WHAT, "model": args.model, "batch": SIZES.batch, **provenance(), "results": found}
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 

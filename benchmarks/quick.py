@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from benchmarks import ceilings
 from benchmarks.masked import MASKED
 from benchmarks.operations import HEAD_WIDTH, HEADS, TOKENS
+from benchmarks.provenance import provenance
 from benchmarks.sizes import DEVICE, SIZES
 from benchmarks.timing import captured, on_device, side_by_side, wall
 
 Call = Callable[[], object]
+WHAT = "Kernels at full width, next to calls of the library; forward and backward of the operations in one graph."
 Row = dict[str, Any]
 
 
@@ -177,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"DeiT-{model.capitalize()}, batch {args.batch}; matrix product {questions.peak / 1e12:.1f} TFLOP/s")
         print(table(questions.rows), flush=True)
         if args.json is not None:
-            args.json.write_text(json.dumps(document, indent=1) + "\n")
+            args.json.write_text(json.dumps({"what": WHAT, **provenance(), "results": document}, indent=1) + "\n")
     return 0
 
 
