@@ -10,10 +10,10 @@
     sanitizers    small runs of every kernel under compute-sanitizer
 
 Every part has a limit of its own, and the whole run has one: what is cut keeps the results that it has, and the parts
-after it have their turn. OUTPUT gets run.json (the environment, what became of every command, and which kernels were
-compiled), the results as gpu-*.json, tables.md and the logs; the exit status is 1 if a command failed or was cut. In a
-rehearsal (`--rehearse`) a CPU, Triton's interpreter and tiny sizes stand in for the GPU: what it measures means
-nothing.
+after it have their turn. OUTPUT gets run.json (the environment, what became of every command, and which kernels
+were compiled), the results as gpu-*.json, tables.md and the logs; the exit status is 1 if a command failed or was
+cut. In a rehearsal (`--rehearse`) a CPU, Triton's interpreter and tiny sizes stand in for the GPU: what it measures
+means nothing.
 """
 
 from __future__ import annotations

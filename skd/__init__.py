@@ -6,6 +6,7 @@ After Li, Qi, Geng, "Stratified Knowledge-Density Super-Network for Scalable Vis
 (arXiv 2511.11683).
 """
 
+import skd._requirements  # noqa: F401  (first: it says what is missing)
 from skd.architecture import create_model
 from skd.convert import convert
 from skd.cost import Cost, cost

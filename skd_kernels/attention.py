@@ -12,13 +12,16 @@ from skd_kernels import _native
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
 from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
-from skd_kernels.gpu.entry import cast_as_linear, device_width, refuses_tensors, refuses_triton
+from skd_kernels.gpu.entry import after_autocast, cast_as_linear, device_width, refuses_tensors, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select
 from skd_kernels.taylor import with_taylor_scores
 
 # Coordinates of a head: so few take longer than twice as many, padded with zeros (float32, 197 tokens, AVX-512:
 # 10.7 ms forward and backward against 6.5).
 SLOW_ON_CPU = 8
+# Images of PyTorch's attention on CUDA in half precision: 70,000 made cuDNN fail on an H100 (PyTorch 2.11). The
+# second and third dimension of a grid hold this many.
+MOST_IMAGES = 65_535
 
 
 def masked_attention(
@@ -183,8 +186,11 @@ class AttentionGradient(torch.autograd.Function):
         raise RuntimeError("the compiled masked_attention has no second derivative; use('reference') has")
 
 
-def refuses_to_attend(*, width: int | TensorSpec, **_: object) -> str | None:
-    """As `refuses_to_slice`."""
+def refuses_to_attend(*, x: TensorSpec, width: int | TensorSpec, **_: object) -> str | None:
+    """As `refuses_to_slice`; and what PyTorch's own attention does not take."""
+    half = after_autocast(x.dtype, x.device) in (torch.float16, torch.bfloat16)
+    if x.device == "cuda" and half and x.shape[0] > MOST_IMAGES:
+        return f"cuDNN fails at the attention of {x.shape[0]} images in half precision; {MOST_IMAGES} may be tried"
     if _native.forward_mode():
         return "forward-mode derivatives may be asked for; scaled_dot_product_attention has none"
     return refuses_to_slice(width=width)

@@ -7,13 +7,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
+
+from skd._requirements import OLDEST_TIMM
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
@@ -139,6 +143,48 @@ def test_default_architectures_are_those_that_nvcc_knows(
     assert "architectures 10.0 are left out: " in done.stderr and "architectures 8.0;9.0\n" in done.stderr
     done = setup(checkout, "--name", path=path, PYTHONPATH=site, TORCH_CUDA_ARCH_LIST="10.0")
     assert "left out" not in done.stderr and "architectures 10.0\n" in done.stderr
+
+
+INCLUDES = """
+import setuptools
+
+setuptools.setup = lambda **given: print(*given["ext_modules"][0].include_dirs, sep="\\n")
+import runpy
+
+runpy.run_path("setup.py")
+"""
+
+
+def test_the_package_s_pybind11_is_found_before_the_one_that_pytorch_brings(checkout: Path) -> None:
+    """PyTorch 2.11 brings one that refuses to be included together with a target of the stable ABI."""
+    done = subprocess.run(
+        [sys.executable, "-c", INCLUDES],
+        cwd=checkout,
+        env=os.environ | {"SKD_CUDA": "off"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folders = [Path(line) for line in done.stdout.splitlines()]
+    having = [folder for folder in folders if (folder / "pybind11" / "pybind11.h").exists()]
+    assert having[0] == Path(pybind11.get_include())
+
+
+def test_an_older_timm_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text('__version__ = "1.0.29"\n')
+    done = subprocess.run(
+        [sys.executable, "-c", "import skd"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "ImportError: skd needs timm 1.0.31 or newer, and timm 1.0.29 is installed (pip install --upgrade timm)"
+    )
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"timm>={OLDEST_TIMM}" in needed and OLDEST_TIMM in last
 
 
 def test_the_source_distribution_has_every_source(checkout: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_odd_shapes(dtype: torch.dtype) -> None:
         ((3, 5, 45), 5, 9, 7),
         ((1, 33, 130), 1, 20, 3),
         ((2, 3000, 16), 2, 8, 5),
-        ((70_000, 3, 16), 2, 8, 8),  # more pairs of image and head than a grid's second dimension holds
+        ((70_000, 3, 16), 2, 8, 8),  # more images than a grid's second dimension holds
     ]:
         check(dtype, shape, heads, head_dim, width, device="cuda")
 
@@ -84,7 +84,8 @@ def test_the_core_is_as_exact_as_the_library(dtype: torch.dtype) -> None:
     found = out.view(images, tokens, heads, head_dim).transpose(1, 2)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     library = relative_error(F.scaled_dot_product_attention(q, k, v), exact)
-    assert relative_error(found, exact) <= kernel_tolerance(library, dtype)
+    logit = float((q.double() @ k.double().mT * head_dim**-0.5).abs().max())
+    assert relative_error(found, exact) <= kernel_tolerance(library, dtype, terms=tokens, logit=logit)
     sums = (q.double() @ k.double().mT * head_dim**-0.5).logsumexp(-1) / torch.tensor(2.0).log()
     torch.testing.assert_close(logsumexp.double(), sums, rtol=1e-4, atol=1e-3)
 

@@ -114,3 +114,17 @@ assert "triton" not in sys.modules
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "masked_attention: reference" in result.stdout, result.stderr
     assert "not triton: triton is not installed" in result.stdout
+
+
+def test_more_images_than_cudnn_takes_go_to_the_kernels() -> None:
+    """Where the host knows the width, the library is first, but for what it has failed at."""
+    pytest.importorskip("triton")
+    for images, dtype, chosen in (
+        (70_000, torch.bfloat16, "triton"),
+        (70_000, torch.float32, "slices"),
+        (65_535, torch.float16, "slices"),
+    ):
+        shapes = {"x": (images, 3, 16), "w_qkv": (48, 16), "b_qkv": (48,), "w_proj": (16, 16), "b_proj": (16,)}
+        found = kernels.explain("masked_attention", **shapes, width=8, num_heads=2, device="cuda", dtype=dtype)
+        assert found.chosen == chosen
+        assert ("cuDNN fails at the attention of 70000" in found.refused.get("slices", "")) == (chosen == "triton")

@@ -34,14 +34,36 @@ def statistics_tolerance(
     return of_inputs + (16 + (127 if alike else 16)) * UNIT_ROUNDOFF[torch.float32]
 
 
-def kernel_tolerance(pytorch_error: float, dtype: torch.dtype, elements: int = 64) -> float:
+def sum_error(terms: int) -> float:
+    """Relative error (root mean square) of a sum of `terms` products in float32, one after the other.
+
+    The products are as often positive as negative, so the sum of the first i of them grows like sqrt(i). Each
+    addition rounds it by at most u = 2^-24 of itself, by u / sqrt(3) in the root mean square, and roundings add up
+    like a random walk: u / sqrt(3) sqrt(1 + 2 + ... + terms) / sqrt(terms) = u sqrt(terms / 6). A library that cuts
+    the sum into pieces makes less.
+    """
+    return UNIT_ROUNDOFF[torch.float32] * (terms / 6) ** 0.5
+
+
+def kernel_tolerance(
+    pytorch_error: float, dtype: torch.dtype, elements: int = 64, *, terms: int = 0, logit: float = 0.0
+) -> float:
     """Largest relative error (Frobenius norm) of a masked operation's kernels against the float64 reference.
 
     Twice what PyTorch itself makes in the same precision, since both round the same intermediate results and differ
     in the order of sums; and two roundings, for results that PyTorch happens to get exactly. The error of fewer than
     64 `elements` is a matter of luck, PyTorch's too: eight roundings, one for each stage of the backward pass. In
     float64 the reference has no better to be compared with: 1e-10, as for the statistics.
+
+    What does not depend on PyTorch comes on top:
+
+    * The kernels add up an element's products one after the other, in float32 whatever the `dtype`, `terms` of them
+      at most. Three such sums lie between an input and a gradient, and their errors add up like a random walk:
+      sqrt(3) `sum_error`.
+    * The exponential of a logit is off by what the logit itself is off. Its product with the scale is rounded, so is
+      the logarithm of the sum that is subtracted from it, which is as large: two roundings of the largest `logit`.
     """
     if dtype == torch.float64:
         return 1e-10
-    return 2 * pytorch_error + (2 if elements >= 64 else 8) * UNIT_ROUNDOFF[dtype]
+    of_float32 = 3**0.5 * sum_error(terms) + 2 * logit * UNIT_ROUNDOFF[torch.float32]
+    return 2 * pytorch_error + (2 if elements >= 64 else 8) * UNIT_ROUNDOFF[dtype] + of_float32
