@@ -87,7 +87,7 @@ class Run:
         reasons = [self.missing[name] for name in command.needs if name in self.missing]
         now = time.monotonic()
         limit = min(command.limit, self.end - now)
-        if limit < FEWEST:
+        if self.end - now < FEWEST:
             reasons.append("no time was left")
         if reasons:
             self._keep(Outcome(command.name, "left out", reason="; ".join(reasons)))

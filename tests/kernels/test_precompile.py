@@ -1,0 +1,274 @@
+"""Kernels compiled without a GPU: which ones, by which keys, and how another machine finds them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mlp_checks import check
+
+import skd_kernels as kernels
+from benchmarks import on_gpu, prebuilt, precompile
+from benchmarks.limited import Command, Run
+from skd_kernels.gpu import mlp
+from skd_kernels.gpu.launch import Launch, _describe, record
+
+ROOT = Path(__file__).parents[2]
+CHEAP = ("sums_kernel", "column_sums_kernel")  # less than a second each
+
+
+def call(device: str = "cuda") -> None:
+    """Forward and backward of a small layer, as a program would call it."""
+    shapes = ((2, 5, 32), (48, 32), (48,), (32, 48), (32,))
+    leaves = [torch.zeros(shape, dtype=torch.float16, device=device).requires_grad_() for shape in shapes]
+    width = torch.tensor(20, dtype=torch.int32, device=device)
+    kernels.masked_mlp(*leaves, width, scores=torch.zeros(48, device=device)).sum().backward()
+
+
+def keys(launches: list[precompile.Wanted]) -> set[str]:
+    """What Triton specialises the launches on, as `launch.record` writes it."""
+    found = set()
+    for wanted in launches:
+        arguments = {
+            name: torch.empty(1, dtype=value.dtype, device="meta") if isinstance(value, precompile.Pointer) else value
+            for name, value in wanted.arguments.items()
+        }
+        options = wanted.options
+        settings = (options["num_warps"], options["num_stages"], options.get("maxnreg"))
+        found.add(_describe(wanted.kernel, arguments, settings, "").key())
+    return found
+
+
+def recorded() -> list[Launch]:
+    """The same by the host code on meta tensors."""
+    x, w1, b1, w2, b2 = (
+        torch.empty(shape, dtype=torch.float16, device="meta")
+        for shape in ((2, 5, 32), (48, 32), (48,), (32, 48), (32,))
+    )
+    width = torch.empty((), dtype=torch.int32, device="meta")
+    with record(90) as recorder:
+        _, h, z = mlp.mlp_forward._init_fn(x, w1, b1, w2, b2, width, None, "gelu", False, True)
+        mlp.mlp_backward._init_fn(x, x, w1, w2, h, z, width, "gelu", False, [True] * 6)
+    return recorder.launches
+
+
+def test_a_program_on_a_pretended_device_starts_what_it_would_start() -> None:
+    before = torch.empty, torch.Tensor.to, torch.cuda.is_available
+    found = precompile.wanted_by(90, call)
+    assert keys(list(found.values())) == {launch.key() for launch in recorded()}
+    assert (torch.empty, torch.Tensor.to, torch.cuda.is_available) == before
+    assert torch.zeros(1).device.type == "cpu" and not torch.zeros(1, device="meta").is_cuda
+
+
+def test_a_test_for_a_gpu_goes_to_its_end_on_a_pretended_device() -> None:
+    """Its questions about contents are answered as if all were right; no error is printed."""
+    ended = []
+
+    def run() -> None:
+        check(torch.bfloat16, (2, 75, 144), 256, 45, device="cuda", act="silu", gated=True)
+        ended.append(True)
+
+    found = precompile.wanted_by(90, run)
+    assert ended and {launch.kernel.__name__ for launch in found.values()} > {"hidden_kernel", "gradient_kernel"}
+
+
+def test_memory_that_begins_anywhere_is_noted() -> None:
+    """Triton compiles other code for a pointer that is not a multiple of 16 bytes."""
+
+    def run() -> None:
+        from skd_kernels.gpu.weight_gradient import column_sums
+
+        rows = torch.zeros(9, 33, dtype=torch.float16, device="cuda")[:, 1:]
+        column_sums(rows, torch.tensor(3, device="cuda"), torch.zeros(32, dtype=torch.float16, device="cuda"))
+
+    pointers = [v for launch in precompile.wanted_by(90, run).values() for v in launch.arguments.values()]
+    assert any(isinstance(value, precompile.Pointer) and value.remainder == 2 for value in pointers)
+
+
+# The cache ------------------------------------------------------------------------------------------
+
+COMPILE = """
+import queue, sys
+from pathlib import Path
+
+import triton.runtime.cache
+
+if sys.argv[2]:
+    triton.runtime.cache.triton_key = lambda: sys.argv[2]
+from benchmarks import precompile
+from test_precompile import CHEAP, call
+
+wanted = [w for w in precompile.wanted_by(90, call).values() if w.kernel.__name__ in CHEAP]
+failures = queue.SimpleQueue()
+precompile._compile(wanted, 90, Path(sys.argv[1]), failures)
+print(len(wanted), failures.get(), triton.runtime.cache.triton_key(), sep="|")
+"""
+
+
+def compile_cheap(cache: Path, key: str = "", **environment: str) -> list[str]:
+    """How many kernels another process compiles into a cache, what failed, and its key of the installation."""
+    paths = [*filter(None, [environment.get("PYTHONPATH")]), str(ROOT), str(Path(__file__).parent)]
+    variables = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE, str(cache), key],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("|")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `precompile` would leave for the cheap kernels, made by another installation of Triton."""
+    import triton
+
+    place = tmp_path_factory.mktemp("prebuilt")
+    cache = place / "cache"
+    count, failed, key = compile_cheap(cache, "another installation")
+    assert failed == "[]" and int(count) >= 2
+    precompile.pack(cache, place / prebuilt.ARCHIVE)
+    kernels_there = len(prebuilt.kernels_in(cache))
+    (place / "cache").rename(place / "gone")  # its paths lead nowhere any more
+    python = "{}.{}".format(*sys.version_info)
+    prebuilt.Manifest(python, triton.__version__, key, torch.__version__, [90], kernels_there, "").write(place)
+    return place
+
+
+def test_another_machine_compiles_nothing(folder: Path, tmp_path: Path) -> None:
+    environment = prebuilt.use(folder, tmp_path)
+    cache = Path(environment["TRITON_CACHE_DIR"])
+    before = prebuilt.kernels_in(cache)
+    assert len(before) == prebuilt.Manifest.read(folder).kernels
+    assert compile_cheap(cache, **environment)[2] == "another installation"
+    assert prebuilt.compiled_since(cache, before) == Counter()
+
+
+def test_without_its_key_everything_is_compiled_and_counted(folder: Path, tmp_path: Path) -> None:
+    environment = prebuilt.use(folder, tmp_path)
+    cache = Path(environment["TRITON_CACHE_DIR"])
+    before = prebuilt.kernels_in(cache)
+    compile_cheap(cache)
+    added = prebuilt.compiled_since(cache, before)
+    assert added.total() == len(before) and set(added) == set(before.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"triton": "3.0.0"}, "it is for triton 3.0.0, and"), ({"python": "3.1"}, "it is for Python 3.1, and this is")],
+)
+def test_other_versions_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    document = json.loads((folder / prebuilt.MANIFEST).read_text())
+    (tmp_path / prebuilt.MANIFEST).write_text(json.dumps(document | change))
+    with pytest.raises(ValueError, match=reason):
+        prebuilt.use(tmp_path, tmp_path / "scratch")
+    assert not (tmp_path / "scratch").exists()
+    with pytest.raises(ValueError, match=r"is not what `python -m benchmarks.precompile` leaves"):
+        prebuilt.use(tmp_path / "nothing", tmp_path)
+
+
+def test_kernels_of_torch_compile_are_counted_together(tmp_path: Path) -> None:
+    for name in ("a/triton_poi_fused_add_0", "b/triton_red_fused_1", "c/flash_forward"):
+        path = tmp_path / f"{name}.cubin"
+        path.parent.mkdir()
+        path.touch()
+    assert prebuilt.compiled_since(tmp_path, {}) == Counter({"torch.compile": 2, "flash_forward": 1})
+    assert prebuilt.compiled_since(tmp_path, {"c": "flash_forward"}) == Counter({"torch.compile": 2})
+
+
+# The script on a machine with a GPU -----------------------------------------------------------------
+
+
+def run_in(folder: Path, seconds: float, **missing: str) -> Run:
+    import time
+
+    return Run(folder, time.monotonic() + seconds, dict(os.environ), missing)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_command_that_is_cut_keeps_what_it_wrote(tmp_path: Path) -> None:
+    """It is interrupted, as by Ctrl-C; one that does not listen is ended; the next one has its turn."""
+    patient = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    run = run_in(tmp_path, 60)
+    run.part("part", [Command("slow", python(patient), 1.5), Command("next", python("print('done')"), 30)])
+    slow, following = run.outcomes
+    assert (slow.status, slow.reason) == ("cut", "kept") and slow.seconds < 20
+    assert (following.status, following.reason) == ("passed", "done")
+    assert (tmp_path / "slow.log").read_text().split() == ["begun", "kept"]
+    assert [done["name"] for done in json.loads((tmp_path / "run.json").read_text())["commands"]] == ["slow", "next"]
+
+
+def test_what_is_missing_or_late_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    run = run_in(tmp_path, 60, timm="timm is not installed")
+    failing = Command("failing", python("raise SystemExit('no device')"), 30)
+    run.part("part", [Command("steps", python(""), 30, ("timm",)), failing], at_once=2)
+    run.end = 0.0
+    run.part("part", [Command("late", python(""), 30)])
+    found = {done.name: (done.status, done.reason) for done in run.outcomes}
+    assert found["steps"] == ("left out", "timm is not installed")
+    assert found["failing"] == ("failed", "no device")
+    assert found["late"] == ("left out", "no time was left")
+
+
+def test_steps_of_several_models_are_one_result(tmp_path: Path) -> None:
+    for model in ("base", "tiny"):
+        document = {"machine_info": {}, "benchmarks": [{"name": f"test_step[{model}]"}]}
+        (tmp_path / f"gpu-steps-{model}.json").write_text(json.dumps(document))
+    (tmp_path / "gpu-steps-small.json").touch()  # it was cut before it had a result
+    on_gpu.merge_steps(tmp_path)
+    (merged,) = tmp_path.iterdir()
+    assert [entry["name"] for entry in json.loads(merged.read_text())["benchmarks"]] == [
+        "test_step[base]",
+        "test_step[tiny]",
+    ]
+
+
+def test_limits_of_the_parts_leave_time_for_all_but_the_last(tmp_path: Path) -> None:
+    """Even if every command of a part takes all of its time, the parts before the sanitizers have theirs."""
+    needed = 0.0
+    for name, commands, at_once in on_gpu.parts(tmp_path, False):
+        if name != "sanitizers":
+            turns = -(-len(commands) // at_once)
+            needed += turns * max(c.limit for c in commands) if at_once > 1 else sum(c.limit for c in commands)
+    assert needed <= on_gpu.SECONDS + 20
+    assert on_gpu.SECONDS <= 540 - 15
+
+
+def test_the_whole_script_rehearses_on_a_cpu(folder: Path, tmp_path: Path) -> None:
+    """Every part, with prebuilt kernels, and results of each; at most eight files, none of them empty."""
+    pytest.importorskip("timm")
+    command = ["bash", str(ROOT / "benchmarks" / "run_on_gpu.sh"), str(tmp_path / "out"), "--rehearse"]
+    done = subprocess.run(
+        [*command, "--prebuilt", str(folder)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    document = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert done.returncode == 0, (document["commands"], done.stderr[-2000:])
+    assert {entry["status"] for entry in document["commands"]} == {"passed"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    results = {f"gpu-{name}.json" for name in ("steps", "profile", "quick", "masked", "statistics")}
+    assert names == {"run.json", "tables.md", "logs.tar.gz"} | results
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert all(f"`{name}`: " in tables for name in results)
+    assert document["kernels"] == {"prebuilt": prebuilt.Manifest.read(folder).kernels, "compiled": {}}
+    steps = json.loads((tmp_path / "out" / "gpu-steps.json").read_text())["benchmarks"]
+    assert [entry["extra_info"].get("fraction") for entry in steps] == ["mean", 1.0, 0.5, None]
