@@ -84,7 +84,11 @@ def gpu_time(profile: dict[str, Any], full_steps: list[dict[str, Any]]) -> str:
     )
     if any(mine < other for mine, other in totals.values()):
         text = f"The GPU time of ours against that of library calls on slices: {enumerated(pairs)} of the MACs"
-    text += " (Base, the forty longest kernels of each; `slices` has shorter ones beyond them)."
+    counts = {len(profile[name][fraction]["kernel_ms_per_step"]) for name in (ours, SLICES) for fraction in totals}
+    if len(counts) == 1:  # unlike steps have as many kernels only where the list was cut
+        text += f" (Base, the {counts.pop()} longest kernels of each; `{SLICES}` has shorter ones beyond them)."
+    else:
+        text += " (Base)."
     for info in full_steps[-1:]:
         mine, other = next(iter(info["host_ms"].values())), info["host_ms"][SLICES]
         text += f" The host is busy for {mine:.1f} ms a step with ours and for {other:.0f} ms with slices."
