@@ -153,6 +153,7 @@ def emulate_taylor(emulated: Any, x: torch.Tensor, grad: torch.Tensor, power: in
         (200, 3, 64, 3),
         (65, 1, 80, 1),
         (40, 1, 128, 1),
+        (2500, 1, 16, 10),  # more partial products than the second kernel reads at a time
     ],
 )
 def test_emulated_moments(
@@ -233,17 +234,18 @@ def test_emulated_moments_of_views(emulated: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("token", [23, 70])
-def test_emulated_moments_keep_nan_in_its_group(emulated: Any, token: int, bad: float) -> None:
+@pytest.mark.parametrize("group", [0, 1])
+def test_emulated_moments_keep_nan_in_its_group(emulated: Any, group: int, token: int, bad: float) -> None:
     """Of a token that is in the sample and of one that is not; the mean of a coordinate is of its own tokens."""
     x, grad = pair(100, 2, 40)
-    x[token, 1, 3] = bad
+    x[token, group, 3] = bad
     for shift in (None, torch.zeros(2, 40, dtype=torch.float64)):
         count, about, *sums = emulate_moments(emulated, x, grad, shift)
         assert float(count) == 100 and about.isfinite().sum() == 80 - (shift is None)
-        assert sums[1][1].isfinite().sum() == 39
         for found in sums:
-            assert found[0].isfinite().all() and not found[1].isfinite().all()
-        assert not sums[0][1].isfinite() and not sums[3][1].isfinite().any()
+            assert found[1 - group].isfinite().all() and not found[group].isfinite().all()
+        weight, plain, _, outer = (found[group] for found in sums)
+        assert plain.isfinite().sum() == 39 and not weight.isfinite() and not outer.isfinite().any()
 
 
 @pytest.mark.parametrize("power", [1, 2])

@@ -80,14 +80,14 @@ def test_moments_of_views_and_of_nothing(dtype: torch.dtype) -> None:
 def test_moments_keep_nan_in_its_group() -> None:
     compiled("token_moments")
     x, grad = (tensor.cuda() for tensor in pair(100, 2, 40))
-    for token, bad in itertools.product((23, 70), (torch.nan, torch.inf)):  # the first is in the sample
+    for group, token, bad in itertools.product((0, 1), (23, 70), (torch.nan, torch.inf)):  # token 23 is in the sample
         one = x.clone()
-        one[token, 1, 3] = bad
+        one[token, group, 3] = bad
         for shift in (None, torch.zeros(2, 40, dtype=torch.float64, device="cuda")):
             moments = kernels.token_moments(one, grad, shift)
             assert moments.shift.isfinite().sum() == 80 - (shift is None)
             for found in (moments.weight, moments.plain_sum, moments.weighted_sum, moments.weighted_outer):
-                assert found[0].isfinite().all() and not found[1].isfinite().all()
+                assert found[1 - group].isfinite().all() and not found[group].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(997, 3, 64), (25216, 36, 64), (4, 197, 6, 40)])
