@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from skd_kernels import taylor_scores, token_moments, weighted_covariance
+from skd_kernels import taylor_scores, weighted_covariance
 
 Contender = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -59,14 +59,7 @@ def covariance_published(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def covariance_ours(first: torch.Tensor) -> Contender:
-    """One call on a CPU. On a GPU, where a mean to begin with takes kernels of its own, the first batch's serves all.
-
-    `skd.convert` does that on both; here the covariance of one batch is asked for, as of the others.
-    """
-    if not first.is_cuda:
-        return weighted_covariance
-    shift = first.double().mean(0)
-    return lambda x, grad: token_moments(x, grad, shift).covariance()
+    return weighted_covariance
 
 
 # Taylor scores of (T, D): sum over tokens of |x grad|; (D,).

@@ -64,7 +64,7 @@ class Operation:
 
 
 def moments_work(shape: Shape, dtype: torch.dtype) -> Work:
-    """x and grad in, shift in and four float64 sums out; the outer products once per symmetric pair."""
+    """x and grad in, the shift and four float64 sums out; the outer products once per symmetric pair."""
     tokens, groups, dims = shape
     sums = groups * (1 + 2 * dims + dims * dims)
     # Per element: |x grad| and its sum, shift, plain sum, weighted sum, sqrt(w) y: 7 FLOPs.

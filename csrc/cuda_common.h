@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace skd {
@@ -43,13 +44,20 @@ class OnDevice {
   }
   cudaStream_t stream() const { return stream_; }
 
-  // Blocks of `kernel` that run at the same time.
-  template <typename Kernel>
-  int64_t capacity(Kernel kernel, int threads) const {
+  // Blocks of `kernel` that run at the same time. Asked once per kernel and device; threads that ask at once get the
+  // same answer.
+  template <auto kernel>
+  int64_t capacity(int threads) const {
+    constexpr int kDevices = 64;  // more are asked every time
+    static std::atomic<int64_t> known[kDevices];
+    const bool remembered = device_ >= 0 && device_ < kDevices;
+    if (const int64_t blocks = remembered ? known[device_].load(std::memory_order_relaxed) : 0; blocks > 0)
+      return blocks;
     int multiprocessors = 0, blocks = 0;
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_), "multiprocessors");
     check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "occupancy");
     STD_TORCH_CHECK(blocks > 0, "the kernel does not fit on device ", device_);
+    if (remembered) known[device_].store(int64_t(multiprocessors) * blocks, std::memory_order_relaxed);
     return int64_t(multiprocessors) * blocks;
   }
 

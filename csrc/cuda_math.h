@@ -102,12 +102,17 @@ SKD_HD void split_bf16(float first, float second, uint32_t& high, uint32_t& twic
 // Warp-level matrix product, mma.m16n8k16 of bf16 into float, on a block of tokens stored as [token][coordinate].
 //
 // load_fragment reads 16 tokens x 16 coordinates by ldmatrix.x4.trans: every lane passes the address of one row of 8
-// coordinates, lanes 8q..8q+7 those of the 8 x 8 matrix q. The transposed load leaves lane l with coordinate l / 4
-// and tokens 2 (l % 4), 2 (l % 4) + 1 of each matrix, which is how the instruction wants both of its operands:
-//   as A (16 coordinates x 16 tokens): the four registers in order;
-//   as B (16 tokens x 8 coordinates): registers 0 and 2 for the first 8 coordinates, 1 and 3 for the last 8.
-SKD_HD int fragment_token(int lane) { return lane / 16 * 8 + lane % 8; }
-SKD_HD int fragment_coordinate(int lane) { return lane / 8 % 2 * 8; }
+// coordinates, lanes 8q..8q+7 those of the 8 x 8 matrix q, which becomes register q. The transposed load leaves lane l
+// with coordinate l / 4 and tokens 2 (l % 4), 2 (l % 4) + 1 of each matrix, which is how the instruction wants both of
+// its operands:
+//   A, 16 coordinates x 16 tokens: four registers, the last 8 coordinates in the odd ones, the last 8 tokens in the
+//      last two;
+//   B, 16 tokens x 8 coordinates: two registers, the last 8 tokens in the second. One load gives two of them, each in
+//      neighbouring registers, which is where the instruction reads them: in another order they would be moved first.
+SKD_HD int left_token(int lane) { return lane / 16 * 8 + lane % 8; }
+SKD_HD int left_coordinate(int lane) { return lane / 8 % 2 * 8; }
+SKD_HD int right_token(int lane) { return lane / 8 % 2 * 8 + lane % 8; }
+SKD_HD int right_coordinate(int lane) { return lane / 16 * 8; }
 
 // Row and column, within 16 x 8, of the accumulators 2 half and 2 half + 1 (the next column).
 SKD_HD int accumulator_row(int lane, int half) { return lane / 4 + 8 * half; }

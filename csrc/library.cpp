@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(skd_kernels, m) {
-  m.def("token_moments(Tensor x, Tensor grad, Tensor shift) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Both: count, shift, weight, plain, weighted and outer sums; about the given shift, or about the mean of the tokens.
+  m.def("token_moments(Tensor x, Tensor grad, Tensor shift) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("centred_moments(Tensor x, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("taylor_scores(Tensor x, Tensor grad, int power) -> Tensor");
   m.def("attention(Tensor qkv, float scale) -> (Tensor, Tensor)");

@@ -364,10 +364,10 @@ void run(View x, View grad, bool centred, int64_t tokens, int64_t groups, int64_
   });
 }
 
-using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// x, grad (T, G, D) with unit stride along D. Returns float64 sums (G), (G, D), (G, D), (G, D, D) about `shift` (G, D),
-// or about the mean of the tokens if there is none, and before them what they are about.
+// x, grad (T, G, D) with unit stride along D. Returns float64 count (), shift (G, D), weight (G), plain (G, D),
+// weighted (G, D) and outer (G, D, D): about `shift`, or about the mean of the tokens if there is none.
 Tensors moments(const Tensor& x, const Tensor& grad, const Tensor* shift) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() == 3 && grad.dim() == 3, "token_moments: wrong number of dimensions");
@@ -380,11 +380,12 @@ Tensors moments(const Tensor& x, const Tensor& grad, const Tensor* shift) {
     return any ? torch::stable::new_empty(x, size, ScalarType::Double)
                : torch::stable::new_zeros(x, size, ScalarType::Double);
   };
-  Tensor about = make({groups, dims}), weight = make({groups}), plain = make({groups, dims});
+  Tensor count = make({}), about = make({groups, dims}), weight = make({groups}), plain = make({groups, dims});
   Tensor weighted = make({groups, dims}), outer = make({groups, dims, dims});
   const Results results{about.mutable_data_ptr<double>(), weight.mutable_data_ptr<double>(),
                         plain.mutable_data_ptr<double>(), weighted.mutable_data_ptr<double>(),
                         outer.mutable_data_ptr<double>()};
+  *count.mutable_data_ptr<double>() = double(tokens);
   if (shift) std::copy_n(shift->const_data_ptr<double>(), groups * dims, results.about);
   if (any) {
     STD_TORCH_CHECK((x.stride(2) == 1 && grad.stride(2) == 1) || dims < 2,
@@ -400,23 +401,18 @@ Tensors moments(const Tensor& x, const Tensor& grad, const Tensor* shift) {
       default: STD_TORCH_CHECK(false, "token_moments: unsupported dtype");
     }
   }
-  return {about, weight, plain, weighted, outer};
+  return {count, about, weight, plain, weighted, outer};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& shift) {
+// About `shift` (G, D), contiguous float64.
+Tensors token_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& shift) {
   STD_TORCH_CHECK(shift.dim() == 2 && x.dim() == 3 && shift.size(0) == x.size(1) && shift.size(1) == x.size(2) &&
                       shift.is_contiguous() && shift.scalar_type() == torch::headeronly::ScalarType::Double,
                   "token_moments: shift must be a contiguous float64 tensor of shape (G, D)");
-  auto [about, weight, plain, weighted, outer] = moments(x, grad, &shift);
-  return {weight, plain, weighted, outer};
+  return moments(x, grad, &shift);
 }
 
-// Of how many tokens the moments are comes first.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> centred_moments_cpu(const Tensor& x, const Tensor& grad) {
-  Tensor count = torch::stable::new_empty(x, {}, torch::headeronly::ScalarType::Double);
-  *count.mutable_data_ptr<double>() = double(x.size(0));
-  return std::tuple_cat(std::tuple(count), moments(x, grad, nullptr));
-}
+Tensors centred_moments_cpu(const Tensor& x, const Tensor& grad) { return moments(x, grad, nullptr); }
 
 }  // namespace
 }  // namespace skd

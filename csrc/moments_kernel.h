@@ -1,9 +1,11 @@
-// Kernels of the weighted moments on CUDA; moments_cuda.cu launches them and says what they compute.
+// Kernels of the weighted moments on CUDA, and what one call launches; moments_cuda.cu says what they compute.
 #pragma once
 
 #include "cuda_math.h"
 
 namespace skd {
+
+constexpr int kSample = 31;  // tokens whose mean stands in for that of all while they are summed
 
 // Work of one thread block for D coordinates padded to P, in stages of kStage tokens.
 template <typename T, int P>
@@ -29,22 +31,34 @@ struct MomentsShape {
                 kBytes <= 48 * 1024);
 };
 
+// (T, G, D) with unit stride along D.
+struct MomentsView {
+  const void* data;
+  int64_t token_stride, group_stride;  // in bytes
+};
+
 struct MomentsInput {
-  const void* x;
-  const void* grad;
-  const double* shift;                                                           // (G, D)
-  int64_t x_token_stride, x_group_stride, grad_token_stride, grad_group_stride;  // in elements
+  MomentsView x, grad;
+  const double* shift;  // (G, D), what the results are about; null: the mean of the tokens
   int64_t tokens, groups, tokens_per_split;
   int dims;
   bool aligned;  // rows may be read 16 bytes at a time
 };
 
-// What blocks leave for the second kernel: per split and group the weight, plain and weighted sums in float64, and
-// per split, slice and group the P x P product in float.
+// What the first kernel leaves for the second: per split, slice and group the P x P product; what the sums of a group
+// are about; per split and group the weight, plain and weighted sums.
 struct MomentsPartial {
-  double* linear;  // (splits, G, 1 + 2 P)
   float* outer;    // (splits * slices, G, P, P)
+  float* point;    // (G, P)
+  double* linear;  // (splits, G, 1 + 2 P)
 };
+
+// Where the results go: (), (G, D), (G), (G, D), (G, D), (G, D, D).
+struct MomentsResults {
+  double *count, *shift, *weight, *plain, *weighted, *outer;
+};
+
+// First kernel ---------------------------------------------------------------------------------------
 
 // The first `count` elements at `row`, zeros after them.
 template <typename T>
@@ -61,121 +75,188 @@ __device__ __forceinline__ uint4 load_elements(const T* row, int count) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Grid (groups, splits).
+// What one thread of a block loads: V coordinates of the tokens row, row + kRows, ... of every stage. Threads and
+// tokens that do not exist read ones that do, so that loads have no condition; what they read is discarded later.
 template <typename T, int P>
-__global__ void __launch_bounds__(MomentsShape<T, P>::kThreads, MomentsShape<T, P>::kBlocks)
-    moments_of_block(const MomentsInput in, const MomentsPartial out) {
+struct MomentsLoads {
+  using Shape = MomentsShape<T, P>;
+
+  int row, first;  // the token of a stage and the first coordinate
+  bool active;     // whether there is such a coordinate
+  int count;       // of coordinates from there on
+  int tokens;      // of the block
+  const char *x, *grad;
+  uint64_t x_stride, grad_stride;
+  uint4 x_raw[Shape::kPasses], grad_raw[Shape::kPasses];
+
+  __device__ __forceinline__ MomentsLoads(const MomentsInput& in, int64_t group, int64_t split)
+      : row(threadIdx.x / Shape::kLanes), first(threadIdx.x % Shape::kLanes * Shape::kVector), active(first < in.dims) {
+    const int column = active ? first : 0;
+    const int64_t begin = split * in.tokens_per_split;
+    count = in.dims - column;
+    tokens = int(min(in.tokens_per_split, in.tokens - begin));
+    x = at(in.x, begin, group, column), x_stride = in.x.token_stride;
+    grad = at(in.grad, begin, group, column), grad_stride = in.grad.token_stride;
+  }
+
+  __device__ __forceinline__ static const char* at(const MomentsView& view, int64_t token, int64_t group, int column) {
+    return static_cast<const char*>(view.data) + token * view.token_stride + group * view.group_stride +
+           column * int(sizeof(T));
+  }
+
+  template <bool Aligned>
+  __device__ __forceinline__ uint4 load(const char* from) const {
+    if constexpr (Aligned)
+      return __ldg(reinterpret_cast<const uint4*>(from));
+    else
+      return load_elements(reinterpret_cast<const T*>(from), count);
+  }
+
+  template <bool Aligned>
+  __device__ __forceinline__ void fetch(int stage) {
+#pragma unroll
+    for (int p = 0; p < Shape::kPasses; ++p) {
+      const uint32_t token = min(stage + p * Shape::kRows + row, tokens - 1);  // unsigned: its product is cheaper
+      x_raw[p] = load<Aligned>(x + token * x_stride);
+      grad_raw[p] = load<Aligned>(grad + token * grad_stride);
+    }
+  }
+};
+
+// Which token is the i-th of the sample: from everywhere, a prime number of them, and from 0.382 of the way to the
+// second. A batch of sequences might else give its class tokens, which are unlike the others.
+SKD_HD int64_t sampled_token(int64_t i, int64_t tokens) {
+  return tokens < kSample ? i : tokens * (1000 * i + 382) / (1000 * kSample);
+}
+
+// The mean of the sample at the coordinate `threadIdx.x`, near that of all tokens. Every block of a group adds the same
+// numbers in the same order: they agree on it to the bit. `sums` (kRows, P) is scratch.
+template <typename T, int P, bool Aligned>
+__device__ __forceinline__ float sampled_mean(const MomentsInput& in, int64_t group, const MomentsLoads<T, P>& loads,
+                                              float* sums) {
+  using Shape = MomentsShape<T, P>;
+  constexpr int V = Shape::kVector, kRows = Shape::kRows, kLoads = (kSample + kRows - 1) / kRows;
+  const int number = int(min(in.tokens, int64_t(kSample))), column = loads.active ? loads.first : 0;
+  uint4 raw[kLoads];
+#pragma unroll
+  for (int l = 0; l < kLoads; ++l) {
+    const int64_t token = sampled_token(min(l * kRows + loads.row, number - 1), in.tokens);
+    raw[l] = loads.template load<Aligned>(loads.at(in.x, token, group, column));
+  }
+  float sum[V] = {};
+#pragma unroll
+  for (int l = 0; l < kLoads; ++l) {
+    float xs[V];
+    unpack<T>(raw[l], xs);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] += l * kRows + loads.row < number ? xs[i] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) sums[loads.row * P + loads.first + i] = sum[i];
+  __syncthreads();
+  float total = 0;
+  if (threadIdx.x < P)
+    for (int r = 0; r < min(kRows, kSample); ++r) total += sums[r * P + threadIdx.x];
+  return total / float(number);
+}
+
+__device__ __forceinline__ void store_words(uint16_t* at, const uint32_t (&words)[4]) {
+  *reinterpret_cast<uint4*>(at) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+__device__ __forceinline__ void store_words(uint16_t* at, const uint32_t (&words)[2]) {
+  *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+}
+
+// What a thread sums up of its coordinates.
+template <int V>
+struct MomentsSums {
+  float plain[V] = {}, weighted[V] = {}, weight = 0;
+};
+
+// sqrt(w) y of the fetched tokens as bf16 to shared memory: `high`, and in `low` twice the remainder. In a `Whole`
+// stage all tokens exist. Coordinates that do not exist get numbers that nobody reads.
+template <bool Whole, typename T, int P>
+__device__ __forceinline__ void stage_tokens(const MomentsLoads<T, P>& loads, int stage, float reciprocal,
+                                             const float* points, uint16_t* high, uint16_t* low,
+                                             MomentsSums<16 / sizeof(T)>& sums) {
   using Shape = MomentsShape<T, P>;
   constexpr int V = Shape::kVector;
-  constexpr int kPasses = Shape::kPasses, kRows = Shape::kRows, kStride = Shape::kStride;
-  __shared__ __align__(16) unsigned char memory[Shape::kBytes];
-  __shared__ __align__(16) float shift[P];
-  uint16_t* const high = reinterpret_cast<uint16_t*>(memory);  // (kStage, kStride) bf16
-  uint16_t* const low = high + Shape::kStage * kStride;        // the same, twice the remainder
-
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t group = blockIdx.x, split = blockIdx.y;
-  const int64_t begin = split * in.tokens_per_split;
-  const int tokens = int(begin + in.tokens_per_split < in.tokens ? in.tokens_per_split : in.tokens - begin);
-
-  // When loading: coordinates first..first+V of tokens row, row + kRows, ... Threads and tokens that do not exist
-  // read ones that do, so that loads have no condition; what they read is discarded when it is staged.
-  const int row = thread / Shape::kLanes, first = thread % Shape::kLanes * V;
-  const bool active = first < in.dims;
-  const int column = active ? first : 0;
-  const T* const x = static_cast<const T*>(in.x) + begin * in.x_token_stride + group * in.x_group_stride + column;
-  const T* const grad =
-      static_cast<const T*>(in.grad) + begin * in.grad_token_stride + group * in.grad_group_stride + column;
-  uint4 x_raw[kPasses], grad_raw[kPasses];
-  const auto fetch = [&](int stage) {
-    if (in.aligned) {
+  float point[V];  // read again in every stage: while one is multiplied, its registers are needed
 #pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
-        const int64_t token = min(stage + p * kRows + row, tokens - 1);
-        x_raw[p] = __ldg(reinterpret_cast<const uint4*>(x + token * in.x_token_stride));
-        grad_raw[p] = __ldg(reinterpret_cast<const uint4*>(grad + token * in.grad_token_stride));
-      }
-    } else {
+  for (int i = 0; i < V; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(points + loads.first + i);
+    point[i] = four.x, point[i + 1] = four.y, point[i + 2] = four.z, point[i + 3] = four.w;
+  }
 #pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
-        const int64_t token = min(stage + p * kRows + row, tokens - 1);
-        x_raw[p] = load_elements(x + token * in.x_token_stride, in.dims - column);
-        grad_raw[p] = load_elements(grad + token * in.grad_token_stride, in.dims - column);
-      }
+  for (int p = 0; p < Shape::kPasses; ++p) {
+    const bool exists = Whole || stage + p * Shape::kRows + loads.row < loads.tokens;
+    float xs[V], grads[V], w = 0;
+    unpack<T>(loads.x_raw[p], xs);
+    unpack<T>(loads.grad_raw[p], grads);
+#pragma unroll
+    for (int i = 0; i < V; ++i) w += taylor_term(xs[i], grads[i]);
+    if (!exists || !loads.active) w = 0;
+#pragma unroll
+    for (int offset = Shape::kLanes / 2; offset > 0; offset /= 2) w += __shfl_xor_sync(0xffffffffu, w, offset);
+    w *= reciprocal;
+    sums.weight += w;
+    const float root = square_root(w);
+    uint32_t high_words[V / 2], low_words[V / 2];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      xs[i] = exists ? xs[i] - point[i] : 0.0f;
+      sums.plain[i] += xs[i];
+      sums.weighted[i] += w * xs[i];
+      xs[i] *= root;
     }
-  };
+#pragma unroll
+    for (int i = 0; i < V; i += 2) split_bf16(xs[i], xs[i + 1], high_words[i / 2], low_words[i / 2]);
+    const int at = (p * Shape::kRows + loads.row) * Shape::kStride + loads.first;
+    store_words(high + at, high_words);
+    store_words(low + at, low_words);
+  }
+}
 
-  if (thread < P) shift[thread] = thread < in.dims ? float(in.shift[group * in.dims + thread]) : 0.0f;
-  float plain[V] = {}, weighted[V] = {}, weight = 0;
-  const float reciprocal = 1.0f / float(in.dims);
+// What one warp multiplies: one tile, and of every stage the tokens 16 slice, 16 (slice + kSlices), ...
+template <typename T, int P>
+struct MomentsTile {
+  using Shape = MomentsShape<T, P>;
+  static constexpr int kHeight = Shape::kTileRows / 16, kWidth = Shape::kTileColumns / 8;  // in instructions
+  static constexpr int kWide = Shape::kColumns / 8;
 
-  // When multiplying: one tile, and of every stage the tokens 16 slice, 16 (slice + kSlices), ...
-  constexpr int kHeight = Shape::kTileRows / 16, kWidth = Shape::kTileColumns / 8;  // of the tile, in instructions
-  constexpr int kWide = Shape::kColumns / 8;
-  const int slice = warp % Shape::kSlices, tile = warp / Shape::kSlices;
-  const int tile_row = tile / Shape::kAcross * Shape::kTileRows;
-  const int tile_column = tile % Shape::kAcross * Shape::kTileColumns;
-  const int fragment = fragment_token(lane) * kStride + fragment_coordinate(lane);
+  int lane, slice, row, column;  // of the tile's first entry
+  int left, right;               // where this lane's rows of the fragments begin
   float total[kHeight][kWidth][4] = {};
 
-  fetch(0);
-  __syncthreads();  // shift is there
-  for (int stage = 0; stage < tokens; stage += Shape::kStage) {
-#pragma unroll
-    for (int p = 0; p < kPasses; ++p) {
-      const bool exists = active && stage + p * kRows + row < tokens;
-      float xs[V], grads[V], w = 0;
-      unpack<T>(x_raw[p], xs);
-      unpack<T>(exists ? grad_raw[p] : make_uint4(0, 0, 0, 0), grads);
-#pragma unroll
-      for (int i = 0; i < V; ++i) w += taylor_term(xs[i], grads[i]);
-#pragma unroll
-      for (int offset = Shape::kLanes / 2; offset > 0; offset /= 2) w += __shfl_xor_sync(0xffffffffu, w, offset);
-      w *= reciprocal;
-      weight += w;
-      const float root = square_root(w);
-      uint32_t high_words[V / 2], low_words[V / 2];
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        xs[i] = exists ? xs[i] - shift[first + i] : 0.0f;
-        plain[i] += xs[i];
-        weighted[i] += w * xs[i];
-        xs[i] *= root;
-      }
-#pragma unroll
-      for (int i = 0; i < V; i += 2) split_bf16(xs[i], xs[i + 1], high_words[i / 2], low_words[i / 2]);
-      const int at = (p * kRows + row) * kStride + first;
-      if constexpr (V == 8) {
-        *reinterpret_cast<uint4*>(high + at) = make_uint4(high_words[0], high_words[1], high_words[2], high_words[3]);
-        *reinterpret_cast<uint4*>(low + at) = make_uint4(low_words[0], low_words[1], low_words[2], low_words[3]);
-      } else {
-        *reinterpret_cast<uint2*>(high + at) = make_uint2(high_words[0], high_words[1]);
-        *reinterpret_cast<uint2*>(low + at) = make_uint2(low_words[0], low_words[1]);
-      }
-    }
-    __syncthreads();
-    if (stage + Shape::kStage < tokens) fetch(stage + Shape::kStage);  // arrives while this stage is multiplied
+  __device__ __forceinline__ MomentsTile() {
+    const int warp = threadIdx.x / 32, tile = warp / Shape::kSlices;
+    lane = threadIdx.x % 32, slice = warp % Shape::kSlices;
+    row = tile / Shape::kAcross * Shape::kTileRows, column = tile % Shape::kAcross * Shape::kTileColumns;
+    left = (16 * slice + left_token(lane)) * Shape::kStride + left_coordinate(lane) + row;
+    right = (16 * slice + right_token(lane)) * Shape::kStride + right_coordinate(lane) + column;
+  }
 
-    // The matrix unit truncates when it accumulates: let it add up one stage only.
+  // Adds the product of what is staged, some columns at a time. The matrix unit truncates when it accumulates: it adds
+  // up one stage only.
+  __device__ __forceinline__ void add_stage(const uint16_t* high, const uint16_t* low) {
 #pragma unroll
     for (int start = 0; start < kWidth; start += kWide) {
       float sum[kHeight][kWide][4] = {};
 #pragma unroll
       for (int k = 0; k < Shape::kStage; k += 16 * Shape::kSlices) {
-        const int from = (k + 16 * slice) * kStride + fragment;
         uint32_t a[kHeight][4];
 #pragma unroll
-        for (int m = 0; m < kHeight; ++m) load_fragment(a[m], high + from + tile_row + 16 * m);
+        for (int m = 0; m < kHeight; ++m) load_fragment(a[m], high + left + k * Shape::kStride + 16 * m);
 #pragma unroll
         for (int part = 0; part < 2; ++part)
 #pragma unroll
           for (int n = 0; n < kWide; n += 2) {
             uint32_t b[4];
-            load_fragment(b, (part == 0 ? high : low) + from + tile_column + 8 * (start + n));
+            load_fragment(b, (part == 0 ? high : low) + right + k * Shape::kStride + 8 * (start + n));
 #pragma unroll
             for (int m = 0; m < kHeight; ++m) {
-              multiply_add(sum[m][n], a[m], b[0], b[2]);
-              multiply_add(sum[m][n + 1], a[m], b[1], b[3]);
+              multiply_add(sum[m][n], a[m], b[0], b[1]);
+              multiply_add(sum[m][n + 1], a[m], b[2], b[3]);
             }
           }
       }
@@ -186,100 +267,242 @@ __global__ void __launch_bounds__(MomentsShape<T, P>::kThreads, MomentsShape<T, 
 #pragma unroll
           for (int i = 0; i < 4; ++i) total[m][start + n][i] += sum[m][n][i];
     }
-    __syncthreads();
   }
 
-  float* const outer = out.outer + ((split * Shape::kSlices + slice) * in.groups + group) * (P * P);
+  __device__ __forceinline__ void write(float* outer) const {
 #pragma unroll
-  for (int m = 0; m < kHeight; ++m)
+    for (int m = 0; m < kHeight; ++m)
 #pragma unroll
-    for (int n = 0; n < kWidth; ++n)
+      for (int n = 0; n < kWidth; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = tile_row + 16 * m + accumulator_row(lane, half);
-        const int j = tile_column + 8 * n + accumulator_column(lane);
-        *reinterpret_cast<float2*>(outer + i * P + j) = make_float2(total[m][n][2 * half], total[m][n][2 * half + 1]);
-      }
+        for (int half = 0; half < 2; ++half) {
+          const int i = row + 16 * m + accumulator_row(lane, half), j = column + 8 * n + accumulator_column(lane);
+          const float* const pair = &total[m][n][2 * half];
+          *reinterpret_cast<float2*>(outer + i * P + j) = make_float2(pair[0], pair[1]);
+        }
+  }
+};
 
-  // Sums of the threads that loaded the same coordinates, over rows in a fixed order.
-  double* const linear = out.linear + (split * in.groups + group) * (1 + 2 * P);
-  float* const sums = reinterpret_cast<float*>(memory);  // (kRows, P)
+// Sums of the threads that loaded the same coordinates, over rows in a fixed order. `scratch` is (kRows, P).
+template <typename T, int P>
+__device__ __forceinline__ void write_sums(const MomentsLoads<T, P>& loads, const MomentsSums<16 / sizeof(T)>& sums,
+                                           float* scratch, double* linear) {
+  constexpr int kRows = MomentsShape<T, P>::kRows;
 #pragma unroll
   for (int kind = 0; kind < 2; ++kind) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) sums[row * P + first + i] = kind == 0 ? plain[i] : weighted[i];
+    for (int i = 0; i < int(16 / sizeof(T)); ++i)
+      scratch[loads.row * P + loads.first + i] = kind == 0 ? sums.plain[i] : sums.weighted[i];
     __syncthreads();
-    if (thread < P) {
+    if (threadIdx.x < P) {
       double sum = 0;
-      for (int r = 0; r < kRows; ++r) sum += sums[r * P + thread];
-      linear[1 + kind * P + thread] = sum;
+      for (int r = 0; r < kRows; ++r) sum += scratch[r * P + threadIdx.x];
+      linear[1 + kind * P + threadIdx.x] = sum;
     }
     __syncthreads();
   }
-  if (first == 0) sums[row] = weight;
+  if (loads.first == 0) scratch[loads.row] = sums.weight;
   __syncthreads();
-  if (thread == 0) {
+  if (threadIdx.x == 0) {
     double sum = 0;
-    for (int r = 0; r < kRows; ++r) sum += sums[r];
+    for (int r = 0; r < kRows; ++r) sum += scratch[r];
     *linear = sum;
   }
 }
 
-constexpr int kFinishTile = 32, kFinishRows = 8;
+// Sums over one group and one range of tokens, about a point that is exact in float. Grid (groups, splits).
+template <typename T, int P>
+__global__ void __launch_bounds__(MomentsShape<T, P>::kThreads, MomentsShape<T, P>::kBlocks)
+    moments_of_block(const MomentsInput in, const MomentsPartial out) {
+  using Shape = MomentsShape<T, P>;
+  __shared__ __align__(16) unsigned char memory[Shape::kBytes];
+  __shared__ __align__(16) float points[P];
+  uint16_t* const high = reinterpret_cast<uint16_t*>(memory);  // (kStage, kStride) bf16
+  uint16_t* const low = high + Shape::kStage * Shape::kStride;
+  float* const scratch = reinterpret_cast<float*>(memory);
+  const int64_t group = blockIdx.x, split = blockIdx.y;
+  const int thread = threadIdx.x;
 
-// Sum of the partial products at (i, j) over splits and slices, in order.
-__device__ __forceinline__ double sum_of_partials(const float* outer, int64_t count, int64_t step, int at) {
-  double sum = 0;
-#pragma unroll 4
-  for (int64_t s = 0; s < count; ++s) sum += outer[s * step + at];
-  return sum;
-}
-
-// Adds the partial results up in float64 and symmetrises. Grid: groups * tiles^2; block (kFinishTile, kFinishRows).
-__global__ void __launch_bounds__(kFinishTile* kFinishRows)
-    moments_of_group(const MomentsPartial in, int64_t groups, int64_t splits, int slices, int padded, int dims,
-                     double* weight, double* plain, double* weighted, double* outer) {
-  __shared__ double mirrored[kFinishTile][kFinishTile + 1];
-  const int tiles = (dims + kFinishTile - 1) / kFinishTile;
-  const int64_t group = blockIdx.x / (tiles * tiles);
-  const int tile = blockIdx.x % (tiles * tiles);
-  const int first_row = tile / tiles * kFinishTile, first_column = tile % tiles * kFinishTile;
-  const int x = threadIdx.x, y = threadIdx.y;
-  const int64_t step = groups * padded * padded;
-  const float* const partial = in.outer + group * padded * padded;
-  double sums[kFinishTile / kFinishRows];
-#pragma unroll
-  for (int r = 0; r < kFinishTile; r += kFinishRows) {
-    const bool here = first_row + y + r < dims && first_column + x < dims;
-    const bool there = first_column + y + r < dims && first_row + x < dims;
-    const int at = (first_row + y + r) * padded + first_column + x;
-    const int mirror = (first_column + y + r) * padded + first_row + x;
-    sums[r / kFinishRows] = here ? sum_of_partials(partial, splits * slices, step, at) : 0.0;
-    mirrored[y + r][x] = there ? sum_of_partials(partial, splits * slices, step, mirror) : 0.0;
+  MomentsLoads<T, P> loads(in, group, split);
+  const auto fetch = [&](int stage) {
+    in.aligned ? loads.template fetch<true>(stage) : loads.template fetch<false>(stage);
+  };
+  fetch(0);  // arrives while the point is found
+  float mine = 0;
+  if (in.shift != nullptr)
+    mine = thread < in.dims ? float(in.shift[group * in.dims + thread]) : 0.0f;
+  else
+    mine = in.aligned ? sampled_mean<T, P, true>(in, group, loads, scratch)
+                      : sampled_mean<T, P, false>(in, group, loads, scratch);
+  if (thread < P) {
+    points[thread] = mine;
+    if (split == 0) out.point[group * P + thread] = mine;
   }
   __syncthreads();
-#pragma unroll
-  for (int r = 0; r < kFinishTile; r += kFinishRows) {
-    const int64_t i = first_row + y + r, j = first_column + x;
-    if (i < dims && j < dims)
-      outer[(group * dims + i) * dims + j] = 0.5 * (sums[r / kFinishRows] + mirrored[x][y + r]);
+
+  MomentsSums<Shape::kVector> sums;
+  MomentsTile<T, P> tile;
+  const float reciprocal = 1.0f / float(in.dims);
+  for (int stage = 0; stage < loads.tokens; stage += Shape::kStage) {
+    if (stage + Shape::kStage <= loads.tokens)
+      stage_tokens<true>(loads, stage, reciprocal, points, high, low, sums);
+    else
+      stage_tokens<false>(loads, stage, reciprocal, points, high, low, sums);
+    __syncthreads();
+    if (stage + Shape::kStage < loads.tokens) fetch(stage + Shape::kStage);  // arrives while this stage is multiplied
+    tile.add_stage(high, low);
+    __syncthreads();
   }
-  if (tile == 0) {
-    const int64_t size = 1 + 2 * padded;
-    for (int at = y * kFinishTile + x; at <= 2 * dims; at += kFinishTile * kFinishRows) {
-      const int source = at <= dims ? at : 1 + padded + (at - 1 - dims);  // the partial sums are padded
-      double sum = 0;
-#pragma unroll 4
-      for (int64_t s = 0; s < splits; ++s) sum += in.linear[(s * groups + group) * size + source];
-      if (at == 0)
-        weight[group] = sum;
-      else if (at <= dims)
-        plain[group * dims + at - 1] = sum;
-      else
-        weighted[group * dims + at - 1 - dims] = sum;
-    }
+  tile.write(out.outer + ((split * Shape::kSlices + tile.slice) * in.groups + group) * (P * P));
+  write_sums(loads, sums, scratch, out.linear + (split * in.groups + group) * (1 + 2 * P));
+}
+
+// Second kernel --------------------------------------------------------------------------------------
+
+constexpr int kFinishTile = 16;   // coordinates
+constexpr int kFinishLanes = 4;   // threads that share the partial products of the same four entries
+constexpr int kFinishFlight = 8;  // loads of them in flight per thread
+constexpr int kFinishVectors = kFinishTile * kFinishTile / 4;
+constexpr int kFinishThreads = 2 * kFinishVectors * kFinishLanes;  // of a tile and its mirror image
+constexpr int kFinishColumns = 4 * kFinishTile;                    // plain and weighted sums of both
+constexpr int kLinearLanes = kFinishThreads / kFinishColumns;      // threads that share one of those
+static_assert(kFinishThreads == 2 * kFinishTile * kFinishTile);    // one for each entry of both
+
+// What the threads of the second kernel exchange.
+struct MomentsFinish {
+  double outer[kFinishLanes][2][kFinishTile][kFinishTile + 1];
+  double linear[kLinearLanes][kFinishColumns];
+  double weight[kLinearLanes];
+  double step[2 * kFinishTile], half[2 * kFinishTile];
+};
+
+// A tile of a group's result, on the diagonal or above it, and its mirror image: both are finished by one block, since
+// the partial products are not symmetric. `rows` and `columns` count tiles.
+struct MomentsPair {
+  int64_t group;
+  int rows, columns;
+
+  __device__ __forceinline__ MomentsPair(uint32_t block, int tiles) : group(block / pairs(tiles)), rows(0) {
+    for (columns = block % pairs(tiles); columns >= tiles - rows; ++rows) columns -= tiles - rows;
+    columns += rows;
+  }
+  SKD_HD static uint32_t pairs(int tiles) { return tiles * (tiles + 1) / 2; }
+  // The i-th coordinate of the rows and then of the columns.
+  __device__ __forceinline__ int coordinate(int i) const {
+    return (i < kFinishTile ? rows : columns) * kFinishTile + i % kFinishTile;
+  }
+};
+
+// Sums over every kFinishLanes-th of `count` partial products from `lane` on, `step` apart: of four entries.
+__device__ __forceinline__ void sum_products(const float* at, int count, int64_t step, int lane, double (&sum)[4]) {
+  at += lane * step;
+  for (int left = count - lane; left > 0; left -= kFinishLanes * kFinishFlight) {
+    float4 values[kFinishFlight];
+#pragma unroll
+    for (int f = 0; f < kFinishFlight; ++f, at += kFinishLanes * step)
+      values[f] = f * kFinishLanes < left ? *reinterpret_cast<const float4*>(at) : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int f = 0; f < kFinishFlight; ++f)
+      sum[0] += values[f].x, sum[1] += values[f].y, sum[2] += values[f].z, sum[3] += values[f].w;
   }
 }
+
+// The partial products of both tiles to shared memory, each read once: of one on the diagonal there is no other.
+__device__ __forceinline__ void gather_products(const MomentsPartial& in, const MomentsPair& pair, int64_t groups,
+                                                int count, int padded, MomentsFinish& shared) {
+  const int vector = threadIdx.x % kFinishVectors, mirrored = threadIdx.x / kFinishVectors % 2;
+  const int lane = threadIdx.x / (2 * kFinishVectors);
+  const int row = vector / (kFinishTile / 4), column = vector % (kFinishTile / 4) * 4;
+  if (mirrored && pair.rows == pair.columns) return;
+  const int i = (mirrored ? pair.columns : pair.rows) * kFinishTile + row;
+  const int j = (mirrored ? pair.rows : pair.columns) * kFinishTile + column;
+  double sum[4] = {};
+  const int64_t step = groups * padded * padded;
+  sum_products(in.outer + (pair.group * padded + i) * padded + j, count, step, lane, sum);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) shared.outer[lane][mirrored][row][column + c] = sum[c];
+}
+
+// The same for the plain and weighted sums of the coordinates of both tiles, and for the weight.
+__device__ __forceinline__ void gather_linear(const MomentsPartial& in, const MomentsPair& pair, int64_t groups,
+                                              int splits, int padded, MomentsFinish& shared) {
+  const int column = threadIdx.x % kFinishColumns, lane = threadIdx.x / kFinishColumns;
+  const int kind = column / (2 * kFinishTile), coordinate = pair.coordinate(column % (2 * kFinishTile));
+  const int64_t size = 1 + 2 * padded;
+  const int64_t step = kLinearLanes * groups * size;
+  const double* linear = in.linear + (lane * groups + pair.group) * size;
+  double sum = 0, weight = 0;
+#pragma unroll 4
+  for (int s = lane; s < splits; s += kLinearLanes, linear += step) {
+    weight += linear[0];
+    sum += linear[1 + kind * padded + coordinate];
+  }
+  shared.linear[lane][column] = sum;
+  if (column == 0) shared.weight[lane] = weight;
+}
+
+// What one coordinate's sums about the point become about the shift. With `step` between the two and
+// half = sum w y + sum w step / 2, the outer product grows by half step^T + step half^T.
+__device__ __forceinline__ void rebase(const MomentsInput& in, const MomentsPartial& partial, const MomentsPair& pair,
+                                       int padded, const MomentsResults& to, MomentsFinish& shared) {
+  const int mine = threadIdx.x, coordinate = pair.coordinate(mine);
+  if (coordinate >= in.dims) return;
+  double plain = 0, weighted = 0, weight = 0;
+  for (int lane = 0; lane < kLinearLanes; ++lane) {
+    plain += shared.linear[lane][mine];
+    weighted += shared.linear[lane][2 * kFinishTile + mine];
+    weight += shared.weight[lane];
+  }
+  const int64_t at = pair.group * in.dims + coordinate;
+  const double count = double(in.tokens), point = partial.point[pair.group * padded + coordinate];
+  const double shift = in.shift != nullptr ? in.shift[at] : point + plain / count;
+  const double step = point - shift;
+  shared.step[mine] = step;
+  shared.half[mine] = weighted + 0.5 * weight * step;
+  if (pair.rows != pair.columns || mine >= kFinishTile) return;  // each result is written once
+  to.shift[at] = shift;
+  to.plain[at] = plain + count * step;
+  to.weighted[at] = weighted + weight * step;
+  if (coordinate == 0) to.weight[pair.group] = weight;
+  if (at == 0) *to.count = count;
+}
+
+// One entry per thread of the tile or of its mirror image. Both halves of the matrix are computed in the same way, from
+// what is above the diagonal: they are equal to the bit.
+__device__ __forceinline__ void write_product(const MomentsPair& pair, int dims, const MomentsFinish& shared,
+                                              double* outer) {
+  const bool diagonal = pair.rows == pair.columns, mirrored = threadIdx.x >= kFinishTile * kFinishTile;
+  const int r = threadIdx.x / kFinishTile % kFinishTile, c = threadIdx.x % kFinishTile;
+  const int row = (mirrored ? pair.columns : pair.rows) * kFinishTile + r;
+  const int column = (mirrored ? pair.rows : pair.columns) * kFinishTile + c;
+  if (row >= dims || column >= dims || (diagonal && mirrored)) return;
+  const int a = row > column ? c : r, b = row > column ? r : c;
+  double above = 0, below = 0;
+  for (int lane = 0; lane < kFinishLanes; ++lane) {
+    above += shared.outer[lane][0][a][b];
+    below += shared.outer[lane][diagonal ? 0 : 1][b][a];
+  }
+  const int other = kFinishTile + b;
+  const double change = shared.half[a] * shared.step[other] + shared.step[a] * shared.half[other];
+  outer[(pair.group * dims + row) * dims + column] = 0.5 * (above + below) + change;
+}
+
+// Adds the partial results up in float64 in a fixed order, symmetrises and re-bases them: from the point, which is
+// exact in float, to the shift, which need not be. Grid: groups * pairs of tiles.
+__global__ void __launch_bounds__(kFinishThreads, 2)
+    moments_of_group(const MomentsInput in, const MomentsPartial partial, int splits, int slices, int padded,
+                     const MomentsResults to) {
+  __shared__ MomentsFinish shared;
+  const MomentsPair pair(blockIdx.x, (in.dims + kFinishTile - 1) / kFinishTile);
+  gather_products(partial, pair, in.groups, splits * slices, padded, shared);
+  gather_linear(partial, pair, in.groups, splits, padded, shared);
+  __syncthreads();
+  if (threadIdx.x < 2 * kFinishTile) rebase(in, partial, pair, padded, to, shared);
+  __syncthreads();
+  write_product(pair, in.dims, shared, to.outer);
+}
+
+// One call -------------------------------------------------------------------------------------------
 
 // Into how many ranges to cut `stages` so that groups * splits blocks, `capacity` at a time, finish soonest. A block
 // costs about four stages on top of its own; more than `most` stages would accumulate too much in float.
@@ -293,6 +516,28 @@ inline int64_t choose_splits(int64_t groups, int64_t stages, int64_t capacity, i
     if (cost < best_cost) best = splits, best_cost = cost;
   }
   return best;
+}
+
+// Everything that one call starts: two kernels, `launch(blocks, threads, kernel, arguments...)`. `allocate(doubles)`
+// gives the memory between them, `choose(stages)` the number of ranges of tokens.
+template <typename T, int P, typename Choose, typename Allocate, typename Launch>
+void launch_moments(MomentsInput in, const MomentsResults& to, const Choose& choose, const Allocate& allocate,
+                    const Launch& launch) {
+  using Shape = MomentsShape<T, P>;
+  const int64_t stages = (in.tokens + Shape::kStage - 1) / Shape::kStage, wanted = choose(stages);
+  in.tokens_per_split = (stages + wanted - 1) / wanted * Shape::kStage;
+  const int64_t splits = (in.tokens + in.tokens_per_split - 1) / in.tokens_per_split;
+
+  const int64_t outer = splits * Shape::kSlices * in.groups * P * P, point = in.groups * P;  // even numbers of floats
+  double* const memory = allocate((outer + point) / 2 + splits * in.groups * (1 + 2 * P));
+  float* const floats = reinterpret_cast<float*>(memory);
+  const MomentsPartial partial{floats, floats + outer, memory + (outer + point) / 2};
+
+  launch(dim3{static_cast<unsigned>(in.groups), static_cast<unsigned>(splits)}, Shape::kThreads, moments_of_block<T, P>,
+         in, partial);
+  const uint32_t pairs = MomentsPair::pairs((in.dims + kFinishTile - 1) / kFinishTile);
+  launch(dim3{static_cast<unsigned>(in.groups * pairs)}, kFinishThreads, moments_of_group, in, partial, int(splits),
+         Shape::kSlices, P, to);
 }
 
 }  // namespace skd

@@ -26,7 +26,7 @@ void run(TaylorInput in, const Tensor& scores, const OnDevice& device) {
   const int64_t columns = (vectors + in.lanes - 1) / in.lanes, rows = kTaylorThreads / in.lanes;
   STD_TORCH_CHECK(columns < (int64_t(1) << 31), "taylor_scores: too many coordinates");
   // One wave of blocks, with at least one unrolled step for each.
-  const int64_t capacity = device.capacity(taylor_of_block<T, V, Squared>, kTaylorThreads);
+  const int64_t capacity = device.capacity<taylor_of_block<T, V, Squared>>(kTaylorThreads);
   const int64_t most = std::min<int64_t>(65535, (in.tokens + rows * kTaylorUnroll - 1) / (rows * kTaylorUnroll));
   in.splits = std::clamp<int64_t>(capacity / columns, 1, most);
 

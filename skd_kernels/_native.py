@@ -73,21 +73,17 @@ def _load() -> tuple[Any, str]:
 def _register_fakes() -> None:
     """Shapes and dtypes of the outputs, for torch.compile."""
     torch.library.register_fake("skd_kernels::token_moments", _fake_moments)
-    torch.library.register_fake("skd_kernels::centred_moments", _fake_centred_moments)
+    torch.library.register_fake("skd_kernels::centred_moments", _fake_moments)
     torch.library.register_fake("skd_kernels::taylor_scores", _fake_scores)
     torch.library.register_fake("skd_kernels::attention", _fake_attention)
     torch.library.register_fake("skd_kernels::attention_backward", lambda grad, qkv, *_: torch.empty_like(qkv))
 
 
-def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Of both operations, in the order of the fields of `Moments`."""
     groups, dims = x.shape[-2:]
-    sizes = ((groups,), (groups, dims), (groups, dims), (groups, dims, dims))
+    sizes = ((), (groups, dims), (groups,), (groups, dims), (groups, dims), (groups, dims, dims))
     return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
-
-
-def _fake_centred_moments(x: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    sizes = ((), x.shape[-2:])
-    return *(x.new_empty(size, dtype=torch.float64) for size in sizes), *_fake_moments(x, grad, x)
 
 
 def _fake_attention(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,8 +11,6 @@ from skd_kernels._checks import check_pair, check_tensor
 from skd_kernels._dispatch import always, operation
 from skd_kernels._native import refuses_moments, rows
 
-_SAMPLE = 31  # tokens whose mean stands in for that of all, to begin with
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -143,36 +141,16 @@ _operation = operation(token_moments)
 
 @_operation.implementation("compiled", refuses_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
-    """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, about a point near their mean."""
+    """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, and nothing before or after it.
+
+    A GPU is faster than PyTorch's own small kernels can be started: the operation makes all of the result, and the
+    shift it returns is a copy. Only a `shift` that is not contiguous float64 is made so first.
+    """
     x, grad = rows(x, 2), rows(grad, 2)
-    if x.is_cuda:
-        return _moments_cuda(x, grad, shift)
     if shift is None:
         return Moments(*torch.ops.skd_kernels.centred_moments.default(x, grad))
-    return _moments_about(x, grad, shift.detach().to(torch.float64, copy=True).contiguous())
-
-
-def _moments_about(x: torch.Tensor, grad: torch.Tensor, point: torch.Tensor) -> Moments:
-    count = x.new_full((), x.shape[0], dtype=torch.float64)
-    return Moments(count, point, *torch.ops.skd_kernels.token_moments.default(x, grad, point))
-
-
-def _moments_cuda(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
-    """The kernel's point must be exact in float32, so its sums are re-based in float64, to the mean without `shift`.
-
-    The mean is known only afterwards: until then that of some tokens stands in for it.
-    """
-    near = _mean_of_some(x) if shift is None else shift.detach().to(torch.float64, copy=True)
-    sums = _moments_about(x, grad, near.float().double().contiguous())
-    return sums.about(sums.shift + sums.plain_sum / sums.count.clamp(min=1) if shift is None else near)
-
-
-def _mean_of_some(x: torch.Tensor) -> torch.Tensor:
-    """Of tokens from everywhere, (G, D). About a prime number of them, from 0.382 of the way to the second: a batch
-    of sequences might else give its class tokens, which are unlike the others."""
-    stride = max(x.shape[0] // _SAMPLE, 1)
-    some = x[stride * 382 // 1000 :: stride]
-    return some.double().sum(0) / max(some.shape[0], 1)
+    constant = shift.detach() if shift.requires_grad else shift
+    return Moments(*torch.ops.skd_kernels.token_moments.default(x, grad, constant.double().contiguous()))
 
 
 @_operation.implementation("reference", always)

@@ -42,6 +42,11 @@ def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: s
         raise SystemExit(f"{what}: off by {(found - expected).norm() / expected.norm():.1e}")
 
 
+def check_exactly(count: torch.Tensor, about: torch.Tensor, tokens: int, shift: torch.Tensor, what: str) -> None:
+    if count.item() != tokens or not torch.equal(about, shift):
+        raise SystemExit(f"{what}: another count or shift")
+
+
 def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
     tolerance, of_products = (
         statistics_tolerance("compiled", x.dtype, products=products, alike="zero stride" in what)
@@ -56,9 +61,12 @@ def run(x: torch.Tensor, grad: torch.Tensor, what: str) -> None:
         outer = torch.einsum("tg,tgi,tgj->gij", weight, about, about)
         return weight.sum(0), about.sum(0), (weight[..., None] * about).sum(0), outer
 
-    for a, b in zip(torch.ops.skd_kernels.token_moments(x, grad, shift), sums(shift), strict=True):
+    count, about, *found = torch.ops.skd_kernels.token_moments(x, grad, shift)
+    check_exactly(count, about, len(x), shift, f"token_moments, {what}")
+    for a, b in zip(found, sums(shift), strict=True):
         check(a, b, of_products if a.ndim == 3 else tolerance, f"token_moments, {what}")
-    _, mean, *_, outer = torch.ops.skd_kernels.centred_moments(x, grad)
+    count, mean, *_, outer = torch.ops.skd_kernels.centred_moments(x, grad)
+    check_exactly(count, mean, len(x), mean, f"centred_moments, {what}")
     about, like = sums(mean)[-1], sums(torch.zeros_like(shift))[-1]  # what cancels is as large as what it leaves
     check(outer + like, about + like, of_products, f"centred_moments, {what}")
     product = (x[:, 0].double() * grad[:, 0].double()).abs()

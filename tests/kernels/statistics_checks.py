@@ -32,14 +32,36 @@ def exact_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> t
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return relative(found - expected, expected)
+
+
+def relative(difference: torch.Tensor, scale: torch.Tensor) -> float:
+    """Of norms; zero where there is no difference."""
+    return float(difference.norm() / scale.norm().clamp(min=1e-300))
 
 
 def check_moments(found: tuple[torch.Tensor, ...], x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor) -> None:
+    """Weight, plain, weighted and outer sums about `shift`."""
     weight, plain, weighted, outer = exact_moments(x, grad, shift)
     spread = (x.double() - shift).abs()  # the linear sums cancel: their error is that of the sum of magnitudes
     heavy = torch.einsum("tg,tgi->gi", (x.double() * grad.double()).abs().mean(-1), spread)
     assert error(found[0], weight) < 1e-6
-    assert float((found[1] - plain).norm() / spread.sum(0).norm()) < 1e-6
-    assert float((found[2] - weighted).norm() / heavy.norm()) < 1e-6
+    assert relative(found[1] - plain, spread.sum(0)) < 1e-6
+    assert relative(found[2] - weighted, heavy) < 1e-6
     assert error(found[3], outer) < 1e-5
+    assert torch.equal(found[3], found[3].mT)
+
+
+def check_results(
+    found: tuple[torch.Tensor, ...], x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None
+) -> None:
+    """All six of a compiled operation: about the given `shift`, or about the mean."""
+    count, about, *sums = found
+    assert count.shape == () and float(count) == len(x)
+    if shift is None:
+        mean = x.double().mean(0)
+        assert relative(about - mean, (x.double() - mean).abs().mean(0)) < 1e-6
+        assert float(sums[1].abs().max()) <= 1e-10 * float(x.double().abs().sum())
+    else:
+        assert torch.equal(about, shift) and about.data_ptr() != shift.data_ptr()
+    check_moments(tuple(sums), x, grad, about)

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from statistics_checks import DTYPES, check_moments, error, exact_moments, pair
+from statistics_checks import DTYPES, check_results, class_tokens_apart, error, exact_moments, pair
+from tolerances import statistics_tolerance
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["moments_cuda.cu", "taylor_cuda.cu"]
@@ -97,25 +98,32 @@ def is_aligned(*tensors: torch.Tensor) -> bool:
     )
 
 
-def emulate_moments(
-    emulated: Any, x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor, splits: int
-) -> tuple[torch.Tensor, ...]:
+def run_moments(
+    emulated: Any, x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None, splits: int
+) -> tuple[tuple[torch.Tensor, ...], int]:
+    """The six results of an operation on CUDA and how many kernels were launched."""
     tokens, groups, dims = x.shape
-    outputs = [torch.full(size, torch.nan, dtype=torch.float64) for size in [(groups,), *[(groups, dims)] * 2]]
-    outputs.append(torch.full((groups, dims, dims), torch.nan, dtype=torch.float64))
+    sizes: list[tuple[int, ...]] = [(), (groups, dims), (groups,), *[(groups, dims)] * 2, (groups, dims, dims)]
+    outputs = tuple(torch.full(size, torch.nan, dtype=torch.float64) for size in sizes)
     integers = [*x.stride()[:2], *grad.stride()[:2], tokens, groups]
-    emulated.emulate_moments(
+    launches = emulated.emulate_moments(
         DTYPES.index(x.dtype),
         pointer(x),
         pointer(grad),
-        pointer(shift),
+        None if shift is None else pointer(shift),
         *map(ctypes.c_int64, integers),
         dims,
         ctypes.c_bool(is_aligned(x, grad)),
         ctypes.c_int64(splits),
         *map(pointer, outputs),
     )
-    return tuple(outputs)
+    return outputs, launches
+
+
+def emulate_moments(
+    emulated: Any, x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None = None, splits: int = 1
+) -> tuple[torch.Tensor, ...]:
+    return run_moments(emulated, x, grad, shift, splits)[0]
 
 
 def emulate_taylor(emulated: Any, x: torch.Tensor, grad: torch.Tensor, power: int, splits: int) -> torch.Tensor:
@@ -145,23 +153,67 @@ def emulate_taylor(emulated: Any, x: torch.Tensor, grad: torch.Tensor, power: in
         (200, 3, 64, 3),
         (65, 1, 80, 1),
         (40, 1, 128, 1),
+        (2500, 1, 16, 10),  # more partial products than the second kernel reads at a time
     ],
 )
 def test_emulated_moments(
     emulated: Any, tokens: int, groups: int, dims: int, splits: int, dtype: torch.dtype
 ) -> None:
     x, grad = pair(tokens, groups, dims, dtype=dtype)
-    shift = torch.full((groups, dims), 0.4375, dtype=torch.float64)
-    found = emulate_moments(emulated, x, grad, shift, splits)
-    check_moments(found, x, grad, shift)
-    assert torch.equal(found[3], found[3].mT)
+    for shift in (None, torch.full((groups, dims), 0.1, dtype=torch.float64)):
+        found = emulate_moments(emulated, x, grad, shift, splits)
+        check_results(found, x, grad, shift)
+        for first, second in zip(found, emulate_moments(emulated, x, grad, shift, splits), strict=True):
+            assert torch.equal(first, second)  # to the bit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_moments_about_what_float32_does_not_hold(emulated: Any, dtype: torch.dtype) -> None:
+    """10000.1 is 4e-4 from the nearest float32, which is what the kernel subtracts."""
+    x, grad = pair(200, 2, 24)
+    x, grad = (x + 1e4).to(dtype), grad.to(dtype)
+    shift = torch.full((2, 24), 10000.1, dtype=torch.float64)
+    check_results(emulate_moments(emulated, x, grad, shift, 2), x, grad, shift)
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 30, 31, 32, 61, 62, 63])
+def test_emulated_moments_of_few_tokens(emulated: Any, tokens: int) -> None:
+    """Fewer than the sample, as many, a few more."""
+    for dims in (16, 128):
+        x, grad = pair(tokens, 2, dims)
+        check_results(emulate_moments(emulated, x, grad), x, grad, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sample_is_near_the_mean_of_all_and_not_of_class_tokens(emulated: Any, dtype: torch.dtype) -> None:
+    """Sums about a point that is far from the mean would lose what they cancel."""
+    for batch in (2, 16, 31, 62):
+        x, grad = (tensor.to(dtype) for tensor in class_tokens_apart(batch, 1, 8))
+        outer = exact_moments(x, grad, x.double().mean(0))[3]
+        # One of the tokens that are sampled may be a class token; of more, errors are thousands of times as large.
+        tolerance = 50 * statistics_tolerance("compiled", dtype, "cuda")
+        assert error(emulate_moments(emulated, x, grad, splits=3)[5], outer) <= tolerance
+
+
+def test_a_call_launches_two_kernels_and_nothing_else(emulated: Any) -> None:
+    """The emulation counts what moments_cuda.cu launches; that file starts nothing on the device in any other way."""
+    x, grad = pair(300, 2, 24)
+    for shift in (None, torch.zeros(2, 24, dtype=torch.float64)):
+        assert run_moments(emulated, x, grad, shift, 3)[1] == 2
+    source = (ROOT / "csrc" / "moments_cuda.cu").read_text()
+    assert source.count("<<<") == 1 and not re.search(r"cuda(Mem|Launch|Graph)", source)
+    used = set(re.findall(r"torch::stable::(\w+)\(", source))
+    assert used == {"new_empty", "new_zeros", "fill_", "clone"}
+    start = source.index("Tensors empty_moments(")  # all but the first are for inputs without elements
+    body = source[start : source.index("\n}\n", start)]
+    assert all(source.count(f"{name}(") == body.count(f"{name}(") == 1 for name in used - {"new_empty"})
 
 
 def test_two_halves_are_worth_a_float_and_one_is_not(emulated: Any) -> None:
     x, grad = pair(500, 2, 64)
     shift = x.mean(0).double()
     expected = exact_moments(x, grad, shift)[3]
-    assert error(emulate_moments(emulated, x, grad, shift, 1)[3], expected) < 5e-6
+    assert error(emulate_moments(emulated, x, grad, shift)[5], expected) < 5e-6
     scaled = (x * grad).abs().mean(-1, keepdim=True).sqrt() * (x - shift.float())
     single = scaled.bfloat16().double().permute(1, 2, 0)
     assert error(single @ single.mT, expected) > 1e-4
@@ -175,19 +227,25 @@ def test_emulated_moments_of_views(emulated: Any, dtype: torch.dtype) -> None:
         values = pair(70, 2, dims, dtype=dtype)
         x, grad = x[..., 1 if extra == 3 else 0 :][..., :dims].transpose(0, 1), grad[..., :dims].transpose(0, 1)
         x.copy_(values[0]), grad.copy_(values[1])
-        shift = torch.zeros(2, dims, dtype=torch.float64)
         assert is_aligned(x, grad) == (extra == 16)
-        for found, expected in zip(
-            emulate_moments(emulated, x, grad, shift, 2), exact_moments(x, grad, shift), strict=True
-        ):
-            assert error(found, expected) < 1e-5
+        for shift in (None, torch.zeros(2, dims, dtype=torch.float64)):
+            check_results(emulate_moments(emulated, x, grad, shift, 2), x, grad, shift)
 
 
-def test_emulated_moments_keep_nan_in_its_group(emulated: Any) -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("token", [23, 70])
+@pytest.mark.parametrize("group", [0, 1])
+def test_emulated_moments_keep_nan_in_its_group(emulated: Any, group: int, token: int, bad: float) -> None:
+    """Of a token that is in the sample and of one that is not; the mean of a coordinate is of its own tokens."""
     x, grad = pair(100, 2, 40)
-    x[70, 1, 3] = torch.nan
-    for found in emulate_moments(emulated, x, grad, torch.zeros(2, 40, dtype=torch.float64), 1):
-        assert found[0].isfinite().all() and found[1].isnan().any()
+    x[token, group, 3] = bad
+    for shift in (None, torch.zeros(2, 40, dtype=torch.float64)):
+        count, about, *sums = emulate_moments(emulated, x, grad, shift)
+        assert float(count) == 100 and about.isfinite().sum() == 80 - (shift is None)
+        for found in sums:
+            assert found[1 - group].isfinite().all() and not found[group].isfinite().all()
+        weight, plain, _, outer = (found[group] for found in sums)
+        assert plain.isfinite().sum() == 39 and not weight.isfinite() and not outer.isfinite().any()
 
 
 @pytest.mark.parametrize("power", [1, 2])

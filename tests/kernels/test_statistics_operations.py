@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS
 from statistics_checks import class_tokens_apart, error, exact_moments
 from tolerances import statistics_tolerance
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import skd_kernels as kernels
-from skd_kernels.moments import _moments_cuda
+from skd_kernels.moments import token_moments_compiled
 
 
 def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,23 +223,57 @@ def test_the_mean_of_class_tokens_stands_for_nothing_else(batch: int) -> None:
     # One of the tokens that are sampled may be a class token; of more, errors are thousands of times as large.
     tolerance = 50 * statistics_tolerance("compiled", x.dtype)
     assert error(kernels.weighted_covariance(x, grad), outer) <= tolerance
-    if "compiled" in IMPLEMENTATIONS and kernels.build_info()["compiled"]:
-        found = _moments_cuda(x, grad, None).weighted_outer  # by the kernel of the CPU
-        assert error(found, outer) <= tolerance
 
 
-@pytest.mark.skipif("compiled" not in IMPLEMENTATIONS or not kernels.build_info()["compiled"], reason="no extension")
-@pytest.mark.parametrize("tokens", [0, 1, 3152])
-def test_moments_by_the_way_of_cuda(tokens: int) -> None:
-    """What surrounds the kernel there, about the kernel of the CPU."""
-    x, grad = class_tokens_apart(16, 2, 8)
-    x, grad = x[:tokens], grad[:tokens]
-    for shift in (None, torch.ones(2, 8, dtype=torch.float64)):
-        found, expected = _moments_cuda(x, grad, shift), kernels.token_moments(x, grad, shift)
-        assert found.shift is not shift
-        for name in ("count", "shift", "weight", "plain_sum", "weighted_sum", "weighted_outer"):
-            scale = 1e4 * max(tokens, 1) if name in ("shift", "plain_sum") else 1
-            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-7 * scale)
+class Dispatched(TorchDispatchMode):
+    """The operators that PyTorch dispatches: each may start kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.prim.device.default:  # a fake tensor is asked where it is
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(device: str, shape: tuple[int, ...], shift: str | None) -> tuple[list[str], kernels.Moments]:
+    """By one call of the compiled operation, for tensors without memory on a device that need not be there."""
+    with FakeTensorMode():
+        x, grad = torch.empty(2, *shape, device=device, dtype=torch.bfloat16)
+        given = {
+            None: None,
+            "float64": torch.empty(shape[-2:], device=device, dtype=torch.float64),
+            "float32": torch.empty(shape[-2:], device=device),
+            "needs a gradient": torch.empty(shape[-2:], device=device, dtype=torch.float64, requires_grad=True),
+        }[shift]
+        with Dispatched() as seen:
+            moments = token_moments_compiled(x, grad, given)
+    return seen.names, moments
+
+
+@pytest.mark.skipif(not kernels.build_info()["compiled"], reason="no extension")
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("shape", [(300, 6, 64), (4, 197, 6, 64)])
+def test_a_call_dispatches_one_operator(device: str, shape: tuple[int, ...]) -> None:
+    """A kernel of PyTorch before or after ours would take a GPU about as long as ours do."""
+    for shift, name in ((None, "centred_moments"), ("float64", "token_moments")):
+        names, moments = dispatched(device, shape, shift)
+        views = ["aten.view.default"] * 2 if len(shape) == 4 else []  # which start nothing
+        assert names == [*views, f"skd_kernels.{name}.default"]
+        groups, dims = shape[-2:]
+        assert {field: tuple(value.shape) for field, value in vars(moments).items()} == {
+            "count": (),
+            "shift": (groups, dims),
+            "weight": (groups,),
+            "plain_sum": (groups, dims),
+            "weighted_sum": (groups, dims),
+            "weighted_outer": (groups, dims, dims),
+        }
+        assert all(value.device.type == device and value.dtype == torch.float64 for value in vars(moments).values())
+    assert dispatched(device, shape, "needs a gradient")[0][-2:] == ["aten.detach.default", names[-1]]
+    assert dispatched(device, shape, "float32")[0][-2:] == ["aten._to_copy.default", names[-1]]
 
 
 def test_moments_of_other_groups_do_not_add() -> None:
@@ -320,6 +356,18 @@ def test_an_empty_batch_is_zero_and_neutral() -> None:
     whole = kernels.token_moments(x, grad)
     torch.testing.assert_close((whole + empty).covariance(), whole.covariance())
     torch.testing.assert_close((empty + whole).covariance(), whole.covariance(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", [(0, 2, 8), (5, 0, 8), (5, 2, 0)])
+def test_moments_of_nothing_are_zeros_about_the_shift(shape: tuple[int, ...], implementation: str) -> None:
+    empty, shift = torch.zeros(shape), torch.ones(shape[1:], dtype=torch.float64)
+    for point, expected in ((shift, 1), (None, 0)):
+        with kernels.use(implementation):
+            moments = kernels.token_moments(empty, empty, point)
+        assert int(moments.count) == len(empty) and moments.shift.eq(expected).all()
+        sums = (moments.weight, moments.plain_sum, moments.weighted_sum, moments.weighted_outer)
+        assert all(found.eq(0).all() for found in sums)
 
 
 def test_nan_propagates_to_its_group_only() -> None:

@@ -8,31 +8,32 @@
 namespace skd {
 namespace {
 
+// As moments_cuda.cu launches them, in so many splits. Returns the number of launches.
 template <typename T, int P>
-void moments(MomentsInput in, int64_t splits, double* weight, double* plain, double* weighted, double* outer) {
-  using Shape = MomentsShape<T, P>;
-  const int64_t stages = (in.tokens + Shape::kStage - 1) / Shape::kStage;
-  in.tokens_per_split = (stages + splits - 1) / splits * Shape::kStage;
-  splits = (in.tokens + in.tokens_per_split - 1) / in.tokens_per_split;
-  std::vector<double> linear(splits * in.groups * (1 + 2 * P), NAN);
-  std::vector<float> products(splits * Shape::kSlices * in.groups * P * P, NAN);
-  const MomentsPartial partial{linear.data(), products.data()};
-  emulation::launch({unsigned(in.groups), unsigned(splits)}, {Shape::kThreads},
-                    [&] { moments_of_block<T, P>(in, partial); });
-  const int64_t tiles = (in.dims + kFinishTile - 1) / kFinishTile;
-  emulation::launch({unsigned(in.groups * tiles * tiles)}, {kFinishTile, kFinishRows}, [&] {
-    moments_of_group(partial, in.groups, splits, Shape::kSlices, P, in.dims, weight, plain, weighted, outer);
-  });
+int moments(const MomentsInput& in, int64_t splits, const MomentsResults& to) {
+  std::vector<double> memory;
+  int launches = 0;
+  const auto choose = [&](int64_t) { return splits; };
+  const auto allocate = [&](int64_t doubles) {
+    memory.resize(doubles);
+    std::memset(memory.data(), 0xff, doubles * sizeof(double));  // NaN, in float64 and in float32
+    return memory.data();
+  };
+  const auto launch = [&](dim3 blocks, int threads, auto kernel, auto... arguments) {
+    emulation::launch(blocks, {unsigned(threads)}, [&] { kernel(arguments...); });
+    ++launches;
+  };
+  launch_moments<T, P>(in, to, choose, allocate, launch);
+  return launches;
 }
 
 template <typename T>
-void moments_padded(const MomentsInput& in, int64_t splits, double* weight, double* plain, double* weighted,
-                    double* outer) {
+int moments_padded(const MomentsInput& in, int64_t splits, const MomentsResults& to) {
   const auto run = in.dims <= 16   ? moments<T, 16>
                    : in.dims <= 32 ? moments<T, 32>
                    : in.dims <= 64 ? moments<T, 64>
                                    : moments<T, 128>;
-  run(in, splits, weight, plain, weighted, outer);
+  return run(in, splits, to);
 }
 
 template <typename T, int V, bool Squared>
@@ -58,18 +59,20 @@ void taylor_dtype(const TaylorInput& in, bool squared, bool aligned, double* sco
 }  // namespace
 }  // namespace skd
 
-// dtype: 0 float32, 1 bfloat16, 2 float16.
-extern "C" void emulate_moments(int dtype, const void* x, const void* grad, const double* shift,
-                                int64_t x_token_stride, int64_t x_group_stride, int64_t grad_token_stride,
-                                int64_t grad_group_stride, int64_t tokens, int64_t groups, int dims, bool aligned,
-                                int64_t splits, double* weight, double* plain, double* weighted, double* outer) {
-  const skd::MomentsInput in{
-      x,      grad,   shift, x_token_stride, x_group_stride, grad_token_stride, grad_group_stride,
-      tokens, groups, 0,     dims,           aligned};
+// dtype: 0 float32, 1 bfloat16, 2 float16. Strides of tokens and groups in elements; without `shift` about the mean.
+extern "C" int emulate_moments(int dtype, const void* x, const void* grad, const double* shift,
+                               int64_t x_token_stride, int64_t x_group_stride, int64_t grad_token_stride,
+                               int64_t grad_group_stride, int64_t tokens, int64_t groups, int dims, bool aligned,
+                               int64_t splits, double* count, double* about, double* weight, double* plain,
+                               double* weighted, double* outer) {
+  const int64_t size = dtype == 0 ? 4 : 2;
+  const skd::MomentsInput in{{x, x_token_stride * size, x_group_stride * size},
+                             {grad, grad_token_stride * size, grad_group_stride * size},
+                             shift, tokens, groups, 0, dims, aligned};
   const auto run = dtype == 0   ? skd::moments_padded<float>
                    : dtype == 1 ? skd::moments_padded<skd::BFloat16>
                                 : skd::moments_padded<skd::Float16>;
-  run(in, splits, weight, plain, weighted, outer);
+  return run(in, splits, {count, about, weight, plain, weighted, outer});
 }
 
 extern "C" void emulate_taylor(int dtype, const void* x, const void* grad, int64_t x_stride, int64_t grad_stride,
