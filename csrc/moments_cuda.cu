@@ -19,7 +19,7 @@
 #include <tuple>
 
 #include "cuda_common.h"
-#include "moments_kernel.h"
+#include "moments_finish.h"
 
 namespace skd {
 namespace {

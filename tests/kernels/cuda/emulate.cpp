@@ -2,7 +2,7 @@
 
 #include "emulation.h"
 // emulation.h first: it stands for the CUDA headers.
-#include "moments_kernel.h"
+#include "moments_finish.h"
 #include "taylor_kernel.h"
 
 namespace skd {
