@@ -5,14 +5,29 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import compare, fashion_mnist, memory, op, published_conversion, runs, steps, table, test_steps
+from benchmarks import (
+    compare,
+    fashion_mnist,
+    gpu_table,
+    memory,
+    op,
+    profile,
+    published_conversion,
+    runs,
+    steps,
+    table,
+    test_steps,
+)
 from benchmarks import input as input_pipeline
 from benchmarks.masked import MASKED, Case
 from benchmarks.measure import check
@@ -184,7 +199,7 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("no compiler")
         return make(name, *arguments)
 
-    monkeypatch.setattr(test_steps, "BATCH", 2)
+    monkeypatch.setattr(test_steps, "SIZES", replace(test_steps.SIZES, batch=2, averaged=1, step_fractions=(1.0,)))
     monkeypatch.setattr(steps, "names", lambda device: ["ours", "slices", "published"])
     monkeypatch.setattr(steps, "make", failing)
     found = test_steps.Steps("tiny")
@@ -194,6 +209,44 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     assert lines[2].endswith("| 2.00x |") and lines[3].endswith("|  |")
     assert lines[-1] == "ours failed: RuntimeError: no compiler."
     assert runs.name_of({"name": "test_step[1.0]", "extra_info": info}) == "test_step[1.0]: slices"
+
+
+def test_a_contender_that_is_not_ready_in_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = replace(test_steps.SIZES, batch=1, averaged=1, step_fractions=(1.0,), ready=0.2)
+    monkeypatch.setattr(test_steps, "SIZES", sizes)
+    monkeypatch.setattr(steps, "names", lambda device: ["ours"])
+    monkeypatch.setattr(steps, "make", lambda *_: time.sleep(30))
+    with pytest.raises(RuntimeError, match=r"no contender takes a step: .*not ready after 0.2 seconds"):
+        test_steps.Steps("tiny")
+    time.sleep(0.3)  # the alarm is off
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_captured_step_that_does_not_train_is_no_contender(monkeypatch: pytest.MonkeyPatch, trains: bool) -> None:
+    """A graph in which nothing was captured would be the fastest of all."""
+    step = steps.make("slices", "tiny", steps.images_and_labels(1, "cpu"), "cpu")
+    calls: list[str] = []
+
+    def capture(call: Any, warm_up: int) -> Any:
+        return SimpleNamespace(replay=call if trains else lambda: calls.append("nothing"))
+
+    monkeypatch.setattr(steps, "captured", capture)
+    if trains:
+        steps.replayed(step, 0)()
+        return
+    with pytest.raises(RuntimeError, match="leaves the weights as they were"):
+        steps.replayed(step, 0)
+    assert calls
+
+
+def test_the_time_of_a_step_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the operators stand in: one call has so many of each, and the table takes the document."""
+    x = torch.ones(300, 300)
+    found = profile.kernel_times(lambda: x @ x + x, rounds=2)
+    assert found["aten::mm"][1] == 1.0 and found["aten::add"][1] == 1.0 and found["aten::mm"][0] > 0
+    results = {"ours": {"1.0": {"step_ms": 1.0, "kernel_ms_per_step": found}}}
+    assert gpu_table.kind({"results": results}) == gpu_table.PROFILE
+    assert "aten::mm" in profile.summary(results)
 
 
 def test_the_peak_memory_of_a_call() -> None:
