@@ -112,7 +112,7 @@ def steps(output: Path, models: Sequence[str]) -> list[Command]:
     needs = ("skd", "pytest_benchmark")
     return [
         Command(
-            f"steps-{model}", tests(f"benchmarks/test_steps.py -k {model}", step_results(output, model)), 75, needs
+            f"steps-{model}", tests(f"benchmarks/test_steps.py -k {model}", step_results(output, model)), 60, needs
         )
         for model in models
     ]

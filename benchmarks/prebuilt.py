@@ -10,6 +10,7 @@ same version; then `use` makes that part of the key equal by a sitecustomize.py,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -60,7 +61,7 @@ class Manifest:
         torch: the version that the kernels and the extension were made with.
         architectures: of the kernels, 10 * major + minor of the compute capability.
         kernels: how many are in the cache.
-        commit: of the sources.
+        sources: `digest` of what was compiled.
     """
 
     python: str
@@ -69,7 +70,7 @@ class Manifest:
     torch: str
     architectures: list[int]
     kernels: int
-    commit: str
+    sources: str
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -88,7 +89,17 @@ class Manifest:
         if python != self.python:
             return f"it is for Python {self.python}, and this is {python}"
         triton = installed("triton")
-        return None if triton == self.triton else f"it is for triton {self.triton}, and {triton} is installed"
+        if triton != self.triton:
+            return f"it is for triton {self.triton}, and {triton} is installed"
+        return None if digest() == self.sources else "it was made of other sources than these"
+
+
+def digest() -> str:
+    """Of all that is compiled: the extension's sources and the Triton kernels."""
+    found = hashlib.sha256()
+    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "skd_kernels" / "gpu").glob("*.py")]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def installed(package: str) -> str | None:
@@ -106,7 +117,7 @@ def use(folder: Path, scratch: Path) -> dict[str, str]:
         The environment variables that make Python processes use them.
 
     Raises:
-        ValueError: the folder is not for this Python, or holds no manifest.
+        ValueError: the folder is not for this Python and these sources, or holds no manifest.
     """
     manifest = Manifest.read(folder)
     if reason := manifest.refusal():

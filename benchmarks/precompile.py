@@ -7,7 +7,7 @@ benchmarks/run_on_gpu.sh OUTPUT --prebuilt FOLDER             uses it there
 FOLDER gets the extension and a Triton cache with each kernel that the tests for a GPU and the benchmarks start
 (prebuilt.py has the layout). Which ones these are is not listed anywhere: tests and benchmarks run with a CUDA device
 that is not there (pretend.py). The kernels are compiled as a launch would, so that their cache keys are those of the
-run. Python and Triton must have the same versions on both machines.
+run. Python and Triton must have the same versions on both machines, and the sources must be the same.
 """
 
 from __future__ import annotations
@@ -216,7 +216,6 @@ def precompile(
             print("\n".join(failed), end="\n" if failed else "", flush=True)
         pack(cache, folder / prebuilt.ARCHIVE)
         count = len(prebuilt.kernels_in(cache))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     manifest = prebuilt.Manifest(
         python="{}.{}".format(*sys.version_info),
         triton=triton.__version__,
@@ -224,7 +223,7 @@ def precompile(
         torch=torch.__version__,
         architectures=architectures,
         kernels=count,
-        commit=commit.stdout.strip(),
+        sources=prebuilt.digest(),
     )
     manifest.write(folder)
     return manifest

@@ -143,7 +143,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kernels_there = len(prebuilt.kernels_in(cache))
     (place / "cache").rename(place / "gone")  # its paths lead nowhere any more
     python = "{}.{}".format(*sys.version_info)
-    prebuilt.Manifest(python, triton.__version__, key, torch.__version__, [90], kernels_there, "").write(place)
+    prebuilt.Manifest(
+        python, triton.__version__, key, torch.__version__, [90], kernels_there, prebuilt.digest()
+    ).write(place)
     return place
 
 
@@ -167,9 +169,15 @@ def test_without_its_key_everything_is_compiled_and_counted(folder: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"triton": "3.0.0"}, "it is for triton 3.0.0, and"), ({"python": "3.1"}, "it is for Python 3.1, and this is")],
+    [
+        ({"triton": "3.0.0"}, "it is for triton 3.0.0, and"),
+        ({"python": "3.1"}, "it is for Python 3.1, and this is"),
+        ({"sources": "0"}, "it was made of other sources than these"),
+    ],
 )
-def test_other_versions_are_refused(folder: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+def test_other_versions_and_sources_are_refused(
+    folder: Path, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
     document = json.loads((folder / prebuilt.MANIFEST).read_text())
     (tmp_path / prebuilt.MANIFEST).write_text(json.dumps(document | change))
     with pytest.raises(ValueError, match=reason):

@@ -6,25 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpretation import run_interpreted
 
 import skd_kernels as kernels
 
-TESTS = Path(__file__).parent
 SHAPES = {"x": (2, 5, 16), "w_qkv": (48, 16), "b_qkv": None, "w_proj": (16, 16), "b_proj": (16,)}
 
 
 def test_interpreted() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_attention.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    run_interpreted("interpreted_attention.py")
 
 
 def test_packed_rows_are_copied_16_bytes_at_a_time() -> None:

@@ -5,26 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpretation import run_interpreted
 
 import skd_kernels as kernels
 
-TESTS = Path(__file__).parent
 SHAPES = {"x": (2, 5, 16), "w1": (24, 16), "b1": (24,), "w2": (16, 24), "b2": None}
 
 
 def test_interpreted() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_mlp.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout
+    run_interpreted("interpreted_mlp.py")
 
 
 def test_a_width_on_the_device_takes_the_kernels() -> None:
