@@ -78,7 +78,7 @@ def describe(run: Run) -> bool:
 
 def missing() -> dict[str, str]:
     """What a part may need and what is not here, or too old, with the reason."""
-    packages = ("timm", "pytest", "pytest_benchmark", "hypothesis", "rich", "sklearn")
+    packages = ("timm", "pytest", "pytest_benchmark", "hypothesis")
     found = {name: f"{name} is not installed" for name in packages if importlib.util.find_spec(name) is None}
     try:
         import skd  # noqa: F401
@@ -99,12 +99,11 @@ def correctness(rehearse: bool) -> list[Command]:
         found = tests(f"-m gpu {' '.join(TESTS_OF_KERNELS + TESTS_OF_SKD)}")
         interpreted = tests("tests/kernels/interpreted_mlp.py -k of_every_kind")
         return [Command("tests", found, 60), Command("interpreted", interpreted, 60)]
-    spread = "-n 8" if importlib.util.find_spec("xdist") else ""
-    needs = dict.fromkeys(TESTS_OF_KERNELS, ("pytest",)) | dict.fromkeys(TESTS_OF_SKD, ("pytest", "skd", "sklearn"))
-    return [
-        Command(Path(path).stem.replace("_", "-"), tests(f"-m gpu {spread} {path}"), 100, packages)
-        for path, packages in needs.items()
-    ]
+    # Some tests want a third of the device's memory: they are a group, which one worker runs in turn.
+    workers = "-n {} --dist loadgroup" if importlib.util.find_spec("xdist") else ""
+    kernels = tests(f"-m gpu {workers.format(10)} {' '.join(TESTS_OF_KERNELS)}")
+    training = tests(f"-m gpu {workers.format(4)} {' '.join(TESTS_OF_SKD)}")
+    return [Command("kernels", kernels, 100, ("pytest",)), Command("training", training, 100, ("pytest", "skd"))]
 
 
 def steps(output: Path, models: Sequence[str]) -> list[Command]:
@@ -186,7 +185,7 @@ def variables(rehearse: bool) -> dict[str, str]:
 def parts(output: Path, rehearse: bool) -> Iterator[tuple[str, list[Command], int]]:
     """The parts in order: name, commands, and how many of them at a time."""
     models = ["tiny"] if rehearse else ["base", "small", "tiny"]
-    yield "correctness", correctness(rehearse), 1 if rehearse else 8
+    yield "correctness", correctness(rehearse), 1 if rehearse else 2
     yield "steps", steps(output, models), 1
     yield "profile", profile(output, models[0]), 1
     yield "operations", operations(output, rehearse), 1

@@ -47,7 +47,9 @@ class Sizes:
 
 
 # A rented GPU is dear: a model's steps take less than a minute.
-ON_GPU = Sizes(step_fractions=(1.0, 0.5, 0.25), rounds=5, averaged=7, ready=30.0, budget=0.5)
+ON_GPU = Sizes(
+    fractions=(1.0, 0.5, 0.25), step_fractions=(1.0, 0.5, 0.25), rounds=5, averaged=7, ready=30.0, budget=0.5
+)
 # The statistics of a small batch, where the cost of a call shows, and of the one that `skd convert` takes.
 ON_CPU = Sizes(step_models=("tiny",), batch=16, statistics=((16, 1), (16, 2), (128, 2)))
 IN_REHEARSAL = Sizes(

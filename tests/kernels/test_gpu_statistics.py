@@ -129,6 +129,7 @@ def test_taylor(tokens: int, dims: int, power: int, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_billion_elements() -> None:
     operation, scores = compiled("token_moments"), compiled("taylor_scores")
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:

@@ -138,6 +138,7 @@ def test_one_cuda_graph_replays_every_width() -> None:
             assert torch.equal(found, want)
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_billion_hidden_features() -> None:
     """Row offsets of z and h are 64-bit."""
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
