@@ -26,7 +26,7 @@ packages() {
 
 # The tests of what is compiled, with the packages of environment $1 and the checkout beside them.
 compiled_tests() {
-  (cd "$folder/checkout" && "$folder/$1/bin/python" -m pytest -q -p no:cacheprovider \
+  (cd "$folder/checkout" && "$folder/$1/bin/pytest" -q -p no:cacheprovider \
     tests/kernels/test_statistics_operations.py tests/kernels/test_attention_compiled.py)
 }
 
@@ -43,7 +43,7 @@ for name in "$@"; do
         "$folder/checkout" &&
       "$folder/$name/bin/pip" install --quiet "${pinned[@]}" "$(ls "$folder/wheel-$name"/*.whl)[test]" &&
       "$folder/$name/bin/python" -c "import json, skd_kernels; print(json.dumps(skd_kernels.build_info(), indent=1))" &&
-      (cd "$folder/checkout" && "$folder/$name/bin/python" -m pytest -q -p no:cacheprovider -n 2 --dist loadfile)
+      (cd "$folder/checkout" && "$folder/$name/bin/pytest" -q -p no:cacheprovider -n 2 --dist loadfile)
   } >"$log" 2>&1 || failed=1
   versions=$("$folder/$name/bin/pip" list 2>/dev/null | awk '/^(torch|triton|timm|numpy) /{printf "%s %s, ", $1, $2}')
   echo "$name: $("$folder/$name/bin/python" --version), $versions$(tail -n 1 "$log"), $((SECONDS - start)) s in all"
