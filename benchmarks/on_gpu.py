@@ -175,8 +175,9 @@ def sanitizers(rehearse: bool) -> list[Command]:
 
 
 def variables(rehearse: bool) -> dict[str, str]:
-    """The environment of all commands."""
-    found = {**os.environ, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "SKD_CUDA": "on"}
+    """The environment of all commands; not what pytest leaves for its own workers, which measure nothing."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    found = {**inherited, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "SKD_CUDA": "on"}
     if rehearse:
         found |= {"SKD_REHEARSAL": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return found
