@@ -4,7 +4,6 @@
 # tables in OUTPUT; no network is needed. benchmarks/on_gpu.py says what the parts are. With a FOLDER that
 # `python -m benchmarks.precompile` made beforehand, nothing is compiled here.
 set -euo pipefail
-output=$(realpath -m "${1:?usage: benchmarks/run_on_gpu.sh OUTPUT [--prebuilt FOLDER] [--part NAME]... [--rehearse]}")
-shift
-cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m benchmarks.on_gpu "$output" "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+# -P: a folder named benchmarks in the current one is not meant.
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python3}" -P -m benchmarks.on_gpu "$@"

@@ -260,9 +260,9 @@ def test_limits_of_the_parts_leave_time_for_all_but_the_last(tmp_path: Path) -> 
 def test_the_whole_script_rehearses_on_a_cpu(folder: Path, tmp_path: Path) -> None:
     """Every part, with prebuilt kernels, and results of each; at most eight files, none of them empty."""
     pytest.importorskip("timm")
-    command = ["bash", str(ROOT / "benchmarks" / "run_on_gpu.sh"), str(tmp_path / "out"), "--rehearse"]
+    command = ["bash", str(ROOT / "benchmarks" / "run_on_gpu.sh"), "out", "--rehearse"]
     done = subprocess.run(
-        [*command, "--prebuilt", str(folder)],
+        [*command, "--prebuilt", os.path.relpath(folder, tmp_path)],
         cwd=tmp_path,
         env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
