@@ -15,9 +15,8 @@ from typing import Any
 
 from benchmarks.prebuilt import ROOT
 
-GRACE = 8  # seconds from the interrupt, after which pytest writes what it has, to the end
-FEWEST = 5  # seconds that a command is worth starting for
-NO_TESTS = 5  # the exit status of pytest that found nothing to run
+GRACE = 8.0  # seconds from the interrupt, after which pytest writes what it has, to the end
+FEWEST = 5.0  # seconds that a command is worth starting for
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,36 @@ class Outcome:
 
 
 @dataclass
+class Running:
+    """A command on its way, in a process group of its own. It is interrupted once, and killed if it does not listen.
+
+    Attributes:
+        start, end: when it was started, and when it must end or is killed, by `time.monotonic`.
+        cut: it has been interrupted.
+    """
+
+    command: Command
+    process: subprocess.Popen[bytes]
+    start: float
+    end: float
+    cut: bool = False
+
+    def over(self) -> bool:
+        """Whether it has ended; where its time has, ask it to, and later make it."""
+        if self.process.poll() is not None:
+            return True
+        if time.monotonic() >= self.end:
+            self.signal(signal.SIGKILL if self.cut else signal.SIGINT)
+            self.cut, self.end = True, time.monotonic() + GRACE
+        return False
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all of its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+@dataclass
 class Run:
     """Commands that share a folder, an environment and an end.
 
@@ -66,15 +95,21 @@ class Run:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def part(self, name: str, commands: Sequence[Command], at_once: int = 1) -> None:
-        """Run commands, `at_once` at a time, and note what becomes of each."""
+        """Run commands, `at_once` at a time, and note what becomes of each. None of them outlives this call."""
         print(f"== {name}", flush=True)
-        waiting, running = list(commands), []
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                started = self._start(waiting.pop(0))
-                running += [started] if started else []
-            running = [process for process in running if not self._ended(*process)]
-            time.sleep(0.05)
+        waiting, running = list(commands), list[Running]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running += self._started(waiting.pop(0))
+                over = [command for command in running if command.over()]
+                running = [command for command in running if command not in over]
+                for command in over:
+                    self._ended(command)
+                time.sleep(0.05)
+        finally:
+            for command in running:
+                command.signal(signal.SIGKILL)
 
     def note(self, name: str, value: Any) -> None:
         """Keep `value` in run.json."""
@@ -82,48 +117,31 @@ class Run:
         document = {**self.notes, "commands": [asdict(outcome) for outcome in self.outcomes]}
         (self.output / "run.json").write_text(json.dumps(document, indent=1) + "\n")
 
-    def _start(self, command: Command) -> tuple[Command, subprocess.Popen[bytes], float, float] | None:
-        """The command, its process, when it was started and when it must end; None if it is left out."""
+    def _started(self, command: Command) -> list[Running]:
+        """The command on its way; none if it is left out."""
         reasons = [self.missing[name] for name in command.needs if name in self.missing]
         now = time.monotonic()
-        limit = min(command.limit, self.end - now)
         if self.end - now < FEWEST:
             reasons.append("no time was left")
         if reasons:
             self._keep(Outcome(command.name, "left out", reason="; ".join(reasons)))
-            return None
+            return []
         with (self.output / f"{command.name}.log").open("w") as log:
             process = subprocess.Popen(
                 command.words, cwd=ROOT, env=self.environment, stdout=log, stderr=log, start_new_session=True
             )
-        return command, process, now, now + limit
+        return [Running(command, process, now, min(now + command.limit, self.end))]
 
-    def _ended(self, command: Command, process: subprocess.Popen[bytes], start: float, end: float) -> bool:
-        """Whether a command is over; one that has no time left is stopped."""
-        code, cut = process.poll(), False
-        if code is None and time.monotonic() >= end:
-            code, cut = stop(process), True
-        if code is None:
-            return False
-        passed = code == 0 or (code == NO_TESTS and "pytest" in command.words)
-        status = "cut" if cut else "passed" if passed else "failed"
-        lines = (self.output / f"{command.name}.log").read_text(errors="replace").split("\n")
+    def _ended(self, running: Running) -> None:
+        """Note what became of it, with the last line that it printed; what it started ends with it."""
+        running.signal(signal.SIGKILL)
+        name, seconds = running.command.name, round(time.monotonic() - running.start, 1)
+        status = "cut" if running.cut else "passed" if running.process.returncode == 0 else "failed"
+        lines = (self.output / f"{name}.log").read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
-        self._keep(Outcome(command.name, status, round(time.monotonic() - start, 1), last.strip()[:200]))
-        return True
+        self._keep(Outcome(name, status, seconds, last.strip()[:200]))
 
     def _keep(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self.note("seconds_left", round(self.end - time.monotonic()))
         print(f"{outcome.name:<36}{outcome.status:<9}{outcome.seconds:>6.1f} s  {outcome.reason}", flush=True)
-
-
-def stop(process: subprocess.Popen[bytes]) -> int:
-    """Interrupt a command, so that it writes what it has; then end it and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()

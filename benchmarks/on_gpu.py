@@ -19,10 +19,12 @@ means nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -30,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import prebuilt
 from benchmarks.limited import Command, Run
@@ -61,29 +64,42 @@ def tests(words: str, results: Path | None = None) -> list[str]:
 # The parts ------------------------------------------------------------------------------------------
 
 
-def describe(run: Run) -> bool:
-    """Note versions, devices and what is missing; is there a GPU?
-
-    PyTorch is asked in a process of its own, so that this one holds no memory of the device.
-    """
-    code = "import json; from benchmarks.provenance import machine; print(json.dumps(machine()))"
+def asked(code: str, environment: dict[str, str]) -> tuple[Any, str]:
+    """What Python code prints, as JSON, or None and its error. In a process of its own, so that no memory is kept."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=run.environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", f"import json; {code}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    found = json.loads(done.stdout) if done.returncode == 0 else {"error": done.stderr[-2000:]}
+    if done.returncode:
+        return None, done.stderr.strip()[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), ""
+
+
+def architecture(environment: dict[str, str]) -> tuple[int | None, str]:
+    """Of the GPU, 10 * major + minor; None and why where there is none."""
+    code = "import torch; print(json.dumps(torch.cuda.is_available() and torch.cuda.get_device_capability()))"
+    found, error = asked(code, environment)
+    return (10 * found[0] + found[1], "") if found else (None, error or "PyTorch sees no GPU")
+
+
+def describe(run: Run) -> None:
+    """Note versions, devices and what is missing."""
+    found, error = asked("from benchmarks.provenance import machine; print(json.dumps(machine()))", run.environment)
+    found = {"error": error} if found is None else found
+    if refusal := found.get("skd", error):
+        run.missing["skd"] = refusal
     run.note("environment", {**found, "missing": run.missing})
     print(json.dumps(run.notes["environment"], indent=1), flush=True)
-    return bool(found.get("devices"))
 
 
 def missing() -> dict[str, str]:
-    """What a part may need and what is not here, or too old, with the reason."""
-    packages = ("timm", "pytest", "pytest_benchmark", "hypothesis")
+    """What a part may need and what is not here, with the reason."""
+    packages = ("pytest", "pytest_benchmark", "hypothesis")
     found = {name: f"{name} is not installed" for name in packages if importlib.util.find_spec(name) is None}
-    try:
-        import skd  # noqa: F401
-    except ImportError as error:
-        found["skd"] = str(error).partition("\n")[0]
     if not Path(SANITIZER).exists():
         found["compute-sanitizer"] = "compute-sanitizer is not installed"
     return found
@@ -174,10 +190,13 @@ def sanitizers(rehearse: bool) -> list[Command]:
 # The run --------------------------------------------------------------------------------------------
 
 
-def variables(rehearse: bool) -> dict[str, str]:
+def variables(scratch: Path, rehearse: bool) -> dict[str, str]:
     """The environment of all commands; not what pytest leaves for its own workers, which measure nothing."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    found = {**inherited, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "SKD_CUDA": "on"}
+    found = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    found |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "SKD_CUDA": "on"}
+    # Every run compiles, or finds prebuilt, what it needs.
+    found |= {"TRITON_CACHE_DIR": str(scratch / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    found["TEARDOWN_CUPTI"] = "0"  # or the second of two short profiles may see no kernel
     if rehearse:
         found |= {"SKD_REHEARSAL": "1", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return found
@@ -191,31 +210,32 @@ def parts(output: Path, rehearse: bool) -> Iterator[tuple[str, list[Command], in
     yield "profile", profile(output, models[0]), 1
     yield "operations", operations(output, rehearse), 1
     yield "statistics", statistics(output), 1
-    yield "sanitizers", sanitizers(rehearse), 32
+    yield "sanitizers", sanitizers(rehearse), 16
 
 
-def use_prebuilt(run: Run, folder: Path | None, scratch: Path) -> bool:
-    """Whether a prebuilt folder is in use; a warning says why not."""
-    run.environment["TRITON_CACHE_DIR"] = str(scratch / "triton")
+def use_prebuilt(run: Run, folder: Path | None, scratch: Path, architecture: int | None) -> bool:
+    """Put a prebuilt folder to use; whether there is an extension in it. A warning says why it is not used."""
     if folder is None:
         return False
     try:
-        run.environment |= prebuilt.use(folder.absolute(), scratch)
+        used = prebuilt.use(folder.absolute(), scratch, architecture)
     except ValueError as error:
         print(f"warning: {error}; everything is compiled here", flush=True)
         return False
-    return True
+    run.environment |= used.variables
+    return used.extension
 
 
 def merge_steps(output: Path) -> None:
-    """One file of results in place of one a model."""
-    paths = [path for path in sorted(output.glob("gpu-steps-*.json")) if path.stat().st_size]
-    runs = [json.loads(path.read_text()) for path in paths]
+    """One file of results in place of one a model; what was cut before it had a result is left out."""
+    runs = []
+    for path in sorted(output.glob("gpu-steps-*.json")):
+        with contextlib.suppress(ValueError):
+            runs.append(json.loads(path.read_text()))
+        path.unlink()
     if runs:
         merged = {**runs[0], "benchmarks": [entry for run in runs for entry in run["benchmarks"]]}
         (output / "gpu-steps.json").write_text(json.dumps(merged, indent=1) + "\n")
-    for path in output.glob("gpu-steps-*.json"):
-        path.unlink()
 
 
 def write_tables(output: Path) -> str:
@@ -226,7 +246,7 @@ def write_tables(output: Path) -> str:
     for path in sorted(output.glob("gpu-*.json")):
         try:
             sections.append(table.section([path]))
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # half a result must not cost the others
             sections.append(f"{path.name}: {error!r}")
     text = "\n\n".join(sections) + "\n"
     (output / "tables.md").write_text(text)
@@ -244,14 +264,19 @@ def pack_logs(output: Path) -> None:
 
 def everything(args: argparse.Namespace, output: Path, scratch: Path) -> int:
     start = time.monotonic()
-    run = Run(output, start + args.seconds, variables(args.rehearse), missing())
-    used, cache = use_prebuilt(run, args.prebuilt, scratch), scratch / "triton"
-    before = prebuilt.kernels_in(cache)
-    if not describe(run) and not args.rehearse:
-        print("error: PyTorch sees no GPU (--rehearse runs on a CPU)", file=sys.stderr)
+    for old in [*output.glob("gpu-*.json"), *output.glob("*.log")]:
+        old.unlink()
+    run = Run(output, start + args.seconds, variables(scratch, args.rehearse), missing())
+    gpu, reason = (None, "") if args.rehearse else architecture(run.environment)
+    if gpu is None and not args.rehearse:
+        print(f"error: {reason} (--rehearse runs on a CPU)", file=sys.stderr)
         return 2
-    if not used and not args.rehearse:
+    extension, cache = use_prebuilt(run, args.prebuilt, scratch, gpu), scratch / "triton"
+    before = prebuilt.compiled_in(cache)
+    if gpu is not None and not extension:
+        run.environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*divmod(gpu, 10))
         run.part("build", build())
+    describe(run)
     for name, commands, at_once in parts(output, args.rehearse):
         if args.part is None or name in args.part:
             run.part(name, commands, at_once)
@@ -261,7 +286,7 @@ def everything(args: argparse.Namespace, output: Path, scratch: Path) -> int:
     print(write_tables(output))
     pack_logs(output)
     bad = [done.name for done in run.outcomes if done.status in ("failed", "cut")]
-    print(f"{len(before)} kernels were prebuilt, {compiled.total()} were compiled all the same: {dict(compiled)}")
+    print(f"{len(before)} kernels and launchers were prebuilt, {compiled.total()} compiled here: {dict(compiled)}")
     print(
         f"{len(run.outcomes)} commands, {time.monotonic() - start:.0f} s; failed or cut: {', '.join(bad) or 'none'}"
     )
@@ -278,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     output = args.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no command outlives this process
     with tempfile.TemporaryDirectory() as scratch:
         return everything(args, output, Path(scratch))
 

@@ -2,7 +2,7 @@
 
     manifest.json       for which versions it is, and what it holds
     skd_kernels/_C.*    the compiled extension
-    triton.tar.gz       a Triton cache
+    triton.tar.gz       a Triton cache: kernels, and what Triton compiles with gcc to start them
 
 Triton's cache keys name the installation of Triton that made them. The folder is of use only where Triton has the
 same version; then `use` makes that part of the key equal by a sitecustomize.py, which every Python process reads.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tarfile
@@ -27,6 +26,8 @@ MANIFEST, ARCHIVE = "manifest.json", "triton.tar.gz"
 SITE = '''"""Makes the part of Triton's cache keys that names its installation that of a cache made elsewhere."""
 
 import importlib.util
+import pathlib
+import runpy
 import sys
 
 
@@ -47,6 +48,12 @@ class Finder:
 
 
 sys.meta_path.insert(0, Finder())
+# Python reads one file of this name: the one that it would have read is read here.
+for folder in map(pathlib.Path, sys.path):
+    other = folder / "sitecustomize.py"
+    if other.is_file() and not other.samefile(__file__):
+        runpy.run_path(str(other))
+        break
 '''
 
 
@@ -60,7 +67,7 @@ class Manifest:
         key: the part of Triton's cache keys that names the installation that compiled the kernels.
         torch: the version that the kernels and the extension were made with.
         architectures: of the kernels, 10 * major + minor of the compute capability.
-        kernels: how many are in the cache.
+        compiled: how many kernels are in the cache, and libraries that start them.
         sources: `digest` of what was compiled.
     """
 
@@ -69,7 +76,7 @@ class Manifest:
     key: str
     torch: str
     architectures: list[int]
-    kernels: int
+    compiled: int
     sources: str
 
     def write(self, folder: Path) -> None:
@@ -83,14 +90,16 @@ class Manifest:
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{folder} is not what `python -m benchmarks.precompile` leaves: {error}") from None
 
-    def refusal(self) -> str | None:
-        """Why this Python cannot use the folder, or None."""
+    def refusal(self, architecture: int | None = None) -> str | None:
+        """Why this Python cannot use the folder on a GPU of that architecture, or None."""
         python = "{}.{}".format(*sys.version_info)
         if python != self.python:
             return f"it is for Python {self.python}, and this is {python}"
         triton = installed("triton")
         if triton != self.triton:
             return f"it is for triton {self.triton}, and {triton} is installed"
+        if architecture is not None and architecture not in self.architectures:
+            return f"it is for the architectures {self.architectures}, and this GPU is of {architecture}"
         return None if digest() == self.sources else "it was made of other sources than these"
 
 
@@ -110,28 +119,45 @@ def installed(package: str) -> str | None:
         return None
 
 
-def use(folder: Path, scratch: Path) -> dict[str, str]:
-    """Put the extension in place and unpack the cache into `scratch`.
+@dataclass(frozen=True)
+class InUse:
+    """What `use` has put in place.
 
-    Returns:
-        The environment variables that make Python processes use them.
+    Attributes:
+        variables: of the environment, that make Python processes use the cache.
+        extension: whether there was an extension too.
+    """
+
+    variables: dict[str, str]
+    extension: bool
+
+
+def use(folder: Path, scratch: Path, architecture: int | None = None) -> InUse:
+    """Unpack the cache into `scratch` and put the extension in place.
 
     Raises:
-        ValueError: the folder is not for this Python and these sources, or holds no manifest.
+        ValueError: the folder is not for this Python, this GPU and these sources, or it is damaged.
     """
     manifest = Manifest.read(folder)
-    if reason := manifest.refusal():
+    if reason := manifest.refusal(architecture):
         raise ValueError(f"{folder} cannot be used: {reason}")
-    for extension in (folder / "skd_kernels").glob("_C.*"):
-        shutil.copy(extension, ROOT / "skd_kernels" / extension.name)
     cache, site = scratch / "triton", scratch / "site"
+    try:
+        with tarfile.open(folder / ARCHIVE) as archive:
+            archive.extractall(cache, filter="data")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        shutil.rmtree(cache, ignore_errors=True)
+        raise ValueError(f"{folder / ARCHIVE} cannot be unpacked: {error}") from None
+    relocate(cache)
     site.mkdir(parents=True, exist_ok=True)
     (site / "sitecustomize.py").write_text(SITE.format(key=manifest.key))
-    with tarfile.open(folder / ARCHIVE) as archive:
-        archive.extractall(cache, filter="data")
-    relocate(cache)
+    extensions = list((folder / "skd_kernels").glob("_C.*"))
+    for extension in extensions:
+        target = ROOT / "skd_kernels" / extension.name
+        shutil.copy(extension, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)  # a process that has the old one loaded keeps it
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
+    return InUse({"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}, bool(extensions))
 
 
 def relocate(cache: Path) -> None:
@@ -141,12 +167,13 @@ def relocate(cache: Path) -> None:
         group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in paths}}))
 
 
-def kernels_in(cache: Path) -> dict[str, str]:
-    """The name of each kernel in a Triton cache, by its folder there."""
-    return {path.parent.name: path.stem for path in cache.glob("*/*.cubin")}
+def compiled_in(cache: Path) -> dict[str, str]:
+    """The name of each kernel in a Triton cache, and of what starts them, by its folder there."""
+    found = [*cache.glob("*/*.cubin"), *cache.glob("*/*.so")]
+    return {path.parent.name: path.name.partition(".")[0] for path in found}
 
 
 def compiled_since(cache: Path, before: dict[str, str]) -> Counter[str]:
-    """How many kernels of each name were added to a cache; those of torch.compile together."""
-    added = (name for folder, name in kernels_in(cache).items() if folder not in before)
-    return Counter("torch.compile" if re.match("triton_", name) else name for name in added)
+    """How many of each name were added to a cache; the kernels of torch.compile together."""
+    added = (name for folder, name in compiled_in(cache).items() if folder not in before)
+    return Counter("torch.compile" if name.startswith("triton_") else name for name in added)

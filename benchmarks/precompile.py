@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import io
 import multiprocessing
 import os
@@ -136,42 +138,70 @@ class NoDevice:
     def get_current_stream(self, device: int = 0) -> int:
         return 0
 
+    @functools.cached_property
+    def utils(self) -> Any:
+        """Triton's functions in C, compiled when they are first asked for."""
+        from triton.backends.nvidia.driver import CudaUtils
+
+        return CudaUtils()
+
+
+def stand_in_for_the_driver(folder: Path) -> None:
+    """Make a library of the name of NVIDIA's, which is empty: what Triton compiles in C is linked to it."""
+    library = folder / "libcuda.so.1"
+    command = ["gcc", "-shared", "-o", str(library), "-Wl,-soname,libcuda.so.1", "-x", "c", os.devnull]
+    subprocess.run(command, check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    sys.setdlopenflags(os.RTLD_LAZY)  # its functions are looked for when they are called
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
 
 def compile_all(launches: list[Wanted], architecture: int, cache: Path, processes: int) -> list[str]:
     """Compile into a Triton cache, `processes` at a time; what could not be compiled, and why."""
     context = multiprocessing.get_context("fork")  # kernels are functions: they cannot be sent to a process
-    failures = context.Queue()
-    workers = [
-        context.Process(target=_compile, args=(launches[start::processes], architecture, cache, failures))
-        for start in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    found = [failure for _ in workers for failure in failures.get()]
-    for worker in workers:
-        worker.join()
+    found, workers = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for start in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (launches[start::processes], architecture, cache, Path(folder, str(start)), sender)
+            workers.append((context.Process(target=_compile, args=arguments), receiver))
+            workers[-1][0].start()
+            sender.close()
+        for worker, receiver in workers:
+            try:
+                found += receiver.recv()
+            except EOFError:
+                found.append("a process that compiled has died; its other kernels are not known")
+            worker.join()
     return found
 
 
-def _compile(launches: list[Wanted], architecture: int, cache: Path, failures: Any) -> None:
+def _compile(launches: list[Wanted], architecture: int, cache: Path, folder: Path, sender: Any) -> None:
+    """In a process of its own: kernels, and what starts each of them."""
     from triton.runtime import driver
 
     os.environ["TRITON_CACHE_DIR"] = str(cache)
+    folder.mkdir()
+    stand_in_for_the_driver(folder)
     driver.set_active(NoDevice(architecture))
+    from triton.backends.nvidia.driver import CudaLauncher
+
     failed = []
     for wanted in launches:
         try:
-            wanted.kernel.run(grid=(1,), warmup=True, **wanted.arguments, **wanted.options)
+            kernel = wanted.kernel.run(grid=(1,), warmup=True, **wanted.arguments, **wanted.options)
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+            CudaLauncher(kernel.src, kernel.metadata)
         except Exception as error:
             failed.append(f"{wanted.kernel.__name__}: {str(error).strip()[-300:]}")
-    failures.put(failed)
+    sender.send(failed)
 
 
 def pack(cache: Path, archive: Path) -> None:
-    """What Triton reads of a kernel that it finds in its cache: the binary, and what is known of it."""
+    """What Triton reads of a kernel that it finds in its cache, and what starts it."""
     with tarfile.open(archive, "w:gz") as tar:
         for path in sorted(cache.glob("*/*")):
-            if path.suffix in (".json", ".cubin"):
+            if path.suffix in (".json", ".cubin", ".so"):
                 tar.add(path, str(path.relative_to(cache)))
 
 
@@ -186,10 +216,33 @@ def build_extension(folder: Path, architectures: list[int]) -> None:
         raise RuntimeError(f"setup.py build_ext failed:\n{done.stderr[-3000:]}")
 
 
-def precompile(
-    folder: Path, architectures: list[int], processes: int, *, extension: bool = True
-) -> prebuilt.Manifest:
-    """Fill `folder`; what it takes is printed as it goes."""
+def find_launches(architecture: int) -> tuple[list[Wanted], list[str]]:
+    """The launches of all programs, and which of these start none; both are printed as they are found."""
+    launches: dict[str, Wanted] = {}
+    without = []
+    for name, run in programs().items():
+        found = wanted_by(architecture, run)
+        new = found.keys() - launches.keys()
+        launches |= found
+        without += [] if found else [f"{name} started no kernel"]
+        print(f"sm_{architecture}: {name}: {len(found)} launches, {len(new)} of them new", flush=True)
+    return list(launches.values()), without
+
+
+def fill_cache(cache: Path, architectures: list[int], processes: int) -> list[str]:
+    """Compile everything for each architecture; what went wrong."""
+    failed = []
+    for architecture in architectures:
+        launches, without = find_launches(architecture)
+        start = time.perf_counter()
+        failed += without + compile_all(launches, architecture, cache, processes)
+        seconds = time.perf_counter() - start
+        print(f"sm_{architecture}: {len(prebuilt.compiled_in(cache))} compiled, {seconds:.0f} s", flush=True)
+    return failed
+
+
+def precompile(folder: Path, architectures: list[int], processes: int, *, extension: bool = True) -> list[str]:
+    """Fill `folder`; what went wrong. What it takes is printed as it goes."""
     import torch
     import triton
     from triton.runtime.cache import triton_key
@@ -201,32 +254,20 @@ def precompile(
         print(f"extension for {architectures}: {time.perf_counter() - start:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         cache = Path(temporary)
-        for architecture in architectures:
-            launches: dict[str, Wanted] = {}
-            for name, run in programs().items():
-                found = wanted_by(architecture, run)
-                new = found.keys() - launches.keys()
-                launches |= found
-                print(f"sm_{architecture}: {name}: {len(found)} launches, {len(new)} of them new", flush=True)
-            start = time.perf_counter()
-            failed = compile_all(list(launches.values()), architecture, cache, processes)
-            print(
-                f"sm_{architecture}: {len(prebuilt.kernels_in(cache))} kernels, {time.perf_counter() - start:.0f} s"
-            )
-            print("\n".join(failed), end="\n" if failed else "", flush=True)
+        failed = fill_cache(cache, architectures, processes)
         pack(cache, folder / prebuilt.ARCHIVE)
-        count = len(prebuilt.kernels_in(cache))
+        count = len(prebuilt.compiled_in(cache))
     manifest = prebuilt.Manifest(
         python="{}.{}".format(*sys.version_info),
         triton=triton.__version__,
         key=triton_key(),
         torch=torch.__version__,
         architectures=architectures,
-        kernels=count,
+        compiled=count,
         sources=prebuilt.digest(),
     )
     manifest.write(folder)
-    return manifest
+    return failed
 
 
 def architecture_of(text: str) -> int:
@@ -246,10 +287,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.python and Path(shutil.which(args.python) or args.python).absolute() != Path(sys.executable).absolute():
         words = sys.argv[1:] if arguments is None else arguments
         return subprocess.run([args.python, "-m", "benchmarks.precompile", *words], cwd=ROOT, check=False).returncode
-    manifest = precompile(args.folder.absolute(), args.arch or [90], args.processes, extension=not args.no_extension)
-    size = sum(path.stat().st_size for path in args.folder.rglob("*") if path.is_file())
-    print(f"{manifest.kernels} kernels; {args.folder} has {size / 1e6:.1f} MB")
-    return 0
+    folder = args.folder.absolute()
+    failed = precompile(folder, args.arch or [90], args.processes, extension=not args.no_extension)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{prebuilt.Manifest.read(folder).compiled} kernels and launchers; {args.folder} has {size / 1e6:.1f} MB")
+    print("\n".join(failed), end="\n" if failed else "", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

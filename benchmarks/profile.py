@@ -24,7 +24,11 @@ WHAT = "Milliseconds and launches of each kernel of a training step, and millise
 
 
 def kernel_times(call: Call, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
-    """(milliseconds, launches) of one call by the name of each kernel, the longest first; a mean over `rounds`."""
+    """(milliseconds, launches) of one call by the name of each kernel, the longest first; a mean over `rounds`.
+
+    Raises:
+        RuntimeError: the profiler saw no kernel.
+    """
     call()
     synchronize()
     activities = [ProfilerActivity.CUDA] if GPU else [ProfilerActivity.CPU]
@@ -36,14 +40,16 @@ def kernel_times(call: Call, rounds: int = ROUNDS) -> dict[str, tuple[float, flo
     found = {}
     for event in profiled.key_averages():
         microseconds = event.self_device_time_total if GPU else event.self_cpu_time_total
-        if event.device_type == wanted and microseconds > 0:
+        if event.device_type == wanted and microseconds > 0 and not event.is_user_annotation:
             found[event.key] = (round(microseconds / rounds / 1e3, 4), round(event.count / rounds, 2))
+    if not found:
+        raise RuntimeError("the profiler saw no kernel")
     return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
 
 def device_ms(call: Call) -> float:
     """Milliseconds that the kernels of one call take together on the GPU, whatever the host does meanwhile."""
-    return round(sum(milliseconds for milliseconds, _ in kernel_times(call).values()), 3)
+    return round(sum(milliseconds for milliseconds, _ in kernel_times(call, rounds=1).values()), 3)
 
 
 def profiles(model: str, names: list[str], fractions: list[float]) -> dict[str, Any]:

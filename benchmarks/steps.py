@@ -177,7 +177,11 @@ def make(name: str, model: str, batch: Any, device: str, backend: str = BACKEND)
 
 def replayed(step: Step, entry: int) -> Callable[[], object]:
     """``step(entry)`` as a CUDA graph of its own; RuntimeError if a replay does not train."""
-    graph = captured(lambda: step(entry), warm_up=3)
+    try:
+        graph = captured(lambda: step(entry), warm_up=3)
+    except BaseException:
+        step.network.zero_grad(set_to_none=True)  # they may lie in the memory of the graph that failed
+        raise
     weight = next(step.network.parameters()).detach()
     before = weight.clone()
     graph.replay()

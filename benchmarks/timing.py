@@ -84,22 +84,29 @@ def captured(call: Call, warm_up: int = 1) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # The outer block: PyTorch does not leave the stream of a capture that fails.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
         call()
     return graph
 
 
+class _TimeOver(BaseException):
+    """No Exception: compilers catch those, and go on."""
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in the main thread's Python code inside the block, once it has taken so long."""
+    """TimeoutError from the block once it has taken so long. It is stopped in the main thread's Python code."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"it was not ready after {seconds:g} seconds")
+        raise _TimeOver
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: the first may be caught all the same
     try:
         yield
+    except _TimeOver:
+        raise TimeoutError(f"it was not ready after {seconds:g} seconds") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

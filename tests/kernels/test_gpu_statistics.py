@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ pytestmark = [
 
 
 def compiled(name: str) -> Callable[..., Any]:
-    """The compiled operation on CUDA, or skip."""
+    """The compiled operation on CUDA, or skip; where SKD_CUDA=on says that there must be one, fail."""
     if not kernels.build_info().get("cuda"):
-        pytest.skip("the extension was built without CUDA")
+        unless = pytest.fail if os.environ.get("SKD_CUDA") == "on" else pytest.skip
+        unless("the extension was built without CUDA")
     return getattr(torch.ops.skd_kernels, name)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,14 @@ pytest.importorskip("triton")
 from mlp_checks import check
 
 import skd_kernels as kernels
-from benchmarks import on_gpu, prebuilt, precompile
+from benchmarks import limited, on_gpu, prebuilt, precompile
 from benchmarks.limited import Command, Run
 from skd_kernels.gpu import mlp
 from skd_kernels.gpu.launch import Launch, _describe, record
 
 ROOT = Path(__file__).parents[2]
 CHEAP = ("sums_kernel", "column_sums_kernel")  # less than a second each
+OF_THE_MACHINE = {"cuda_utils"}  # one library, whose key in newer versions of Triton names the folder of the driver
 
 
 def call(device: str = "cuda") -> None:
@@ -98,7 +101,7 @@ def test_memory_that_begins_anywhere_is_noted() -> None:
 # The cache ------------------------------------------------------------------------------------------
 
 COMPILE = """
-import queue, sys
+import sys
 from pathlib import Path
 
 import triton.runtime.cache
@@ -109,9 +112,8 @@ from benchmarks import precompile
 from test_precompile import CHEAP, call
 
 wanted = [w for w in precompile.wanted_by(90, call).values() if w.kernel.__name__ in CHEAP]
-failures = queue.SimpleQueue()
-precompile._compile(wanted, 90, Path(sys.argv[1]), failures)
-print(len(wanted), failures.get(), triton.runtime.cache.triton_key(), sep="|")
+failed = precompile.compile_all(wanted, 90, Path(sys.argv[1]), 2)
+print(len(wanted), failed, triton.runtime.cache.triton_key(), sep="|")
 """
 
 
@@ -140,31 +142,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     count, failed, key = compile_cheap(cache, "another installation")
     assert failed == "[]" and int(count) >= 2
     precompile.pack(cache, place / prebuilt.ARCHIVE)
-    kernels_there = len(prebuilt.kernels_in(cache))
+    compiled = prebuilt.compiled_in(cache)
+    assert set(CHEAP) < set(compiled.values())  # what starts them is there too
     (place / "cache").rename(place / "gone")  # its paths lead nowhere any more
     python = "{}.{}".format(*sys.version_info)
     prebuilt.Manifest(
-        python, triton.__version__, key, torch.__version__, [90], kernels_there, prebuilt.digest()
+        python, triton.__version__, key, torch.__version__, [90], len(compiled), prebuilt.digest()
     ).write(place)
     return place
 
 
 def test_another_machine_compiles_nothing(folder: Path, tmp_path: Path) -> None:
-    environment = prebuilt.use(folder, tmp_path)
-    cache = Path(environment["TRITON_CACHE_DIR"])
-    before = prebuilt.kernels_in(cache)
-    assert len(before) == prebuilt.Manifest.read(folder).kernels
+    used = prebuilt.use(folder, tmp_path, 90)
+    assert not used.extension  # none was made
+    environment, cache = used.variables, tmp_path / "triton"
+    before = prebuilt.compiled_in(cache)
+    assert len(before) == prebuilt.Manifest.read(folder).compiled
     assert compile_cheap(cache, **environment)[2] == "another installation"
-    assert prebuilt.compiled_since(cache, before) == Counter()
+    assert set(prebuilt.compiled_since(cache, before)) <= OF_THE_MACHINE
 
 
 def test_without_its_key_everything_is_compiled_and_counted(folder: Path, tmp_path: Path) -> None:
-    environment = prebuilt.use(folder, tmp_path)
-    cache = Path(environment["TRITON_CACHE_DIR"])
-    before = prebuilt.kernels_in(cache)
-    compile_cheap(cache)
-    added = prebuilt.compiled_since(cache, before)
-    assert added.total() == len(before) and set(added) == set(before.values())
+    prebuilt.use(folder, tmp_path)
+    before = prebuilt.compiled_in(tmp_path / "triton")
+    compile_cheap(tmp_path / "triton")
+    added = prebuilt.compiled_since(tmp_path / "triton", before)
+    # What starts them does not depend on who compiles the kernels.
+    assert set(added) - OF_THE_MACHINE == set(CHEAP)
+    added = Counter({name: added[name] for name in CHEAP})
+    assert added.total() == len([name for name in before.values() if name in CHEAP])
 
 
 @pytest.mark.parametrize(
@@ -187,6 +193,38 @@ def test_other_versions_and_sources_are_refused(
         prebuilt.use(tmp_path / "nothing", tmp_path)
 
 
+def test_another_gpu_and_a_damaged_archive_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it is for the architectures \[90\], and this GPU is of 80"):
+        prebuilt.use(folder, tmp_path / "scratch", 80)
+    shutil.copy(folder / prebuilt.MANIFEST, tmp_path)
+    for damaged in ((folder / prebuilt.ARCHIVE).read_bytes()[:500], b"", None):
+        (tmp_path / prebuilt.ARCHIVE).unlink(missing_ok=True)
+        if damaged is not None:
+            (tmp_path / prebuilt.ARCHIVE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"triton.tar.gz cannot be unpacked"):
+            prebuilt.use(tmp_path, tmp_path / "scratch")
+    assert not list(tmp_path.glob("scratch/*"))
+
+
+def test_a_sitecustomize_that_was_there_is_still_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "sitecustomize.py").write_text("print('read')")
+    environment = prebuilt.use(folder, tmp_path).variables
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(tmp_path / "there")])
+    code = "import triton.runtime.cache as cache; print(cache.triton_key())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:2] == ["read", "another installation"]
+
+
+def test_a_compiler_that_dies_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(precompile, "_compile", lambda *_: os._exit(1))
+    assert precompile.compile_all([], 90, tmp_path, 2) == 2 * [
+        "a process that compiled has died; its other kernels are not known"
+    ]
+
+
 def test_kernels_of_torch_compile_are_counted_together(tmp_path: Path) -> None:
     for name in ("a/triton_poi_fused_add_0", "b/triton_red_fused_1", "c/flash_forward"):
         path = tmp_path / f"{name}.cubin"
@@ -200,8 +238,6 @@ def test_kernels_of_torch_compile_are_counted_together(tmp_path: Path) -> None:
 
 
 def run_in(folder: Path, seconds: float, **missing: str) -> Run:
-    import time
-
     return Run(folder, time.monotonic() + seconds, dict(os.environ), missing)
 
 
@@ -213,12 +249,47 @@ def test_a_command_that_is_cut_keeps_what_it_wrote(tmp_path: Path) -> None:
     """It is interrupted, as by Ctrl-C; one that does not listen is ended; the next one has its turn."""
     patient = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
     run = run_in(tmp_path, 60)
-    run.part("part", [Command("slow", python(patient), 1.5), Command("next", python("print('done')"), 30)])
+    run.part("part", [Command("slow", python(patient), 4), Command("next", python("print('done')"), 30)])
     slow, following = run.outcomes
     assert (slow.status, slow.reason) == ("cut", "kept") and slow.seconds < 20
     assert (following.status, following.reason) == ("passed", "done")
     assert (tmp_path / "slow.log").read_text().split() == ["begun", "kept"]
     assert [done["name"] for done in json.loads((tmp_path / "run.json").read_text())["commands"]] == ["slow", "next"]
+
+
+def test_commands_that_do_not_listen_are_killed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their graces do not add up."""
+    monkeypatch.setattr(limited, "GRACE", 1.0)
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    run = run_in(tmp_path, 60)
+    run.part("part", [Command(f"deaf-{index}", python(deaf), 1.0) for index in range(6)], at_once=6)
+    assert [done.status for done in run.outcomes] == 6 * ["cut"]
+    assert max(done.seconds for done in run.outcomes) < 6
+
+
+def test_no_command_outlives_the_script(tmp_path: Path) -> None:
+    """SIGTERM, as a time limit of somebody else's sends it."""
+    code = f"""
+import os, signal, sys, time
+from pathlib import Path
+from benchmarks.limited import Command, Run
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+run = Run(Path({str(tmp_path)!r}), time.monotonic() + 600, dict(os.environ), {{}})
+run.part("part", [Command("sleeper", [sys.executable, "-c", sleeper], 600)])
+"""
+    script = subprocess.Popen(python(code), cwd=ROOT, stdout=subprocess.DEVNULL)
+    log, end = tmp_path / "sleeper.log", time.monotonic() + 60
+    while time.monotonic() < end and not (log.exists() and log.read_text().strip()):
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(30) == 143
+    number = int(log.read_text())
+    while time.monotonic() < end and Path(f"/proc/{number}/cmdline").exists():  # until it has been waited for
+        if not Path(f"/proc/{number}/cmdline").read_bytes():
+            break
+        time.sleep(0.05)
+    assert time.monotonic() < end
 
 
 def test_what_is_missing_or_late_is_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -253,7 +324,7 @@ def test_limits_of_the_parts_leave_time_for_all_but_the_last(tmp_path: Path) -> 
         if name != "sanitizers":
             turns = -(-len(commands) // at_once)
             needed += turns * max(c.limit for c in commands) if at_once > 1 else sum(c.limit for c in commands)
-    assert needed <= on_gpu.SECONDS + 20
+    assert needed <= on_gpu.SECONDS
     assert on_gpu.SECONDS <= 540 - 15
 
 
@@ -277,6 +348,6 @@ def test_the_whole_script_rehearses_on_a_cpu(folder: Path, tmp_path: Path) -> No
     assert names == {"run.json", "tables.md", "logs.tar.gz"} | results
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert all(f"`{name}`: " in tables for name in results)
-    assert document["kernels"] == {"prebuilt": prebuilt.Manifest.read(folder).kernels, "compiled": {}}
+    assert document["kernels"] == {"prebuilt": prebuilt.Manifest.read(folder).compiled, "compiled": {}}
     steps = json.loads((tmp_path / "out" / "gpu-steps.json").read_text())["benchmarks"]
     assert [entry["extra_info"].get("fraction") for entry in steps] == ["mean", 1.0, 0.5, None]
