@@ -106,7 +106,7 @@ class Steps:
         found = {}
         for name, call in self.calls(entry).items():
             seconds = []
-            for _ in range(5):
+            for _ in range(3):
                 synchronize()
                 start = time.perf_counter()
                 call()

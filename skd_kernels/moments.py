@@ -144,7 +144,8 @@ def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Ten
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, and nothing before or after it.
 
     A GPU is faster than PyTorch's own small kernels can be started: the operation makes all of the result, and the
-    shift it returns is a copy. Only a `shift` that is not contiguous float64 is made so first.
+    shift it returns is a copy. Copied before are only a `shift` that is not contiguous float64, and tokens that are
+    not evenly spaced or whose coordinates are apart.
     """
     x, grad = rows(x, 2), rows(grad, 2)
     if shift is None:

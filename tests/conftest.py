@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,16 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sys.path.append(str(TESTS.parent))
 # For `tolerances`, the numerics policy of all tests.
 sys.path.append(str(TESTS / "kernels"))
+
+
+@pytest.fixture(autouse=True)
+def device_memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test that needs a GPU: several processes may share it, and none keeps what it does not use."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None:
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

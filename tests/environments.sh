@@ -3,8 +3,9 @@
 # usage: tests/environments.sh FOLDER [oldest|newest]...      default: both
 # Each environment is a new virtual environment in FOLDER, of PYTHON (default: python3; 3.12 has wheels of both), and
 # the extension is built against its own PyTorch. FOLDER/NAME.log has everything, the screen a line for each: versions,
-# counts, seconds. At last each wheel runs in the other environment: one build serves every PyTorch from 2.11 on. Needs
-# a network and about 8 GB of disk for each. The exit status is 1 if anything failed.
+# counts, seconds. What is tested is the last commit. In the end each wheel runs in the other environment: one build
+# serves every PyTorch from 2.11 on. Needs a network and about 8 GB of disk for each. The exit status is 1 if anything
+# failed.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=${1:?usage: tests/environments.sh FOLDER [oldest|newest]...}
@@ -27,10 +28,10 @@ packages() {
 # The tests of what is compiled, with the packages of environment $1 and the checkout beside them.
 compiled_tests() {
   (cd "$folder/checkout" && "$folder/$1/bin/pytest" -q -p no:cacheprovider \
-    tests/kernels/test_statistics_operations.py tests/kernels/test_attention_compiled.py)
+    tests/kernels/test_statistics_operations.py tests/kernels/test_moments.py tests/kernels/test_attention_compiled.py)
 }
 
-rm -rf "$folder/checkout"
+rm -rf "$folder/checkout" "$folder"/wheel-*
 git clone --quiet "$root" "$folder/checkout" || exit 1
 for name in "$@"; do
   pinned=$(packages "$name") || exit 2
@@ -42,7 +43,7 @@ for name in "$@"; do
       "$folder/$name/bin/pip" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder/wheel-$name" \
         "$folder/checkout" &&
       "$folder/$name/bin/pip" install --quiet "${pinned[@]}" "$(ls "$folder/wheel-$name"/*.whl)[test]" &&
-      "$folder/$name/bin/python" -c "import json, skd_kernels; print(json.dumps(skd_kernels.build_info(), indent=1))" &&
+      "$folder/$name/bin/python" -P -c "import json, skd_kernels; print(json.dumps(skd_kernels.build_info(), indent=1))" &&
       (cd "$folder/checkout" && "$folder/$name/bin/pytest" -q -p no:cacheprovider -n 2 --dist loadfile)
   } >"$log" 2>&1 || failed=1
   versions=$("$folder/$name/bin/pip" list 2>/dev/null | awk '/^(torch|triton|timm|numpy) /{printf "%s %s, ", $1, $2}')
