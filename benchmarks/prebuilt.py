@@ -168,12 +168,12 @@ def relocate(cache: Path) -> None:
 
 
 def compiled_in(cache: Path) -> dict[str, str]:
-    """The name of each kernel in a Triton cache, and of what starts them, by its folder there."""
+    """The name of each kernel in a Triton cache, and of what starts them, by its folder there and when it was made."""
     found = [*cache.glob("*/*.cubin"), *cache.glob("*/*.so")]
-    return {path.parent.name: path.name.partition(".")[0] for path in found}
+    return {f"{path.parent.name} {path.stat().st_mtime_ns}": path.name.partition(".")[0] for path in found}
 
 
 def compiled_since(cache: Path, before: dict[str, str]) -> Counter[str]:
-    """How many of each name were added to a cache; the kernels of torch.compile together."""
-    added = (name for folder, name in compiled_in(cache).items() if folder not in before)
+    """How many of each name were compiled into a cache since; the kernels of torch.compile together."""
+    added = (name for key, name in compiled_in(cache).items() if key not in before)
     return Counter("torch.compile" if name.startswith("triton_") else name for name in added)

@@ -36,7 +36,6 @@ FACTORIES += [f"{name}_like" for name in FACTORIES]
 FACTORIES += ["tensor", "as_tensor", "arange", "randint", "linspace", "eye", "empty_strided"]
 METHODS = ["to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 _true_device = torch._C.TensorBase.device.__get__
-_data_ptr = torch.Tensor.data_ptr
 Note = Callable[[Any, dict[str, Any], dict[str, Any]], None]
 
 
@@ -176,7 +175,6 @@ def pretended_cuda(architecture: int, note: Note) -> Iterator[None]:
             (torch.Tensor, "is_meta", property(lambda tensor: is_pretended(tensor) and not seems(tensor))),
             (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor.to(META)),
             (torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)),
-            (torch.Tensor, "data_ptr", _address),
             (torch.nn.Module, "cuda", lambda module, *_: module.to(META)),
             (torch, "Generator", _Generator),
             (torch, "compile", lambda function=None, **_: function if function is not None else lambda plain: plain),
@@ -189,11 +187,6 @@ def pretended_cuda(architecture: int, note: Note) -> Iterator[None]:
         stack.enter_context(contents)
         stack.enter_context(_Devices())
         yield
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Memory begins at a multiple of 16 bytes, as PyTorch's allocator gives it."""
-    return tensor.storage_offset() * tensor.element_size() if is_pretended(tensor) else _data_ptr(tensor)
 
 
 def _cuda(architecture: int, multiprocessors: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -212,10 +213,18 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_contender_that_is_not_ready_in_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers catch what they can, and go on."""
+
+    def stubborn(*_: Any) -> None:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            with contextlib.suppress(Exception):
+                time.sleep(5)
+
     sizes = replace(test_steps.SIZES, batch=1, averaged=1, step_fractions=(1.0,), ready=0.2)
     monkeypatch.setattr(test_steps, "SIZES", sizes)
     monkeypatch.setattr(steps, "names", lambda device: ["ours"])
-    monkeypatch.setattr(steps, "make", lambda *_: time.sleep(30))
+    monkeypatch.setattr(steps, "make", stubborn)
     with pytest.raises(RuntimeError, match=r"no contender takes a step: .*not ready after 0.2 seconds"):
         test_steps.Steps("tiny")
     time.sleep(0.3)  # the alarm is off

@@ -229,4 +229,7 @@ def test_kernels_of_torch_compile_are_counted_together(tmp_path: Path) -> None:
         path.parent.mkdir()
         path.touch()
     assert prebuilt.compiled_since(tmp_path, {}) == Counter({"torch.compile": 2, "flash_forward": 1})
-    assert prebuilt.compiled_since(tmp_path, {"c": "flash_forward"}) == Counter({"torch.compile": 2})
+    before = prebuilt.compiled_in(tmp_path)
+    assert prebuilt.compiled_since(tmp_path, before) == Counter()
+    os.utime(tmp_path / "c" / "flash_forward.cubin", (0, 0))  # compiled again in its place
+    assert prebuilt.compiled_since(tmp_path, before) == Counter({"flash_forward": 1})
