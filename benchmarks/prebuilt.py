@@ -168,7 +168,7 @@ def relocate(cache: Path) -> None:
 
 
 def compiled_in(cache: Path) -> dict[str, str]:
-    """The name of each kernel in a Triton cache, and of what starts them, by its folder there and when it was made."""
+    """The name of each kernel in a Triton cache, and of what starts them, by its folder and when it was made."""
     found = [*cache.glob("*/*.cubin"), *cache.glob("*/*.so")]
     return {f"{path.parent.name} {path.stat().st_mtime_ns}": path.name.partition(".")[0] for path in found}
 

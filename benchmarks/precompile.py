@@ -180,7 +180,8 @@ def _compile(launches: list[Wanted], architecture: int, cache: Path, folder: Pat
     """In a process of its own: kernels, and what starts each of them."""
     from triton.runtime import driver
 
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    # Only what a launch needs: where a file is missing that Triton has noted, it compiles again.
+    os.environ |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
     folder.mkdir()
     stand_in_for_the_driver(folder)
     driver.set_active(NoDevice(architecture))
@@ -198,11 +199,10 @@ def _compile(launches: list[Wanted], architecture: int, cache: Path, folder: Pat
 
 
 def pack(cache: Path, archive: Path) -> None:
-    """What Triton reads of a kernel that it finds in its cache, and what starts it."""
+    """The whole cache as one file."""
     with tarfile.open(archive, "w:gz") as tar:
         for path in sorted(cache.glob("*/*")):
-            if path.suffix in (".json", ".cubin", ".so"):
-                tar.add(path, str(path.relative_to(cache)))
+            tar.add(path, str(path.relative_to(cache)))
 
 
 def build_extension(folder: Path, architectures: list[int]) -> None:
