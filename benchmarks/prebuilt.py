@@ -106,7 +106,8 @@ class Manifest:
 def digest() -> str:
     """Of all that is compiled: the extension's sources and the Triton kernels."""
     found = hashlib.sha256()
-    for path in sorted([ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "skd_kernels" / "gpu").glob("*.py")]):
+    patterns = ("setup.py", "csrc/*.cpp", "csrc/*.cu", "csrc/*.h", "skd_kernels/gpu/*.py")
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 
