@@ -30,9 +30,9 @@ def python(code: str) -> list[str]:
 
 def test_a_command_that_is_cut_keeps_what_it_wrote(tmp_path: Path) -> None:
     """It is interrupted, as by Ctrl-C; one that does not listen is ended; the next one has its turn."""
-    patient = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('kept')"
+    patient = ["bash", "-c", "trap 'echo kept; exit 1' INT; echo begun; sleep 60 & wait"]
     run = run_in(tmp_path, 60)
-    run.part("part", [Command("slow", python(patient), 4), Command("next", python("print('done')"), 30)])
+    run.part("part", [Command("slow", patient, 3), Command("next", python("print('done')"), 30)])
     slow, following = run.outcomes
     assert (slow.status, slow.reason) == ("cut", "kept") and slow.seconds < 20
     assert (following.status, following.reason) == ("passed", "done")
