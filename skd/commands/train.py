@@ -112,6 +112,7 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     batches = _calibration(arguments, images, model, config)
     supernet = convert(model, batches, progress=common.progress("Converting"), group=arguments.group)
+    common.images_read(arguments, conversion=batches)
     with together(arguments.group):
         if rank_of(arguments.group) == 0:
             save(supernet, file)
@@ -222,6 +223,9 @@ def _finish(
             write_report(folder, history, supernet, config)
     if history.curve:
         common.print_sizes(history.curve, f"{folder / product}: best epoch {(history.best_epoch or 0) + 1}")
+    images = common.images_read(
+        arguments, training=loaders["train"], validation=loaders["val"], calibration=loaders.get("calibration")
+    )
     print(f"wrote {folder / product} and {folder / 'report.md'}")
     return {
         "out": str(folder),
@@ -231,7 +235,7 @@ def _finish(
         "area": history.area,
         "curve": history.curve,
         "entries": len(supernet.dropout_list),
-        "skipped_images": common.skipped(arguments, *loaders.values()),
+        **images,
         "config": config.to_dict(),
     }
 
@@ -247,10 +251,13 @@ def _dry_run(arguments: argparse.Namespace, config: TrainConfig, about: dict[str
     else:
         arguments.pretrained = False  # what the weights are makes no difference
         supernet = SuperNet(common.build_model(arguments).to(where), copy=False)
-    images = None
+    images, left_out = None, {}
     if arguments.data is not None:
-        images = len(common.source(arguments, supernet.model, arguments.train_split, training=True))
-    document = dry_run(supernet, config, images)
+        training = common.source(arguments, supernet.model, arguments.train_split, training=True)
+        images, left_out = len(training), training.left_out.to_dict()
+        if left_out:
+            print(f"{training.name}: left out: {training.left_out}")
+    document = dry_run(supernet, config, images) | {"left_out": left_out}
     if "expected" in about:
         common.print_expected(about)
         document["expected"] = about["expected"]
