@@ -21,6 +21,7 @@ from skd.architecture import create_model
 from skd.convert import LABELS
 from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
 from skd.data.scanning import shown
+from skd.data.sources import check_same_classes
 from skd.files import load
 from skd.ranks import everyone, rank_of, size_of, together
 from skd.supernet import SuperNet
@@ -104,12 +105,8 @@ def source(
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 open_source(arguments.data, split, **options)
     opened = open_source(arguments.data, split, **options)
-    if like is not None and like.classes and opened.classes and not opened.mapped and like.classes != opened.classes:
-        names = sorted(set(like.classes) ^ set(opened.classes))
-        raise ValueError(
-            f"{like.name} and {opened.name} have different classes, so their labels differ: only in one is {names[0]}"
-            + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
-        )
+    if like is not None:
+        check_same_classes(like, opened)
     if model.num_classes and _reads_labels(arguments):
         check_classes(opened, model.num_classes)
         if options.get("training") and opened.classes and not opened.mapped:

@@ -35,6 +35,7 @@ class Loader:
         source: what it reads.
         reasons: why images could not be read, by their names, of all iterations so far.
         turned: names of the images that EXIF says are not upright, and which were read as they are stored.
+        settings: those of its own that `TrainConfig` has too, by their names there.
         read: images that the latest iteration has given so far.
     """
 
@@ -44,6 +45,7 @@ class Loader:
         self.normalise = normalise
         self.reasons: dict[str, str] = {}
         self.turned: set[str] = set()
+        self.settings: dict[str, Any] = {}
         self.read = 0
         self.epoch = 0
         self.start_batch = 0

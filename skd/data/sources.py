@@ -114,6 +114,19 @@ def check_classes(source: Source, num_classes: int) -> None:
     )
 
 
+def check_same_classes(training: Source, other: Source) -> None:
+    """Raises ValueError: two splits of a data set have different classes, as far as they are known."""
+    if not training.classes or not other.classes or other.mapped or training.classes == other.classes:
+        return
+    names = sorted(set(training.classes) ^ set(other.classes))
+    if not names:
+        raise ValueError(f"{training.name} and {other.name} have the same classes in another order")
+    raise ValueError(
+        f"{training.name} and {other.name} have different classes, so their labels differ: only in one is {names[0]}"
+        + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
+    )
+
+
 def _refuse(class_map: ClassMap | None, data: str | os.PathLike[str]) -> None:
     if class_map is not None:
         raise ValueError(f"class_map is given, but the labels of data {str(data)!r} have no names to map")
