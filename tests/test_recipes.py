@@ -131,6 +131,7 @@ def test_a_run_that_begins_with_the_conversion(tmp_path: Path, capsys: pytest.Ca
     run += ["--checkpoint", tmp_path / "plain.safetensors", "--out", tmp_path / "run", *TRAINING]
     document = command(*run, tmp_path / "train.json")
     assert document["entries"] > 1 and (tmp_path / "run" / "supernet.safetensors").is_file()
+    assert document["images"]["conversion"]["read"] == document["images"]["training"]["read"] == 24
     converted = tmp_path / "run" / "converted.safetensors"
     assert len(skd.load(converted).dropout_list) == 1
     before = converted.read_bytes()

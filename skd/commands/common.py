@@ -18,7 +18,10 @@ from timm.models import load_checkpoint
 
 from skd import recipes
 from skd.architecture import create_model
+from skd.convert import LABELS
 from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
+from skd.data.scanning import shown
+from skd.data.sources import check_same_classes
 from skd.files import load
 from skd.ranks import everyone, rank_of, size_of, together
 from skd.supernet import SuperNet
@@ -34,13 +37,25 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading:
     group.add_argument(
         "--data",
         required=required,
-        help="'digits' (built in), a folder (of class folders, or of MNIST-style idx files), or a name of timm's: "
-        "hfds/..., wds/..., torch/...",
+        help="'digits' (built in), a folder (of class folders with images in any format that Pillow reads, or of "
+        "MNIST-style idx files), or a name of timm's: hfds/..., wds/..., torch/...",
     )
     group.add_argument("--data-dir", metavar="DIR", help="root folder of a timm data set")
-    group.add_argument("--train-split", default="train", help="name of the training split (default: %(default)s)")
+    group.add_argument(
+        "--train-split",
+        default="train",
+        help="name of the training split; a folder's is found by other names too, such as Train or seg_train "
+        "(default: %(default)s)",
+    )
     group.add_argument("--val-split", default="validation", help="of the validation split (default: %(default)s)")
     group.add_argument("--class-map", metavar="FILE", help="timm's class map: names of classes to labels")
+    group.add_argument("--input-key", metavar="NAME", help="column of the images in a Hugging Face data set (image)")
+    group.add_argument("--target-key", metavar="NAME", help="column of the labels (label)")
+    group.add_argument(
+        "--exif-orientation",
+        action="store_true",
+        help="turn pictures as their EXIF block says; timm does not, and by default such images are only counted",
+    )
     group.add_argument("--download", action="store_true", help="let timm download a torch/ data set")
     if loading:
         group.add_argument(
@@ -60,6 +75,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration-images", type=int, default=1024, help="un-augmented training images to use (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="that chooses them (default: %(default)s)")
+    parser.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="given",
+        help="or the model's own predictions: the images may then be of any classes, or without labels in one folder",
+    )
 
 
 def source(
@@ -74,18 +95,18 @@ def source(
         "data_dir": arguments.data_dir,
         "class_map": arguments.class_map,
         "download": arguments.download,
+        "labelled": _reads_labels(arguments),
+        "exif_orientation": arguments.exif_orientation,
     }
+    keys = {name: getattr(arguments, name) for name in ("input_key", "target_key")}
+    options |= {name: key for name, key in keys.items() if key is not None}
     if arguments.download:  # one process of a node writes the files, the others find them
         with together(arguments.group):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 open_source(arguments.data, split, **options)
     opened = open_source(arguments.data, split, **options)
-    if like is not None and like.classes and opened.classes and not opened.mapped and like.classes != opened.classes:
-        names = sorted(set(like.classes) ^ set(opened.classes))
-        raise ValueError(
-            f"{like.name} and {opened.name} have different classes, so their labels differ: only in one is {names[0]}"
-            + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
-        )
+    if like is not None:
+        check_same_classes(like, opened)
     if model.num_classes and _reads_labels(arguments):
         check_classes(opened, model.num_classes)
         if options.get("training") and opened.classes and not opened.mapped:
@@ -94,7 +115,8 @@ def source(
 
 
 def _reads_labels(arguments: argparse.Namespace) -> bool:
-    """All commands do but ``skd convert --labels predicted``: then they may be of other classes than the model's."""
+    """All commands do but convert and plan with ``--labels predicted``: then images may be of other classes than the
+    model's, or of none."""
     return getattr(arguments, "labels", "given") == "given"
 
 
@@ -144,10 +166,38 @@ def shard(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rank": rank_of(arguments.group), "world": size_of(arguments.group)}
 
 
-def skipped(arguments: argparse.Namespace, *loaders: Loader) -> list[str]:
-    """Files that could not be read, on any rank."""
-    mine = set().union(*(loader.skipped for loader in loaders))
-    return sorted(set().union(*everyone(mine, arguments.group)))
+def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> dict[str, Any]:
+    """Prints what was read of each data set and what was not, of all ranks; the same for --json."""
+    used = {name: loader for name, loader in loaders.items() if loader is not None}
+    mine = {name: (loader.read, loader.reasons, loader.turned) for name, loader in used.items()}
+    all_ranks = everyone(mine, arguments.group)
+    documents: dict[str, dict[str, Any]] = {}
+    for name, loader in used.items():
+        parts = [ranks[name] for ranks in all_ranks]
+        reasons = dict(sorted((file, reason) for _, found, _ in parts for file, reason in found.items()))
+        documents[name] = {
+            "data": loader.name,
+            "images": len(loader.source),
+            "read": sum(read for read, _, _ in parts),
+            "skipped": reasons,
+            "not_upright": len(set().union(*(turned for _, _, turned in parts))),
+            "left_out": loader.source.left_out.to_dict(),
+        }
+        print(_read_of(name, documents[name], str(loader.source.left_out)))
+    skipped = sorted({file for document in documents.values() for file in document["skipped"]})
+    return {"images": documents, "skipped_images": skipped}
+
+
+def _read_of(name: str, document: dict[str, Any], left_out: str) -> str:
+    """One line: validation: 29 of 30 images read; skipped: 1 (...); left out: 2 hidden: ..."""
+    of = f" of {document['images']:,}" if document["images"] else ""
+    line = f"{name}: {document['read']:,}{of} images read"
+    if document["skipped"]:
+        named = [f"{file} ({reason})" for file, reason in document["skipped"].items()]
+        line += f"; skipped: {len(named)}, {shown(named)}"
+    if document["not_upright"]:
+        line += f"; not turned as EXIF says: {document['not_upright']:,}"
+    return line + (f"; left out: {left_out}" if left_out else "")
 
 
 def placed(model: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from skd.commands import common
-from skd.convert import CENTERINGS, LABELS, convert
+from skd.convert import CENTERINGS, convert
 from skd.cost import cost
 from skd.files import save
 from skd.outputs import output_file
@@ -28,7 +28,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
     common.add_data(parser)
     common.add_calibration(parser)
     parser.add_argument("--centering", choices=CENTERINGS, default="dataset", help="'batch' is the published way")
-    parser.add_argument("--labels", choices=LABELS, default="given", help="or the model's own predictions")
     common.add_device(parser)
     parser.set_defaults(run=run)
     return parser
@@ -57,6 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if writes:
             save(supernet, arguments.out)
     full, linear = cost(supernet), cost(supernet, convention="linear")
+    images = common.images_read(arguments, calibration=batches)
     print(
         f"{arguments.out}: {full.params:,} parameters, {common.count(full.macs)} MACs (full), "
         f"{common.count(linear.macs)} (linear); next: skd train, or skd plan"
@@ -66,5 +66,5 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "macs": full.macs,
         "macs_linear": linear.macs,
         "params": full.params,
-        "skipped_images": common.skipped(arguments, batches),
+        **images,
     }

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     row = {**sizes_of(supernet, [entry])[0], "top1": top1}
     common.print_sizes([row], arguments.supernet)
-    return {"supernet": arguments.supernet, **row, "skipped_images": common.skipped(arguments, batches)}
+    return {"supernet": arguments.supernet, **row, **common.images_read(arguments, validation=batches)}
 
 
 def _curve(arguments: argparse.Namespace, supernet: SuperNet, batches: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _curve(arguments: argparse.Namespace, supernet: SuperNet, batches: Any) -> d
         "supernet": arguments.supernet,
         "curve": rows,
         "area": score,
-        "skipped_images": common.skipped(arguments, batches),
+        **common.images_read(arguments, validation=batches),
     }
 
 
@@ -81,4 +81,4 @@ def _plain(arguments: argparse.Namespace, where: Any) -> dict[str, Any]:
     batches = common.validation(arguments, model)
     top1 = evaluate(model, batches, progress=common.progress("Evaluating"), group=arguments.group)
     print(f"{arguments.model}: {top1:.2f} % top-1")
-    return {"model": arguments.model, "top1": top1, "skipped_images": common.skipped(arguments, batches)}
+    return {"model": arguments.model, "top1": top1, **common.images_read(arguments, validation=batches)}

@@ -55,5 +55,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         dict.fromkeys([*entries_within(supernet, TrainConfig().budgets).values(), len(supernet.dropout_list) - 1])
     )
     rows = sizes_of(supernet, entries)
+    images = common.images_read(arguments, calibration=batches)
     common.print_sizes(rows, f"{arguments.out}: {len(supernet.dropout_list)} sub-networks, some of them")
-    return {"out": arguments.out, "entries": len(supernet.dropout_list), "subnetworks": rows}
+    return {"out": arguments.out, "entries": len(supernet.dropout_list), "subnetworks": rows, **images}

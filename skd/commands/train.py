@@ -8,10 +8,11 @@ from typing import Any
 
 from skd.commands import common
 from skd.convert import convert
-from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, train_loader
+from skd.data import Loaders, Sources, loaders
+from skd.data.from_config import calibration
 from skd.files import load, save
 from skd.outputs import output_folder
-from skd.ranks import check_same, rank_of, size_of, spread, together
+from skd.ranks import check_same, rank_of, spread, together
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
@@ -78,18 +79,18 @@ def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
     supernet = _supernet(arguments, config)
-    loaders = _loaders(arguments, supernet.model, config)
+    batches = _loaders(arguments, supernet.model, config)
     history = train(
         supernet,
-        loaders["train"],
-        loaders["val"],
+        batches.train,
+        batches.validation,
         config,
-        calibration=loaders.get("calibration"),
+        calibration=batches.calibration,
         out=arguments.out,
         resume=arguments.resume,
         group=arguments.group,
     )
-    return _finish(arguments, history, supernet, config, loaders, "supernet.safetensors")
+    return _finish(arguments, history, supernet, config, batches, "supernet.safetensors")
 
 
 def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
@@ -110,8 +111,9 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     model = common.build_model(arguments).to(where)
     spread(model, arguments.group)  # random weights differ from process to process
     images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    batches = _calibration(arguments, images, model, config)
+    batches = calibration(images, model, config, arguments.group)
     supernet = convert(model, batches, progress=common.progress("Converting"), group=arguments.group)
+    arguments.conversion = common.images_read(arguments, conversion=batches)["images"]
     with together(arguments.group):
         if rank_of(arguments.group) == 0:
             save(supernet, file)
@@ -124,17 +126,17 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
     model = _plain_model(arguments).to(common.device(arguments))
-    loaders = _loaders(arguments, model, config)
+    batches = _loaders(arguments, model, config)
     history = finetune(
         model,
-        loaders["train"],
-        loaders["val"],
+        batches.train,
+        batches.validation,
         config,
         out=arguments.out,
         resume=arguments.resume,
         group=arguments.group,
     )
-    return _finish(arguments, history, SuperNet(model, copy=False), config, loaders, "model.safetensors")
+    return _finish(arguments, history, SuperNet(model, copy=False), config, batches, "model.safetensors")
 
 
 def _plain_model(arguments: argparse.Namespace) -> Any:
@@ -149,9 +151,8 @@ def _plain_model(arguments: argparse.Namespace) -> Any:
     return model
 
 
-def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> dict[str, Loader]:
+def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> Loaders:
     """Training, validation and calibration batches, as the model wants its images."""
-    images = data_config(model)
     training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     validation = common.source(
         arguments, model, arguments.val_split, like=training, training=False, require_split=True
@@ -159,50 +160,7 @@ def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> 
     plain = training
     if training.iterable:  # a stream can only be read once at a time
         plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    shared: dict[str, Any] = {"workers": common.workers(config.workers), "bad_images": config.bad_images}
-    shared |= common.shard(arguments) | common.placed(model)
-    augmentation: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in (
-            *("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "reprob", "remode", "recount"),
-            "train_interpolation",
-        )
-    }
-    loaders = {
-        "train": train_loader(
-            training,
-            images,
-            batch_size=config.batch_size // config.grad_accum_steps,
-            seed=config.seed,
-            aug_repeats=config.aug_repeats,
-            **shared,
-            **augmentation,
-        ),
-        "val": eval_loader(validation, images, batch_size=_evaluation_batch(arguments, config), **shared),
-    }
-    if config.growing_epochs:
-        loaders["calibration"] = _calibration(arguments, plain, model, config)
-    return loaders
-
-
-def _calibration(arguments: argparse.Namespace, images: Source, model: Any, config: TrainConfig) -> Loader:
-    """The un-augmented images that a network is converted on, and importance measured."""
-    return calibration_loader(
-        images,
-        data_config(model),
-        images=config.calibration_images,
-        seed=config.seed,
-        batch_size=_evaluation_batch(arguments, config),
-        workers=common.workers(config.workers),
-        bad_images=config.bad_images,
-        **common.shard(arguments),
-        **common.placed(model),
-    )
-
-
-def _evaluation_batch(arguments: argparse.Namespace, config: TrainConfig) -> int:
-    """Images of all ranks together."""
-    return config.validation_batch_size or min(config.batch_size, 256 * size_of(arguments.group))
+    return loaders(Sources(training, validation, plain), model, config, group=arguments.group)
 
 
 def _finish(
@@ -210,7 +168,7 @@ def _finish(
     history: History,
     supernet: SuperNet,
     config: TrainConfig,
-    loaders: dict[str, Loader],
+    batches: Loaders,
     product: str,
 ) -> dict[str, Any]:
     """The report, the table, and what --json writes."""
@@ -222,6 +180,10 @@ def _finish(
             write_report(folder, history, supernet, config)
     if history.curve:
         common.print_sizes(history.curve, f"{folder / product}: best epoch {(history.best_epoch or 0) + 1}")
+    images = common.images_read(
+        arguments, training=batches.train, validation=batches.validation, calibration=batches.calibration
+    )
+    images["images"] = getattr(arguments, "conversion", {}) | images["images"]
     print(f"wrote {folder / product} and {folder / 'report.md'}")
     return {
         "out": str(folder),
@@ -231,7 +193,7 @@ def _finish(
         "area": history.area,
         "curve": history.curve,
         "entries": len(supernet.dropout_list),
-        "skipped_images": common.skipped(arguments, *loaders.values()),
+        **images,
         "config": config.to_dict(),
     }
 
@@ -247,10 +209,13 @@ def _dry_run(arguments: argparse.Namespace, config: TrainConfig, about: dict[str
     else:
         arguments.pretrained = False  # what the weights are makes no difference
         supernet = SuperNet(common.build_model(arguments).to(where), copy=False)
-    images = None
+    images, left_out = None, {}
     if arguments.data is not None:
-        images = len(common.source(arguments, supernet.model, arguments.train_split, training=True))
-    document = dry_run(supernet, config, images)
+        training = common.source(arguments, supernet.model, arguments.train_split, training=True)
+        images, left_out = len(training), training.left_out.to_dict()
+        if left_out:
+            print(f"{training.name}: left out: {training.left_out}")
+    document = dry_run(supernet, config, images) | {"left_out": left_out}
     if "expected" in about:
         common.print_expected(about)
         document["expected"] = about["expected"]

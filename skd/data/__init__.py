@@ -1,5 +1,9 @@
 """Data: where images come from, how they are prepared, and batches that are the same for any number of workers.
 
+train, validation, calibration = loaders("folder", model, TrainConfig(batch_size=256))
+
+or, one by one:
+
 source = open_source("folder", "train", in_chans=3)
 check_classes(source, model.num_classes)
 loader = train_loader(source, data_config(model), batch_size=256, seed=0, workers=8)
@@ -9,8 +13,9 @@ for images, labels in loader: ...
 
 from skd.data.counted import generator, seeded
 from skd.data.digits import MEAN, PREPROCESSING, STD, Batches, Split, batched, digits, shifted
+from skd.data.from_config import Loaders, Sources, loaders
 from skd.data.iteration import Loader
-from skd.data.loaders import calibration_loader, eval_loader, train_loader
+from skd.data.loading import calibration_loader, eval_loader, train_loader
 from skd.data.readers import Source
 from skd.data.sources import check_classes, open_source
 from skd.data.transforms import Augmentation, data_config, eval_transform, train_transform
@@ -22,7 +27,9 @@ __all__ = [
     "Augmentation",
     "Batches",
     "Loader",
+    "Loaders",
     "Source",
+    "Sources",
     "Split",
     "batched",
     "calibration_loader",
@@ -32,6 +39,7 @@ __all__ = [
     "eval_loader",
     "eval_transform",
     "generator",
+    "loaders",
     "open_source",
     "seeded",
     "shifted",

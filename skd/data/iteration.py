@@ -14,15 +14,17 @@ from skd.data.counted import generator
 from skd.data.pixels import Normalisation
 from skd.data.plans import FixedPlan, TrainPlan
 from skd.data.processes import be_patient, start
-from skd.data.readers import StreamSource
+from skd.data.readers import Source, StreamSource
+from skd.data.scanning import shown
 from skd.data.workers import Loaded, MapBatches, Preparation, StreamBatches, UnreadableData
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-_SHOWN = 3  # names of unreadable images in the warning
+Batch = tuple[torch.Tensor, Any]  # the labels are a tensor, or None
 
 
 class Loader:
     """Iterable, again and again, over (images, labels): float32 (B, C, H, W), on the device, and int64 (B,).
+
+    Of a source without labels they are None.
 
     The workers send 8-bit images; this process normalises them on the device. Labels stay on the host, where they
     are checked.
@@ -30,16 +32,29 @@ class Loader:
     One iteration at a time: the workers serve the latest, so an earlier one that goes on is a RuntimeError.
 
     Attributes:
-        skipped: names of the images that could not be read, of all iterations so far.
+        source: what it reads.
+        reasons: why images could not be read, by their names, of all iterations so far.
+        turned: names of the images that EXIF says are not upright, and which were read as they are stored.
+        settings: those of its own that `TrainConfig` has too, by their names there.
+        read: images that the latest iteration has given so far.
     """
 
-    def __init__(self, name: str, normalise: Normalisation) -> None:
-        self.name = name
+    def __init__(self, source: Source, normalise: Normalisation) -> None:
+        self.source = source
+        self.name = source.name
         self.normalise = normalise
-        self.skipped: set[str] = set()
+        self.reasons: dict[str, str] = {}
+        self.turned: set[str] = set()
+        self.settings: dict[str, Any] = {}
+        self.read = 0
         self.epoch = 0
         self.start_batch = 0
         self._iterations = 0
+
+    @property
+    def skipped(self) -> set[str]:
+        """Names of the images that could not be read, of all iterations so far."""
+        return set(self.reasons)
 
     def __len__(self) -> int:
         """Batches in an epoch, from its beginning."""
@@ -57,29 +72,35 @@ class Loader:
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises what the workers report, and warns at the end of the epoch if images were left out."""
-        bad: dict[str, None] = {}  # a set that keeps its order
-        images = 0
+        """Raises what the workers report, and warns at the end of the epoch of images left out, or not upright."""
+        bad: dict[str, str] = {}
+        self.read, noted = 0, len(self.turned)
         self._iterations += 1
         this = self._iterations
         for loaded in self._loaded():
             if self._iterations != this:
                 raise RuntimeError(f"another iteration over the batches of {self.name} began before this one ended")
-            bad.update(dict.fromkeys(loaded.bad))
-            self.skipped.update(loaded.bad)
+            bad.update(loaded.bad)
+            self.reasons.update(loaded.bad)
+            self.turned.update(loaded.turned)
             if loaded.failure is not None:
                 self.close()
                 error, message = loaded.failure
                 raise error(message)
             if loaded.images is not None and loaded.labels is not None:
-                images += len(loaded.images)
-                yield self.normalise(loaded.images, loaded.patches), loaded.labels
-        if bad and not images:
+                self.read += len(loaded.images)
+                yield self.normalise(loaded.images, loaded.patches), loaded.labels if self.source.labelled else None
+        if bad and not self.read:
             raise UnreadableData(f"none of the images of {self.name} can be read, such as {next(iter(bad))}")
         if bad:
-            noun = "image" if len(bad) == 1 else "images"
-            names = ", ".join(list(bad)[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
-            warnings.warn(f"{len(bad)} {noun} of {self.name} cannot be read, skipped: {names}", stacklevel=2)
+            names = shown(bad)
+            warnings.warn(f"{_images(len(bad))} of {self.name} cannot be read, skipped: {names}", stacklevel=2)
+        if len(self.turned) > noted:
+            warnings.warn(
+                f"{_images(len(self.turned))} of {self.name} should be turned, by their EXIF orientation, and were "
+                f"read as they are stored, as timm does (exif_orientation turns them): {shown(sorted(self.turned))}",
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """End the workers now; another iteration starts new ones."""
@@ -99,7 +120,7 @@ class MapLoader(Loader):
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(dataset.source.name, normalise)
+        super().__init__(dataset.source, normalise)
         self._dataset = dataset
         self._plan = plan
         self._processes = workers
@@ -145,7 +166,7 @@ class StreamLoader(Loader):
         pin_memory: bool = False,
         limit: int | None = None,
     ) -> None:
-        super().__init__(source.name, normalise)
+        super().__init__(source, normalise)
         self._source = source
         self._preparation = preparation
         self._rows = max(1, batch_size // world)
@@ -221,6 +242,10 @@ class StreamLoader(Loader):
             worker_init_fn=be_patient,
             generator=torch.Generator().manual_seed(images),  # from which the readers' worker seeds come
         )
+
+
+def _images(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
 
 
 def _unchanged(batch: Any) -> Any:

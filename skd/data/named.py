@@ -39,6 +39,7 @@ class Request(NamedTuple):
     training: bool | None
     num_samples: int | None
     options: dict[str, Any]
+    reading: dict[str, Any]  # of `Source`
 
 
 def open_named(request: Request) -> Source:
@@ -62,19 +63,29 @@ def open_named(request: Request) -> Source:
         ) from error
     if prefix == "torch":
         classes = _names(getattr(dataset, "classes", None))
-        return PairSource(dataset, request.data, request.mode, classes=classes, root=Path(arguments["root"]))
+        root = Path(arguments["root"])
+        return PairSource(dataset, request.data, request.mode, classes=classes, root=root, **request.reading)
     classes, mapped = names_of(dataset.reader.class_to_idx), request.class_map is not None
     if prefix in _STREAMS:
-        return StreamSource(dataset, request.data, request.mode, training=training, classes=classes, mapped=mapped)
+        return StreamSource(
+            dataset,
+            request.data,
+            request.mode,
+            training=training,
+            classes=classes,
+            mapped=mapped,
+            **request.reading,
+        )
     _check_columns(dataset.reader, request)
-    return ReaderSource(dataset.reader, request.data, request.mode, classes=classes, mapped=mapped)
+    return ReaderSource(dataset.reader, request.data, request.mode, classes=classes, mapped=mapped, **request.reading)
 
 
 def _check_columns(reader: Any, request: Request) -> None:
     """timm's reader notices a wrong name only when it reads, and adds an image column of that name, empty."""
     table = reader.dataset.data
     present = [name for name in table.column_names if table.column(name).null_count < max(1, len(reader))]
-    for option, default in (("input_key", "image"), ("target_key", "label")):
+    keys = (("input_key", "image"), ("target_key", "label"))
+    for option, default in keys if request.reading["labelled"] else keys[:1]:
         names = [name.split("/")[0].strip() for name in (request.options.get(option) or default).split(",")]
         missing = [name for name in names if name not in present]
         if missing:
@@ -87,7 +98,12 @@ def _arguments(request: Request, prefix: str, rest: str, training: bool) -> dict
     """Of `timm.data.create_dataset`."""
     root = None if request.data_dir is None else os.fspath(request.data_dir)
     arguments = {"root": root, "split": request.split, "download": request.download, **request.options}
+    if prefix == "hfds" and not request.reading["labelled"]:
+        arguments["target_key"] = request.options.get("input_key") or "image"  # timm's reader wants a column
     if prefix == "torch":
+        keys = [name for name in ("input_key", "target_key") if name in request.options]
+        if keys:
+            raise ValueError(f"{keys[0]} is given, but {request.data!r} has no columns")
         if root is None:
             raise ValueError(f"data is {request.data!r}; data_dir must say which folder torchvision keeps it in")
         if request.class_map is not None:

@@ -12,6 +12,9 @@ from typing import Any
 import numpy.typing as npt
 from PIL import Image
 
+from skd.data.modes import in_mode, is_turned, upright
+from skd.data.scanning import LeftOut
+
 # What Pillow raises for a file that is missing, broken or unreasonably large.
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, zlib.error, struct.error, Image.DecompressionBombError)
 
@@ -21,12 +24,14 @@ class BadImage(Exception):
 
     Attributes:
         file: its name.
+        reason: why, on one line.
         missing: the file is not there, rather than broken.
     """
 
     def __init__(self, file: str, reason: BaseException) -> None:
-        super().__init__(f"{file} cannot be read: {type(reason).__name__}: {reason}")
         self.file = file
+        self.reason = " ".join(f"{type(reason).__name__}: {reason}".split())
+        super().__init__(f"{file} cannot be read: {self.reason}")
         self.missing = isinstance(reason, FileNotFoundError)
 
 
@@ -43,6 +48,10 @@ class Source:
         mode: of the images, "L" or "RGB".
         root: the folder that the images are read from; None: there is none.
         mapped: labels come from a class map, so the number of classes need not be the head's.
+        labelled: labels mean something; otherwise the loaders give None in their place.
+        left_out: what is in the folder and not read.
+        exif_orientation: pictures are turned as EXIF says. timm does not, so models are evaluated without.
+        turned: names of pictures that EXIF says are not upright and were not turned, since it was last emptied.
         iterable: images come in the order of a stream (`StreamSource`), there is no `read`.
     """
 
@@ -56,7 +65,14 @@ class Source:
         classes: list[str] | None = None,
         root: Path | None = None,
         mapped: bool = False,
+        labelled: bool = True,
+        left_out: LeftOut | None = None,
+        exif_orientation: bool = False,
     ) -> None:
+        self.labelled = labelled
+        self.left_out = LeftOut() if left_out is None else left_out
+        self.exif_orientation = exif_orientation
+        self.turned: list[str] = []
         self.name = name
         self.mode = mode
         self.classes = classes
@@ -84,8 +100,19 @@ class Source:
         """The folder is no longer there, or can no longer be asked."""
         return self.root is not None and not os.path.exists(self.root)
 
+    def _prepared(self, image: Image.Image, index: int) -> Image.Image:
+        """The picture in `mode`, upright if that is wanted, else noted in `turned` if it is not."""
+        if is_turned(image):
+            if self.exif_orientation:
+                image = upright(image)
+            else:
+                self.turned.append(self.file(index))
+        return in_mode(image, self.mode)
+
     def _label(self, label: Any, index: int) -> int:
         """Raises LabelError: it is not one integer."""
+        if not self.labelled:
+            return -1
         try:
             return int(label)
         except (TypeError, ValueError):
@@ -119,7 +146,7 @@ class PairSource(Source):
     def read(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, label = self._dataset[index]
-            image = image.convert(self.mode)
+            image = self._prepared(image, index)
         except _UNREADABLE as reason:
             raise BadImage(self.file(index), reason) from reason
         return image, self._label(label, index)
@@ -144,7 +171,7 @@ class ReaderSource(Source):
         try:
             file, label = self._reader[index]
             with file:
-                image = Image.open(file).convert(self.mode)
+                image = self._prepared(_opened(file), index)
         except KeyError as key:
             raise LabelError(f"{self.file(index)} has a label that the class map does not have: {key}") from None
         except (*_UNREADABLE, TypeError) as reason:  # TypeError: None in place of an image
@@ -201,13 +228,19 @@ class StreamSource(Source):
         """
         try:
             for position, (image, label) in enumerate(self._dataset):
-                yield image.convert(self.mode), self._label(label, position)
+                yield self._prepared(image, position), self._label(label, position)
         except LabelError:
             raise
         except KeyError as key:
             raise LabelError(f"{self.name} has no such column, or its class map no such label: {key}") from None
         except (*_UNREADABLE, RuntimeError) as reason:
             raise BadImage(self.name, reason) from reason
+
+
+def _opened(file: Any) -> Image.Image:
+    image = Image.open(file)
+    image.load()  # some formats have their EXIF block after the pixels
+    return image
 
 
 def names_of(class_to_index: Mapping[str, int]) -> list[str] | None:

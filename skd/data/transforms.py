@@ -46,7 +46,9 @@ def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image, by the names and defaults of timm's training script.
+    """What is done to a training image, by the names of timm's training script; the defaults are DeiT's, the paper's.
+
+    `TrainConfig` has the same fields, and its defaults from here.
 
     Attributes:
         scale: of the random crop's area, (low, high) as shares of the image's.
@@ -62,12 +64,12 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     vflip: float = 0.0
-    color_jitter: float | tuple[float, ...] | None = 0.4
-    aa: str | None = None
-    reprob: float = 0.0
+    color_jitter: float | tuple[float, ...] | None = 0.3
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    reprob: float = 0.25
     remode: str = "pixel"
     recount: int = 1
-    train_interpolation: str = "random"
+    train_interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip", "reprob"):
@@ -83,6 +85,9 @@ class Augmentation:
             raise ValueError(f"recount is {self.recount}; it must be at least 1")
 
 
+AUGMENTATION = tuple(field.name for field in fields(Augmentation))
+
+
 def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
     """timm's training transform; it draws from the global generators of Python, NumPy and PyTorch.
 
@@ -93,10 +98,9 @@ def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
     Raises:
         ValueError: an unknown name or a value out of range.
     """
-    known = [field.name for field in fields(Augmentation)]
-    unknown = sorted(augmentation.keys() - set(known))
+    unknown = sorted(augmentation.keys() - set(AUGMENTATION))
     if unknown:
-        raise ValueError(f"augmentation has {', '.join(unknown)}; it may have {', '.join(known)}")
+        raise ValueError(f"augmentation has {', '.join(unknown)}; it may have {', '.join(AUGMENTATION)}")
     chosen = Augmentation(**augmentation)
     try:
         transform = create_transform(

@@ -22,6 +22,7 @@ from skd.data.readers import BadImage, LabelError, Source, StreamSource
 RETRIES = 10  # unreadable images in a row before training gives up, as in timm
 
 Sample = tuple[Prepared, int]
+Bad = list[tuple[str, str]]  # files and reasons
 
 
 class UnreadableImage(ValueError):
@@ -35,21 +36,24 @@ class UnreadableData(OSError):
 class Loaded(NamedTuple):
     """One batch: images (n, C, H, W) uint8 and labels (n,) int64, None if there is no image; or why it failed.
 
+    `bad` has the images that could not be read, each with the reason, `turned` those that EXIF says are not upright.
     An exception itself would hold on to the frames it passed, and those to the workers.
     """
 
     images: torch.Tensor | None
     labels: torch.Tensor | None
-    bad: list[str]
+    bad: Bad
     failure: tuple[type[Exception], str] | None = None
     patches: Patches | None = None
+    turned: Sequence[str] = ()
 
 
-def _stacked(samples: list[Sample], bad: list[str]) -> Loaded:
+def _stacked(samples: list[Sample], bad: Bad, source: Source) -> Loaded:
+    turned, source.turned = source.turned, []
     if not samples:
-        return Loaded(None, None, bad)
+        return Loaded(None, None, bad, turned=turned)
     images, labels = default_collate([(image.pixels, label) for image, label in samples])  # in shared memory
-    return Loaded(images, labels, bad, patches=packed([image.patches for image, _ in samples]))
+    return Loaded(images, labels, bad, patches=packed([image.patches for image, _ in samples]), turned=turned)
 
 
 class Preparation(NamedTuple):
@@ -87,31 +91,33 @@ class MapBatches(Dataset[Loaded]):
 
     def __getitem__(self, keys: Sequence[Key]) -> Loaded:
         sample = self._evaluation_sample if self.preparation.seed is None else self._training_sample
-        bad: list[str] = []
+        bad: Bad = []
         try:
             samples = [sample(key, bad) for key in keys]
         except (LabelError, UnreadableImage, UnreadableData) as failure:
             return Loaded(None, None, bad, (type(failure), str(failure)))
-        return _stacked([sample for sample in samples if sample is not None], bad)
+        return _stacked([sample for sample in samples if sample is not None], bad, self.source)
 
-    def _evaluation_sample(self, key: Key, bad: list[str]) -> Sample | None:
+    def _evaluation_sample(self, key: Key, bad: Bad) -> Sample | None:
         """None for an image that cannot be read."""
         return self._read(key[1], key, bad)
 
-    def _training_sample(self, key: Key, bad: list[str]) -> Sample:
+    def _training_sample(self, key: Key, bad: Bad) -> Sample:
         """The next image that can be read takes the place of one that cannot."""
         for step in range(RETRIES):
             sample = self._read((key[1] + step) % len(self.source), key, bad)
             if sample is not None:
                 return sample
-        raise UnreadableData(f"{RETRIES} images of {self.source.name} in a row cannot be read, the last is {bad[-1]}")
+        raise UnreadableData(
+            f"{RETRIES} images of {self.source.name} in a row cannot be read, the last is {bad[-1][0]}"
+        )
 
-    def _read(self, index: int, key: Key, bad: list[str]) -> Sample | None:
+    def _read(self, index: int, key: Key, bad: Bad) -> Sample | None:
         try:
             image, label = self.source.read(index)
         except BadImage as error:
             self._judge(error)
-            bad.append(error.file)
+            bad.append((error.file, error.reason))
             return None
         self._missing = 0
         # The key's own counters: a stand-in may be in the same epoch for itself.
@@ -174,7 +180,7 @@ class StreamBatches(IterableDataset[Loaded]):
                 file = partial(self.source.file, count - 1)
                 samples.append(self.preparation.prepare(image, label, counters, file))
             if count % self.rows == 0:
-                yield _stacked(samples, [])
+                yield _stacked(samples, [], self.source)
                 samples = []
         if count % self.rows and self.preparation.seed is None:  # training takes whole batches
-            yield _stacked(samples, [])
+            yield _stacked(samples, [], self.source)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from skd.data.transforms import Augmentation
 from skd.prices import CONVENTIONS
 
 DECAYS = ("published", "expected")
@@ -83,19 +84,19 @@ class TrainConfig:
         "weights (DeiT: no)",
     )
 
-    # Augmentation, of the loaders that skd makes
-    scale: tuple[float, float] = _option((0.08, 1.0), "area of the random crop (DeiT: 0.08 1.0)")
-    ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "aspect ratio of the random crop (DeiT: 3/4 4/3)")
-    hflip: float = _option(0.5, "probability of a horizontal flip (DeiT: 0.5)")
-    vflip: float = _option(0.0, "probability of a vertical flip (DeiT: 0)")
-    color_jitter: float = _option(0.3, "strength of colour jitter, where aa is off (DeiT: 0.3)")
-    aa: str | None = _option(
-        "rand-m9-mstd0.5-inc1", "timm's auto-augment policy, 'none': off (paper: RandAugment m9)"
+    # Augmentation, of the loaders that skd makes (`skd.data.loaders`)
+    scale: tuple[float, float] = _option(Augmentation.scale, "area of the random crop (DeiT: 0.08 1.0)")
+    ratio: tuple[float, float] = _option(Augmentation.ratio, "aspect ratio of the random crop (DeiT: 3/4 4/3)")
+    hflip: float = _option(Augmentation.hflip, "probability of a horizontal flip (DeiT: 0.5)")
+    vflip: float = _option(Augmentation.vflip, "probability of a vertical flip (DeiT: 0)")
+    color_jitter: float = _option(Augmentation.color_jitter, "strength of colour jitter, where aa is off (DeiT: 0.3)")
+    aa: str | None = _option(Augmentation.aa, "timm's auto-augment policy, 'none': off (paper: RandAugment m9)")
+    train_interpolation: str = _option(
+        Augmentation.train_interpolation, "interpolation of the training images (DeiT: bicubic)"
     )
-    train_interpolation: str = _option("bicubic", "interpolation of the training images (DeiT: bicubic)")
-    reprob: float = _option(0.25, "probability of random erasing (DeiT: 0.25)")
-    remode: str = _option("pixel", "what random erasing fills in: const, rand or pixel (DeiT: pixel)")
-    recount: int = _option(1, "areas that random erasing fills (DeiT: 1)")
+    reprob: float = _option(Augmentation.reprob, "probability of random erasing (DeiT: 0.25)")
+    remode: str = _option(Augmentation.remode, "what random erasing fills in: const, rand or pixel (DeiT: pixel)")
+    recount: int = _option(Augmentation.recount, "areas that random erasing fills (DeiT: 1)")
     aug_repeats: int = _option(3, "augmentations of each image drawn for an epoch, 1 is off (paper: on; DeiT: 3)")
 
     # Progressive importance-aware dropout

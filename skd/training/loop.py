@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from skd.architecture import describe
+from skd.data.from_config import warn_of_ignored
 from skd.outputs import output_folder, remove_leftovers, write_json
 from skd.ranks import check_group, check_same, rank_of, together
 from skd.supernet import SuperBlock, SuperNet, check_supernet
@@ -168,6 +169,7 @@ def _check(
     check_same([steps, config.to_dict()], "the batches of an epoch and the settings", group)
     if calibration is None and config.growing_epochs:
         raise ValueError("calibration is None; importance needs un-augmented batches of training images")
+    warn_of_ignored(config, **loaders)
 
 
 def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Any) -> Path:

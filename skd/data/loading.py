@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from skd.data.iteration import Loader, MapLoader, StreamLoader
 from skd.data.pixels import Normalisation, Pixels
 from skd.data.plans import FixedPlan, TrainPlan
 from skd.data.readers import Source, StreamSource
-from skd.data.transforms import eval_transform, train_transform
+from skd.data.transforms import Augmentation, eval_transform, train_transform
 from skd.data.workers import MapBatches, Preparation
 
 
@@ -77,14 +78,19 @@ def train_loader(
         Pixels(train_transform(config, **augmentation)), seed, config.get("num_classes") or 0, bad_images == "fail"
     )
     normalise = Normalisation(config, device)
+    settings = asdict(Augmentation(**augmentation)) | {"aug_repeats": max(1, aug_repeats), "bad_images": bad_images}
     if isinstance(source, StreamSource):
         if aug_repeats > 1:
             raise ValueError(f"aug_repeats is {aug_repeats}; a stream such as {source.name} cannot repeat images")
         if not source.training:
             raise ValueError(f"{source.name} was opened for evaluation; open it with training=True")
-        return StreamLoader(source, preparation, normalise, batch_size, seed, workers, rank, world, pin_memory)
+        stream = StreamLoader(source, preparation, normalise, batch_size, seed, workers, rank, world, pin_memory)
+        stream.settings = settings
+        return stream
     plan = TrainPlan(len(source), batch_size, seed, max(1, int(aug_repeats)), rank, world)
-    return MapLoader(MapBatches(source, preparation), normalise, plan, workers, pin_memory)
+    loader = MapLoader(MapBatches(source, preparation), normalise, plan, workers, pin_memory)
+    loader.settings = settings
+    return loader
 
 
 def eval_loader(
@@ -127,13 +133,16 @@ def eval_loader(
             raise ValueError(f"indices is given, but {source.name} is a stream; its images have no numbers")
         if source.training:
             raise ValueError(f"{source.name} was opened for training; open it with training=False")
-        return StreamLoader(source, preparation, normalise, batch_size, 0, workers, rank, world, pin_memory)
+        stream = StreamLoader(source, preparation, normalise, batch_size, 0, workers, rank, world, pin_memory)
+        stream.settings = {"bad_images": bad_images}
+        return stream
     chosen = range(len(source)) if indices is None else indices
     if len(chosen) and (min(chosen) < 0 or max(chosen) >= len(source)):
         raise ValueError(f"indices has {min(chosen)}..{max(chosen)}; {source.name} has images 0..{len(source) - 1}")
-    return MapLoader(
-        MapBatches(source, preparation), normalise, FixedPlan(chosen, batch_size, rank, world), workers, pin_memory
-    )
+    plan = FixedPlan(chosen, batch_size, rank, world)
+    loader = MapLoader(MapBatches(source, preparation), normalise, plan, workers, pin_memory)
+    loader.settings = {"bad_images": bad_images}
+    return loader
 
 
 def calibration_loader(
@@ -165,7 +174,7 @@ def calibration_loader(
         if len(source) < images:
             warnings.warn(f"{source.name} has {len(source)} images to calibrate with, not {images}", stacklevel=2)
         chosen = generator(seed, "calibration").permutation(len(source))[:images]
-        return eval_loader(
+        loader = eval_loader(
             source,
             config,
             batch_size=batch_size,
@@ -177,12 +186,16 @@ def calibration_loader(
             pin_memory=pin_memory,
             device=device,
         )
+        loader.settings["calibration_images"] = images
+        return loader
     _check(batch_size, workers, rank, world, bad_images)
     preparation = _evaluation(config, bad_images)
     normalise = Normalisation(config, device)
-    return StreamLoader(
+    stream = StreamLoader(
         source, preparation, normalise, batch_size, seed, workers, rank, world, pin_memory, limit=images
     )
+    stream.settings = {"bad_images": bad_images, "calibration_images": images}
+    return stream
 
 
 def _evaluation(config: dict[str, Any], bad_images: str) -> Preparation:
