@@ -182,3 +182,84 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path: Path) -> None:
     again = skd.load(tmp_path / "b.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert next(again.parameters()).dtype == torch.bfloat16
+
+
+# What the version before wrote of a network with skipped modules: layers of size 0 stood in their place.
+EARLIER = Path(__file__).parent / "files"
+EARLIER_LOGITS = {  # of that version, for two images
+    "skipped_model": [[0.304331, 1.049356, 0.099910], [1.252694, 2.305787, -0.073498]],
+    "skipped_supernet": [[-0.381560, 3.086114, -0.386348], [-0.381560, 3.086114, -0.386348]],
+}
+
+
+@pytest.mark.parametrize("name", EARLIER_LOGITS)
+def test_files_of_an_earlier_version(name: str, tmp_path: Path) -> None:
+    """They load with the same function, and what is written of them again has the same tensors."""
+    images = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
+    loaded = skd.load(EARLIER / f"{name}.safetensors")
+    supernet = isinstance(loaded, skd.SuperNet)
+    found = loaded(images, entry=2) if supernet else loaded(images)
+    torch.testing.assert_close(found, torch.tensor(EARLIER_LOGITS[name]), rtol=1e-5, atol=1e-5)
+    model = skd.extract(loaded, entry=2) if supernet else loaded
+    assert isinstance(model.blocks[2].mlp, torch.fx.GraphModule)
+    assert not [key for key, tensor in model.state_dict().items() if not tensor.numel()]
+    skd.save(loaded, tmp_path / "again.safetensors")
+    with (
+        safe_open(EARLIER / f"{name}.safetensors", "pt") as old,
+        safe_open(tmp_path / "again.safetensors", "pt") as new,
+    ):
+        assert set(old.keys()) == set(new.keys())
+        assert all(torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys())  # noqa: SIM118
+
+
+# The rebuilding of a saved model, as the README of the version before had it.
+EARLIER_SNIPPET = """
+import json, timm, torch
+from safetensors import safe_open
+
+file = safe_open(path, "pt")
+header, state = json.loads(file.metadata()["skd"]), {key: file.get_tensor(key) for key in file.keys()}
+name, args = header["architecture"], header["model_args"]
+model = timm.create_model(name, **args) if name else getattr(timm.models, header["model_class"])(**args)
+for name, layer in list(model.named_modules()):
+    layer.eps = header["norm_eps"] or getattr(layer, "eps", None)
+    if isinstance(layer, torch.nn.Linear):  # takes the rows and columns that were kept
+        model.set_submodule(name, torch.nn.Linear(*state[name + ".weight"].shape[::-1], bias=name + ".bias" in state))
+    elif "blocks." in name and layer.state_dict() and not any(key.startswith(name + ".") for key in state):
+        model.set_submodule(name, torch.nn.Identity())  # the norm of a module that was skipped
+for block, (k, _) in zip(model.blocks, header["widths"]):
+    block.attn.head_dim, block.attn.attn_dim, block.attn.scale = k, k * block.attn.num_heads, max(k, 1) ** -0.5
+model.load_state_dict(state)
+"""
+
+
+def sized_zero(sub: Any, folder: Path) -> Any:
+    """`sub` in the form that it had in the version before, with layers of size 0."""
+    skd.save(sub, folder / "sub.safetensors")
+    names = {"path": folder / "sub.safetensors"}
+    exec(EARLIER_SNIPPET, names)
+    return names["model"].eval()
+
+
+@pytest.mark.parametrize("widths", [[0, 24, 8, 0], [8, 0, 0, 24], [0, 0, 0, 0]])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_models_of_an_earlier_version(widths: list[int], tmp_path: Path) -> None:
+    """Layers of size 0 are understood in a model too: priced, saved, and cut to the present form."""
+    supernet = skd.SuperNet(named("deit3_small_patch16_224").float())
+    images = random_batches(dtype=torch.float32)[0][0]
+    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, [supernet.widths(), widths])
+    sub = skd.extract(supernet, entry=1)
+    earlier = sized_zero(sub, tmp_path)
+    assert any(not tensor.numel() for tensor in earlier.state_dict().values())
+    torch.testing.assert_close(earlier(images), sub(images))
+    assert skd.cost(earlier) == skd.cost(sub)
+    skd.save(earlier, tmp_path / "earlier.safetensors")
+    again = skd.SuperNet(earlier)
+    for model in (skd.load(tmp_path / "earlier.safetensors"), skd.extract(again, entry=0)):
+        assert model.state_dict().keys() == sub.state_dict().keys()
+        assert torch.equal(model(images), sub(images))
+    for entry in (0, torch.tensor(0)):
+        torch.testing.assert_close(again(images, entry=entry), sub(images))
+    # Either form's state fits a super-network made of the other.
+    again.load_state_dict(skd.SuperNet(sub).state_dict())
+    skd.SuperNet(sub).load_state_dict(again.state_dict())

@@ -18,6 +18,7 @@ from helpers import (
 )
 
 import skd
+from skd.architecture import describe
 
 
 def tuned(model, out=None, **changes):
@@ -27,7 +28,7 @@ def tuned(model, out=None, **changes):
 
 
 def widths_of(model):
-    return [(block.attn.head_dim, block.mlp.fc1.out_features) for block in model.blocks]
+    return [info.full_width for info in describe(model)]
 
 
 @pytest.mark.parametrize("narrow", [None, [8, 5, 16, 24], [0, 5, 16, 0], [0, 0, 8, 24]])
