@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import perturb, random_batches, tiny_vit
+from earlier import sized_zero
+from helpers import nested, perturb, random_batches, tiny_vit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import SwiGLU, SwiGLUPacked
 from torch import nn
 
 import skd
+from skd.construction import construction
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -212,35 +214,6 @@ def test_files_of_an_earlier_version(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys())  # noqa: SIM118
 
 
-# The rebuilding of a saved model, as the README of the version before had it.
-EARLIER_SNIPPET = """
-import json, timm, torch
-from safetensors import safe_open
-
-file = safe_open(path, "pt")
-header, state = json.loads(file.metadata()["skd"]), {key: file.get_tensor(key) for key in file.keys()}
-name, args = header["architecture"], header["model_args"]
-model = timm.create_model(name, **args) if name else getattr(timm.models, header["model_class"])(**args)
-for name, layer in list(model.named_modules()):
-    layer.eps = header["norm_eps"] or getattr(layer, "eps", None)
-    if isinstance(layer, torch.nn.Linear):  # takes the rows and columns that were kept
-        model.set_submodule(name, torch.nn.Linear(*state[name + ".weight"].shape[::-1], bias=name + ".bias" in state))
-    elif "blocks." in name and layer.state_dict() and not any(key.startswith(name + ".") for key in state):
-        model.set_submodule(name, torch.nn.Identity())  # the norm of a module that was skipped
-for block, (k, _) in zip(model.blocks, header["widths"]):
-    block.attn.head_dim, block.attn.attn_dim, block.attn.scale = k, k * block.attn.num_heads, max(k, 1) ** -0.5
-model.load_state_dict(state)
-"""
-
-
-def sized_zero(sub: Any, folder: Path) -> Any:
-    """`sub` in the form that it had in the version before, with layers of size 0."""
-    skd.save(sub, folder / "sub.safetensors")
-    names = {"path": folder / "sub.safetensors"}
-    exec(EARLIER_SNIPPET, names)
-    return names["model"].eval()
-
-
 @pytest.mark.parametrize("widths", [[0, 24, 8, 0], [8, 0, 0, 24], [0, 0, 0, 0]])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_models_of_an_earlier_version(widths: list[int], tmp_path: Path) -> None:
@@ -263,3 +236,20 @@ def test_models_of_an_earlier_version(widths: list[int], tmp_path: Path) -> None
     # Either form's state fits a super-network made of the other.
     again.load_state_dict(skd.SuperNet(sub).state_dict())
     skd.SuperNet(sub).load_state_dict(again.state_dict())
+
+
+def test_a_cut_model_that_does_not_know_how_it_was_built() -> None:
+    """Its arguments are read off the modules that are left; with none left saving is refused, and nothing else."""
+    for widths in ([0, 72, 16, 0], [0, 0, 0, 0]):
+        model = tiny_vit(torch.float32, init_values=0.1)
+        sub = skd.extract(nested(skd.SuperNet(model), widths), entry=1)
+        del sub._model_args  # as if README's code had rebuilt it
+        images = random_batches(dtype=torch.float32)[0][0]
+        again = skd.SuperNet(sub)
+        torch.testing.assert_close(again(images), sub(images))
+        if any(widths):
+            args = construction(sub)["model_args"]
+            assert (args["num_heads"], args["mlp_ratio"], args["init_values"]) == (3, 1.5, 1e-5)
+        else:
+            with pytest.raises(ValueError, match="skips every attention and does not know how it was built"):
+                construction(again.model)
