@@ -1,4 +1,7 @@
-"""Extracted models leave: every entry, down to nothing left, exports, quantizes, prunes, pickles and trains."""
+"""Extracted models leave: every entry, down to nothing left, exports, quantizes, prunes, pickles and trains.
+
+Without onnx, onnxruntime, onnxscript or torchao the tests that need them are skipped.
+"""
 
 from __future__ import annotations
 
