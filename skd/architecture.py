@@ -12,6 +12,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
+from skd.skipped import is_skipped
+
 # timm's and PyTorch's activation classes by the names of `skd_kernels.masked_mlp`.
 _ACTIVATIONS = {
     "GELU": "gelu",
@@ -113,12 +115,19 @@ def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
                 f"blocks.{index} is a {kind.__name__}; parallel and differential blocks are not supported, "
                 "it may be a Block or a ResPostBlock"
             )
-        infos.append(_describe_attention(index, block.attn))
-        infos.append(_describe_mlp(index, block.mlp))
+        attn, mlp = block.attn, block.mlp
+        infos.append(_skipped(index, "attn") if is_skipped(attn) else _describe_attention(index, attn))
+        infos.append(_skipped(index, "mlp") if is_skipped(mlp) else _describe_mlp(index, mlp))
     parameters = [id(p) for _, p in model.blocks.named_parameters(remove_duplicate=False)]
     if len(set(parameters)) < len(parameters):
         raise ValueError("model shares a parameter between two layers; every layer must have its own")
     return tuple(infos)
+
+
+def _skipped(index: int, kind: str) -> ModuleInfo:
+    """Of a module that an extraction left out: nothing to narrow."""
+    name = f"{index}.{kind}"
+    return ModuleInfo(name, index, kind, full_width=0, group_size=1, binary=False, num_heads=int(kind == "attn"))
 
 
 def _describe_attention(index: int, attn: Any) -> ModuleInfo:

@@ -51,7 +51,7 @@ def reordered(model: Any, batches: Iterable[Any], method: str, *, seed: int = 0)
         raise ValueError(f"method is {method!r}; it may be one of {METHODS}")
     if method == "wpac":
         return convert(model, batches)
-    infos = describe(model)
+    infos = tuple(info for info in describe(model) if info.full_width)
     ordered = copy.deepcopy(model)
     scores = coordinate_scores(ordered, batches, method, seed=seed)
     apply_transforms(ordered, infos, {info.name: _ordering(info, scores[info.name]) for info in infos})
@@ -63,7 +63,7 @@ def coordinate_scores(model: Any, batches: Iterable[Any], method: str, *, seed: 
 
     Arguments as for `reordered`, without "wpac": its coordinates are not those of the model.
     """
-    infos = describe(model)
+    infos = tuple(info for info in describe(model) if info.full_width)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return {info.name: torch.rand(_shape(info), generator=generator, dtype=torch.float64) for info in infos}

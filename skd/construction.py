@@ -17,7 +17,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
-from skd.architecture import create_model, describe
+from skd.architecture import ModuleInfo, create_model, describe
 
 MODEL_CLASSES = {c.__name__: c for c in (VisionTransformer, VisionTransformerDistilled)}
 # Constructor arguments that are classes are written by name.
@@ -33,7 +33,7 @@ _NOT_ARCHITECTURE = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrai
 
 def remember_construction(model: Any) -> None:
     """Record on `model`, where timm keeps them, the arguments that rebuild it, if timm has not."""
-    if _known_to_timm(model) or _remembered(model):
+    if _known_to_timm(model) or _remembered(model) or None in _first_modules(model):
         return
     model._model_args = constructor_args(model)
     model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "architecture": None}
@@ -93,9 +93,18 @@ def constructor_args(model: Any) -> dict[str, Any]:
     """VisionTransformer's constructor arguments, read off a whole model; and norm_eps, None for timm's 1e-6.
 
     What cannot be read here (a block or layer put in by hand) shows when a saved file is compared with its model.
+
+    Raises:
+        ValueError: every attention or every MLP is skipped, so that nothing shows what they were.
     """
-    first, infos = model.blocks[0], describe(model)
-    attn, mlp = infos[0], infos[1]
+    attn, mlp = _first_modules(model)
+    if attn is None or mlp is None:
+        what = "attention" if attn is None else "MLP"
+        raise ValueError(
+            f"model skips every {what} and does not know how it was built; "
+            "it may be one of timm.create_model, skd.extract or skd.load"
+        )
+    first, other = model.blocks[attn.block], model.blocks[mlp.block]
     norm = first.norm1
     args = {
         "img_size": list(model.patch_embed.img_size),
@@ -106,11 +115,11 @@ def constructor_args(model: Any) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": attn.num_heads,
-        "mlp_ratio": _mlp_ratio(model.embed_dim, mlp.full_width * (2 if hasattr(first.mlp, "gate_last") else 1)),
+        "mlp_ratio": _mlp_ratio(model.embed_dim, mlp.full_width * (2 if hasattr(other.mlp, "gate_last") else 1)),
         "qkv_bias": first.attn.qkv.bias is not None,
         "qk_norm": _present(first.attn.q_norm),
         "scale_attn_norm": _present(first.attn.norm),
-        "scale_mlp_norm": _present(first.mlp.norm),
+        "scale_mlp_norm": _present(other.mlp.norm),
         "proj_bias": first.attn.proj.bias is not None,
         "init_values": 1e-5 if _present(getattr(first, "ls1", None)) else None,
         "class_token": model.has_class_token,
@@ -125,11 +134,20 @@ def constructor_args(model: Any) -> dict[str, Any]:
         "norm_layer": _norm_name(norm),
         "act_layer": mlp.act,
         "norm_eps": None if norm.eps == _DEFAULT_EPS else norm.eps,
-        **_class_names(first),
+        **_class_names(other),
     }
     if _present(getattr(model.patch_embed, "norm", None)):
         args["embed_norm_layer"] = args["norm_layer"]
     return args
+
+
+def _first_modules(model: Any) -> tuple[ModuleInfo | None, ModuleInfo | None]:
+    """The first attention and the first MLP that are not skipped, None where all are."""
+    left = [info for info in describe(model) if info.full_width]
+    return (
+        next((info for info in left if info.kind == "attn"), None),
+        next((info for info in left if info.kind == "mlp"), None),
+    )
 
 
 def _present(module: nn.Module | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from skd.architecture import ModuleInfo
 from skd.prices import check_convention
+from skd.skipped import is_skipped, skipped_like
 from skd.supernet import SuperBlock, SuperNet, check_supernet
 
 
@@ -36,9 +38,9 @@ def extract(
 
     Returns:
         A timm VisionTransformer of timm and torch modules only, usable without skd. Its logits are those of
-        ``supernet(images, entry=...)``: the softmax scale of the original head width is folded into the Q rows. A
-        skipped module keeps its place, with layers of size 0 and its norm replaced by Identity, so block indices
-        never shift.
+        ``supernet(images, entry=...)``: the softmax scale of the original head width is folded into the Q rows. In
+        place of a skipped module stands a torch.fx.GraphModule that returns zeros, and in place of its norm and
+        layer scale Identity: block indices never shift, and every entry can be exported and quantized.
 
     Raises:
         ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network.
@@ -108,33 +110,33 @@ def _budget(name: str, value: Any, full: int) -> int:
 def _extract_block(block: SuperBlock, attn_width: int, mlp_width: int) -> nn.Module:
     """The timm block at the given widths; every tensor is a fresh copy."""
     replaced = {
-        "attn": narrow_attention(block.attn, block.attn_info, attn_width),
-        "mlp": narrow_mlp(block.mlp, block.mlp_info, mlp_width),
+        "attn": _narrow(narrow_attention, block.attn, block.attn_info, attn_width),
+        "mlp": _narrow(narrow_mlp, block.mlp, block.mlp_info, mlp_width),
     }
     for which, width in (("1", attn_width), ("2", mlp_width)):
         if width == 0:
             replaced |= {f"{part}{which}": nn.Identity() for part in ("norm", "ls", "drop_path")}
     # A timm block without its constructor, which would allocate and initialise full-size weights.
-    plain = block.block_class.__new__(block.block_class)
+    plain: Any = block.block_class.__new__(block.block_class)
     nn.Module.__init__(plain)
+    if block.post_norm:
+        # What init_weights gives to both norms: not to be asked of an Identity.
+        plain.init_values = block.init_values if attn_width and mlp_width else None
     for name, child in block.named_children():
         plain.add_module(name, replaced.get(name) or copy.deepcopy(child))
     return plain.train(block.training)
 
 
+def _narrow(cut: Callable[[Any, ModuleInfo, int], nn.Module], module: Any, info: ModuleInfo, width: int) -> nn.Module:
+    """`module` whole, cut to `width`, or what stands for it where it is skipped."""
+    if is_skipped(module) or 0 < width == info.full_width:
+        return copy.deepcopy(module)
+    return cut(module, info, width) if width else skipped_like(module)
+
+
 def narrow_attention(attn: Any, info: ModuleInfo, width: int) -> nn.Module:
     """timm's Attention with `width` coordinates per head."""
     dim, bias = attn.qkv.in_features, attn.qkv.bias is not None
-    if width == 0:
-        # Runs, and gives zeros: attention over heads without coordinates.
-        empty = copy.deepcopy(attn, {id(attn.qkv): _linear_like(attn.qkv, 0, dim, bias)})
-        empty.proj = _linear_like(attn.proj, attn.proj.out_features, 0, False)
-        empty.q_norm = empty.k_norm = empty.norm = nn.Identity()
-        empty.gate = None
-        empty.num_heads, empty.head_dim, empty.attn_dim, empty.scale = 1, 0, 0, 1.0
-        return empty
-    if width == info.full_width:
-        return copy.deepcopy(attn)
     heads, full = info.num_heads, info.full_width
     factor = math.sqrt(width / full)  # timm will scale by width ** -0.5
     qkv = _linear_like(attn.qkv, 3 * heads * width, dim, bias)
@@ -157,19 +159,15 @@ def narrow_attention(attn: Any, info: ModuleInfo, width: int) -> nn.Module:
 
 def narrow_mlp(mlp: Any, info: ModuleInfo, width: int) -> nn.Module:
     """timm's MLP with its first `width` neurons."""
-    if width == info.full_width:
-        return copy.deepcopy(mlp)
     inputs = [getattr(mlp, name) for name in info.inputs]
     memo: dict[int, Any] = {id(layer): _first_rows(layer, info.full_width, width) for layer in inputs}
     output = getattr(mlp, info.output)
-    columns = _linear_like(output, output.out_features, width, output.bias is not None and width > 0)
+    columns = _linear_like(output, output.out_features, width, output.bias is not None)
     with torch.no_grad():
         columns.weight.copy_(output.weight[:, :width])
         if columns.bias is not None:
             columns.bias.copy_(output.bias)
     narrow: nn.Module = copy.deepcopy(mlp, memo | {id(output): columns})
-    if width == 0:
-        narrow.norm = nn.Identity()
     return narrow
 
 

@@ -1,6 +1,7 @@
 """Super-networks and extracted models as safetensors files that rebuild themselves; nothing is pickled.
 
-The tensors have timm's names. The JSON header, under the metadata key "skd", says how to build what they fit:
+The tensors have timm's names; where a module is skipped, those of its layers are there with a size of 0. The JSON
+header, under the metadata key "skd", says how to build what they fit:
 
     format          1
     kind            "supernet" or "model"
@@ -60,7 +61,7 @@ def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> Non
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in obj.state_dict().items()}
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in _tensors(obj, header).items()}
     with replacing(path) as temporary:
         _write(tensors, header, temporary)
         _verify(obj, temporary)
@@ -106,6 +107,39 @@ def _header(obj: Any) -> dict[str, Any]:
     }
 
 
+def _tensors(obj: Any, header: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The state of `obj`, with the tensors that stand for skipped modules."""
+    if all(width for pair in header["widths"] for width in pair):
+        return obj.state_dict()
+    try:
+        with torch.device("meta"):
+            placeholders = _placeholders(build(header), header["widths"])
+    except Exception as reason:
+        raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
+    dtype = next(obj.parameters()).dtype
+    return obj.state_dict() | {key: torch.empty(shape, dtype=dtype) for key, shape in placeholders.items()}
+
+
+def _placeholders(whole: Any, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
+    """Shapes, with a 0, of the tensors that stand for skipped modules: of the layers into and out of their middle.
+
+    By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (README's,
+    earlier versions of skd) can rebuild it.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for info, width in zip(describe(whole), (width for pair in widths for width in pair), strict=True):
+        if width == 0:
+            module: Any = getattr(whole.blocks[info.block], info.kind)
+            inputs, output = (("qkv",), "proj") if info.kind == "attn" else (info.inputs, info.output)
+            prefix = f"blocks.{info.block}.{info.kind}."
+            for name in inputs:
+                layer = getattr(module, name)
+                shapes[f"{prefix}{name}.weight"] = (0, layer.in_features)
+                shapes |= {f"{prefix}{name}.bias": (0,)} if layer.bias is not None else {}
+            shapes[f"{prefix}{output}.weight"] = (getattr(module, output).out_features, 0)
+    return shapes
+
+
 def _write(tensors: dict[str, torch.Tensor], header: dict[str, Any], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={KEY: json.dumps(header)})
@@ -147,8 +181,11 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
     if not len(blocks) <= len(header["widths"]) == header["model_args"].get("depth", len(header["widths"])):
         raise ValueError(f"the file has {len(blocks)} blocks; its header has {len(header['widths'])}")
     with torch.device("meta"):
-        model = _narrowed(build(header), header["widths"])
-    _check_fit(model, state)
+        whole = build(header)
+        placeholders = _placeholders(whole, header["widths"])
+        model = _narrowed(whole, header["widths"])
+    _check_fit(model, state, placeholders)
+    state = {key: tensor for key, tensor in state.items() if key not in placeholders}
     model.load_state_dict(state, assign=True)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         # Buffers that are not saved exist only in a model that was really built.
@@ -179,8 +216,8 @@ def _narrowed(model: Any, widths: list[list[int]]) -> Any:
     return extract(supernet, entry=1)
 
 
-def _check_fit(model: Any, state: dict[str, torch.Tensor]) -> None:
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+def _check_fit(model: Any, state: dict[str, torch.Tensor], placeholders: dict[str, tuple[int, ...]]) -> None:
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} | placeholders
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     wrong = [
         f"{key} is {found.get(key, 'missing')}, it should be {expected.get(key, 'absent')}"
@@ -193,12 +230,11 @@ def _check_fit(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def _verify(obj: Any, path: Path) -> None:
-    """The file gives the same keys, shapes and logits as `obj`; otherwise ValueError."""
+    """The file, which has every tensor of `obj`, is rebuilt with the same logits; otherwise ValueError."""
     model = obj.model if isinstance(obj, SuperNet) else obj
     parameter = next(model.parameters())
     try:
         copy = _rebuild(*_read(path, parameter.device), parameter.device)
-        _check_fit(copy, obj.state_dict())
     except Exception as reason:
         raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
     image = probe(model)

@@ -63,7 +63,10 @@ def cost_model(model: Any, infos: tuple[ModuleInfo, ...]) -> CostModel:
     rows = []
     for info in infos:
         block = model.blocks[info.block]
-        rows.append(_attention_prices(block, info) if info.kind == "attn" else _mlp_prices(block, info))
+        if info.full_width == 0:
+            rows.append((0, 0, 0, 0, 0))
+        else:
+            rows.append(_attention_prices(block, info) if info.kind == "attn" else _mlp_prices(block, info))
     table = np.array(rows, dtype=np.int64).reshape(len(infos), 5)
     linear, quadratic, fixed, params_per_unit, params_fixed = table.T
     linear, fixed = linear * tokens, fixed * tokens

@@ -33,6 +33,7 @@ class SuperBlock(nn.Module):
         super().__init__()
         self.block_class = type(block)
         self.post_norm = self.block_class.__name__ == "ResPostBlock"
+        self.init_values = getattr(block, "init_values", None)
         self.attn_info, self.mlp_info = attn, mlp
         for name, child in block.named_children():
             self.add_module(name, child)
@@ -75,7 +76,7 @@ class SuperBlock(nn.Module):
         which = "1" if info.kind == "attn" else "2"
         norm, drop_path = getattr(self, f"norm{which}"), getattr(self, f"drop_path{which}")
         scale = getattr(self, f"ls{which}", nn.Identity())
-        if isinstance(width, int) and width == 0:
+        if info.full_width == 0 or (isinstance(width, int) and width == 0):
             return _skip(x[:, :tokens], [getattr(self, info.kind), norm, scale])
         y = branch(x if self.post_norm else norm(x), width, scores, tokens)
         if self.post_norm:
@@ -348,7 +349,16 @@ def _strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadat
         state[prefix + key[len(prefix) + len("model.") :]] = state.pop(key)
 
 
-def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """load_state_dict pre-hook: the inverse of `_strip_prefix`."""
+def _add_prefix(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """load_state_dict pre-hook: the inverse of `_strip_prefix`.
+
+    Skipped modules have no tensors here, or, in what earlier versions cut, tensors of size 0: either state fits both.
+    """
+    own = module.model.state_dict()
     for key in [key for key in state if key.startswith(prefix)]:
-        state[prefix + "model." + key[len(prefix) :]] = state.pop(key)
+        name, tensor = key[len(prefix) :], state.pop(key)
+        if tensor.numel() or name in own:
+            state[prefix + "model." + name] = tensor
+    for name, tensor in own.items():
+        if not tensor.numel():
+            state.setdefault(prefix + "model." + name, tensor)

@@ -160,7 +160,7 @@ def counted(model: Any) -> tuple[int, int]:
             total += output.numel() * (layer.in_features + (layer.bias is not None))
         elif "norm" in type(layer).__name__.lower():
             total += output.numel()
-        elif any(layer is block.mlp.act for block in model.blocks):
+        elif any(layer is getattr(block.mlp, "act", None) for block in model.blocks):
             total += 2 * output.numel()
 
     handles = [module.register_forward_hook(count) for module in model.blocks.modules()]
@@ -168,10 +168,11 @@ def counted(model: Any) -> tuple[int, int]:
     for handle in handles:
         handle.remove()
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    gates = sum(block.attn.attn_dim * (block.attn.gate is not None) for block in model.blocks)
+    attentions = [block.attn for block in model.blocks if not isinstance(block.attn, torch.fx.GraphModule)]
+    gates = sum(attn.attn_dim * (attn.gate is not None) for attn in attentions)
     gates += sum(info.full_width for info in describe(model) if info.gated)
     total += gates * tokens
-    return total, total + 2 * tokens**2 * sum(block.attn.attn_dim for block in model.blocks)
+    return total, total + 2 * tokens**2 * sum(attn.attn_dim for attn in attentions)
 
 
 def check_importance(supernet: Any, data: Any) -> None:

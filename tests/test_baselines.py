@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_batches, tiny_vit
+from helpers import nested, random_batches, tiny_vit
 from timm.layers import SwiGLU, SwiGLUPacked
 
 import skd
@@ -45,6 +45,14 @@ def test_function_is_preserved(method: str, variant: str, batches: Any) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     moved = [key for key, value in supernet.state_dict().items() if not torch.equal(value, before[key])]
     assert bool(moved) == (variant != "scale_norm"), "every coordinate is mixed there, so nothing may move"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_skipped_modules_have_no_order(method: str, model: Any, batches: Any) -> None:
+    sub = skd.extract(nested(skd.SuperNet(model), [0, 24, 8, 0]), entry=1)
+    supernet = reordered(sub, batches, method)
+    torch.testing.assert_close(supernet(batches[0][0]), sub(batches[0][0]), rtol=1e-10, atol=1e-12)
+    assert supernet.widths() == [0, 24, 8, 0]
 
 
 @pytest.mark.parametrize("method", SCORED)

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import perturb, random_batches, tiny_vit
+from earlier import sized_zero
+from helpers import nested, perturb, random_batches, tiny_vit
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import SwiGLU, SwiGLUPacked
 from torch import nn
 
 import skd
+from skd.construction import construction
 
 
 def header_of(path: Path) -> dict[str, Any]:
@@ -182,3 +184,72 @@ def test_bfloat16_weights_keep_their_dtype(tmp_path: Path) -> None:
     again = skd.load(tmp_path / "b.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert next(again.parameters()).dtype == torch.bfloat16
+
+
+# What the version before wrote of a network with skipped modules: layers of size 0 stood in their place.
+EARLIER = Path(__file__).parent / "files"
+EARLIER_LOGITS = {  # of that version, for two images
+    "skipped_model": [[0.304331, 1.049356, 0.099910], [1.252694, 2.305787, -0.073498]],
+    "skipped_supernet": [[-0.381560, 3.086114, -0.386348], [-0.381560, 3.086114, -0.386348]],
+}
+
+
+@pytest.mark.parametrize("name", EARLIER_LOGITS)
+def test_files_of_an_earlier_version(name: str, tmp_path: Path) -> None:
+    """They load with the same function, and what is written of them again has the same tensors."""
+    images = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
+    loaded = skd.load(EARLIER / f"{name}.safetensors")
+    supernet = isinstance(loaded, skd.SuperNet)
+    found = loaded(images, entry=2) if supernet else loaded(images)
+    torch.testing.assert_close(found, torch.tensor(EARLIER_LOGITS[name]), rtol=1e-5, atol=1e-5)
+    model = skd.extract(loaded, entry=2) if supernet else loaded
+    assert isinstance(model.blocks[2].mlp, torch.fx.GraphModule)
+    assert not [key for key, tensor in model.state_dict().items() if not tensor.numel()]
+    skd.save(loaded, tmp_path / "again.safetensors")
+    with (
+        safe_open(EARLIER / f"{name}.safetensors", "pt") as old,
+        safe_open(tmp_path / "again.safetensors", "pt") as new,
+    ):
+        assert set(old.keys()) == set(new.keys())
+        assert all(torch.equal(old.get_tensor(key), new.get_tensor(key)) for key in old.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("widths", [[0, 24, 8, 0], [8, 0, 0, 24], [0, 0, 0, 0]])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_models_of_an_earlier_version(widths: list[int], tmp_path: Path) -> None:
+    """Layers of size 0 are understood in a model too: priced, saved, and cut to the present form."""
+    supernet = skd.SuperNet(named("deit3_small_patch16_224").float())
+    images = random_batches(dtype=torch.float32)[0][0]
+    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, [supernet.widths(), widths])
+    sub = skd.extract(supernet, entry=1)
+    earlier = sized_zero(sub, tmp_path)
+    assert any(not tensor.numel() for tensor in earlier.state_dict().values())
+    torch.testing.assert_close(earlier(images), sub(images))
+    assert skd.cost(earlier) == skd.cost(sub)
+    skd.save(earlier, tmp_path / "earlier.safetensors")
+    again = skd.SuperNet(earlier)
+    for model in (skd.load(tmp_path / "earlier.safetensors"), skd.extract(again, entry=0)):
+        assert model.state_dict().keys() == sub.state_dict().keys()
+        assert torch.equal(model(images), sub(images))
+    for entry in (0, torch.tensor(0)):
+        torch.testing.assert_close(again(images, entry=entry), sub(images))
+    # Either form's state fits a super-network made of the other.
+    again.load_state_dict(skd.SuperNet(sub).state_dict())
+    skd.SuperNet(sub).load_state_dict(again.state_dict())
+
+
+def test_a_cut_model_that_does_not_know_how_it_was_built() -> None:
+    """Its arguments are read off the modules that are left; with none left saving is refused, and nothing else."""
+    for widths in ([0, 72, 16, 0], [0, 0, 0, 0]):
+        model = tiny_vit(torch.float32, init_values=0.1)
+        sub = skd.extract(nested(skd.SuperNet(model), widths), entry=1)
+        del sub._model_args  # as if README's code had rebuilt it
+        images = random_batches(dtype=torch.float32)[0][0]
+        again = skd.SuperNet(sub)
+        torch.testing.assert_close(again(images), sub(images))
+        if any(widths):
+            args = construction(sub)["model_args"]
+            assert (args["num_heads"], args["mlp_ratio"], args["init_values"]) == (3, 1.5, 1e-5)
+        else:
+            with pytest.raises(ValueError, match="skips every attention and does not know how it was built"):
+                construction(again.model)

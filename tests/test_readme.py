@@ -48,8 +48,15 @@ def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
             + "\nimport sys\nassert not any(name.split('.')[0] in ('skd', 'skd_kernels') for name in sys.modules)\n"
             + "images, expected = torch.load('expected.pt')\nmodel.eval()\n"
             + "torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)\n"
+            + "assert all(parameter.numel() for parameter in model.parameters())\n"
+            + "torch.save(model, 'rebuilt.pt')\n"
         )
         subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, check=True)
+        rebuilt = torch.load(tmp_path / "rebuilt.pt", weights_only=False)
+        assert skd.cost(rebuilt) == skd.cost(supernet, entry=entry)
+        assert type(rebuilt.blocks[0].attn) is timm.layers.Attention or supernet.widths(entry)[0] == 0
+        program = torch.export.export(rebuilt, (images,)).module()
+        torch.testing.assert_close(program(images), rebuilt(images), rtol=1e-5, atol=1e-5)
 
 
 def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

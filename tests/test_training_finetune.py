@@ -1,33 +1,40 @@
 """`skd.finetune`: plain models, extracted ones among them, trained in place (METHOD 3)."""
 
+import contextlib
+import copy
 import math
 
 import pytest
 import torch
+from earlier import sized_zero
 from helpers import (
     QUIET,
+    checkpoint_files,
     digit_data,
     digit_net,
     digit_vit,
     leftovers,
     nested,
+    raising,
     raw_bytes,
+    read_checkpoint,
     run_training,
     spoilt,
     weights,
 )
 
 import skd
+from skd.architecture import describe
 
 
-def tuned(model, out=None, **changes):
+def tuned(model, out=None, resume=None, **changes):
     train, test, _ = digit_data()
     config = skd.finetune_config(**{"epochs": 2, "batch_size": 16, "lr": 1e-3, "workers": 0, **changes})
-    return skd.finetune(model, train, test, config, out=out, console=QUIET)
+    return skd.finetune(model, train, test, config, out=out, resume=resume, console=QUIET)
 
 
 def widths_of(model):
-    return [(block.attn.head_dim, block.mlp.fc1.out_features) for block in model.blocks]
+    return [info.full_width for info in describe(model)]
 
 
 @pytest.mark.parametrize("narrow", [None, [8, 5, 16, 24], [0, 5, 16, 0], [0, 0, 8, 24]])
@@ -49,6 +56,25 @@ def test_finetuning_changes_a_plain_model_in_place(tmp_path, narrow):
     assert type(saved) is type(digit_vit())
     assert raw_bytes(weights(saved)) == raw_bytes(weights(model))
     assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lion"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, opt):
+    """Its checkpoints have tensors of size 0 for skipped modules; it ends where it would have ended."""
+    cut = skd.extract(nested(skd.SuperNet(digit_vit()), [0, 5, 16, 0]), entry=1)
+    whole, again = copy.deepcopy(cut), copy.deepcopy(cut)
+    changes = {"epochs": 3, "opt": opt, "checkpoint_steps": 2}
+    config = skd.finetune_config(batch_size=16, lr=1e-3, workers=0, **changes)
+    stopped = raising(digit_data()[0], 7, ConnectionError())
+    with contextlib.suppress(ConnectionError):
+        earlier = sized_zero(cut, tmp_path)
+        skd.finetune(earlier, stopped, digit_data()[1], config, out=tmp_path / "run", console=QUIET)
+    tensors, _ = read_checkpoint(checkpoint_files(tmp_path / "run")[-1])
+    assert any(name.startswith("optimizer.") and not tensor.numel() for name, tensor in tensors.items())
+    tuned(again, tmp_path / "run", resume="auto", **changes)
+    tuned(whole, **changes)
+    assert raw_bytes(weights(again)) == raw_bytes(weights(whole))
 
 
 def test_finetuning_is_training_of_a_list_of_one_entry():

@@ -46,11 +46,12 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
         ValueError: the run had other settings, another network or other data.
     """
     _check_same_run(trainer, header)
+    tensors, numbers = _without_skipped(tensors, header["optimizer"], set(trainer.names.values()))
     try:
         trainer.supernet.load_state_dict(_part(tensors, "model."))
         if trainer.ema is not None:
             trainer.ema.module.load_state_dict(_part(tensors, "ema."))
-        restore_optimizer(trainer.optimizer, trainer.names, tensors, header["optimizer"])
+        restore_optimizer(trainer.optimizer, trainer.names, tensors, numbers)
         dropout_list = DropoutList.from_json(header["dropout_list"])
         trainer.supernet.dropout_list = dropout_list
     except (RuntimeError, KeyError, ValueError) as error:
@@ -64,6 +65,19 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
     trainer.step_in_epoch = header["step_in_epoch"]
     trainer.grown, trainer.sensitivity = header["grown"], header["sensitivity"]
     trainer.log = StepLog(trainer.device, header["partial"], trainer.group)
+
+
+def _without_skipped(
+    tensors: dict[str, torch.Tensor], numbers: dict[str, Any], names: set[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Less the optimizer's state of parameters of size 0, which earlier versions gave to skipped modules."""
+    empty = {name for name, tensor in _part(tensors, "model.").items() if not tensor.numel()} - names
+    kept = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if not (key.startswith("optimizer.") and key.split(".", 2)[2] in empty)
+    }
+    return kept, {name: value for name, value in numbers.items() if name not in empty}
 
 
 def _check_same_run(trainer: Any, header: dict[str, Any]) -> None:

@@ -1,0 +1,45 @@
+"""What stands in place of a module that a sub-network skips: a traced function that returns zeros, without weights.
+
+Layers of size 0 compute the same, but ONNX Runtime refuses them and quantization reads past their end.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+def skipped_like(module: nn.Module) -> fx.GraphModule:
+    """A torch.fx.GraphModule that takes what `module` takes and returns zeros like its first argument.
+
+    It is PyTorch's own class and holds its code, so it can be pickled, copied and loaded without skd.
+    """
+    graph = fx.Graph()
+    inputs = []
+    for name, parameter in inspect.signature(type(module).forward).parameters.items():
+        if name == "self":
+            continue
+        default = inspect.Signature.empty if parameter.default is parameter.empty else parameter.default
+        known = parameter.annotation is not parameter.empty and not isinstance(parameter.annotation, str)
+        annotation = parameter.annotation if known else None
+        inputs.append(graph.placeholder(name, type_expr=annotation, default_value=default))
+    graph.output(graph.call_function(torch.zeros_like, (inputs[0],)))
+    skipped = fx.GraphModule(nn.Module(), graph, class_name="Skipped")
+    skipped.train(module.training)
+    return skipped
+
+
+def is_skipped(module: Any) -> bool:
+    """Whether `module` is such a function, whoever traced it: zeros like its first argument, and nothing else."""
+    if not isinstance(module, fx.GraphModule):
+        return False
+    nodes = list(module.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    if len(nodes) != len(inputs) + 2 or not inputs:
+        return False
+    zeros, output = nodes[-2:]
+    calls = zeros.op == "call_function" and zeros.target is torch.zeros_like and not zeros.kwargs
+    return calls and zeros.args == (inputs[0],) and output.args == (zeros,)
