@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform, resolve_model_data_config
 
+from skd.architecture import image_size
 from skd.supernet import SuperNet
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -28,7 +29,7 @@ def data_config(model: Any) -> dict[str, Any]:
     """
     model = model.model if isinstance(model, SuperNet) else model
     config = resolve_model_data_config(model)
-    size = model.patch_embed.img_size or config["input_size"][1:]
+    size = image_size(model) if model.patch_embed.img_size else config["input_size"][1:]
     return {
         **config,
         "input_size": (model.in_chans, *size),
