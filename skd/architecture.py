@@ -122,17 +122,20 @@ def _check_name(name: str) -> None:
 
 
 def _with(name: str, kwargs: dict[str, Any]) -> str:
-    """What to say of the arguments: " with" the one without which the model can be built, or else all of them."""
+    """What to say of the arguments: " with" those without which the model can be built, or else all of them."""
     plain = {key: value for key, value in kwargs.items() if key != "pretrained"}
-    for key, value in plain.items():
-        others = {other: plain[other] for other in plain if other != key}
-        try:
-            with torch.device("meta"):
-                timm.create_model(name, **others)
-        except Exception:
-            continue
-        return f" with {key}={value!r}"
-    return f" with {', '.join(f'{key}={value!r}' for key, value in plain.items())}" if plain else ""
+    wrong = {key: value for key, value in plain.items() if _builds(name, plain.keys() - {key}, plain)} or plain
+    return f" with {', '.join(f'{key}={value!r}' for key, value in wrong.items())}" if wrong else ""
+
+
+def _builds(name: str, keys: set[str], kwargs: dict[str, Any]) -> bool:
+    """With these arguments alone; without memory for the weights."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **{key: kwargs[key] for key in keys})
+    except Exception:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
@@ -179,6 +182,8 @@ def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
         )
     if len(model.blocks) == 0:
         raise ValueError("model has no blocks; it must have at least one")
+    if model.num_classes < 0:
+        raise ValueError(f"model has num_classes={model.num_classes}; it must be at least 0")
     if model.num_classes and not model.global_pool and model.attn_pool is None:
         raise ValueError(
             "model has global_pool='' and a classifier, so logits per token; it may have one or the other"

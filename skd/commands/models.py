@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from skd.architecture import MODEL_SOURCES, create_model, describe
+from skd.cost import cost
 from skd.files import load
 from skd.outputs import output_file
 from skd.ranks import rank_of
@@ -133,6 +134,11 @@ def _named(arguments: argparse.Namespace) -> Any:
     except TypeError as error:  # an argument given twice
         raise ValueError(f"--model-kwargs is {json.dumps(kwargs)}: {error}") from None
     describe(model)
+    try:
+        cost(model)  # everything but the blocks runs, without data
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--model-kwargs is {json.dumps(kwargs)}; such a model takes no image: {reason}") from None
     if file is not None:
         _load(model, arguments)
     if loads:
