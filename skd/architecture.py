@@ -102,10 +102,9 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as error:  # FileNotFoundError is the file's that an argument names; the rest is the network's
-        reason = _first_line(error)
         if isinstance(error, FileNotFoundError) and kwargs.get("checkpoint_path"):
             raise ValueError(f"checkpoint_path is {kwargs['checkpoint_path']!r}; there is no such file") from None
-        raise OSError(f"model {name} cannot be had: {reason}") from None
+        raise OSError(f"model {name} cannot be had: {_first_line(error)}") from None
     except Exception as error:  # timm checks with assertions, look-ups and divisions
         raise ValueError(f"model {name} cannot be built{_with(name, kwargs)}: {_first_line(error)}") from None
     return model
@@ -122,8 +121,13 @@ def _check_name(name: str) -> None:
 
 
 def _with(name: str, kwargs: dict[str, Any]) -> str:
-    """What to say of the arguments: " with" those without which the model can be built, or else all of them."""
+    """What to say of the arguments: " with" those without which the model can be built, or else all of them.
+
+    Nothing, where the model can be built with them: then its weights are at fault.
+    """
     plain = {key: value for key, value in kwargs.items() if key != "pretrained"}
+    if _builds(name, set(plain), plain):
+        return ""
     wrong = {key: value for key, value in plain.items() if _builds(name, plain.keys() - {key}, plain)} or plain
     return f" with {', '.join(f'{key}={value!r}' for key, value in wrong.items())}" if wrong else ""
 

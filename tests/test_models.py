@@ -34,6 +34,16 @@ def test_a_folder_of_timms_is_a_model(tmp_path: Path) -> None:
         skd.create_model(f"local-dir:{tmp_path}")
 
 
+def test_weights_at_fault_are_not_laid_to_the_arguments(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model(NAME, **ARGS), tmp_path, model_args=ARGS)
+    for file in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"^model local-dir:\S+ cannot be built: No suitable"):
+        skd.create_model(f"local-dir:{tmp_path}", pretrained=True, depth=2)
+    with pytest.raises(ValueError, match=r"^model vit_base_patch16_xp_224 cannot be built: .*[Pp]retrained"):
+        skd.create_model("vit_base_patch16_xp_224", pretrained=True, depth=1)
+
+
 def test_names_of_a_hub_reach_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -95,6 +105,7 @@ def test_wrapped_models_are_unwrapped(wrap: Any, tmp_path: Path) -> None:
     found = skd.convert(wrapped, batches)
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), supernet.parameters(), strict=True))
     assert skd.cost(wrapped) == skd.cost(model)
+    assert data_config(wrapped) == data_config(model)
     assert skd.evaluate(wrapped, batches) == skd.evaluate(model, batches)
     assert skd.SuperNet(wrapped).widths() == supernet.widths()
     skd.save(wrapped, tmp_path / "model.safetensors")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform, resolve_model_data_config
 
-from skd.architecture import image_size
+from skd.architecture import image_size, unwrapped
 from skd.supernet import SuperNet
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -27,6 +27,7 @@ def data_config(model: Any) -> dict[str, Any]:
         timm's data configuration (mean, std, interpolation, crop_pct, crop_mode) with "input_size" as the model was
         really built, (channels, height, width), mean and std one per channel, and "num_classes" of its head.
     """
+    model = unwrapped(model)
     model = model.model if isinstance(model, SuperNet) else model
     config = resolve_model_data_config(model)
     size = image_size(model) if model.patch_embed.img_size else config["input_size"][1:]
