@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from timm.models.vitamin import GeGluMlp
@@ -29,6 +31,7 @@ _MLP_LAYERS: dict[Any, tuple[tuple[str, ...], str]] = {
     SwiGLU: (("fc1_g", "fc1_x"), "fc2"),
     GeGluMlp: (("w0", "w1"), "w2"),
 }
+MODEL_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # prefixes of names, as timm has them
 ATTENTION_GROUP = 8  # coordinates of a head (METHOD 2)
 MLP_GROUPS = 32  # groups of neurons of an MLP (METHOD 2)
 
@@ -80,13 +83,96 @@ def mlp_group(hidden: int) -> int:
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """``timm.create_model`` whose error for an unknown name suggests near ones."""
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4)
-        hint = f"; near names: {', '.join(near)}" if near else ""
-        raise ValueError(f"model name is {name!r}; timm has no such model{hint}")
-    model: nn.Module = timm.create_model(name, **kwargs)
+    """``timm.create_model`` whose errors are one line: what is wrong with the name, or with which argument.
+
+    Args:
+        name: as timm takes it: of its registry, "hf-hub:USER/MODEL" or "local-dir:FOLDER".
+        kwargs: arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: an unknown name (near ones are suggested), a folder that is not there, an argument that timm or
+            the architecture does not take.
+        OSError: weights that cannot be downloaded.
+    """
+    source, _, place = name.partition(":")
+    if source.lower() not in MODEL_SOURCES:
+        _check_name(name)
+    elif source.lower() == "local-dir" and not os.path.isfile(os.path.join(place, "config.json")):
+        raise ValueError(f"model name is {name!r}; there is no folder {place!r} with timm's config.json in it")
+    try:
+        model: nn.Module = timm.create_model(name, **kwargs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:  # FileNotFoundError is the file's that an argument names; the rest is the network's
+        if isinstance(error, FileNotFoundError) and kwargs.get("checkpoint_path"):
+            raise ValueError(f"checkpoint_path is {kwargs['checkpoint_path']!r}; there is no such file") from None
+        raise OSError(f"model {name} cannot be had: {_first_line(error)}") from None
+    except Exception as error:  # timm checks with assertions, look-ups and divisions
+        raise ValueError(f"model {name} cannot be built{_with(name, kwargs)}: {_first_line(error)}") from None
     return model
+
+
+def _check_name(name: str) -> None:
+    if timm.is_model(name.split(".")[0]):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=4)
+    hint = f"; near names: {', '.join(near)}" if near else ""
+    if not near and os.sep in name:
+        hint = f" (of a hub: 'hf-hub:{name}', in a folder: 'local-dir:{name}')"
+    raise ValueError(f"model name is {name!r}; timm has no such model{hint}")
+
+
+def _with(name: str, kwargs: dict[str, Any]) -> str:
+    """What to say of the arguments: " with" those without which the model can be built, or else all of them.
+
+    Nothing, where the model can be built with them: then its weights are at fault.
+    """
+    plain = {key: value for key, value in kwargs.items() if key != "pretrained"}
+    if _builds(name, set(plain), plain):
+        return ""
+    wrong = {key: value for key, value in plain.items() if _builds(name, plain.keys() - {key}, plain)} or plain
+    return f" with {', '.join(f'{key}={value!r}' for key, value in wrong.items())}" if wrong else ""
+
+
+def _builds(name: str, keys: set[str], kwargs: dict[str, Any]) -> bool:
+    """With these arguments alone; without memory for the weights."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **{key: kwargs[key] for key in keys})
+    except Exception:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says, in one line; of one that says little (a key, nothing) also its class."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if " " in text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers, however nested."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """(height, width) of the images that `model` was built for.
+
+    With `dynamic_img_size` any multiple of the patch is taken, and nothing else: then the largest such size within
+    it, which has as many patches.
+    """
+    height, width = model.patch_embed.img_size
+    if model.dynamic_img_size and not getattr(model.patch_embed, "dynamic_img_pad", False):
+        rows, columns = model.patch_embed.patch_size
+        return height // rows * rows, width // columns * columns
+    return height, width
 
 
 def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
@@ -102,6 +188,8 @@ def describe(model: nn.Module) -> tuple[ModuleInfo, ...]:
         )
     if len(model.blocks) == 0:
         raise ValueError("model has no blocks; it must have at least one")
+    if model.num_classes < 0:
+        raise ValueError(f"model has num_classes={model.num_classes}; it must be at least 0")
     if model.num_classes and not model.global_pool and model.attn_pool is None:
         raise ValueError(
             "model has global_pool='' and a classifier, so logits per token; it may have one or the other"

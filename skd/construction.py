@@ -136,6 +136,8 @@ def constructor_args(model: Any) -> dict[str, Any]:
         "norm_eps": None if norm.eps == _DEFAULT_EPS else norm.eps,
         **_class_names(other),
     }
+    if getattr(model.patch_embed, "dynamic_img_pad", False):
+        args["dynamic_img_pad"] = True
     if _present(getattr(model.patch_embed, "norm", None)):
         args["embed_norm_layer"] = args["norm_layer"]
     return args

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-
-from skd.architecture import describe
+from skd.architecture import describe, unwrapped
 from skd.prices import check_convention, cost_model
 from skd.supernet import SuperNet
 
@@ -24,7 +23,7 @@ class Cost:
     params: int
 
 
-def cost(model_or_supernet: nn.Module, *, entry: int | None = None, convention: str = "full") -> Cost:
+def cost(model_or_supernet: Any, *, entry: int | None = None, convention: str = "full") -> Cost:
     """MACs per image and parameters of a timm model, a super-network or one of its sub-networks.
 
     Args:
@@ -37,6 +36,7 @@ def cost(model_or_supernet: nn.Module, *, entry: int | None = None, convention: 
         ValueError: unsupported architecture, unknown convention, entry out of range, or an entry of a plain model.
     """
     check_convention(convention)
+    model_or_supernet = unwrapped(model_or_supernet)
     if isinstance(model_or_supernet, SuperNet):
         widths = model_or_supernet.widths(entry)
         costs = model_or_supernet.costs

@@ -14,11 +14,15 @@ from skd.supernet import SuperNet
 Rows = list[dict[str, Any]]
 
 
-def entries_within(supernet: SuperNet, budgets: Iterable[float]) -> dict[float, int]:
+def entries_within(supernet: SuperNet, budgets: Iterable[float], convention: str = "full") -> dict[float, int]:
     """The largest sub-network within each share of the full MACs; budgets below the smallest are left out."""
-    sizes = supernet.costs.macs(supernet.dropout_list.widths)
+    sizes = supernet.costs.macs(supernet.dropout_list.widths, convention)
     smallest = int(sizes[-1]) / int(sizes[0])
-    return {budget: choose_entry(supernet, macs=float(budget)) for budget in budgets if budget >= smallest}
+    return {
+        budget: choose_entry(supernet, macs=float(budget), convention=convention)
+        for budget in budgets
+        if budget >= smallest
+    }
 
 
 def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
@@ -44,6 +48,7 @@ def measure_curve(
     batches: Iterable[Any],
     budgets: Iterable[float],
     *,
+    convention: str = "full",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
     group: Any = None,
 ) -> Rows:
@@ -52,7 +57,8 @@ def measure_curve(
     Args:
         supernet: with its dropout list.
         batches: as for `skd.evaluate`; read once for all sub-networks.
-        budgets: shares of the full network's MACs (full convention).
+        budgets: shares of the full network's MACs.
+        convention: of those MACs ("full" or "linear").
         progress: wraps the batches.
         group: as for `skd.evaluate`.
 
@@ -60,7 +66,7 @@ def measure_curve(
         One row per budget that a sub-network meets, in the order given: "budget", those of `sizes_of`, and "top1" in
         percent.
     """
-    chosen = entries_within(supernet, budgets)
+    chosen = entries_within(supernet, budgets, convention)
     entries = list(chosen.values())
     top1 = evaluate(supernet, batches, entries=entries, progress=progress, group=group) if entries else []
     rows = sizes_of(supernet, entries)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from skd.architecture import describe
+from skd.architecture import describe, unwrapped
 from skd.ranks import check_group, gathered, in_step, summed, total
 from skd.supernet import SuperNet
 from skd.taps import checked, frozen
@@ -119,6 +119,7 @@ def evaluate(
         ValueError: an unsupported model, bad batches, an entry out of range, or entries of a plain model.
     """
     check_group(group)
+    model = unwrapped(model)
     supernet = isinstance(model, SuperNet)
     if not supernet:
         describe(model)

@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from skd.architecture import ModuleInfo
+from skd.architecture import ModuleInfo, unwrapped
 from skd.prices import check_convention
 from skd.skipped import is_skipped, skipped_like
 from skd.supernet import SuperBlock, SuperNet, check_supernet
@@ -45,6 +45,7 @@ def extract(
     Raises:
         ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network.
     """
+    supernet = unwrapped(supernet)
     chosen = choose_entry(supernet, macs=macs, params=params, entry=entry, convention=convention)
     widths = supernet.widths(chosen)
     blocks = [
@@ -85,6 +86,12 @@ def choose_entry(
     fitting = np.flatnonzero(sizes <= budget)
     if len(fitting) == 0:
         smallest = int(sizes[-1])
+        if len(sizes) == 1:
+            raise ValueError(
+                f"{chosen[0]} is {given[chosen[0]]}, but this super-network was never planned: its dropout list has "
+                f"the full network alone, with {smallest:,} {unit}; skd plan or skd train (skd.plan, skd.train) "
+                "gives it smaller ones"
+            )
         raise ValueError(
             f"{chosen[0]} is {given[chosen[0]]}, that is {budget:,} {unit}; the smallest sub-network is entry "
             f"{len(sizes) - 1} with {smallest:,} ({smallest / int(sizes[0]):.4f} of the full network)"

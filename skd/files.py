@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 
-from skd.architecture import describe
+from skd.architecture import describe, image_size, unwrapped
 from skd.construction import build, construction
 from skd.dropout_list import DropoutList
 from skd.extract import extract
@@ -57,6 +57,7 @@ def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> Non
             rebuilt from timm's constructor arguments.
         OSError: the file cannot be written (a full disk, no permission).
     """
+    obj = unwrapped(obj)
     path = Path(os.path.realpath(path))  # of a link: what it leads to
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
@@ -101,7 +102,7 @@ def _header(obj: Any) -> dict[str, Any]:
         **construction(model),
         "widths": [[infos[i].full_width, infos[i + 1].full_width] for i in range(0, len(infos), 2)],
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
-        "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *model.patch_embed.img_size]},
+        "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
         "versions": {"skd": version("skd"), "torch": torch.__version__, "timm": timm.__version__},
     }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from skd.architecture import unwrapped
 from skd.evaluate import Top1
 from skd.ranks import check_group, in_step, summed, total
 from skd.supernet import SuperNet, check_supernet
@@ -47,6 +48,7 @@ def importance(
         ValueError: no batches, bad images or labels, widths out of range, or no batch (of a rank) whose output and
             scores are finite; a batch that has others is left out with a warning that counts them.
     """
+    supernet = unwrapped(supernet)
     check_supernet(supernet)
     check_gradients_possible()
     check_group(group)

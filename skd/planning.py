@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from skd.architecture import unwrapped
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
 from skd.prices import check_convention, planning_macs_per_unit
@@ -134,6 +136,9 @@ def plan(
     Returns:
         A `DropoutList` that starts at the full network.
 
+    Warns:
+        UserWarning: the target is more than all attentions and MLPs together have; the smallest entry has none left.
+
     Raises:
         ValueError: target outside (0, 1], rounds < 1, bad batches.
     """
@@ -141,6 +146,7 @@ def plan(
         raise ValueError(f"target is {target!r}; it must be a number above 0 and at most 1")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an int of at least 1")
+    supernet = unwrapped(supernet)
     check_supernet(supernet)
     check_convention(convention)
     if isinstance(batches, Iterator):
@@ -151,7 +157,20 @@ def plan(
     for step in steps if progress is None else progress(steps):
         proposal = propose(supernet, batches, grown, convention=convention, group=group)
         grown = grown.extended(proposal.operations, target * total * step / rounds)
+    _warn_if_out_of_reach(supernet, grown, target, convention)
     return grown
+
+
+def _warn_if_out_of_reach(supernet: SuperNet, grown: DropoutList, target: float, convention: str) -> None:
+    """The embedding and the head cannot be removed: with a small network they may be more than the target leaves."""
+    sizes = supernet.costs.macs(grown.widths[[0, -1]], convention)
+    left = int(sizes[1]) / int(sizes[0])
+    if not grown.widths[-1].any() and left > 1 - target + _ROUNDING:
+        warnings.warn(
+            f"target is {target}, which cannot be had: the smallest sub-network, with no attention and no MLP left, "
+            f"still has {left:.4f} of the MACs ({convention}), so a target up to {1 - left:.4f} is within reach",
+            stacklevel=3,
+        )
 
 
 class Proposal(NamedTuple):

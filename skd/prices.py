@@ -15,7 +15,7 @@ from timm.layers import AttentionPoolLatent
 from torch import nn
 from torch.func import functional_call
 
-from skd.architecture import ModuleInfo
+from skd.architecture import ModuleInfo, image_size
 
 CONVENTIONS = ("full", "linear")
 
@@ -182,7 +182,7 @@ def _meta_forward(model: Any) -> None:
     """Run everything but the blocks on tensors without data."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     outside = {name: torch.empty_like(t, device="meta") for name, t in tensors if not name.startswith("blocks.")}
-    height, width = model.patch_embed.img_size
+    height, width = image_size(model)
     dtype = next(model.parameters()).dtype
     image = torch.empty(1, model.in_chans, height, width, device="meta", dtype=dtype)
     blocks, model.blocks = model.blocks, nn.Sequential()

@@ -13,7 +13,7 @@ import torch
 from timm.models import checkpoint_seq
 from torch import nn
 
-from skd.architecture import ModuleInfo, describe
+from skd.architecture import ModuleInfo, describe, unwrapped
 from skd.construction import remember_construction
 from skd.dropout_list import DropoutList
 from skd.prices import CostModel, cost_model
@@ -159,6 +159,7 @@ class SuperNet(nn.Module):
 
     def __init__(self, model: Any, dropout_list: DropoutList | None = None, *, copy: bool = True) -> None:
         super().__init__()
+        model = unwrapped(model)
         infos = describe(model)
         model = deepcopy(model) if copy else model
         remember_construction(model)

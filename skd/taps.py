@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skd.architecture import ModuleInfo
+from skd.architecture import ModuleInfo, image_size
 from skd.supernet import check_images
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
@@ -85,7 +85,7 @@ def _hidden_hook(info: ModuleInfo, consume: Consumer) -> Any:
 def probe(model: Any) -> torch.Tensor:
     """One random image, the same each time, as `model` takes it: to compare two networks by."""
     parameter = next(model.parameters())
-    image = torch.rand(1, model.in_chans, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, model.in_chans, *image_size(model), generator=torch.Generator().manual_seed(0))
     return image.to(parameter.device, parameter.dtype)
 
 

@@ -114,7 +114,7 @@ def test_number_of_classes(tmp_path: Path) -> None:
     for wrong in (2, 4, 1000):
         with pytest.raises(ValueError, match=r"has 3 classes \(cat, dog, eel\), the model's head has") as caught:
             check_classes(source, wrong)
-        assert "num_classes=3), or --model-kwargs '{\"num_classes\": 3}'" in str(caught.value)
+        assert "model.reset_classifier(3), or --num-classes 3" in str(caught.value)
 
 
 def test_digits() -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from timm.models import load_checkpoint
 
 from skd import recipes
-from skd.architecture import create_model
 from skd.convert import LABELS
-from skd.data import Loader, Source, calibration_loader, check_classes, data_config, eval_loader, open_source
+from skd.data import (
+    Loader,
+    Source,
+    calibration_loader,
+    check_classes,
+    data_config,
+    eval_loader,
+    label_names,
+    match_classes,
+    open_source,
+)
+from skd.data.classes import match_model
 from skd.data.scanning import shown
 from skd.data.sources import check_same_classes
 from skd.files import load
@@ -86,9 +93,10 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def source(
     arguments: argparse.Namespace, model: Any, split: str, like: Source | None = None, **options: Any
 ) -> Source:
-    """One split of --data, its classes compared with those of `like`, another split, and with the model's head.
+    """One split of --data, its classes matched by name with those of `like`, another split, or with the model's.
 
-    A model that has no names of its classes takes those of the images it is trained (or calibrated) on.
+    Where the model has other names, a warning has the first that differs, and labels stay what they are. A model that
+    has no names of its classes takes those of the images it is trained (or calibrated) on.
     """
     options |= {
         "in_chans": model.in_chans,
@@ -106,9 +114,12 @@ def source(
                 open_source(arguments.data, split, **options)
     opened = open_source(arguments.data, split, **options)
     if like is not None:
+        match_classes(opened, like.classes)
         check_same_classes(like, opened)
     if model.num_classes and _reads_labels(arguments):
         check_classes(opened, model.num_classes)
+        if like is None:
+            match_model(opened, model)
         if options.get("training") and opened.classes and not opened.mapped:
             _name_classes(model, opened.classes, trained=arguments.command in ("train", "finetune"))
     return opened
@@ -123,8 +134,7 @@ def _reads_labels(arguments: argparse.Namespace) -> bool:
 def _name_classes(model: Any, classes: list[str], trained: bool) -> None:
     """For the file's header: the names it has stay, unless they are not of its head or it is `trained` anew."""
     known = getattr(model, "pretrained_cfg", {})
-    names = known.get("label_names")
-    if trained or names is None or len(names) != model.num_classes:
+    if trained or label_names(model) is None:
         model.pretrained_cfg = {**known, "label_names": classes}
 
 
@@ -222,8 +232,11 @@ def device(arguments: argparse.Namespace) -> torch.device:
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
+        if chosen.type != "cuda":
+            torch.zeros(1, dtype=torch.float64, device=chosen).cpu()  # statistics are float64
+    except Exception as error:  # each kind of device has its own; of one that is not there, often no word but these
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise ValueError(f"--device is {name!r}, which cannot be used here: {reason}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}; this PyTorch sees no GPU")
     if chosen.type == "cuda" and chosen.index is None:  # each process of torchrun has its own
@@ -233,67 +246,12 @@ def device(arguments: argparse.Namespace) -> torch.device:
     return chosen
 
 
-def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
-    parser.add_argument("--model", metavar="NAME", required=required, help=help)
-    parser.add_argument(
-        "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded if need be")
-    weights.add_argument(
-        "--checkpoint", metavar="FILE", help="weights: a state dict (.safetensors, .pth), or skd's file"
-    )
-
-
-def build_model(arguments: argparse.Namespace) -> Any:
-    """The plain model that --model, --model-kwargs and --pretrained or --checkpoint describe."""
-    name, file = arguments.model, arguments.checkpoint
-    if name is None:
-        if file is None:
-            raise ValueError("neither --model nor --checkpoint is given")
-        try:
-            model = load(file)
-        except ValueError as error:
-            raise ValueError(f"--checkpoint without --model must be a file of skd's: {error}") from None
-        if isinstance(model, SuperNet):
-            raise ValueError(f"--checkpoint is {file!r}, a super-network; it must be a plain model")
-        return model
-    try:
-        model = create_model(name, pretrained=arguments.pretrained, **arguments.model_kwargs)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"--model {name} cannot be built: {str(error).splitlines()[0]}") from None
-    if file is not None:
-        if not Path(file).is_file():
-            raise ValueError(f"--checkpoint is {file!r}; there is no such file")
-        try:
-            load_checkpoint(model, file, weights_only=True)
-        except Exception as error:  # whatever timm makes of a file that does not fit
-            raise ValueError(f"--checkpoint {file} does not fit {name}: {_shortened(error)}") from None
-    return model.eval()
-
-
-def _shortened(error: Exception) -> str:
-    """PyTorch names the tensors that do not fit in lines of their own; the first few tell."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) + (f" ({len(lines) - 3} more)" if len(lines) > 3 else "")
-
-
 def supernet(path: str, where: torch.device) -> SuperNet:
     """The super-network in a file."""
     found = load(path, device=where)
     if not isinstance(found, SuperNet):
         raise ValueError(f"--supernet is {path!r}, a plain model; it must be what skd convert, plan or train wrote")
     return found
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object, such as '{\"num_classes\": 10}'")
-    return value
 
 
 # Settings

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from skd.commands import common
+from skd.commands import common, models
 from skd.convert import CENTERINGS, convert
 from skd.cost import cost
 from skd.files import save
-from skd.outputs import output_file
 from skd.ranks import rank_of, spread, together
 
 
@@ -21,9 +19,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Rotate and reorder the weights of a timm Vision Transformer so that leading coordinates know "
         "the most (WPAC), by one pass over some training images. Its function does not change.",
     )
-    common.add_model(
-        parser, "name in timm, such as deit_small_patch16_224; not needed for skd's own file", required=False
+    models.add_model(
+        parser,
+        "name in timm, such as deit_small_patch16_224, hf-hub:USER/MODEL or local-dir:FOLDER; not needed for skd's "
+        "own file, which is a --checkpoint",
+        required=False,
     )
+    models.add_num_classes(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="super-network to write (.safetensors)")
     common.add_data(parser)
     common.add_calibration(parser)
@@ -35,14 +37,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     writes = rank_of(arguments.group) == 0
-    output_file(arguments.out, "--out")
-    model = common.build_model(arguments).to(common.device(arguments))
+    models.model_file(arguments.out)
+    model = models.build_model(arguments).to(common.device(arguments))
     spread(model, arguments.group)  # random weights, and dropped-in layers, differ from process to process
-    if writes and not arguments.pretrained and arguments.checkpoint is None:
-        print(
-            f"warning: the weights of {arguments.model} are random (no --pretrained, no --checkpoint)",
-            file=sys.stderr,
-        )
+    models.warn_if_random(arguments)
     batches = common.calibration(arguments, model)
     supernet = convert(
         model,

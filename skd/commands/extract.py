@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from skd.commands import common
+from skd.commands import common, models
 from skd.curve import sizes_of
 from skd.extract import choose_entry, extract
 from skd.files import save
-from skd.outputs import output_file
 from skd.prices import CONVENTIONS
 
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -48,7 +47,7 @@ def size(text: str) -> int | float:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    output_file(arguments.out, "--out")
+    models.model_file(arguments.out)
     supernet = common.supernet(arguments.supernet, torch.device("cpu"))
     entry = choose_entry(
         supernet,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from skd.commands import common
+from skd.commands import common, models
 from skd.curve import entries_within, sizes_of
 from skd.files import save
-from skd.outputs import output_file
 from skd.planning import plan
 from skd.prices import CONVENTIONS
 from skd.ranks import rank_of, together
@@ -36,7 +35,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    output_file(arguments.out, "--out")
+    models.model_file(arguments.out)
     supernet = common.supernet(arguments.supernet, common.device(arguments))
     batches = common.calibration(arguments, supernet.model)
     supernet.dropout_list = plan(

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from skd.commands import common
+from skd.commands import common, models
 from skd.convert import convert
 from skd.data import Loaders, Sources, loaders
 from skd.data.from_config import calibration
-from skd.files import load, save
+from skd.files import save
 from skd.outputs import output_folder
 from skd.ranks import check_same, rank_of, spread, together
 from skd.supernet import SuperNet
@@ -27,7 +27,7 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "checkpoints/ to --out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
     )
     parser.add_argument("--supernet", metavar="FILE", help="what skd convert wrote")
-    common.add_model(
+    models.add_model(
         parser,
         "in place of --supernet: a model of timm, converted first (default: the one that a recipe given as --config "
         "names, with timm's weights unless --checkpoint has others)",
@@ -48,7 +48,7 @@ def add_finetune(commands: Any) -> argparse.ArgumentParser:
         description="Fine-tune an extracted sub-network, or train any timm Vision Transformer; the same recipe with "
         "nothing dropped. Writes model.safetensors, history.jsonl, report.md and checkpoints/ to --out.",
     )
-    common.add_model(
+    models.add_model(
         parser, "file of skd extract, or a name in timm (with --model-kwargs and the like)", required=True
     )
     _add_run(parser, finetune_config())
@@ -62,6 +62,7 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
         "--resume", choices=[name for name in RESUME if name], help="go on where a run in --out stopped"
     )
     common.add_data(parser, required=False, loading=False)
+    models.add_num_classes(parser)
     common.add_device(parser)
     common.add_settings(parser, defaults)
 
@@ -99,7 +100,7 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     if arguments.supernet is not None:
         if arguments.model is not None:
             raise ValueError("--supernet and --model are both given; it may be only one of them")
-        return common.supernet(arguments.supernet, where)
+        return _given_supernet(arguments, where)
     if arguments.model is None:
         raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
     file = output_folder(arguments.out) / "converted.safetensors"
@@ -108,7 +109,8 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
         raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
     if file.exists():
         return common.supernet(str(file), where)
-    model = common.build_model(arguments).to(where)
+    model = models.build_model(arguments).to(where)
+    models.warn_if_random(arguments)
     spread(model, arguments.group)  # random weights differ from process to process
     images = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
     batches = calibration(images, model, config, arguments.group)
@@ -120,12 +122,18 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
     return supernet
 
 
+def _given_supernet(arguments: argparse.Namespace, where: Any) -> SuperNet:
+    """--supernet, with the head that --num-classes asks for."""
+    supernet: SuperNet = models.with_new_head(common.supernet(arguments.supernet, where), arguments)
+    return supernet
+
+
 def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
     config, _ = common.settings(arguments, finetune_config(), "finetune")
     for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
-    model = _plain_model(arguments).to(common.device(arguments))
+    model = models.plain_model(arguments).to(common.device(arguments))
     batches = _loaders(arguments, model, config)
     history = finetune(
         model,
@@ -137,18 +145,6 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
         group=arguments.group,
     )
     return _finish(arguments, history, SuperNet(model, copy=False), config, batches, "model.safetensors")
-
-
-def _plain_model(arguments: argparse.Namespace) -> Any:
-    """--model as a file of skd's, or as a name in timm."""
-    if not Path(arguments.model).is_file():
-        return common.build_model(arguments)
-    if arguments.pretrained or arguments.checkpoint or arguments.model_kwargs:
-        raise ValueError(f"--model is {arguments.model!r}, a file; it has its own architecture and weights")
-    model = load(arguments.model)
-    if isinstance(model, SuperNet):
-        raise ValueError(f"--model is {arguments.model!r}, a super-network; extract a model from it, or skd train it")
-    return model
 
 
 def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> Loaders:
@@ -205,10 +201,10 @@ def _dry_run(arguments: argparse.Namespace, config: TrainConfig, about: dict[str
         raise ValueError("--dry-run needs exactly one of --supernet and --model (or a recipe that names a model)")
     where = common.device(arguments)
     if arguments.supernet is not None:
-        supernet = common.supernet(arguments.supernet, where)
+        supernet = _given_supernet(arguments, where)
     else:
         arguments.pretrained = False  # what the weights are makes no difference
-        supernet = SuperNet(common.build_model(arguments).to(where), copy=False)
+        supernet = SuperNet(models.build_model(arguments).to(where), copy=False)
     images, left_out = None, {}
     if arguments.data is not None:
         training = common.source(arguments, supernet.model, arguments.train_split, training=True)

@@ -6,11 +6,13 @@ or, one by one:
 
 source = open_source("folder", "train", in_chans=3)
 check_classes(source, model.num_classes)
+match_classes(source, label_names(model))
 loader = train_loader(source, data_config(model), batch_size=256, seed=0, workers=8)
 loader.set_epoch(3)
 for images, labels in loader: ...
 """
 
+from skd.data.classes import label_names, match_classes
 from skd.data.counted import generator, seeded
 from skd.data.digits import MEAN, PREPROCESSING, STD, Batches, Split, batched, digits, shifted
 from skd.data.from_config import Loaders, Sources, loaders
@@ -39,7 +41,9 @@ __all__ = [
     "eval_loader",
     "eval_transform",
     "generator",
+    "label_names",
     "loaders",
+    "match_classes",
     "open_source",
     "seeded",
     "shifted",

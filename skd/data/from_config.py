@@ -6,6 +6,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from skd.data.classes import match_classes, match_model
 from skd.data.iteration import Loader
 from skd.data.loading import calibration_loader, eval_loader, train_loader
 from skd.data.readers import Source
@@ -143,8 +144,13 @@ def _opened(
     options = {"in_chans": model.in_chans, "require_split": True, **options}
     training = open_source(data, train, training=True, **options)
     others = open_source(data, validation, training=False, **options)
+    match_model(training, model)
+    match_classes(others, training.classes)
     check_same_classes(training, others)
     for source in (training, others):
         check_classes(source, model.num_classes)
-    again = open_source(data, train, training=True, **options) if training.iterable else training
+    if not training.iterable:
+        return Sources(training, others, training)
+    again = open_source(data, train, training=True, **options)
+    match_classes(again, training.classes)
     return Sources(training, others, again)

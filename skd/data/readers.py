@@ -56,6 +56,7 @@ class Source:
     """
 
     iterable = False
+    _new_labels: list[int] | None = None
 
     def __init__(
         self,
@@ -109,14 +110,21 @@ class Source:
                 self.turned.append(self.file(index))
         return in_mode(image, self.mode)
 
+    def renumber(self, new_labels: list[int]) -> None:
+        """From now on what was label i is label ``new_labels[i]``; other labels stay, for the loaders to refuse."""
+        old = self._new_labels
+        self._new_labels = new_labels if old is None else [new_labels[label] for label in old]
+
     def _label(self, label: Any, index: int) -> int:
         """Raises LabelError: it is not one integer."""
         if not self.labelled:
             return -1
         try:
-            return int(label)
+            number = int(label)
         except (TypeError, ValueError):
             raise LabelError(f"{self.file(index)} has the label {label!r}; it must be one integer") from None
+        renumbered = self._new_labels
+        return number if renumbered is None or not 0 <= number < len(renumbered) else renumbered[number]
 
 
 class ArrayImages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -107,10 +106,9 @@ def check_classes(source: Source, num_classes: int) -> None:
         return
     count = len(found)
     shown = ", ".join(found[:5]) + (", ..." if count > 5 else "")
-    kwargs = json.dumps({"num_classes": count})
     raise ValueError(
         f"{source.name} has {count} classes ({shown}), the model's head has {num_classes}; give a class map, or make "
-        f"a head that fits: timm.create_model(NAME, num_classes={count}), or --model-kwargs '{kwargs}'"
+        f"a head that fits: model.reset_classifier({count}), or --num-classes {count} (convert, train, finetune)"
     )
 
 

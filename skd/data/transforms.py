@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform, resolve_model_data_config
 
+from skd.architecture import image_size, unwrapped
 from skd.supernet import SuperNet
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -26,9 +27,10 @@ def data_config(model: Any) -> dict[str, Any]:
         timm's data configuration (mean, std, interpolation, crop_pct, crop_mode) with "input_size" as the model was
         really built, (channels, height, width), mean and std one per channel, and "num_classes" of its head.
     """
+    model = unwrapped(model)
     model = model.model if isinstance(model, SuperNet) else model
     config = resolve_model_data_config(model)
-    size = model.patch_embed.img_size or config["input_size"][1:]
+    size = image_size(model) if model.patch_embed.img_size else config["input_size"][1:]
     return {
         **config,
         "input_size": (model.in_chans, *size),

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from skd.architecture import image_size
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
 from skd.training.precision import laid_out, tf32
@@ -128,7 +129,7 @@ def schedule(config: TrainConfig, trainer: Trainer) -> list[dict[str, Any]]:
 def _timed_step(trainer: Trainer, images: int) -> float:
     model, device = trainer.supernet.model, trainer.device
     dtype = next(model.parameters()).dtype
-    batch = torch.randn(images, model.in_chans, *model.patch_embed.img_size, device=device, dtype=dtype)
+    batch = torch.randn(images, model.in_chans, *image_size(model), device=device, dtype=dtype)
     batch = laid_out(batch, trainer.config)
     labels = torch.randint(model.num_classes, (images,), device=device)
     _wait(device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from skd.architecture import describe
+from skd.architecture import describe, unwrapped
 from skd.data.from_config import warn_of_ignored
 from skd.outputs import output_folder, remove_leftovers, write_json
 from skd.ranks import check_group, check_same, rank_of, together
@@ -77,6 +77,7 @@ def train(
         RankFailed: another process of the group failed, or died.
     """
     config = TrainConfig() if config is None else config
+    supernet = unwrapped(supernet)
     _check(supernet, train_loader, val_loader, config, calibration, resume, group)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)
@@ -108,6 +109,7 @@ def finetune(
     Returns, Raises:
         as `train`.
     """
+    model = unwrapped(model)
     if any(isinstance(block, SuperBlock) for block in getattr(model, "blocks", ())):
         raise ValueError("model belongs to a SuperNet; fine-tune what skd.extract gives")
     describe(model)
