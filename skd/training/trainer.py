@@ -291,7 +291,7 @@ class Trainer:
         masks = None
         if self.paths is not None:  # of the whole batch; this rank has its rows rank, rank + world, ...
             masks = self.paths.masks(self.step, images * self.world)[:, self.rank :: self.world]
-        with others_alive(), seeded(self.config.seed, "step", self.step):
+        with others_alive(self.group), seeded(self.config.seed, "step", self.step):
             if self.graph is None:
                 loss = eager_step(self, group, entry, masks)
             else:
