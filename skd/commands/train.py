@@ -8,7 +8,7 @@ from typing import Any
 
 from skd.commands import common
 from skd.convert import convert
-from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, train_loader
+from skd.data import Loader, Source, calibration_loader, data_config, eval_loader, seeded, train_loader
 from skd.files import load, save
 from skd.outputs import output_folder
 from skd.ranks import check_same, rank_of, size_of, spread, together
@@ -123,7 +123,9 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
-    model = _plain_model(arguments).to(common.device(arguments))
+    with seeded(config.seed, "weights"):  # where they are random, a resumed run is to find the same
+        model = _plain_model(arguments)
+    model = model.to(common.device(arguments))
     loaders = _loaders(arguments, model, config)
     history = finetune(
         model,

@@ -14,7 +14,7 @@ from skd.data.counted import generator
 from skd.data.pixels import Normalisation
 from skd.data.plans import FixedPlan, TrainPlan
 from skd.data.processes import be_patient, start
-from skd.data.readers import StreamSource
+from skd.data.readers import Source, StreamSource
 from skd.data.workers import Loaded, MapBatches, Preparation, StreamBatches, UnreadableData
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -30,8 +30,11 @@ class Loader:
     One iteration at a time: the workers serve the latest, so an earlier one that goes on is a RuntimeError.
 
     Attributes:
+        source: where the images come from.
         skipped: names of the images that could not be read, of all iterations so far.
     """
+
+    source: Source
 
     def __init__(self, name: str, normalise: Normalisation) -> None:
         self.name = name
@@ -100,6 +103,7 @@ class MapLoader(Loader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(dataset.source.name, normalise)
+        self.source = dataset.source
         self._dataset = dataset
         self._plan = plan
         self._processes = workers
@@ -146,7 +150,7 @@ class StreamLoader(Loader):
         limit: int | None = None,
     ) -> None:
         super().__init__(source.name, normalise)
-        self._source = source
+        self.source: StreamSource = source
         self._preparation = preparation
         self._rows = max(1, batch_size // world)
         self._seed = seed
@@ -200,7 +204,7 @@ class StreamLoader(Loader):
         rank, world = (0, 1) if whole else (self._rank, self._world)
         shards = int(generator(self._seed, "shards").integers(2**31))
         images = int(generator(self._seed, "stream", self.epoch, self._rank).integers(2**31))
-        self._source.prepare(
+        self.source.prepare(
             seed=shards,
             worker_seed=images,
             epoch=self.epoch,
@@ -211,7 +215,7 @@ class StreamLoader(Loader):
         )
         counters = (self.epoch, self._rank)
         keep = (self._rank, self._world) if whole else (0, 1)
-        dataset = StreamBatches(self._source, self._preparation, self._rows, counters, self.start_batch, keep)
+        dataset = StreamBatches(self.source, self._preparation, self._rows, counters, self.start_batch, keep)
         return DataLoader(
             dataset,
             batch_size=None,
