@@ -25,6 +25,14 @@ from skd.supernet import SuperNet
 from skd.training.config import BAD_IMAGES, TrainConfig
 from skd.training.screen import Screen
 
+# Files
+
+
+def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
+    """Paths for `skd.outputs.Files`, by the options they were given as: class_map is --class-map."""
+    return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
+
+
 # Data
 
 
@@ -43,6 +51,7 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading:
     group.add_argument("--class-map", metavar="FILE", help="timm's class map: names of classes to labels")
     group.add_argument("--download", action="store_true", help="let timm download a torch/ data set")
     if loading:
+        parser.set_defaults(saves_memory="a smaller --batch-size, or --device cpu")
         group.add_argument(
             "--batch-size", type=int, default=128, help="images in a batch; no result depends on it (%(default)s)"
         )
@@ -251,6 +260,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     """--config and one option per field of TrainConfig."""
+    parser.set_defaults(saves_memory="--grad-accum-steps, --grad-checkpointing")
     group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
     group.add_argument(
         "--config",
