@@ -2,6 +2,6 @@
 
 import sys
 
-from skd.cli import program
+from skd.process import program
 
 sys.exit(program())

@@ -5,10 +5,10 @@ timm itself, and torch with it, take seconds to import, which `skd --version` do
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 OLDEST_TIMM = "1.0.31"  # older ones do not record the arguments that a model was made with
 
@@ -17,10 +17,13 @@ def _installed() -> str:
     """timm's version: of the module that is imported already, as its file version.py says, or by importing it."""
     if "timm" not in sys.modules:
         spec = find_spec("timm")
-        file = Path(spec.origin if spec is not None and spec.origin else "timm").with_name("version.py")
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        file = os.path.join(os.path.dirname(spec.origin or ""), "version.py") if spec is not None else ""
+        text = ""
+        if os.path.isfile(file):
+            with open(file, encoding="utf-8") as lines:
+                text = lines.read()
         found = re.search(r"^__version__ *= *['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-        if found is not None and spec is not None:
+        if found is not None:
             return found[1]
     from timm import __version__
 

@@ -19,39 +19,7 @@ from typing import Any
 from skd import __version__
 from skd.commands import COMMANDS, world_size
 from skd.outputs import check_files, output_file, write_json
-
-INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
-
-
-def program() -> int:
-    """What the process ``skd`` does: `main`, and Ctrl-C at any moment ends it in one line, imports included.
-
-    While modules are imported, and after the work, there is nothing to put away: the process ends on the spot. In
-    between Ctrl-C is a KeyboardInterrupt, which removes what was being written; a second one ends on the spot. Where
-    SIGINT is ignored (``nohup``, a script's background job) it stays so.
-    """
-    heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    process = os.getpid()
-
-    def end(number: int, frame: object) -> None:
-        if os.getpid() == process:  # not one of its workers
-            os.write(2, f"{_rank()}error: interrupted\n".encode())
-        os._exit(INTERRUPTED)
-
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, end)
-        raise KeyboardInterrupt
-
-    def listen(handler: Callable[[int, object], None]) -> None:
-        if heard:
-            signal.signal(signal.SIGINT, handler)
-
-    listen(end)
-    try:
-        return _main(None, lambda: listen(interrupt))
-    finally:
-        listen(end)
-        _flush()
+from skd.process import INTERRUPTED, rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         is printed); 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written. A command that has none is ended
         by SIGTERM with 143 (SystemExit), and what it was writing is removed.
     """
-    return _main(argv, lambda: None)
+    return answered(argv, lambda: None)
 
 
-def _main(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
+def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
     """`main`; `begin` is called when everything is imported and the work begins."""
     arguments = argparse.Namespace()
     try:
@@ -79,8 +47,6 @@ def _main(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
-        if os.environ.get("SKD_TRACEBACK") == "1":
-            raise
         return _answer(error, arguments)
     return 0
 
@@ -170,28 +136,17 @@ def _answer(error: Exception, arguments: argparse.Namespace) -> int:
     if isinstance(error, torch.OutOfMemoryError):
         advice = getattr(arguments, "saves_memory", None)
         return _fail(str(error).splitlines()[0] + (f" (try {advice})" if advice else ""), 1)
+    if os.environ.get("SKD_TRACEBACK") == "1":
+        raise error
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _fail(f"{said} (SKD_TRACEBACK=1 in the environment shows where)", 1)
 
 
 def _fail(error: object, status: int) -> int:
     line = " ".join(part.strip() for part in str(error).splitlines())
-    print(f"{_rank()}error: {line}", file=sys.stderr)
+    print(f"{rank()}error: {line}", file=sys.stderr)
     return status
-
-
-def _rank() -> str:
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ
-    return "" if alone else f"rank {os.environ['RANK']}: "
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
-
-
-def _flush() -> None:
-    """Nobody may be reading any more, as after ``skd --help | head -1``; the interpreter would complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

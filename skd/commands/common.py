@@ -189,7 +189,18 @@ def device(arguments: argparse.Namespace) -> torch.device:
         chosen = torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}; there are {torch.cuda.device_count()} GPUs, counted from 0")
+    _check_device(chosen, name)
     return chosen
+
+
+def _check_device(chosen: torch.device, name: str) -> None:
+    """Many devices have names, and few of them compute in this installation (meta computes nothing at all)."""
+    try:
+        torch.zeros((), device=chosen).item()
+    except Exception as error:  # each kind of device has its own
+        raise ValueError(f"--device is {name!r}; it cannot be used here: {_shortened(error)}") from None
+    if chosen.type == "cpu" and chosen.index:
+        raise ValueError(f"--device is {name!r}; there is one cpu")
 
 
 def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:

@@ -182,7 +182,8 @@ def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Any) -> 
             remove_leftovers(folder, folder / "checkpoints")
             if resume is None and checkpoints(folder / "checkpoints"):
                 raise ValueError(
-                    f"out is {str(folder)!r}, which holds a run already; resume it (auto), or choose another folder"
+                    f"out is {str(folder)!r}, which holds a run already; resume it (--resume auto, in "
+                    "Python resume='auto'), or choose another folder"
                 )
     return folder
 
