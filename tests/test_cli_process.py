@@ -25,7 +25,7 @@ INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.
 def process(*argv: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:
     """A process of Python's that finds this skd, and before it what is in `path`."""
     places = os.pathsep.join(str(place) for place in (path, Path(skd.__file__).parents[1]) if place)
-    environment = os.environ | {"PYTHONPATH": places}
+    environment = os.environ | {"PYTHONPATH": places, "PYTHONUNBUFFERED": ""}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-P", *argv], env=environment, **pipes, **options)
 
