@@ -4,20 +4,30 @@
 
 After Li, Qi, Geng, "Stratified Knowledge-Density Super-Network for Scalable Vision Transformers", AAAI 2026
 (arXiv 2511.11683).
+
+Importing skd is quick: each public name is imported, and torch and timm with it, when it is first asked for.
 """
 
-import skd._requirements  # noqa: F401  (first: it says what is missing)
-from skd.architecture import create_model
-from skd.convert import convert
-from skd.cost import Cost, cost
-from skd.dropout_list import DropoutList, Operation
-from skd.evaluate import evaluate
-from skd.extract import extract
-from skd.files import load, save
-from skd.importance import importance
-from skd.planning import plan, rank_operations
-from skd.supernet import SuperNet
-from skd.training import History, TrainConfig, finetune, finetune_config, train
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import skd._requirements  # noqa: F401  (before all else: it says what is missing)
+
+if TYPE_CHECKING:
+    from skd.architecture import create_model
+    from skd.convert import convert
+    from skd.cost import Cost, cost
+    from skd.dropout_list import DropoutList, Operation
+    from skd.evaluate import evaluate
+    from skd.extract import extract
+    from skd.files import load, save
+    from skd.importance import importance
+    from skd.planning import plan, rank_operations
+    from skd.supernet import SuperNet
+    from skd.training import History, TrainConfig, finetune, finetune_config, train
 
 __version__ = "0.1.0"
 
@@ -42,3 +52,56 @@ __all__ = [
     "save",
     "train",
 ]
+
+# The module of each public name: the imports above once more, for the interpreter.
+_MODULES = {
+    "Cost": "skd.cost",
+    "DropoutList": "skd.dropout_list",
+    "History": "skd.training",
+    "Operation": "skd.dropout_list",
+    "SuperNet": "skd.supernet",
+    "TrainConfig": "skd.training",
+    "convert": "skd.convert",
+    "cost": "skd.cost",
+    "create_model": "skd.architecture",
+    "evaluate": "skd.evaluate",
+    "extract": "skd.extract",
+    "finetune": "skd.training",
+    "finetune_config": "skd.training",
+    "importance": "skd.importance",
+    "load": "skd.files",
+    "plan": "skd.planning",
+    "rank_operations": "skd.planning",
+    "save": "skd.files",
+    "train": "skd.training",
+}
+
+
+class _Package(ModuleType):
+    """The type of this module: `skd.convert` is the function, also after the module skd.convert has been imported.
+
+    An import sets a module as an attribute of its package, here over the function of the same name, or before it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _MODULES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not TYPE_CHECKING:  # a type checker would take it for a promise of any name
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a module of the package, at its first use."""
+        if name in _MODULES:
+            value = getattr(import_module(_MODULES[name]), name)
+            setattr(sys.modules[__name__], name, value)
+            return value
+        if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,6 @@
 
 import sys
 
-from skd.cli import main
+from skd.process import program
 
-sys.exit(main())
+sys.exit(program())

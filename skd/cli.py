@@ -1,4 +1,7 @@
-"""The command ``skd``: one subcommand per file of `skd.commands`."""
+"""The command ``skd``. Of its subcommands it knows what `skd.commands` says of them all, and no more.
+
+Nothing here imports torch: ``skd --version`` and ``skd --help`` need no second of it.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,77 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from skd import recipes
-from skd.commands.processes import processes, world_size
-from skd.outputs import output_file, write_json
-from skd.ranks import RankFailed, rank_of, together
-from skd.training.stopping import Diverged, Stopped
-
-# In the folder --out of train, finetune and demo.
-_FILES_OF_A_RUN = ["supernet.safetensors", "model.safetensors", "dropout_list.json", "history.jsonl", "run.json"]
-_FILES_OF_A_RUN += ["report.md", "summary.json", "curve.png"]
+from skd import __version__
+from skd.commands import COMMANDS, world_size
+from skd.outputs import check_files, output_file, write_json
+from skd.process import INTERRUPTED, rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0; 2 for a user's mistake; 1 for a failed disk, a vanished data set, a loss of NaN or another
-        process of torchrun's that failed; 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written. A command
-        that has none is ended by SIGTERM with 143 (SystemExit), and what it was writing is removed.
+        The exit status: 0; 2 for a user's mistake; 1 for a failed disk, a vanished data set, a loss of NaN, another
+        process of torchrun's that failed, or a fault of skd's (with SKD_TRACEBACK=1 in the environment its traceback
+        is printed); 0 after SIGTERM and 130 after Ctrl-C, with a checkpoint written. A command that has none is ended
+        by SIGTERM with 143 (SystemExit), and what it was writing is removed.
     """
-    arguments = build_parser().parse_args(argv)
+    return answered(argv, lambda: None)
+
+
+def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
+    """`main`; `begin` is called when everything is imported and the work begins."""
+    arguments = argparse.Namespace()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            arguments = parsed(argv)
             with _ended_by_sigterm():
+                begin()
                 _run(arguments)
-    except ValueError as error:
-        return _fail(error, 2)
-    except torch.OutOfMemoryError as error:
-        return _fail(f"{str(error).splitlines()[0]} (try --grad-accum-steps, --grad-checkpointing)", 1)
-    except (OSError, Diverged, RankFailed) as error:
-        return _fail(error, 1)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return 130 if stopped.interrupted else 0
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        return _answer(error, arguments)
     return 0
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. Only the command that they name is imported.
+
+    Raises:
+        SystemExit: --help, --version, or arguments that the command does not have.
+    """
+    overview, commands = _parser(_AllWords)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help)
+    name = overview.parse_args(argv).command
+    parser, commands = _parser(argparse.ArgumentParser)
+    COMMANDS[name].add(commands).add_argument("--json", metavar="FILE", help="write what was printed to FILE as JSON")
+    return parser.parse_args(argv)
+
+
+def _parser(kind: type[argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, Any]:
+    parser = argparse.ArgumentParser(
+        prog="skd", description="Turn one pre-trained Vision Transformer into a super-network of every size."
+    )
+    parser.add_argument("--version", action="version", version=f"skd {__version__}")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", dest="command", required=True, parser_class=kind
+    )
+    return parser, commands
+
+
+class _AllWords(argparse.ArgumentParser):
+    """In place of a command's own parser, while it is not known which command it is: takes everything."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return namespace or argparse.Namespace(), []
 
 
 @contextmanager
@@ -73,7 +103,13 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    _check_files(arguments)
+    from skd.commands.processes import processes  # and with it torch
+    from skd.ranks import rank_of, together
+
+    if arguments.json is not None:
+        output_file(arguments.json, "--json")
+    files = arguments.files(arguments)
+    check_files(replace(files, writes={**files.writes, "--json": arguments.json}))
     with processes(arguments.command, getattr(arguments, "device", None)) as arguments.group:
         document = arguments.run(arguments)
         with together(arguments.group):
@@ -81,70 +117,36 @@ def _run(arguments: argparse.Namespace) -> None:
                 write_json(arguments.json, document)
 
 
-def _check_files(arguments: argparse.Namespace) -> None:
-    """No output takes the place of an input or of another output (`skd plan` may: it only adds to its input).
+def _answer(error: Exception, arguments: argparse.Namespace) -> int:
+    """The exit status of an error, which is printed in one line."""
+    if isinstance(error, ValueError):
+        return _fail(error, 2)
+    if isinstance(error, OSError | ImportError):
+        return _fail(error, 1)
+    import torch
 
-    Raises:
-        ValueError: one would, or --json cannot be written.
-    """
-    if arguments.json is not None:
-        output_file(arguments.json, "--json")
-    files = _files(arguments)
-    folder = files.get("out")
-    of_a_run = [] if folder is None else [os.path.realpath(os.path.join(folder, name)) for name in _FILES_OF_A_RUN]
-    if files.get("json") in of_a_run:
-        raise ValueError(f"--json is {arguments.json!r}, a file of --out; it would be lost")
-    for output, other in product(("json", "out"), files):
-        in_place = (arguments.command, output, other) == ("plan", "out", "supernet")
-        if output != other and files.get(output) == files[other] and not in_place:
-            given = getattr(arguments, other)
-            raise ValueError(f"--{output} and --{other} are the same file, {given!r}; it would be lost")
+    from skd.ranks import RankFailed
+    from skd.training.stopping import Diverged, Stopped
 
-
-def _files(arguments: argparse.Namespace) -> dict[str, str]:
-    """The outputs, and the inputs that are files, without links, by the names of their options."""
-    inputs = ["supernet", "checkpoint", "class_map", "file"]
-    if arguments.command in ("evaluate", "finetune"):  # elsewhere a name of timm's
-        inputs.append("model")
-    if getattr(arguments, "config", None) not in recipes.names():
-        inputs.append("config")
-    given = {name: getattr(arguments, name, None) for name in ("json", "out", *inputs)}
-    return {
-        name: os.path.realpath(path)
-        for name, path in given.items()
-        if path is not None and (name not in inputs or os.path.isfile(path))
-    }
+    if isinstance(error, Stopped):
+        print(error, file=sys.stderr)
+        return INTERRUPTED if error.interrupted else 0
+    if isinstance(error, Diverged | RankFailed):
+        return _fail(error, 1)
+    if isinstance(error, torch.OutOfMemoryError):
+        advice = getattr(arguments, "saves_memory", None)
+        return _fail(str(error).splitlines()[0] + (f" (try {advice})" if advice else ""), 1)
+    if os.environ.get("SKD_TRACEBACK") == "1":
+        raise error
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return _fail(f"{said} (SKD_TRACEBACK=1 in the environment shows where)", 1)
 
 
 def _fail(error: object, status: int) -> int:
-    rank = f"rank {os.environ['RANK']}: " if world_size() > 1 and "RANK" in os.environ else ""
-    print(f"{rank}error: {error}", file=sys.stderr)
+    line = " ".join(part.strip() for part in str(error).splitlines())
+    print(f"{rank()}error: {line}", file=sys.stderr)
     return status
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    from skd import __version__
-    from skd.commands import convert, demo, evaluate, extract, info, plan, train
-
-    parser = argparse.ArgumentParser(
-        prog="skd", description="Turn one pre-trained Vision Transformer into a super-network of every size."
-    )
-    parser.add_argument("--version", action="version", version=f"skd {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for add in (
-        demo.add,
-        convert.add,
-        plan.add,
-        train.add_train,
-        extract.add,
-        evaluate.add,
-        train.add_finetune,
-        info.add,
-    ):
-        command = add(commands)
-        command.add_argument("--json", metavar="FILE", help="write what was printed to FILE as JSON")
-    return parser

@@ -84,7 +84,7 @@ def convert(
     statistics = WpacStatistics(centering)
     batches = batches if progress is None else progress(batches)
     collect(converted, infos, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
-    with others_alive():
+    with others_alive(group):
         statistics.all_reduce(group)
     report_left_out(statistics.skipped, bool(statistics.importance))
     transforms = {info.name: statistics.transform(info) for info in infos}

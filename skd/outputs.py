@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,60 @@ def _probe(folder: Path) -> None:
     probe = folder / f".probe.{os.getpid()}"
     probe.touch()
     probe.unlink()
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a command reads and writes, by the options that say where. An option that is not given has None.
+
+    Attributes:
+        reads: files, and folders of images. What does not exist is not read (it may be a name of timm's).
+        writes: files.
+        folders: folders that results go to, each with the names of all that may be written there ("sub-*.json").
+        in_place: (output, input) that may be the same file.
+    """
+
+    reads: Mapping[str, str | None] = field(default_factory=dict)
+    writes: Mapping[str, str | None] = field(default_factory=dict)
+    folders: Mapping[str, tuple[str | None, Sequence[str]]] = field(default_factory=dict)
+    in_place: Collection[tuple[str, str]] = ()
+
+
+def check_files(files: Files) -> None:
+    """No output may take the place of an input or of another output; links do not hide that two files are one.
+
+    Raises:
+        ValueError: one would.
+    """
+    writes = {option: path for option, path in files.writes.items() if path is not None}
+    reads = {option: path for option, path in files.reads.items() if path is not None and os.path.isfile(path)}
+    for option, path in writes.items():
+        for other, given in [*reads.items(), *writes.items()]:
+            if option != other and (option, other) not in files.in_place and _same(path, given):
+                raise ValueError(f"{option} and {other} are the same file, {given!r}; it would be lost")
+        for other, folder in files.reads.items():
+            if folder is not None and _is_image_of(path, folder):
+                raise ValueError(f"{option} is {path!r}, a file of {other}; it would be lost")
+    for option, path in [*writes.items(), *reads.items()]:
+        for other, (folder, names) in files.folders.items():
+            if folder is not None and _is_named(path, folder, names):
+                raise ValueError(f"{option} is {path!r}, a file of {other}; it would be lost")
+
+
+def _same(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _is_named(path: str, folder: str, names: Sequence[str]) -> bool:
+    """Whether the file is one of `folder` that has one of the `names`, or that one of them leads to."""
+    inside = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    if any(fnmatchcase(inside, name) for name in names):
+        return True
+    there = [found for name in names for found in [Path(folder, name), *Path(folder).glob(name)]]
+    return any(_same(path, str(found)) for found in there)
+
+
+def _is_image_of(path: str, folder: str) -> bool:
+    """Whether the file is there, in a folder of images, and is nothing that skd could have written before."""
+    file, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    return root in file.parents and file.is_file() and file.suffix not in (".json", ".safetensors")

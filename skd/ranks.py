@@ -73,7 +73,7 @@ def summed(tensors: Sequence[torch.Tensor], group: Any) -> list[torch.Tensor]:
     if group is None or not tensors:
         return list(tensors)
     flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors])
-    with others_alive():
+    with others_alive(group):
         dist.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
@@ -95,7 +95,7 @@ def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 def spread(model: torch.nn.Module, group: Any) -> None:
     """Give every rank rank 0's weights and buffers, in place."""
     if group is not None:
-        with others_alive():
+        with others_alive(group):
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
 
@@ -108,7 +108,7 @@ def everyone(value: Any, group: Any) -> list[Any]:
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
-    with others_alive():
+    with others_alive(group):
         dist.all_gather_object(values, value, group=group)
     return values
 
@@ -209,18 +209,27 @@ def _raise_for_all(error: Exception | None, group: Any) -> None:
 def _extremes(numbers: list[int], group: Any) -> list[tuple[int, int]]:
     """The smallest and the largest of each number over the ranks."""
     both = torch.tensor([[-number, number] for number in numbers])
-    with others_alive():
+    with others_alive(group):
         dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
     return [(-low, high) for low, high in both.tolist()]
 
 
 @contextmanager
-def others_alive() -> Iterator[None]:
-    """Inside the block an error of the network between the ranks is a RankFailed."""
+def others_alive(group: Any) -> Iterator[None]:
+    """Inside the block an error of the network between the ranks is a RankFailed; without a group there is none.
+
+    The network's errors are torch.distributed's own classes, and those of gloo and NCCL that PyTorch passes on as a
+    RuntimeError: they have the name of the library in them.
+    """
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if not any(word in text for word in ("gloo", "Gloo", "NCCL", "Connection", "peer", "socket")):
+        if group is None or not _of_the_network(error):
             raise
-        raise RankFailed(f"another rank has died or cannot be reached: {text.splitlines()[0]}") from error
+        raise RankFailed(f"another rank has died or cannot be reached: {str(error).splitlines()[0]}") from error
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | RankFailed):
+        return False
+    return isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "Gloo", "NCCL"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,8 +88,10 @@ class Operation:
 
 
 _operations: dict[str, Operation] = {}
-_forced: ContextVar[str | None] = ContextVar("skd_kernels_forced", default=None)
-_forced_in_graphs: str | None = None  # the same for torch.compile: PyTorch 2.11 traces no ContextVar, but guards this
+# The names that blocks of `use` put in force here, the innermost last; each in a list, told by its identity.
+_forced: ContextVar[tuple[list[str], ...]] = ContextVar("skd_kernels_forced", default=())
+# The same for torch.compile, which traces no ContextVar but guards this: `name`, and all that are `entered`.
+_forced_in_graphs = threading.local()
 
 
 def operation(public: Callable[..., Any]) -> Operation:
@@ -97,8 +100,11 @@ def operation(public: Callable[..., Any]) -> Operation:
 
 
 def forced() -> str | None:
-    """The name that `use` puts in force here, if any."""
-    return _forced_in_graphs if torch.compiler.is_compiling() else _forced.get()
+    """The name that `use` puts in force here, if any; a compiled graph is guarded by what it is in the thread."""
+    if torch.compiler.is_compiling():
+        return getattr(_forced_in_graphs, "name", None)
+    entered = _forced.get()
+    return entered[-1][0] if entered else None
 
 
 def always(**_: Any) -> None:
@@ -179,7 +185,12 @@ def use(name: str) -> Iterator[None]:
     """Force the implementation called `name` in every operation that has one of that name.
 
     Inside the block such an operation raises ValueError when `name` refuses the call; operations without an
-    implementation of that name choose as usual.
+    implementation of that name choose as usual. Blocks nest, and the innermost counts.
+
+    It holds for the thread (and the asyncio task) that is in the block, and for no other. What torch.compile has
+    compiled obeys it as well: a call inside the block gets a graph of its own, compiled once, and a call after it the
+    graph of before. Only where several asyncio tasks of one thread are in blocks at once does compiled code see
+    the one that was entered last, whichever task calls.
 
     Raises:
         ValueError: no operation has an implementation of that name.
@@ -187,14 +198,26 @@ def use(name: str) -> Iterator[None]:
     known = sorted({n for entry in _operations.values() for n in entry.names()})
     if name not in known:
         raise ValueError(f"name is {name!r}; it may be one of {known}")
-    global _forced_in_graphs
-    token, outside = _forced.set(name), _forced_in_graphs
-    _forced_in_graphs = name
+    this = [name]
+    _forced.set((*_forced.get(), this))
+    try:
+        with _used_in_graphs(this):
+            yield
+    finally:
+        _forced.set(tuple(other for other in _forced.get() if other is not this))
+
+
+@contextmanager
+def _used_in_graphs(this: list[str]) -> Iterator[None]:
+    """What compiled code of this thread sees; tasks of one thread may leave their blocks in any order."""
+    entered: list[list[str]] = _forced_in_graphs.__dict__.setdefault("entered", [])
+    entered.append(this)
+    _forced_in_graphs.name = this[0]
     try:
         yield
     finally:
-        _forced_in_graphs = outside
-        _forced.reset(token)
+        entered[:] = [other for other in entered if other is not this]
+        _forced_in_graphs.name = entered[-1][0] if entered else None
 
 
 def build_info() -> dict[str, Any]:

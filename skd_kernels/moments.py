@@ -70,7 +70,15 @@ class Moments:
         )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
-        """Moments of the tokens of every rank of `group`, about the mean of their shifts; the same on all ranks."""
+        """Moments of the tokens of every rank of `group`, about the mean of their shifts; the same on all ranks.
+
+        Args:
+            group: a torch.distributed group whose ranks all call this. None, as in all of skd: this process alone,
+                whose moments are returned as they are (the mean of one shift is that shift). All processes are
+                ``torch.distributed.group.WORLD``.
+        """
+        if group is None:
+            return self
         common = torch.cat([self.count.reshape(1), (self.count * self.shift).reshape(-1)])
         dist.all_reduce(common, group=group)
         shift = (common[1:] / common[0].clamp(min=1)).reshape(self.shift.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import skd
+import skd.cli
 import skd.commands.info
 import skd.demo
 import skd_kernels
 from skd.cli import main
 from skd.outputs import replacing
+from skd.training import Diverged
 
 COMMANDS = ("demo", "convert", "plan", "train", "extract", "evaluate", "finetune", "info")
 
@@ -77,6 +81,58 @@ def test_sigterm_ends_a_command_as_an_exception_does(tmp_path: Path, monkeypatch
     monkeypatch.setattr(skd.commands.info, "run", killed)
     assert exit_status("info") == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("width is 9;\n  it may be 0..8"), 2, "error: width is 9; it may be 0..8"),
+        (ImportError("no module"), 1, "error: no module"),
+        (TypeError("a fault"), 1, "error: TypeError: a fault (SKD_TRACEBACK=1 in the environment shows where)"),
+        (MemoryError(), 1, "error: MemoryError (SKD_TRACEBACK=1 in the environment shows where)"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (Diverged("the loss is NaN"), 1, "error: the loss is NaN"),
+        (torch.OutOfMemoryError("tried to allocate 2 GiB\nmore"), 1, "error: tried to allocate 2 GiB"),
+    ],
+)
+def test_no_error_is_a_traceback(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(skd.commands.info, "run", fail)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(skd.commands.info, "run", fail)
+    monkeypatch.setenv("SKD_TRACEBACK", "1")
+    with pytest.raises(TypeError, match="a fault"):
+        main(["info"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_advice_on_memory_names_options_that_the_command_has(command: str) -> None:
+    _, commands = skd.cli._parser(argparse.ArgumentParser)
+    own = skd.commands.COMMANDS[command].add(commands)
+    known = {word for action in own._actions for word in action.option_strings}
+    advice = own.get_default("saves_memory")
+    assert (advice is not None) == ("--data" in known)
+    assert {word.strip(",") for word in (advice or "").split() if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("text", ["two", "0", "-1", ""])
+def test_a_world_size_that_is_no_number(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", text)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: WORLD_SIZE is {text!r}")
 
 
 def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,14 @@ def test_settings_from_a_file_and_from_options(work: Path) -> None:
             "super-network",
         ),
         (["evaluate", "--model", "{work}/half.safetensors", "--data", "{data}", "--device", "tpu9"], "--device is"),
+        *(
+            (["plan", "--supernet", "{trained}", "--data", "{data}", "--out", "{out}", "--device", name], message)
+            for name, message in (
+                ("meta", "--device is 'meta'"),
+                ("mps", "'mps', which cannot be used here"),
+                ("cpu:7", "there is one cpu"),
+            )
+        ),
         (["info", "{work}/none.safetensors"], "no such file"),
         (["plan", "--supernet", "{work}/converted.safetensors", "--data", "{data}", "--out", "{pipe}"], "a pipe"),
         (["extract", "--supernet", "{trained}", "--macs", "0.6", "--out", "{trained}"], "same file"),

@@ -17,7 +17,7 @@ from test_data_sources import divided, png_folder
 from test_data_streams import write_shards
 
 import skd
-from skd.cli import build_parser
+from skd.cli import parsed
 from skd.commands import train as command
 from skd.data import Augmentation, Sources, data_config, loaders, open_source, train_loader
 from skd.data.transforms import AUGMENTATION
@@ -44,7 +44,7 @@ def test_what_the_command_line_uses(tmp_path: Path) -> None:
         "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3
     )
     config = training_config(batch_size=8, grad_accum_steps=2, calibration_images=10, aug_repeats=2, seed=5)
-    arguments = build_parser().parse_args(["train", "--data", str(tmp_path / "images"), "--supernet", "x"])
+    arguments = parsed(["train", "--data", str(tmp_path / "images"), "--supernet", "x"])
     arguments.group = None
     theirs = command._loaders(arguments, model, config)
     ours = skd.data.loaders(tmp_path / "images", skd.SuperNet(model), config)

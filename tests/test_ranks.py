@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from helpers import random_batches, tiny_vit
 
 import skd
+from skd.ranks import RankFailed, others_alive
 
 
 def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:
@@ -55,3 +56,27 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path, kwargs: dict[str, Any]) -
 def test_a_group_needs_torch_distributed(batches: Any) -> None:
     with pytest.raises(ValueError, match="not initialised"):
         skd.convert(tiny_vit(), batches, group=object())
+
+
+@pytest.mark.parametrize("text", ["the peer has a socket", "Connection refused", "NCCL is not there", "gloo/pair.cc"])
+def test_a_process_alone_has_no_other_rank_to_miss(text: str) -> None:
+    with pytest.raises(RuntimeError, match=text) as caught, others_alive(None):
+        raise RuntimeError(text)
+    assert type(caught.value) is RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("error", "died"),
+    [
+        (RuntimeError("[.../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"), True),
+        (dist.DistBackendError("watchdog timeout"), True),
+        (dist.DistNetworkError("The client socket has failed to connect"), True),
+        (RuntimeError("CUDA error: peer access is not supported between these two devices"), False),
+        (ConnectionError("Connection to the data set is lost: socket closed by peer"), False),
+        (torch.OutOfMemoryError("out of memory; NCCL holds 2 GiB"), False),
+    ],
+)
+def test_in_a_group_only_errors_of_the_network_are_a_dead_rank(error: Exception, died: bool) -> None:
+    with pytest.raises(RankFailed if died else type(error)) as caught, others_alive(object()):
+        raise error
+    assert "another rank has died" in str(caught.value) if died else caught.value is error

@@ -35,6 +35,14 @@ from skd.supernet import SuperNet
 from skd.training.config import BAD_IMAGES, TrainConfig
 from skd.training.screen import Screen
 
+# Files
+
+
+def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
+    """Paths for `skd.outputs.Files`, by the options they were given as: class_map is --class-map."""
+    return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
+
+
 # Data
 
 
@@ -65,6 +73,7 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading:
     )
     group.add_argument("--download", action="store_true", help="let timm download a torch/ data set")
     if loading:
+        parser.set_defaults(saves_memory="a smaller --batch-size, or --device cpu")
         group.add_argument(
             "--batch-size", type=int, default=128, help="images in a batch; no result depends on it (%(default)s)"
         )
@@ -232,18 +241,27 @@ def device(arguments: argparse.Namespace) -> torch.device:
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
-        if chosen.type != "cuda":
-            torch.zeros(1, dtype=torch.float64, device=chosen).cpu()  # statistics are float64
-    except Exception as error:  # each kind of device has its own; of one that is not there, often no word but these
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise ValueError(f"--device is {name!r}, which cannot be used here: {reason}") from None
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {name!r}; this PyTorch sees no GPU")
     if chosen.type == "cuda" and chosen.index is None:  # each process of torchrun has its own
         chosen = torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}; there are {torch.cuda.device_count()} GPUs, counted from 0")
+    _check_device(chosen, name)
     return chosen
+
+
+def _check_device(chosen: torch.device, name: str) -> None:
+    """Many devices have names, and few of them compute in this installation (meta computes nothing at all)."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=chosen).cpu()  # statistics are float64
+    except Exception as error:  # each kind of device has its own; of one that is not there, often no word but these
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise ValueError(f"--device is {name!r}, which cannot be used here: {reason}") from None
+    if chosen.type == "cpu" and chosen.index:
+        raise ValueError(f"--device is {name!r}; there is one cpu")
 
 
 def supernet(path: str, where: torch.device) -> SuperNet:
@@ -259,6 +277,7 @@ def supernet(path: str, where: torch.device) -> SuperNet:
 
 def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     """--config and one option per field of TrainConfig."""
+    parser.set_defaults(saves_memory="--grad-accum-steps, --grad-checkpointing")
     group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
     group.add_argument(
         "--config",

@@ -9,13 +9,13 @@ from skd.commands import common, models
 from skd.convert import CENTERINGS, convert
 from skd.cost import cost
 from skd.files import save
+from skd.outputs import Files
 from skd.ranks import rank_of, spread, together
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
-        help="a timm model to a super-network, its function unchanged",
         description="Rotate and reorder the weights of a timm Vision Transformer so that leading coordinates know "
         "the most (WPAC), by one pass over some training images. Its function does not change.",
     )
@@ -31,8 +31,15 @@ def add(commands: Any) -> argparse.ArgumentParser:
     common.add_calibration(parser)
     parser.add_argument("--centering", choices=CENTERINGS, default="dataset", help="'batch' is the published way")
     common.add_device(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, files=files)
     return parser
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(
+        reads=common.options(arguments, "checkpoint", "class_map", "data", "data_dir"),
+        writes=common.options(arguments, "out"),
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

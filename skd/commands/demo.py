@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from skd import demo
+from skd.outputs import Files
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
-        help="the whole method on real data in minutes, on a CPU",
         description="Train a small Vision Transformer on scikit-learn's digits, convert it, train it as a "
         "super-network, extract and evaluate sub-networks. Needs no download and no GPU.",
     )
@@ -22,8 +22,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs", type=int, default=demo.EPOCHS, help="of the stand-in's training (default: %(default)s)"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, files=files)
     return parser
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(folders={"--out": (arguments.out, demo.FILES)})
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

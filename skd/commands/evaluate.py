@@ -10,6 +10,7 @@ from skd.commands.extract import size
 from skd.curve import area, measure_curve, sizes_of
 from skd.evaluate import evaluate
 from skd.extract import choose_entry
+from skd.outputs import Files
 from skd.prices import CONVENTIONS
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
@@ -18,7 +19,6 @@ from skd.training.config import TrainConfig
 def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "evaluate",
-        help="top-1 of a model, a sub-network, or the whole curve",
         description="Top-1 accuracy on validation images. Of a super-network: all sub-networks on a grid of budgets "
         "in one pass, or the one that --entry, --macs or --params names.",
     )
@@ -43,8 +43,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
     models.add_weights(parser)
     common.add_data(parser)
     common.add_device(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, files=files)
     return parser
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(reads=common.options(arguments, "supernet", "model", "checkpoint", "class_map", "data", "data_dir"))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from skd.commands import common, models
 from skd.curve import sizes_of
 from skd.extract import choose_entry, extract
 from skd.files import save
+from skd.outputs import Files
 from skd.prices import CONVENTIONS
 
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -20,7 +21,6 @@ _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "extract",
-        help="a sub-network of any size as a plain timm model",
         description="Cut the largest sub-network within a budget out of a super-network.",
     )
     parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd plan or train wrote")
@@ -30,7 +30,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     budget.add_argument("--entry", type=int, metavar="I", help="index into the dropout list")
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, files=files)
     return parser
 
 
@@ -44,6 +44,10 @@ def size(text: str) -> int | float:
     if not math.isfinite(number) or (number > 1 and number != int(number)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.5 nor a count such as 4.2G")
     return number if number <= 1 and unit is None else int(number)
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(reads=common.options(arguments, "supernet"), writes=common.options(arguments, "out"))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from skd.commands import common
 from skd.cost import cost
 from skd.curve import entries_within, sizes_of
 from skd.files import load
+from skd.outputs import Files
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
 from skd_kernels import build_info
@@ -20,13 +21,16 @@ from skd_kernels import build_info
 def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "info",
-        help="versions and what is compiled; or what is in a file",
         description="Without FILE: the versions in use, what is compiled, and each operation's implementations. With "
         "FILE: the architecture, size and sub-networks of a super-network or model that skd wrote.",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="a .safetensors file of skd's")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, files=files)
     return parser
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(reads={"FILE": arguments.file})
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

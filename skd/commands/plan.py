@@ -8,6 +8,7 @@ from typing import Any
 from skd.commands import common, models
 from skd.curve import entries_within, sizes_of
 from skd.files import save
+from skd.outputs import Files
 from skd.planning import plan
 from skd.prices import CONVENTIONS
 from skd.ranks import rank_of, together
@@ -17,7 +18,6 @@ from skd.training.config import TrainConfig
 def add(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "plan",
-        help="nested sub-networks of every size, without any training",
         description="Measure importance on training images and give the super-network its dropout list.",
     )
     parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd convert wrote")
@@ -30,8 +30,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=10, help="importance passes (default: %(default)s)")
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of MACs (default: %(default)s)")
     common.add_device(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, files=files)
     return parser
+
+
+def files(arguments: argparse.Namespace) -> Files:
+    return Files(
+        reads=common.options(arguments, "supernet", "class_map", "data", "data_dir"),
+        writes=common.options(arguments, "out"),
+        in_place=[("--out", "--supernet")],  # it only adds to it
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

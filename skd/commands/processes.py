@@ -11,14 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from skd.commands import COMMANDS, world_size
 from skd.training.stopping import Stopped
-
-SHARING = ("convert", "plan", "train", "finetune", "evaluate")  # commands that know what to do
-
-
-def world_size() -> int:
-    """As torchrun tells it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -39,8 +33,9 @@ def processes(command: str, device: str | None) -> Iterator[Any]:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is {world_size()}, but {missing[0]} is not set: start skd with torchrun")
-    if command not in SHARING:
-        raise ValueError(f"skd {command} runs in one process, not under torchrun; these share: {', '.join(SHARING)}")
+    if not COMMANDS[command].shares:
+        sharing = ", ".join(name for name, each in COMMANDS.items() if each.shares)
+        raise ValueError(f"skd {command} runs in one process, not under torchrun; these share: {sharing}")
     if device not in (None, "cpu", "cuda"):
         raise ValueError(
             f"--device is {device!r}; under torchrun it may be cpu or cuda, where each process has its own"

@@ -8,20 +8,23 @@ from typing import Any
 
 from skd.commands import common, models
 from skd.convert import convert
-from skd.data import Loaders, Sources, loaders
+from skd.data import Loaders, Sources, loaders, seeded
 from skd.data.from_config import calibration
 from skd.files import save
-from skd.outputs import output_folder
+from skd.outputs import Files, output_folder
 from skd.ranks import check_same, rank_of, spread, together
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd.training.loop import RESUME
 
+CONVERTED = "converted.safetensors"  # what --model becomes, in --out
+# What both commands write to --out besides their networks.
+RECORDS = ("history.jsonl", "run.json", "report.md", "report/*", "checkpoints/*")
+
 
 def add_train(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "train",
-        help="train a super-network by progressive importance-aware dropout",
         description="PIAD training: the list of nested sub-networks grows by importance, every step trains one. "
         "Writes supernet.safetensors (the best weights so far), dropout_list.json, history.jsonl, report.md and "
         "checkpoints/ to --out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
@@ -37,14 +40,13 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="build all, run a few steps on synthetic images, report"
     )
     _add_run(parser, TrainConfig())
-    parser.set_defaults(run=run_train)
+    parser.set_defaults(run=run_train, files=train_files)
     return parser
 
 
 def add_finetune(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "finetune",
-        help="train a plain model, such as an extracted sub-network",
         description="Fine-tune an extracted sub-network, or train any timm Vision Transformer; the same recipe with "
         "nothing dropped. Writes model.safetensors, history.jsonl, report.md and checkpoints/ to --out.",
     )
@@ -52,7 +54,7 @@ def add_finetune(commands: Any) -> argparse.ArgumentParser:
         parser, "file of skd extract, or a name in timm (with --model-kwargs and the like)", required=True
     )
     _add_run(parser, finetune_config())
-    parser.set_defaults(run=run_finetune)
+    parser.set_defaults(run=run_finetune, files=finetune_files)
     return parser
 
 
@@ -65,6 +67,23 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     models.add_num_classes(parser)
     common.add_device(parser)
     common.add_settings(parser, defaults)
+
+
+def train_files(arguments: argparse.Namespace) -> Files:
+    products = ["supernet.safetensors", "dropout_list.json", *RECORDS]
+    if arguments.supernet is None:  # else that one may be an earlier run's
+        products.append(CONVERTED)
+    return Files(
+        reads=common.options(arguments, "supernet", "checkpoint", "config", "class_map", "data", "data_dir"),
+        folders={"--out": (None if arguments.dry_run else arguments.out, products)},
+    )
+
+
+def finetune_files(arguments: argparse.Namespace) -> Files:
+    return Files(
+        reads=common.options(arguments, "model", "checkpoint", "config", "class_map", "data", "data_dir"),
+        folders={"--out": (arguments.out, ["model.safetensors", *RECORDS])},
+    )
 
 
 def run_train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -103,8 +122,8 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
         return _given_supernet(arguments, where)
     if arguments.model is None:
         raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
-    file = output_folder(arguments.out) / "converted.safetensors"
-    check_same(file.exists(), "the presence of converted.safetensors in --out", arguments.group)
+    file = output_folder(arguments.out) / CONVERTED
+    check_same(file.exists(), f"the presence of {CONVERTED} in --out", arguments.group)
     if file.exists() and arguments.resume is None:
         raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
     if file.exists():
@@ -133,7 +152,9 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("data", "out"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is not given")
-    model = models.plain_model(arguments).to(common.device(arguments))
+    with seeded(config.seed, "weights"):  # where they are random, a resumed run is to find the same
+        model = models.plain_model(arguments)
+    model = model.to(common.device(arguments))
     batches = _loaders(arguments, model, config)
     history = finetune(
         model,

@@ -32,7 +32,7 @@ class Loader:
     One iteration at a time: the workers serve the latest, so an earlier one that goes on is a RuntimeError.
 
     Attributes:
-        source: what it reads.
+        source: where the images come from.
         reasons: why images could not be read, by their names, of all iterations so far.
         turned: names of the images that EXIF says are not upright, and which were read as they are stored.
         settings: those of its own that `TrainConfig` has too, by their names there.

@@ -57,7 +57,7 @@ def open_named(request: Request) -> Source:
     except Exception as error:  # each of four libraries has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         fetchable = prefix != "wds" and not request.download
-        hint = " (download=True fetches what is not there)" if fetchable else ""
+        hint = " (--download or download=True fetches what is not there)" if fetchable else ""
         raise ValueError(
             f"data is {request.data!r}, split {request.split!r}; it cannot be opened{hint}: {reason}"
         ) from error

@@ -7,6 +7,7 @@ step.py         one optimizer step
 graph.py        the same as one CUDA graph
 batches.py      the batches of an epoch, from any place in it
 state.py        putting a run away, and taking it up
+origin.py       what a run began with: not gone on with from anything else
 checkpoints.py  files that appear whole or not at all
 dropping.py     stochastic depth with counted masks
 mixing.py       Mixup, CutMix and the loss

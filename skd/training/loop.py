@@ -57,7 +57,9 @@ def train(
         out: folder for supernet.safetensors (the best so far), dropout_list.json, history.jsonl, run.json and
             checkpoints/. None: nothing is written, and signals are left alone.
         resume: "auto" goes on from the newest checkpoint in `out`, or starts where there is none. The run ends as if
-            it had never stopped: with the same weights, bit for bit, on a CPU.
+            it had never stopped: with the same weights, bit for bit, on a CPU. It goes on from the network that the
+            run began with, or any that it reached (this one, if it was stopped here), and on the same data: classes
+            and numbers of images are compared where the loaders say them (`source` or `dataset`; lists).
         console: where lines and bars go; None: standard error.
         verbose: a line per epoch; else only bars, in a terminal.
         group: a torch.distributed group whose processes all call this, with the same network and settings and each
@@ -70,7 +72,7 @@ def train(
 
     Raises:
         ValueError: bad settings, batches or labels; a headless network; `out` holds a run already; a checkpoint of
-            another run.
+            another run: other settings, weights to begin with, or data; the message says which.
         Diverged: the loss became NaN or infinite; names the last good checkpoint.
         Stopped: SIGTERM or SIGINT, after a checkpoint was written.
         OSError: something could not be written or read (full disk, vanished data set).
@@ -103,7 +105,8 @@ def finetune(
         model: a timm VisionTransformer; also a freshly initialised one. At the end it holds the weights of the best
             evaluated epoch.
         train_loader, val_loader, out, resume, console, verbose, group: as for `train`; the best weights so far are in
-            model.safetensors.
+            model.safetensors. To resume, a model with random weights (a new head too) has to be made with the same
+            seed again.
         config: settings; None: `finetune_config()`, the paper's 30 epochs at 5e-5.
 
     Returns, Raises:
@@ -183,7 +186,8 @@ def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Any) -> 
             remove_leftovers(folder, folder / "checkpoints")
             if resume is None and checkpoints(folder / "checkpoints"):
                 raise ValueError(
-                    f"out is {str(folder)!r}, which holds a run already; resume it (auto), or choose another folder"
+                    f"out is {str(folder)!r}, which holds a run already; resume it (--resume auto, in "
+                    "Python resume='auto'), or choose another folder"
                 )
     return folder
 

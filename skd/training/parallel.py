@@ -34,7 +34,7 @@ def distributed(network: Any, supernet: SuperNet, group: Any) -> DistributedData
 
     Every rank gets rank 0's weights. Modules of width 0 have gradients of zero, so no parameter is ever unused.
     """
-    with others_alive(), warnings.catch_warnings():
+    with others_alive(group), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
         parallel = DistributedDataParallel(
             network, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True

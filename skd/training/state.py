@@ -9,6 +9,7 @@ import torch
 from skd.dropout_list import DropoutList
 from skd.training.checkpoints import optimizer_tensors, restore_optimizer
 from skd.training.history import History, StepLog
+from skd.training.origin import check_origin, merged
 
 # Settings that do not change what a run computes, so a resumed run may have others.
 _OPERATIONAL = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1"}
@@ -30,6 +31,7 @@ def capture(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "sensitivity": trainer.sensitivity,
         "scored_steps": trainer.online.steps if trainer.online is not None else 0,
         "config": trainer.config.to_dict(),
+        "origin": trainer.origin,
         "steps_per_epoch": trainer.steps_per_epoch,
         "dropout_list": trainer.supernet.dropout_list.to_json(),
         "history": [history.original_top1, history.epochs, history.best_epoch],
@@ -43,9 +45,10 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
     """Bring a fresh `Trainer` to where `capture` left one.
 
     Raises:
-        ValueError: the run had other settings, another network or other data.
+        ValueError: the run had other settings, other weights to begin with, or other data.
     """
-    _check_same_run(trainer, header)
+    _check_same_settings(trainer, header)
+    check_origin(trainer, tensors, header)
     tensors, numbers = _without_skipped(tensors, header["optimizer"], set(trainer.names.values()))
     try:
         trainer.supernet.load_state_dict(_part(tensors, "model."))
@@ -60,6 +63,7 @@ def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, An
     if trainer.online is not None:
         trainer.online.load_state(_part(tensors, "scores."), header["scored_steps"])
     trainer.scaler.load_state_dict(header["scaler"])
+    trainer.origin = merged(header.get("origin"), trainer.origin)
     trainer.history = History(*header["history"])
     trainer.epoch, trainer.step = header["epoch"], header["step"]
     trainer.step_in_epoch = header["step_in_epoch"]
@@ -80,7 +84,7 @@ def _without_skipped(
     return kept, {name: value for name, value in numbers.items() if name not in empty}
 
 
-def _check_same_run(trainer: Any, header: dict[str, Any]) -> None:
+def _check_same_settings(trainer: Any, header: dict[str, Any]) -> None:
     mine = trainer.config.to_dict()
     other = [
         f"{name} is {mine.get(name)}, it was {value}"

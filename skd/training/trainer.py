@@ -33,6 +33,7 @@ from skd.training.history import History, StepLog, drawn_means
 from skd.training.mixing import Mixing
 from skd.training.online import OnlineImportance
 from skd.training.optimizer import make_optimizer, make_scheduler
+from skd.training.origin import origin
 from skd.training.parallel import on_ranks
 from skd.training.precision import amp_dtype, laid_out, tf32
 from skd.training.screen import Screen, Seconds
@@ -49,6 +50,7 @@ class Trainer:
         step: optimizer steps done in all.
         plain: the network is a plain model in a super-network's clothes, and is saved as a plain model.
         grown: the dropout list has been grown for this epoch.
+        origin: what the run began with, for those who resume it.
         network: what is called to train: the super-network, compiled where asked for, and on several ranks wrapped
             in DistributedDataParallel, unless a CUDA graph averages the gradients.
     """
@@ -92,6 +94,8 @@ class Trainer:
             self.network = torch.compile(supernet)  # once for every entry: widths are looked up on the device
         if group is not None:
             self.network = on_ranks(self.network, supernet, group, replayed=replayed)
+        # On several ranks all have rank 0's weights by now. Without a folder nobody asks for it.
+        self.origin = origin(self) if folder is not None else None
         self.cold = config.torchcompile  # the next step waits for the compiler
         # Before stochastic depth is put in: the average is a super-network as convert made it.
         self.ema: Any = None
@@ -291,7 +295,7 @@ class Trainer:
         masks = None
         if self.paths is not None:  # of the whole batch; this rank has its rows rank, rank + world, ...
             masks = self.paths.masks(self.step, images * self.world)[:, self.rank :: self.world]
-        with others_alive(), seeded(self.config.seed, "step", self.step):
+        with others_alive(self.group), seeded(self.config.seed, "step", self.step):
             if self.graph is None:
                 loss = eager_step(self, group, entry, masks)
             else:
@@ -414,7 +418,7 @@ class Trainer:
         """Take up the newest checkpoint of the folder; False if there is none.
 
         Raises:
-            ValueError: it is of a run with other settings, another network or other data.
+            ValueError: it is of a run with other settings, weights or data.
         """
         assert self.folder is not None
         with together(self.group):
@@ -422,7 +426,8 @@ class Trainer:
         check_same(None if found is None else found[1]["step"], "the newest checkpoint's step", self.group)
         if found is None:
             return False
-        restore(self, *found)
+        with together(self.group):
+            restore(self, *found)
         self._write_records()
         if self.history.best_epoch is not None:
             with together(self.group):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 import skd_kernels as kernels
-from skd_kernels._dispatch import TensorSpec
+from skd_kernels._dispatch import TensorSpec, forced
 from skd_kernels.gpu import entry
 
 SHAPES = ((2, 5, 12), (20, 12), (20,), (12, 20), (12,))
@@ -86,6 +89,75 @@ def test_use_raises_when_the_call_is_not_eligible() -> None:
         kernels.masked_mlp(*tensors, width)
     with pytest.raises(ValueError, match="name is 'magic'"), kernels.use("magic"):
         pass
+
+
+def ask_compiled() -> Callable[[], str | None]:
+    """A compiled function that says which implementation is forced where it is called."""
+
+    def ask(x: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return x + 1, forced()
+
+    compiled = torch.compile(ask, backend="eager", fullgraph=True)
+    return lambda: compiled(torch.zeros(1))[1]
+
+
+def test_compiled_code_obeys_nested_use() -> None:
+    ask = ask_compiled()
+    seen = [ask()]
+    with kernels.use("reference"):
+        with kernels.use("slices"):
+            with kernels.use("reference"):
+                seen.append(ask())
+            seen.append(ask())
+        seen.append(ask())
+        with pytest.raises(KeyError), kernels.use("slices"):
+            raise KeyError
+        seen.append(ask())
+    assert [*seen, ask()] == [None, "reference", "slices", "reference", "reference", None]
+
+
+def test_interleaved_threads_force_nothing_upon_each_other() -> None:
+    """One enters, the other enters, the first leaves, then the second: each sees its own, and nothing stays."""
+    ask = ask_compiled()
+    turns = [threading.Event() for _ in range(4)]
+    seen: dict[str, list[tuple[str | None, str | None]]] = {"reference": [], "slices": []}
+
+    def work(name: str, enter: int, leave: int) -> None:
+        if enter:
+            assert turns[enter - 1].wait(60)
+        with kernels.use(name):
+            seen[name].append((forced(), ask()))
+            turns[enter].set()
+            assert turns[leave - 1].wait(60)
+            seen[name].append((forced(), ask()))
+        seen[name].append((forced(), ask()))
+        turns[leave].set()
+
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(work, "reference", 0, 2), pool.submit(work, "slices", 1, 3)]
+        assert turns[1].wait(60)
+        assert (forced(), ask()) == (None, None), "a third thread, while two are in their blocks"
+        for thread in threads:
+            thread.result()
+    assert seen == {name: [(name, name), (name, name), (None, None)] for name in seen}
+    assert (forced(), ask()) == (None, None)
+
+
+def test_blocks_of_one_thread_may_end_in_any_order() -> None:
+    """As those of generators and asyncio tasks do."""
+
+    def block(name: str) -> Iterator[None]:
+        with kernels.use(name):
+            yield
+
+    ask = ask_compiled()
+    first, second = block("reference"), block("slices")
+    next(first), next(second)
+    assert ask() == forced() == "slices"
+    first.close()
+    assert ask() == forced() == "slices"
+    second.close()
+    assert ask() is forced() is None
 
 
 def test_build_info_says_what_is_compiled() -> None:

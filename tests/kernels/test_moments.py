@@ -200,12 +200,28 @@ def test_strided_views_need_no_copy_to_be_right() -> None:
     torch.testing.assert_close(found, kernels.weighted_covariance(x.flatten(2, 3), grad.flatten(2, 3)))
 
 
+def assert_same_moments(found: kernels.Moments, expected: kernels.Moments) -> None:
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(found, name), value), name
+
+
+def test_all_reduce_without_a_group_is_this_process_alone() -> None:
+    """No torch.distributed is needed, and nothing changes: not a given shift, nor moments of nothing."""
+    x, grad = pair(6, 5, 3, 8)
+    moments = kernels.token_moments(x, grad, torch.full((3, 8), 0.5, dtype=x.dtype))
+    for expected in (moments, kernels.token_moments(x[:0], grad[:0])):
+        assert_same_moments(expected.all_reduce(), expected)
+        assert_same_moments(expected.all_reduce(None) + moments, expected + moments)
+
+
 def _reduce_on_rank(rank: int, folder: str, dtype: torch.dtype) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, grad = (tensor.to(dtype) for tensor in pair(24, 5, 3, 8))
     half = slice(0, 9) if rank == 0 else slice(9, 24)
-    moments = kernels.token_moments(x[half], grad[half]).all_reduce()
+    moments = kernels.token_moments(x[half], grad[half]).all_reduce(dist.group.WORLD)
     torch.save(copy.deepcopy(vars(moments)), f"{folder}/rank{rank}.pt")
+    alone = kernels.token_moments(x[half], grad[half])
+    assert_same_moments(alone.all_reduce(None), alone)  # though there is a world
     dist.destroy_process_group()
 
 

@@ -1,0 +1,113 @@
+"""The process ``skd``: what it imports for help, and how it ends when it is interrupted or nobody reads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import skd
+
+HEAVY = ("torch", "timm", "numpy", "rich", "yaml", "PIL", "matplotlib", "skd_kernels")
+# Runs the command as ``python -m skd`` does, and says at the end which of the heavy modules are there.
+WATCHED = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("heavy:", [name for name in {HEAVY} if name in sys.modules]))
+runpy.run_module("skd", run_name="__main__", alter_sys=True)
+"""
+INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(20)"
+
+
+def process(*argv: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+    """A process of Python's that finds this skd, and before it what is in `path`."""
+    places = os.pathsep.join(str(place) for place in (path, Path(skd.__file__).parents[1]) if place)
+    environment = os.environ | {"PYTHONPATH": places, "PYTHONUNBUFFERED": ""}
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-P", *argv], env=environment, **pipes, **options)
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["-h"], [], ["dmeo"], ["--versoin"]])
+def test_version_and_help_import_nothing_heavy(argv: list[str]) -> None:
+    """So they take a tenth of a second: `import torch` alone takes ten times as long."""
+    child = process("-c", WATCHED, *argv)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == (0 if argv in (["--version"], ["--help"], ["-h"]) else 2)
+    assert out.splitlines()[-1] == "heavy: []"
+
+
+def stub(folder: Path, name: str, text: str) -> Path:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path, swallowed: bool) -> None:
+    """Also where the module that is being imported catches every exception."""
+    text = f"try:\n    {INTERRUPT}\nexcept BaseException:\n    {'pass' if swallowed else 'raise'}\n"
+    child = process("-m", "skd", "info", path=stub(tmp_path, "torch", text))
+    out, err = child.communicate(timeout=60)
+    assert (out, err, child.returncode) == ("", "error: interrupted\n", 130)
+
+
+# ``skd info`` that is interrupted while it writes a file, and perhaps again while it puts things away.
+WORKING = """
+import os, runpy, signal, time
+import skd.commands.info
+from skd.outputs import replacing
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+
+def run(arguments):
+    try:
+        with replacing("result.json") as temporary:
+            temporary.write_text("half of it")
+            interrupt()
+    finally:
+        AGAIN
+
+skd.commands.info.run = run
+runpy.run_module("skd", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("again", ["pass", "interrupt()"])
+def test_ctrl_c_at_work_removes_what_was_being_written(tmp_path: Path, again: str) -> None:
+    """The second one does not wait for what the first has begun."""
+    child = process("-c", WORKING.replace("AGAIN", again), "info", cwd=tmp_path)
+    out, err = child.communicate(timeout=120)
+    assert (out, err, child.returncode) == ("", "error: interrupted\n", 130)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_after_the_work_is_one_line() -> None:
+    """While the interpreter takes down what was imported."""
+    child = process(
+        "-c", f"import atexit\ndef late():\n    {INTERRUPT}\natexit.register(late)\n{WATCHED}", "--version"
+    )
+    out, err = child.communicate(timeout=60)
+    assert out.startswith("skd ") and (err, child.returncode) == ("error: interrupted\n", 130)
+
+
+def test_sigint_that_is_ignored_stays_so() -> None:
+    """That of a script's background job: the Ctrl-C of another job is not meant for it."""
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nimport atexit, os\n{WATCHED}"
+    code += "\nraise AssertionError"  # the command ends the process
+    late = "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    child = process("-c", code.replace("import atexit, os", f"import atexit, os; {late}"), "--version")
+    _, err = child.communicate(timeout=60)
+    assert (err, child.returncode) == ("", 0)
+
+
+def test_nobody_reads_what_is_printed() -> None:
+    """As after ``skd --help | head -1``."""
+    child = process("-m", "skd", "--help")
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(60) == 0

@@ -1,0 +1,124 @@
+"""What commands declare of their files, and the rule that no output takes the place of another file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from skd.cli import parsed
+from skd.commands import COMMANDS
+from skd.outputs import Files, check_files
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a few files in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("net.safetensors", "run/supernet.safetensors", "run/sub-50.json", "images/a.png", "images/a.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    Path("link").symlink_to("net.safetensors")
+    Path("folder").symlink_to("run")
+    Path("run/curve.png").symlink_to("../kept.json")
+    return tmp_path
+
+
+RUN = ("supernet.safetensors", "curve.png", "sub-*.json", "checkpoints/*")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            Files({"--supernet": "net.safetensors"}, {"--out": "./net.safetensors"}),
+            "--out and --supernet are the same",
+        ),
+        (Files({"--supernet": "net.safetensors"}, {"--json": "link"}), "--json and --supernet are the same"),
+        (Files({}, {"--out": "new", "--json": "images/../new"}), "are the same file"),
+        (
+            Files({"--model": "run/supernet.safetensors"}, {}, {"--out": ("run", RUN)}),
+            "--model is .* a file of --out",
+        ),
+        (Files({"--model": "folder/supernet.safetensors"}, {}, {"--out": ("run", RUN)}), "a file of --out"),
+        (Files({"--model": "run/supernet.safetensors"}, {}, {"--out": ("folder", RUN)}), "a file of --out"),
+        (Files({}, {"--json": "run/sub-75.json"}, {"--out": ("run", RUN)}), "--json is .* a file of --out"),
+        (Files({}, {"--json": "run/checkpoints/x"}, {"--out": ("run/", RUN)}), "a file of --out"),
+        (Files({}, {"--json": "kept.json"}, {"--out": ("run", RUN)}), "a file of --out"),
+        (Files({"--data": "images"}, {"--json": "images/a.png"}), "--json is .* a file of --data"),
+    ],
+)
+def test_what_would_be_lost_is_refused(place: Path, files: Files, told: str) -> None:
+    with pytest.raises(ValueError, match=f"{told}.*would be lost"):
+        check_files(files)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        Files({"--supernet": None}, {"--out": None, "--json": None}, {"--folder": (None, RUN)}),
+        Files({"--supernet": "net.safetensors"}, {"--out": "link"}, in_place=[("--out", "--supernet")]),
+        Files({"--model": "vit_tiny"}, {"--out": "vit_tiny"}),  # a name of timm's
+        Files({"--data": "images"}, {"--json": "images/a.json", "--out": "images/b.png"}),
+        Files({"--supernet": "net.safetensors"}, {"--json": "run/other.json"}, {"--out": ("run", RUN)}),
+        Files({"--supernet": "run/supernet.safetensors"}, {}, {"--out": ("images", RUN)}),
+    ],
+)
+def test_everything_else_is_allowed(place: Path, files: Files) -> None:
+    check_files(files)
+
+
+# The least that each command can be given; and with what more it would lose a file.
+LEAST = {
+    "demo": "",
+    "convert": "--data images --out new",
+    "plan": "--supernet net.safetensors --data images --out new",
+    "train": "--supernet net.safetensors --out run",
+    "extract": "--supernet net.safetensors --entry 0 --out new",
+    "evaluate": "--supernet net.safetensors --data images",
+    "finetune": "--model net.safetensors --out run",
+    "info": "net.safetensors",
+}
+LOST = {
+    "demo": ["--out run --json run/summary.json", "--out run --json run/sub-50.safetensors"],
+    "convert": ["--checkpoint net.safetensors --out net.safetensors", "--class-map net.safetensors --out link"],
+    "plan": ["--json net.safetensors", "--json new", "--class-map net.safetensors --out net.safetensors"],
+    "train": [
+        *("--supernet run/supernet.safetensors", "--supernet folder/supernet.safetensors --resume auto"),
+        *(f"--json run/{name}" for name in ("run.json", "report/curve.png", "checkpoints/step-1", "history.jsonl")),
+        "--config run/sub-50.json --json run/sub-50.json",
+    ],
+    "extract": ["--out net.safetensors", "--json new"],
+    "evaluate": ["--json net.safetensors", "--json images/a.png"],
+    "finetune": ["--model run/model.safetensors", "--json run/model.safetensors", "--checkpoint run/report.md"],
+    "info": ["--json net.safetensors"],
+}
+
+
+def declared(command: str, more: str = "") -> Files:
+    arguments: argparse.Namespace = parsed([command, *LEAST[command].split(), *more.split()])
+    files: Files = arguments.files(arguments)
+    return Files(files.reads, {**files.writes, "--json": arguments.json}, files.folders, files.in_place)
+
+
+def test_every_command_is_here() -> None:
+    assert LEAST.keys() == LOST.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_declares_its_files(place: Path, command: str) -> None:
+    for name in ("model.safetensors", "report.md"):
+        (place / "run" / name).touch()
+    check_files(declared(command))
+    for more in LOST[command]:
+        with pytest.raises(ValueError, match="would be lost"):
+            check_files(declared(command, more))
+
+
+def test_what_train_only_reads_or_does_not_touch_is_allowed(place: Path) -> None:
+    (place / "run" / "converted.safetensors").touch()
+    check_files(declared("train", "--supernet run/converted.safetensors --resume auto"))
+    check_files(declared("train", "--supernet run/supernet.safetensors --dry-run"))
+    with pytest.raises(ValueError, match="a file of --out"):
+        check_files(declared("finetune", "--checkpoint run/converted.safetensors --json run/run.json"))
