@@ -16,7 +16,8 @@ from test_commands import KWARGS, MODEL, TRAINING, command, header, make_images
 from timm.models import save_for_hf
 
 import skd
-from skd.cli import main
+from skd.cli import main, parsed
+from skd.commands.models import with_new_head
 from skd.extract import choose_entry
 
 LOADING = ["--workers", 0, "--calibration-images", 24]
@@ -312,3 +313,36 @@ def test_mistakes(work: Path, tmp_path: Path, line: str, message: str, capsys: p
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_files_own_head_is_evaluated(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its number of classes as an argument asks for no other one, and skd evaluate takes none."""
+    file, line = work / "model.safetensors", ["--model-kwargs", json.dumps({"num_classes": 3})]
+    assert run("evaluate", "--model", file, *line, "--data", work / "images") == 2
+    assert "evaluated with the head that it has" in capsys.readouterr().err
+    arguments = parsed(["finetune", "--model", str(file), *line, "--data", "digits", "--out", str(tmp_path)])
+    model = skd.load(file)
+    before = model.head.weight.clone()
+    assert torch.equal(with_new_head(model, arguments).head.weight, before)
+
+
+def test_what_a_model_is_made_of_is_not_replaced(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hub").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "hub" / name).write_text("{}")
+    (tmp_path / "own.safetensors").write_text("weights")
+    given = json.dumps({"checkpoint_path": str(tmp_path / "own.safetensors")})
+    for line, out in (
+        (["--model", f"local-dir:{tmp_path}/hub"], tmp_path / "hub" / "model.safetensors"),
+        (["--model", "vit_tiny_patch16_224", "--model-kwargs", given], tmp_path / "own.safetensors"),
+    ):
+        assert run("convert", *line, "--data", work / "images", "--out", out) == 2
+        assert "--out" in capsys.readouterr().err and out.read_text() in ("{}", "weights")
+
+
+def test_a_supernetwork_has_its_own_weights(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--supernet", work / "none.safetensors", "--checkpoint", "x.pth", "--out", tmp_path / "run"]
+    assert run("train", *line, "--data", work / "images") == 2
+    assert "--supernet is given, a file with its own weights" in capsys.readouterr().err

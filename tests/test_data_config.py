@@ -157,3 +157,19 @@ def test_settings_that_a_run_cannot_have_are_named() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         skd.train(digit_net(), train, validation, config, calibration=calibration, console=QUIET)
+
+
+def test_open_sources_are_matched_too(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    model = skd.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3
+    )
+    opened = [open_source(tmp_path / "images", split, require_split=True) for split in ("train", "validation")]
+    names = opened[0].classes
+    assert names is not None
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names[::-1]}
+    config = training_config(batch_size=8)
+    by_path = loaders(tmp_path / "images", model, config)
+    by_sources = loaders(Sources(opened[0], opened[1], opened[0]), model, config)
+    labels = [torch.cat([y for _, y in found.validation]).tolist() for found in (by_path, by_sources)]
+    assert labels[0] == labels[1] and labels[0][0] == 2

@@ -228,3 +228,19 @@ def test_why_an_image_was_skipped(tmp_path: Path) -> None:
         list(loader)
     ((file, reason),) = loader.reasons.items()
     assert file.endswith("cat/0.png") and reason.startswith("UnidentifiedImageError") and loader.read == 5
+
+
+def test_fewer_than_sixteen_bits_of_a_tiff(tmp_path: Path) -> None:
+    """White is the largest value of the bits that are used."""
+    picture = Image.fromarray(np.array([[0, 4095]], dtype=np.uint16))
+    picture.save(tmp_path / "a.tiff")
+    opened = Image.open(tmp_path / "a.tiff")
+    opened.load()
+    opened.tag_v2[258] = (12,)  # Pillow writes 16
+    assert np.asarray(in_mode(opened, "L")).tolist() == [[0, 255]]
+
+
+def test_dark_grey_maps_of_sixteen_bits(tmp_path: Path) -> None:
+    """They stay dark: their largest value need not be above 255."""
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + np.array([0, 200], ">u2").tobytes())
+    assert np.asarray(in_mode(Image.open(tmp_path / "a.pgm"), "L")).tolist() == [[0, 1]]

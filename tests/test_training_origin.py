@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import skd
 from skd.cli import main
 from skd.training import Stopped, checkpoints
-from skd.training.origin import weights_hash
+from skd.training.origin import _images, weights_hash
 
 
 class Loader(Hooked):
@@ -177,3 +177,13 @@ def test_the_hash_sees_names_types_shapes_and_bytes() -> None:
     hashes = {weights_hash(each) for each in [state, *others]}
     assert len(hashes) == 6 and weights_hash({"b": torch.ones(()), "a": torch.zeros(3, 2).T}) == weights_hash(state)
     assert weights_hash({"a": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+def test_of_the_data_only_what_all_ranks_share_is_compared() -> None:
+    """A rank's own loader of PyTorch's holds its share; the number of classes is no list of their names."""
+    dataset = TensorDataset(torch.zeros(7, 1))
+    dataset.classes = 3  # type: ignore[attr-defined]
+    loader = DataLoader(dataset, batch_size=2)
+    assert _images(loader, None) == {"classes": None, "images": 7}
+    assert _images(loader, "a group") == {"classes": None, "images": None}
+    assert _images([(torch.zeros(2, 1), None), ()], None)["images"] == 2

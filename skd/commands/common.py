@@ -129,8 +129,8 @@ def source(
         check_classes(opened, model.num_classes)
         if like is None:
             match_model(opened, model)
-        if options.get("training") and opened.classes and not opened.mapped:
-            _name_classes(model, opened.classes, trained=arguments.command in ("train", "finetune"))
+        if options.get("training"):
+            _name_classes(model, opened, trained=arguments.command in ("train", "finetune"))
     return opened
 
 
@@ -140,11 +140,19 @@ def _reads_labels(arguments: argparse.Namespace) -> bool:
     return getattr(arguments, "labels", "given") == "given"
 
 
-def _name_classes(model: Any, classes: list[str], trained: bool) -> None:
-    """For the file's header: the names it has stay, unless they are not of its head or it is `trained` anew."""
-    known = getattr(model, "pretrained_cfg", {})
-    if trained or label_names(model) is None:
-        model.pretrained_cfg = {**known, "label_names": classes}
+def _name_classes(model: Any, images: Source, trained: bool) -> None:
+    """For the file's header: the names it has stay, unless they are not of its head or it is `trained` anew.
+
+    By a class map labels may have other names than the model knew, or names of which not all are known: then the
+    trained model has none.
+    """
+    known, names = getattr(model, "pretrained_cfg", {}), images.classes
+    if images.mapped and not trained:
+        return
+    if images.mapped and (names is None or len(names) != model.num_classes):
+        model.pretrained_cfg = {key: value for key, value in known.items() if key != "label_names"}
+    elif names and (trained or label_names(model) is None):
+        model.pretrained_cfg = {**known, "label_names": names}
 
 
 def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
@@ -193,6 +201,8 @@ def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> dict
     documents: dict[str, dict[str, Any]] = {}
     for name, loader in used.items():
         parts = [ranks[name] for ranks in all_ranks]
+        if not any(read or reasons for read, reasons, _ in parts):
+            continue  # a finished run that is resumed reads nothing
         reasons = dict(sorted((file, reason) for _, found, _ in parts for file, reason in found.items()))
         documents[name] = {
             "data": loader.name,

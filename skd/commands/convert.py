@@ -37,7 +37,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def files(arguments: argparse.Namespace) -> Files:
     return Files(
-        reads=common.options(arguments, "checkpoint", "class_map", "data", "data_dir"),
+        reads=models.reads(arguments) | common.options(arguments, "class_map", "data", "data_dir"),
         writes=common.options(arguments, "out"),
     )
 

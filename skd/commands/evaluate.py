@@ -48,7 +48,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    return Files(reads=common.options(arguments, "supernet", "model", "checkpoint", "class_map", "data", "data_dir"))
+    return Files(
+        reads=models.reads(arguments) | common.options(arguments, "supernet", "class_map", "data", "data_dir")
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

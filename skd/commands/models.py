@@ -116,9 +116,22 @@ def warn_if_random(arguments: argparse.Namespace) -> None:
 def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
     """`network`, a plain model or a super-network, with the head that --num-classes asks for, if it does."""
     classes = _num_classes(arguments)
-    if classes is not None:
-        new_head(network.model if isinstance(network, SuperNet) else network, classes, _seed(arguments))
+    model = network.model if isinstance(network, SuperNet) else network
+    # The number that a file's head has, as an argument of its architecture, asks for no other head.
+    if classes is not None and (getattr(arguments, "num_classes", None) or classes != model.num_classes):
+        new_head(model, classes, _seed(arguments))
     return network
+
+
+def reads(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """The files that a model is made of, for `skd.outputs.Files`."""
+    found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
+    found["--model-kwargs (checkpoint_path)"] = arguments.model_kwargs.get("checkpoint_path")
+    kind, _, folder = (arguments.model or "").partition(":")
+    if kind.lower() == "local-dir":
+        for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+            found[f"--model ({name})"] = str(Path(folder) / name)
+    return found
 
 
 def _named(arguments: argparse.Namespace) -> Any:
@@ -184,6 +197,8 @@ def _num_classes(arguments: argparse.Namespace) -> int | None:
     wanted: int | None = getattr(arguments, "num_classes", None)
     also = arguments.model_kwargs.get("num_classes")
     of_a_file = arguments.model is None or is_file(arguments.model)
+    if of_a_file and also is not None and arguments.command == "evaluate":
+        raise ValueError("--model-kwargs has num_classes, but a file is evaluated with the head that it has")
     if wanted is None:
         wanted = also if of_a_file else None
     elif also is not None and also != wanted:

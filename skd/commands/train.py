@@ -69,19 +69,22 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     common.add_settings(parser, defaults)
 
 
+READ = ("config", "class_map", "data", "data_dir")  # options of both that name what is read
+
+
 def train_files(arguments: argparse.Namespace) -> Files:
     products = ["supernet.safetensors", "dropout_list.json", *RECORDS]
     if arguments.supernet is None:  # else that one may be an earlier run's
         products.append(CONVERTED)
     return Files(
-        reads=common.options(arguments, "supernet", "checkpoint", "config", "class_map", "data", "data_dir"),
+        reads=models.reads(arguments) | common.options(arguments, "supernet", *READ),
         folders={"--out": (None if arguments.dry_run else arguments.out, products)},
     )
 
 
 def finetune_files(arguments: argparse.Namespace) -> Files:
     return Files(
-        reads=common.options(arguments, "model", "checkpoint", "config", "class_map", "data", "data_dir"),
+        reads=models.reads(arguments) | common.options(arguments, *READ),
         folders={"--out": (arguments.out, ["model.safetensors", *RECORDS])},
     )
 
@@ -143,6 +146,8 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
 
 def _given_supernet(arguments: argparse.Namespace, where: Any) -> SuperNet:
     """--supernet, with the head that --num-classes asks for."""
+    if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
+        raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
     supernet: SuperNet = models.with_new_head(common.supernet(arguments.supernet, where), arguments)
     return supernet
 

@@ -75,6 +75,7 @@ def loaders(
         sources = data
     else:
         sources = _opened(data, model, train_split, val_split, options)
+    _match(sources, model)
     images, shared = data_config(model), _shared(model, config, group)
     train = train_loader(
         sources.train,
@@ -144,13 +145,17 @@ def _opened(
     options = {"in_chans": model.in_chans, "require_split": True, **options}
     training = open_source(data, train, training=True, **options)
     others = open_source(data, validation, training=False, **options)
-    match_model(training, model)
-    match_classes(others, training.classes)
-    check_same_classes(training, others)
-    for source in (training, others):
-        check_classes(source, model.num_classes)
-    if not training.iterable:
-        return Sources(training, others, training)
-    again = open_source(data, train, training=True, **options)
-    match_classes(again, training.classes)
+    again = open_source(data, train, training=True, **options) if training.iterable else training
     return Sources(training, others, again)
+
+
+def _match(sources: Sources, model: Any) -> None:
+    """Labels by the names that the model knows, the same in all; ValueError if they do not fit each other or it."""
+    if model.num_classes:
+        match_model(sources.train, model)
+    for source in (sources.validation, sources.calibration):
+        if sources.train.classes is not None:
+            match_classes(source, sources.train.classes)
+        check_same_classes(sources.train, source)
+    for source in sources:
+        check_classes(source, model.num_classes)

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from timm.data.readers.img_extensions import get_img_extensions
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_BITS = 258  # TIFF's tag: bits per sample
 # Formats that Pillow recognises by their first bytes, but whose pixels it cannot give.
 _WITHOUT_PIXELS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 
@@ -28,14 +29,14 @@ def extensions() -> frozenset[str]:
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
     """The image (of several, the first) with 8 bits per channel, in `mode`, "L" or "RGB".
 
-    16-bit grey is divided by 257, so that white stays white (Pillow would cut it off at 255). 32-bit integers and
-    floats have no white of their own: it is 1 for floats from 0 to 1, else 255, else 65535, the smallest that no
-    value of the image exceeds; an image with other values is stretched from its lowest to its highest. Values that
-    are not finite are black. An alpha channel is dropped, as timm does it.
+    16-bit grey is divided by 257 (12-bit grey of TIFF accordingly), so that white stays white (Pillow would cut it
+    off at 255). 32-bit integers and floats have no white of their own: it is 1 for floats from 0 to 1, else 255, else
+    65535, the smallest that no value of the image exceeds; an image with other values is stretched from its lowest to
+    its highest. Values that are not finite are black. An alpha channel is dropped, as timm does it.
     """
     image.load()  # TIFF files are turned upright and may change their mode
     if image.mode.startswith("I;16"):
-        image = _of(np.asarray(image).astype(np.float64) / 257)
+        image = _of(np.asarray(image).astype(np.float64) * (255 / _white(image)))
     elif image.mode in ("I", "F"):
         image = _of(_scaled(np.asarray(image).astype(np.float64), image))
     elif image.mode == "LAB":
@@ -43,6 +44,13 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image.convert(mode)
+
+
+def _white(image: Image.Image) -> int:
+    """The largest value of a picture of 16 bits; in TIFF files fewer of them may be in use."""
+    tags = getattr(image, "tag_v2", {})  # TIFF files have them
+    bits = tags.get(_BITS, (16,))[0]
+    return int(2**bits - 1) if 8 < bits < 16 else 65535
 
 
 def _of(values: np.ndarray) -> Image.Image:
@@ -57,7 +65,8 @@ def _scaled(values: np.ndarray, image: Image.Image) -> np.ndarray:
         return (values - low) * (255 / max(high - low, 1e-300))
     if image.mode == "F" and high <= 1:
         return values * 255
-    sixteen_bits = high > 255 or (image.mode == "I" and image.format == "PNG")  # so older versions of Pillow open it
+    # So Pillow opens portable grey maps of 16 bits, and older versions of it PNG files.
+    sixteen_bits = high > 255 or (image.mode == "I" and image.format in ("PNG", "PPM"))
     return values / 257 if sixteen_bits else values
 
 

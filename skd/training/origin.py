@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 import torch
 
+from skd.data.iteration import Loader
 from skd.files import load
 
 _SHOWN = 5  # names of classes in a message
@@ -80,13 +82,16 @@ def _images(loader: Iterable[Any], group: Any) -> dict[str, Any]:
     if source is None:
         source = getattr(loader, "dataset", None)
     classes, count = getattr(source, "classes", None), None
-    if isinstance(source, Sized):
-        count = len(source) or None  # a stream may not know
-    elif isinstance(loader, list | tuple) and group is None:
-        count = sum(
-            len(batch[0]) for batch in loader if isinstance(batch, list | tuple) and isinstance(batch[0], Sized)
-        )
-    return {"classes": None if classes is None else [str(name) for name in classes], "images": count}
+    whole = group is None or isinstance(loader, Loader)  # skd's loaders know the images of all ranks
+    if isinstance(source, Sized) and whole:
+        with contextlib.suppress(TypeError, NotImplementedError):  # a stream may not know
+            count = len(source) or None
+    elif isinstance(loader, list | tuple) and whole:
+        firsts = [batch[0] for batch in loader if isinstance(batch, list | tuple) and batch]
+        count = sum(len(images) for images in firsts if isinstance(images, Sized))
+    # Of some data sets it is the number of classes.
+    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
+    return {"classes": names, "images": count}
 
 
 def _of_the_run(trainer: Any, start: str, tensors: Mapping[str, torch.Tensor]) -> bool:

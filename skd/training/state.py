@@ -41,14 +41,18 @@ def capture(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     }
 
 
-def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Bring a fresh `Trainer` to where `capture` left one.
-
-    Raises:
-        ValueError: the run had other settings, other weights to begin with, or other data.
-    """
+def check_same_run(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    """Raises ValueError: the run had other settings, weights to begin with, or data. No other rank is asked."""
     _check_same_settings(trainer, header)
     check_origin(trainer, tensors, header)
+
+
+def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
+    """Bring a fresh `Trainer` to where `capture` left one, after `check_same_run`.
+
+    Raises:
+        ValueError: the checkpoint is of another network.
+    """
     tensors, numbers = _without_skipped(tensors, header["optimizer"], set(trainer.names.values()))
     try:
         trainer.supernet.load_state_dict(_part(tensors, "model."))

@@ -37,7 +37,7 @@ from skd.training.origin import origin
 from skd.training.parallel import on_ranks
 from skd.training.precision import amp_dtype, laid_out, tf32
 from skd.training.screen import Screen, Seconds
-from skd.training.state import capture, restore
+from skd.training.state import capture, check_same_run, restore
 from skd.training.step import eager_step
 from skd.training.stopping import Diverged, Stopped, StopSignal, stop_signals
 
@@ -426,8 +426,9 @@ class Trainer:
         check_same(None if found is None else found[1]["step"], "the newest checkpoint's step", self.group)
         if found is None:
             return False
-        with together(self.group):
-            restore(self, *found)
+        with together(self.group):  # one rank alone may refuse, by its own share of the data
+            check_same_run(self, *found)
+        restore(self, *found)
         self._write_records()
         if self.history.best_epoch is not None:
             with together(self.group):
