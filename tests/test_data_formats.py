@@ -183,7 +183,8 @@ def test_orientation_is_counted_by_default(tmp_path: Path, workers: int, ending:
     with pytest.warns(UserWarning, match=rf"1 image of .* should be turned.*1\.{ending}") as caught:
         (first, _), (second, _) = loader
         list(loader)
-    assert len(caught) == 1 and loader.turned == {str(tmp_path / "cat" / f"1.{ending}")}
+    told = [warning for warning in caught if "should be turned" in str(warning.message)]  # Python may warn of forks
+    assert len(told) == 1 and loader.turned == {str(tmp_path / "cat" / f"1.{ending}")}
     if ending == "png":
         assert torch.equal(first, second)
 
