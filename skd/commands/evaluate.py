@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     where = common.device(arguments)
     if arguments.model is not None:
         return _plain(arguments, where)
-    if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
-        raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
+    models.check_no_weights(arguments)
     supernet = common.supernet(arguments.supernet, where)
     batches = common.validation(arguments, supernet.model)
     if arguments.entry is None and arguments.macs is None and arguments.params is None:

@@ -48,6 +48,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_no_weights(arguments: argparse.Namespace) -> None:
+    """Raises ValueError: --supernet is given together with what `add_weights` adds."""
+    if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
+        raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
+
+
 def add_num_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-classes",

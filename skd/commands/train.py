@@ -146,8 +146,7 @@ def _supernet(arguments: argparse.Namespace, config: TrainConfig) -> SuperNet:
 
 def _given_supernet(arguments: argparse.Namespace, where: Any) -> SuperNet:
     """--supernet, with the head that --num-classes asks for."""
-    if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
-        raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
+    models.check_no_weights(arguments)
     supernet: SuperNet = models.with_new_head(common.supernet(arguments.supernet, where), arguments)
     return supernet
 
