@@ -1,4 +1,4 @@
-"""The table of supported architectures, made from the code: what `skd.architecture.describe` says of every name.
+"""The table of supported architectures, made from the code: what skd says of every name.
 
 PYTHONPATH=. python tests/make_architecture_table.py                      print it
 PYTHONPATH=. python tests/make_architecture_table.py --write README.md    put it between the file's two marker lines
@@ -15,13 +15,13 @@ from typing import Any
 
 import timm
 from architectures import names, tiny
+from internals import ModuleInfo, modules_of
 from timm.layers import HybridEmbed, LayerScale, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 from benchmarks.table import rewrite
-from skd.architecture import ModuleInfo, describe
 
 BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
 
@@ -104,7 +104,7 @@ def supported_and_refused() -> tuple[dict[tuple[str, ...], list[Any]], dict[tupl
     for name in names():
         model = tiny(name)
         try:
-            infos = describe(model)
+            infos = modules_of(model)
         except ValueError as error:
             where, feature = re.match(r"blocks\.0(\S*) is a (\w+)", str(error)).groups()
             place = {"": "block", ".attn": "attention", ".mlp": "MLP"}[where]

@@ -10,6 +10,7 @@ import timm
 import torch
 from architectures import CLASSES, batches, build, images, randomise, tiny
 from equivalence import TOLERANCE, check, relative
+from internals import modules_of
 from timm.layers import Attention, GluMlp, Mlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import (
@@ -21,7 +22,6 @@ from timm.models.vision_transformer import (
 from torch.nn.utils.parametrizations import weight_norm
 
 import skd
-from skd.architecture import describe
 
 
 class OtherAttention(Attention):
@@ -141,7 +141,7 @@ def with_attention(**kwargs: Any) -> Any:
 def test_gated_attention(inner: dict[str, bool], qkv_bias: bool) -> None:
     model = with_attention(gated=True, qkv_bias=qkv_bias, **inner)
     check(model)
-    attentions = [info for info in describe(model) if info.kind == "attn"]
+    attentions = [info for info in modules_of(model) if info.kind == "attn"]
     assert all(info.binary and not info.rotates_v and not info.rotates_qk for info in attentions)
 
 

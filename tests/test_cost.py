@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 from helpers import tiny_vit
+from internals import planning_prices
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import skd
 from skd.curve import entries_within
-from skd.prices import planning_macs_per_unit
 
 # Published whole-model MACs and the planner's per-module MACs (linear convention), N = 197.
 PUBLISHED = {
@@ -35,7 +35,7 @@ def test_published_constants(name: str) -> None:
     supernet = meta_supernet(name)
     assert skd.cost(supernet, convention="linear") == skd.Cost(total, params)
     assert skd.cost(supernet.model, convention="linear") == skd.Cost(total, params)
-    shares = planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, "linear")
+    shares = planning_prices(supernet, "linear")
     assert shares["3.attn"] * 64 == pytest.approx(attention, rel=1e-12)
     assert shares["3.mlp"] * supernet.widths()[1] == pytest.approx(mlp, rel=1e-12)
 

@@ -16,13 +16,12 @@ from golden_data import (
     relative,
     transformed,
 )
+from internals import modules_of, planning_prices
 from torch import nn
 
 import skd
 import skd_kernels
-from skd.architecture import describe
 from skd.convert import WpacStatistics, collect
-from skd.prices import planning_macs_per_unit
 
 IMAGES = 160  # the five batches of 32 of the published passes
 
@@ -143,9 +142,7 @@ def test_scores_of_zero_sum_are_uniform():
 
 def test_planning_counts_the_attention_products(supernet):
     """Published: the `linear` convention, which leaves Q K^T and A V out."""
-    prices = {
-        c: planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, c) for c in ("full", "linear")
-    }
+    prices = {c: planning_prices(supernet, c) for c in ("full", "linear")}
     for name in MODULES:
         products = 2 * TOKENS**2 * HEADS if name.endswith("attn") else 0
         assert prices["full"][name] - prices["linear"][name] == products
@@ -160,7 +157,7 @@ def test_planning_counts_the_attention_products(supernet):
 def covariances(centering, size):
     """[(3, H, D, D)] of each attention, from 64 images."""
     model, statistics = build(original()), WpacStatistics(centering)
-    infos = describe(model)
+    infos = modules_of(model)
     collect(model, infos, proxy(size, 64), statistics.add, statistics.end_batch)
     return [statistics.covariance(info) for info in infos if info.kind == "attn"]
 

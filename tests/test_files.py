@@ -12,13 +12,13 @@ import timm
 import torch
 from earlier import sized_zero
 from helpers import nested, perturb, random_batches, tiny_vit
+from internals import construction
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import SwiGLU, SwiGLUPacked
 from torch import nn
 
 import skd
-from skd.construction import construction
 
 
 def header_of(path: Path) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from golden_data import (
     start_weights,
     stored_list,
 )
+from internals import planning_prices
 
 import skd
-from skd.architecture import describe
-from skd.prices import cost_model, planning_macs_per_unit
 
 EXACT = 1e-8
 BATCH = 32
@@ -145,11 +144,10 @@ def test_dropout_list_grows_as_published(scenario):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_planner_prices_of_the_linear_convention(scenario):
-    model = build(start_weights("A_plain", 0))
-    infos = describe(model)
-    prices = planning_macs_per_unit(model, infos, cost_model(model, infos), "linear")
+    supernet = skd.SuperNet(build(start_weights("A_plain", 0)))
+    prices = planning_prices(supernet, "linear")
     assert prices == pytest.approx({name: 1e6 * macs for name, macs in by_kind(scenario, "dim_MACs").items()})
-    assert {info.name: info.group_size for info in infos} == by_kind(scenario, "group_size")
+    assert {info.name: info.group_size for info in supernet.infos} == by_kind(scenario, "group_size")
 
 
 @ENTRIES

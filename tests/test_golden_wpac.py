@@ -16,10 +16,10 @@ from golden_data import (
     relative,
     transformed,
 )
+from internals import modules_of
 
 import skd
 import skd_kernels
-from skd.architecture import describe
 from skd.convert import WpacStatistics, collect
 
 EXACT = 1e-8
@@ -40,7 +40,7 @@ def gathered(count):
         statistics.add(info, feature, grad)
         taps[info.name] = feature, grad
 
-    collect(model, describe(model), batches(count, IMAGES), consume, statistics.end_batch)
+    collect(model, modules_of(model), batches(count, IMAGES), consume, statistics.end_batch)
     return statistics, taps
 
 
@@ -56,7 +56,7 @@ def statistics():
 
 @pytest.fixture(scope="module")
 def infos():
-    return {info.name: info for info in describe(build(original()))}
+    return {info.name: info for info in modules_of(build(original()))}
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from helpers import random_batches, tiny_vit
+from internals import image_size, unwrapped
 from timm.models import save_for_hf
 from torch import nn
 
 import skd
-from skd.architecture import image_size, unwrapped
 from skd.data import data_config
 
 NAME = "vit_tiny_patch16_224"

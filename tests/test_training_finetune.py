@@ -22,9 +22,9 @@ from helpers import (
     spoilt,
     weights,
 )
+from internals import modules_of
 
 import skd
-from skd.architecture import describe
 
 
 def tuned(model, out=None, resume=None, **changes):
@@ -34,7 +34,7 @@ def tuned(model, out=None, resume=None, **changes):
 
 
 def widths_of(model):
-    return [info.full_width for info in describe(model)]
+    return [info.full_width for info in modules_of(model)]
 
 
 @pytest.mark.parametrize("narrow", [None, [8, 5, 16, 24], [0, 5, 16, 0], [0, 0, 8, 24]])
