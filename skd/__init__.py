@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import skd._requirements  # noqa: F401  (before all else: it says what is missing)
 
 if TYPE_CHECKING:
-    from skd.architecture import create_model
     from skd.convert import convert
     from skd.cost import Cost, cost
     from skd.dropout_list import DropoutList, Operation
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from skd.planning import plan, rank_operations
     from skd.supernet import SuperNet
     from skd.training import History, TrainConfig, finetune, finetune_config, train
+    from skd.vit import create_model
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,7 @@ _MODULES = {
     "TrainConfig": "skd.training",
     "convert": "skd.convert",
     "cost": "skd.cost",
-    "create_model": "skd.architecture",
+    "create_model": "skd.vit",
     "evaluate": "skd.evaluate",
     "extract": "skd.extract",
     "finetune": "skd.training",

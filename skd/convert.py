@@ -1,41 +1,25 @@
 """WPAC: rotate and reorder a pre-trained Vision Transformer so that leading coordinates know the most (METHOD 1).
 
 The network's function is unchanged: per head one orthogonal matrix for V and the output projection, one for Q and
-K, and per MLP a permutation of its neurons.
+K, and per MLP a permutation of its neurons; an attention that no rotation leaves alone has its heads reordered.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from skd.architecture import ModuleInfo, describe, unwrapped
 from skd.ranks import check_group, in_step, others_alive, summed, total
-from skd.supernet import SuperBlock, SuperNet
-from skd.taps import all_finite, checked, frozen, probe, report_left_out, tapped, total_cost
-from skd_kernels import Moments, taylor_scores, token_moments
+from skd.supernet import SuperNet, belongs_to_supernet
+from skd.taps import all_finite, checked, frozen, report_left_out, tapped, total_cost
+from skd.vit import Module, Network, Transform, describe, probe, unwrapped
+from skd_kernels import Moments
 
 CENTERINGS = ("dataset", "batch")
 LABELS = ("given", "predicted")
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Orthogonal change of basis of one attention, float64; columns are the new coordinates, best first.
-
-    Attributes:
-        v, qk: (H, D, D), or None where it would change the network's function.
-    """
-
-    v: torch.Tensor | None
-    qk: torch.Tensor | None
-
-
-Transform = Rotation | torch.Tensor  # a tensor is the new order of an MLP's neurons, (F,) int64
 
 
 def convert(
@@ -47,11 +31,11 @@ def convert(
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
     group: Any = None,
 ) -> SuperNet:
-    """Convert a timm VisionTransformer to a super-network, from one pass over calibration images.
+    """Convert a timm Vision Transformer to a super-network, from one pass over calibration images.
 
     Args:
-        model: timm VisionTransformer, pre-trained; it is not touched. One wrapped by torch.compile, DataParallel or
-            DistributedDataParallel is unwrapped.
+        model: a timm model of a family of `skd.vit`, pre-trained; it is not touched. One wrapped by torch.compile,
+            DataParallel or DistributedDataParallel is unwrapped.
         batches: iterable of (images, labels): images (B, in_chans, H, W) un-augmented, preprocessed as for
             evaluation; labels (B,) integers, or None to use the model's own predictions. The paper uses 1,024
             images of the training set. Labels of a headless model are ignored.
@@ -76,28 +60,26 @@ def convert(
     if labels not in LABELS:
         raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
     model = unwrapped(model)
-    if any(isinstance(block, SuperBlock) for block in getattr(model, "blocks", ())):
+    if belongs_to_supernet(model):
         raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
     check_group(group)
-    infos = tuple(info for info in describe(model) if info.full_width)  # not the modules an extraction skipped
+    network = describe(model)
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering)
     batches = batches if progress is None else progress(batches)
-    collect(converted, infos, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
+    collect(converted, network.modules, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
     with others_alive(group):
         statistics.all_reduce(group)
-    report_left_out(statistics.skipped, bool(statistics.importance))
-    transforms = {info.name: statistics.transform(info) for info in infos}
-    apply_transforms(converted, infos, transforms)
-    supernet = SuperNet(converted, copy=False)
-    _check_function(model, supernet, infos, transforms)
+    report_left_out(statistics.skipped, bool(statistics.batches))
+    transforms = statistics.transforms(network)
+    apply_transforms(converted, network, transforms)
+    supernet = SuperNet(converted, copy=False, network=network)
+    _check_function(model, supernet, transforms)
     return supernet
 
 
 @torch.no_grad()
-def _check_function(
-    model: Any, supernet: SuperNet, infos: tuple[ModuleInfo, ...], transforms: dict[str, Transform]
-) -> None:
+def _check_function(model: Any, supernet: SuperNet, transforms: dict[str, Transform]) -> None:
     """A model with a forward of its own (a subclass, a hook) is not what its modules say.
 
     What such a forward changes is far above rounding, but a head with large weights can make rounding as large (its
@@ -108,8 +90,8 @@ def _check_function(
         return
     exact = copy.deepcopy(model).double()
     converted = copy.deepcopy(exact)
-    apply_transforms(converted, infos, transforms)
-    error = _difference(exact, SuperNet(converted, copy=False))
+    apply_transforms(converted, supernet.network, transforms)
+    error = _difference(exact, SuperNet(converted, copy=False, network=supernet.network))
     if not error <= 1e-6:
         raise ValueError(
             f"model is a {type(model).__name__} whose forward is not that of its modules: its output and that of its "
@@ -127,27 +109,27 @@ def _difference(model: Any, supernet: SuperNet) -> float:
 
 def collect(
     model: Any,
-    infos: tuple[ModuleInfo, ...],
+    modules: Iterable[Module],
     batches: Iterable[Any],
-    consume: Callable[[ModuleInfo, torch.Tensor, torch.Tensor], None],
+    consume: Callable[[Module, torch.Tensor, torch.Tensor], None],
     end_batch: Callable[[], None] = lambda: None,
     predicted: bool = False,
     group: Any = None,
 ) -> None:
-    """Forward and backward of the cost over `batches`, every (info, feature, gradient) to `consume`."""
-    with tapped(model, infos, consume), torch.enable_grad():
+    """Forward and backward of the cost over `batches`, every (module, feature, gradient) to `consume`."""
+    with tapped(model, modules, consume), torch.enable_grad():
         for images, targets in in_step(checked(model, batches, with_labels=not predicted), group):
             total_cost(model, model(images), targets).backward()
             end_batch()
 
 
 class WpacStatistics:
-    """Running statistics of one calibration: weighted moments at qkv, squared Taylor scores at the neurons.
+    """Running statistics of one calibration: weighted moments at qkv, scores at neurons and heads (`Module.observe`).
 
     A batch counts as a whole, in `end_batch`: if any of its statistics is not finite it is left out.
 
     Attributes:
-        skipped: number of batches left out.
+        batches, skipped: number of batches that count, and of those left out.
     """
 
     def __init__(self, centering: str = "dataset") -> None:
@@ -155,20 +137,15 @@ class WpacStatistics:
         self.moments: dict[str, Moments] = {}
         self.covariances: dict[str, torch.Tensor] = {}
         self.importance: dict[str, torch.Tensor] = {}
-        self.skipped = 0
+        self.batches = self.skipped = 0
         self._batch: dict[str, Moments | torch.Tensor] = {}
         self._device = torch.device("cpu")
 
-    def add(self, info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:
-        """One module of the present batch."""
+    def add(self, module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
+        """One module of the present batch; moments are taken about the first batch's mean."""
         self._device = feature.device
-        if info.kind == "mlp":
-            self._batch[info.name] = taylor_scores(feature, grad, power=2)
-            return
-        # (B, N, 3, H, D) -> tokens of 3 H groups, about the first batch's mean
-        x, g = feature.flatten(2, 3), grad.flatten(2, 3)
-        known = self.moments.get(info.name)
-        self._batch[info.name] = token_moments(x, g, None if known is None else known.shift)
+        known = self.moments.get(module.name)
+        self._batch[module.name] = module.observe(feature, grad, None if known is None else known.shift)
 
     def end_batch(self) -> None:
         """Take the present batch into the sums, or count it as skipped."""
@@ -181,6 +158,7 @@ class WpacStatistics:
         if not all_finite(sums):
             self.skipped += 1
             return
+        self.batches += 1
         for name, part in batch.items():
             if isinstance(part, torch.Tensor):
                 self.importance[name] = self.importance.get(name, 0.0) + part
@@ -199,77 +177,33 @@ class WpacStatistics:
             return
         device = self._device
         self.skipped = total(self.skipped, group, device)
-        if total(not self.importance, group, device):
+        if total(not self.batches, group, device):
             raise ValueError("batches: a rank has none with finite statistics")
         self.moments = {name: moments.all_reduce(group) for name, moments in self.moments.items()}
         for sums in (self.covariances, self.importance):
             sums.update(zip(sums, summed(list(sums.values()), group), strict=True))
 
-    def covariance(self, info: ModuleInfo) -> torch.Tensor:
-        """(3, H, D, D) float64 for q, k and v."""
+    def covariance(self, module: Module) -> torch.Tensor:
+        """(3, H, D, D) float64 for q, k and v of an attention that is rotated."""
         if self.centering == "batch":
-            flat = self.covariances[info.name]
+            flat = self.covariances[module.name]
         else:
-            flat = self.moments[info.name].covariance()
-        return flat.unflatten(0, (3, info.num_heads))
+            flat = self.moments[module.name].covariance()
+        return flat.unflatten(0, module.score_shape[:-1])
 
-    def transform(self, info: ModuleInfo) -> Transform:
-        """The rotation of an attention, or the order of an MLP's neurons (as it is, where nothing applies)."""
-        if info.kind == "mlp":
-            importance = self.importance[info.name]
-            if info.binary:
-                return torch.arange(info.full_width, device=importance.device)
-            return importance.argsort(descending=True, stable=True)
-        q, k, v = self.covariance(info)
-        return Rotation(
-            v=principal_axes(v) if info.rotates_v else None,
-            qk=principal_axes(q + k) if info.rotates_qk else None,
-        )
+    def transform(self, module: Module) -> Transform:
+        """The rotation of an attention, or the order of an MLP's neurons or of heads."""
+        scores = self.importance.get(module.name)
+        return module.transform(self.covariance(module) if scores is None else scores)
+
+    def transforms(self, network: Network) -> dict[str, Transform]:
+        """Of every module that was observed, by its name."""
+        observed = {*self.moments, *self.covariances, *self.importance}
+        return {module.name: self.transform(module) for module in network.modules if module.name in observed}
 
 
-def principal_axes(covariance: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors of symmetric (..., D, D) as columns, eigenvalues descending, float64.
-
-    The largest entry of each column is positive, so the result does not depend on the solver's signs.
-    """
-    symmetric = (covariance + covariance.mT) / 2
-    axes = torch.linalg.eigh(symmetric)[1].flip(-1)
-    peak = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
-    return axes * torch.where(peak < 0, -1.0, 1.0)
-
-
-@torch.no_grad()
-def apply_transforms(model: Any, infos: tuple[ModuleInfo, ...], transforms: dict[str, Transform]) -> None:
+def apply_transforms(model: Any, network: Network, transforms: dict[str, Transform]) -> None:
     """Fold rotations and orders into the weights of `model`, in float64, in place."""
-    for info in infos:
-        transform, block = transforms[info.name], model.blocks[info.block]
-        if isinstance(transform, Rotation):
-            _rotate(block.attn, info, transform)
-        else:
-            _reorder(block.mlp, info, transform)
-
-
-def _rotate(attn: Any, info: ModuleInfo, rotation: Rotation) -> None:
-    """W <- T^T W and b <- T^T b per head; W_proj <- W_proj T undoes V's."""
-    parts = (rotation.qk, rotation.qk, rotation.v)
-    for tensor in (attn.qkv.weight, attn.qkv.bias):
-        if tensor is None:
-            continue
-        rows = tensor.double().reshape(3, info.num_heads, info.full_width, -1)
-        turned = [r if t is None else t.mT @ r for t, r in zip(parts, rows, strict=True)]
-        tensor.copy_(torch.stack(turned).reshape(tensor.shape))
-    if rotation.v is not None:
-        weight = attn.proj.weight
-        columns = weight.double().unflatten(1, (info.num_heads, info.full_width))  # (C, H, D)
-        weight.copy_((columns.transpose(0, 1) @ rotation.v).transpose(0, 1).flatten(1))
-
-
-def _reorder(mlp: Any, info: ModuleInfo, order: torch.Tensor) -> None:
-    """Permute the neurons: rows of the input layers (gate and value alike), columns of the output layer."""
-    for layer in (getattr(mlp, name) for name in info.inputs):
-        for tensor in (layer.weight, layer.bias):
-            if tensor is not None:
-                rows = tensor.reshape(-1, info.full_width, *tensor.shape[1:])
-                tensor.copy_(rows[:, order].reshape(tensor.shape))
-    output = getattr(mlp, info.output)
-    output.weight.copy_(output.weight[:, order])
+    for module in network.modules:
+        if module.name in transforms:
+            module.apply(model, transforms[module.name])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from skd.architecture import describe, unwrapped
 from skd.prices import check_convention, cost_model
 from skd.supernet import SuperNet
+from skd.vit import describe, unwrapped
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def cost(model_or_supernet: Any, *, entry: int | None = None, convention: str = 
     else:
         if entry is not None:
             raise ValueError("entry is given with a plain model; only a SuperNet has sub-networks")
-        infos = describe(model_or_supernet)
-        widths = [info.full_width for info in infos]
-        costs = cost_model(model_or_supernet, infos)
+        network = describe(model_or_supernet)
+        widths = [module.full_width for module in network.modules]
+        costs = cost_model(model_or_supernet, network)
     return Cost(int(costs.macs(widths, convention)), int(costs.params(widths)))

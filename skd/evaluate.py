@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from skd.architecture import describe, unwrapped
 from skd.ranks import check_group, gathered, in_step, summed, total
 from skd.supernet import SuperNet
 from skd.taps import checked, frozen
+from skd.vit import describe, unwrapped
 
 
 class Top1:
@@ -134,7 +134,7 @@ def evaluate(
     with frozen(model):
         batches = checked(timm_model, batches if progress is None else progress(batches))
         for images, labels in in_step(batches, group):
-            reference = timm_model(images) if labels is None else None
+            reference = model(images) if labels is None else None
             top1.start(reference, labels, len(images))
             for entry in dict.fromkeys(variants):
                 top1.add(entry, model(images) if entry is None else model(images, entry=entry))

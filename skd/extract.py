@@ -5,18 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from skd.architecture import ModuleInfo, unwrapped
 from skd.prices import check_convention
-from skd.skipped import is_skipped, skipped_like
-from skd.supernet import SuperBlock, SuperNet, check_supernet
+from skd.supernet import SuperNet, check_supernet
+from skd.vit import unwrapped
 
 
 def extract(
@@ -26,7 +22,7 @@ def extract(
     params: float | None = None,
     entry: int | None = None,
     convention: str = "full",
-) -> VisionTransformer:
+) -> nn.Module:
     """Cut one sub-network out of the super-network.
 
     Args:
@@ -37,7 +33,7 @@ def extract(
         convention: how `macs` counts, "full" or "linear" (see `skd.cost`).
 
     Returns:
-        A timm VisionTransformer of timm and torch modules only, usable without skd. Its logits are those of
+        A model of timm's class, of timm and torch modules only, usable without skd. Its logits are those of
         ``supernet(images, entry=...)``: the softmax scale of the original head width is folded into the Q rows. In
         place of a skipped module stands a torch.fx.GraphModule that returns zeros, and in place of its norm and
         layer scale Identity: block indices never shift, and every entry can be exported and quantized.
@@ -47,13 +43,12 @@ def extract(
     """
     supernet = unwrapped(supernet)
     chosen = choose_entry(supernet, macs=macs, params=params, entry=entry, convention=convention)
-    widths = supernet.widths(chosen)
-    blocks = [
-        _extract_block(block, widths[2 * i], widths[2 * i + 1]) for i, block in enumerate(supernet.model.blocks)
-    ]
+    network, widths = supernet.network, iter(supernet.widths(chosen))
+    blocks = network.blocks(supernet.model)
+    cut = [block.cut([next(widths) for _ in block.modules_in_order]) for block in blocks]
     # Everything outside of the blocks is copied; the blocks are already cut, and are not copied again.
-    cut = nn.Sequential(*blocks).train(supernet.model.training)
-    model: VisionTransformer = copy.deepcopy(supernet.model, {id(supernet.model.blocks): cut})
+    model: nn.Module = copy.deepcopy(supernet.model, {id(blocks): blocks})
+    network.replace_blocks(model, cut)
     return model
 
 
@@ -112,91 +107,3 @@ def _budget(name: str, value: Any, full: int) -> int:
             return count + 1 if (count + 1) / full <= float(value) else count
         raise ValueError(f"{name} is {value}; a float is a fraction in (0, 1], an int an absolute count")
     raise ValueError(f"{name} is {value!r}; it must be a float in (0, 1] or an int")
-
-
-def _extract_block(block: SuperBlock, attn_width: int, mlp_width: int) -> nn.Module:
-    """The timm block at the given widths; every tensor is a fresh copy."""
-    replaced = {
-        "attn": _narrow(narrow_attention, block.attn, block.attn_info, attn_width),
-        "mlp": _narrow(narrow_mlp, block.mlp, block.mlp_info, mlp_width),
-    }
-    for which, width in (("1", attn_width), ("2", mlp_width)):
-        if width == 0:
-            replaced |= {f"{part}{which}": nn.Identity() for part in ("norm", "ls", "drop_path")}
-    # A timm block without its constructor, which would allocate and initialise full-size weights.
-    plain: Any = block.block_class.__new__(block.block_class)
-    nn.Module.__init__(plain)
-    if block.post_norm:
-        # What init_weights gives to both norms: not to be asked of an Identity.
-        plain.init_values = block.init_values if attn_width and mlp_width else None
-    for name, child in block.named_children():
-        plain.add_module(name, replaced.get(name) or copy.deepcopy(child))
-    return plain.train(block.training)
-
-
-def _narrow(cut: Callable[[Any, ModuleInfo, int], nn.Module], module: Any, info: ModuleInfo, width: int) -> nn.Module:
-    """`module` whole, cut to `width`, or what stands for it where it is skipped."""
-    if is_skipped(module) or 0 < width == info.full_width:
-        return copy.deepcopy(module)
-    return cut(module, info, width) if width else skipped_like(module)
-
-
-def narrow_attention(attn: Any, info: ModuleInfo, width: int) -> nn.Module:
-    """timm's Attention with `width` coordinates per head."""
-    dim, bias = attn.qkv.in_features, attn.qkv.bias is not None
-    heads, full = info.num_heads, info.full_width
-    factor = math.sqrt(width / full)  # timm will scale by width ** -0.5
-    qkv = _linear_like(attn.qkv, 3 * heads * width, dim, bias)
-    proj = _linear_like(attn.proj, attn.proj.out_features, heads * width, attn.proj.bias is not None)
-    with torch.no_grad():
-        for new, old in ((qkv.weight, attn.qkv.weight), (qkv.bias, attn.qkv.bias)):
-            if old is not None:
-                rows = old.reshape(3, heads, full, -1)[:, :, :width]
-                new.view(3, heads, width, -1).copy_(rows)
-                new[: heads * width] *= factor
-        columns = attn.proj.weight.unflatten(1, (heads, full))[:, :, :width]
-        proj.weight.view(-1, heads, width).copy_(columns)
-        if proj.bias is not None:
-            proj.bias.copy_(attn.proj.bias)
-    narrow: Any = copy.deepcopy(attn, {id(attn.qkv): qkv, id(attn.proj): proj})
-    narrow.head_dim, narrow.attn_dim, narrow.scale = width, heads * width, width**-0.5
-    module: nn.Module = narrow
-    return module
-
-
-def narrow_mlp(mlp: Any, info: ModuleInfo, width: int) -> nn.Module:
-    """timm's MLP with its first `width` neurons."""
-    inputs = [getattr(mlp, name) for name in info.inputs]
-    memo: dict[int, Any] = {id(layer): _first_rows(layer, info.full_width, width) for layer in inputs}
-    output = getattr(mlp, info.output)
-    columns = _linear_like(output, output.out_features, width, output.bias is not None)
-    with torch.no_grad():
-        columns.weight.copy_(output.weight[:, :width])
-        if columns.bias is not None:
-            columns.bias.copy_(output.bias)
-    narrow: nn.Module = copy.deepcopy(mlp, memo | {id(output): columns})
-    return narrow
-
-
-def _first_rows(layer: nn.Linear, full: int, width: int) -> nn.Linear:
-    """The first `width` of every `full` rows (gate and value rows of a packed layer alike)."""
-    parts = layer.out_features // full
-    cut = _linear_like(layer, parts * width, layer.in_features, layer.bias is not None)
-    with torch.no_grad():
-        for new, old in ((cut.weight, layer.weight), (cut.bias, layer.bias)):
-            if old is not None:
-                rows = old.unflatten(0, (parts, full))[:, :width]
-                new.copy_(rows.reshape(new.shape))
-    return cut
-
-
-def _linear_like(layer: nn.Linear, rows: int, columns: int, bias: bool) -> nn.Linear:
-    """A Linear of another size, uninitialised, with the dtype, device, mode and grad flag of `layer`."""
-    weight = layer.weight
-    linear = nn.Linear(1, 1, bias=bias, device="meta")  # nothing to initialise, and no random number drawn
-    linear.in_features, linear.out_features = columns, rows
-    linear.weight = nn.Parameter(weight.new_empty(rows, columns))
-    if bias:
-        linear.bias = nn.Parameter(weight.new_empty(rows))
-    linear.requires_grad_(weight.requires_grad).train(layer.training)
-    return linear

@@ -5,11 +5,11 @@ header, under the metadata key "skd", says how to build what they fit:
 
     format          1
     kind            "supernet" or "model"
-    architecture    timm's name, or null: then model_args are VisionTransformer's own constructor arguments
-    model_class     "VisionTransformer" or "VisionTransformerDistilled"
+    architecture    timm's name, or null: then model_args are the class's own constructor arguments
+    model_class     timm's: "VisionTransformer", "VisionTransformerDistilled", "Eva" or "Beit"
     model_args      keyword arguments
     norm_eps        of all norms, where it is not timm's default (directly built models), else null
-    widths          [[attention, MLP], ...], one pair per block
+    widths          [[attention, MLP], ...], the widths of each block's modules
     dropout_list    what `DropoutList.to_json` wrote, or null
     data            mean, std, interpolation, crop_pct, input_size, ...
     label_names     class names, or null
@@ -29,15 +29,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from skd.architecture import describe, image_size, unwrapped
-from skd.construction import build, construction
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.outputs import replacing
 from skd.supernet import SuperNet
-from skd.taps import frozen, probe
+from skd.taps import frozen
+from skd.vit import Network, describe, image_size, probe, unwrapped
+from skd.vit.construction import build, construction
 
 KEY = "skd"
 FORMAT = 1
@@ -45,8 +45,8 @@ FORMAT = 1
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def save(obj: SuperNet | VisionTransformer, path: str | os.PathLike[str]) -> None:
-    """Write a super-network, an extracted model or any timm VisionTransformer to a safetensors file.
+def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a super-network, an extracted model or any timm model that `skd.convert` takes to a safetensors file.
 
     Drop rates are not part of the file (timm leaves them out of a model's arguments): a loaded model has none.
     The file is rebuilt and compared with `obj` (keys, shapes, logits of a random image) before it takes its place:
@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     """Read what `save` wrote.
 
     Returns:
-        A `SuperNet` with its dropout list, or a timm VisionTransformer; on `device`, in evaluation mode.
+        A `SuperNet` with its dropout list, or a timm model; on `device`, in evaluation mode.
 
     Raises:
         ValueError: no such device, no such file, truncated or padded, not written by `save`, by a newer version, of
@@ -94,13 +94,13 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
 def _header(obj: Any) -> dict[str, Any]:
     supernet = isinstance(obj, SuperNet)
     model = obj.model if supernet else obj
-    infos = describe(model)
+    network = obj.network if supernet else describe(model)
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     return {
         "format": FORMAT,
         "kind": "supernet" if supernet else "model",
-        **construction(model),
-        "widths": [[infos[i].full_width, infos[i + 1].full_width] for i in range(0, len(infos), 2)],
+        **construction(model, network),
+        "widths": [[module.full_width for module in modules] for modules in network.by_block],
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
         "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
@@ -110,35 +110,36 @@ def _header(obj: Any) -> dict[str, Any]:
 
 def _tensors(obj: Any, header: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The state of `obj`, with the tensors that stand for skipped modules."""
-    if all(width for pair in header["widths"] for width in pair):
+    if all(_flat(header["widths"])):
         return obj.state_dict()
     try:
         with torch.device("meta"):
-            placeholders = _placeholders(build(header), header["widths"])
+            whole = build(header)
+            placeholders = _placeholders(whole, describe(whole), header["widths"])
     except Exception as reason:
         raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
     dtype = next(obj.parameters()).dtype
     return obj.state_dict() | {key: torch.empty(shape, dtype=dtype) for key, shape in placeholders.items()}
 
 
-def _placeholders(whole: Any, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
+def _placeholders(whole: Any, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
     """Shapes, with a 0, of the tensors that stand for skipped modules: of the layers into and out of their middle.
 
     By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (README's,
     earlier versions of skd) can rebuild it.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for info, width in zip(describe(whole), (width for pair in widths for width in pair), strict=True):
+    for module, width in zip(network.modules, _flat(widths), strict=True):
         if width == 0:
-            module: Any = getattr(whole.blocks[info.block], info.kind)
-            inputs, output = (("qkv",), "proj") if info.kind == "attn" else (info.inputs, info.output)
-            prefix = f"blocks.{info.block}.{info.kind}."
-            for name in inputs:
-                layer = getattr(module, name)
-                shapes[f"{prefix}{name}.weight"] = (0, layer.in_features)
-                shapes |= {f"{prefix}{name}.bias": (0,)} if layer.bias is not None else {}
-            shapes[f"{prefix}{output}.weight"] = (getattr(module, output).out_features, 0)
+            sizes = {name: list(parameter.shape) for name, parameter in module.of(whole).named_parameters()}
+            for name, (axis, _) in module.coordinates(whole).items():
+                sizes[name][axis] = 0
+                shapes[f"{module.path}.{name}"] = tuple(sizes[name])
     return shapes
+
+
+def _flat(widths: list[list[int]]) -> list[int]:
+    return [width for block in widths for width in block]
 
 
 def _write(tensors: dict[str, torch.Tensor], header: dict[str, Any], path: Path) -> None:
@@ -183,14 +184,15 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
         raise ValueError(f"the file has {len(blocks)} blocks; its header has {len(header['widths'])}")
     with torch.device("meta"):
         whole = build(header)
-        placeholders = _placeholders(whole, header["widths"])
-        model = _narrowed(whole, header["widths"])
+        network = describe(whole)
+        placeholders = _placeholders(whole, network, header["widths"])
+        model = _narrowed(whole, network, header["widths"])
     _check_fit(model, state, placeholders)
     state = {key: tensor for key, tensor in state.items() if key not in placeholders}
     model.load_state_dict(state, assign=True)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         # Buffers that are not saved exist only in a model that was really built.
-        model = _narrowed(build(header), header["widths"]).to(device)
+        model = _narrowed(build(header), network, header["widths"]).to(device)
         model.load_state_dict(state, assign=True)
     label_names = header["label_names"]
     model.pretrained_cfg = {
@@ -206,13 +208,13 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
     return model.eval()
 
 
-def _narrowed(model: Any, widths: list[list[int]]) -> Any:
+def _narrowed(model: Any, network: Network, widths: list[list[int]]) -> Any:
     """`model` cut to the widths of a file: the plain model itself, or what extraction makes of it."""
-    flat = [width for pair in widths for width in pair]
-    full = [info.full_width for info in describe(model)]
+    flat = _flat(widths)
+    full = [module.full_width for module in network.modules]
     if flat == full:
         return model
-    supernet = SuperNet(model, copy=False)
+    supernet = SuperNet(model, copy=False, network=network)
     supernet.dropout_list = DropoutList(supernet.modules_in_order, [full, flat])
     return extract(supernet, entry=1)
 

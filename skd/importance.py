@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from skd.architecture import unwrapped
 from skd.evaluate import Top1
 from skd.ranks import check_group, in_step, summed, total
 from skd.supernet import SuperNet, check_supernet
 from skd.taps import all_finite, check_gradients_possible, checked, frozen, report_left_out, total_cost
+from skd.vit import Module, unwrapped
 
 
 def importance(
@@ -38,7 +38,8 @@ def importance(
     Returns:
         (scores, sensitivity), keyed by module name.
         scores[name]: (width,) float64 array, raw: the sum over tokens of ``|x g|``; attention: at the qkv output,
-        q + k + v added, averaged over heads; MLP: at the activation output. A module that takes only the widths 0
+        q + k + v added, averaged over heads (cut by heads: added over the coordinates of each); MLP: at the
+        activation output. A module that takes only the widths 0
         and full has equal scores.
         sensitivity[name]: ``max(c - c_skip, 1/2) / max(c, 1)`` with c the number of correct predictions over the
         whole proxy set and c_skip the same with the module skipped (x -> x). Exact counts: the partition of the
@@ -66,7 +67,7 @@ def importance(
                 reference = supernet(images) if top1.headless or labels is None else None
             if labels is None and reference is not None and not top1.headless:
                 labels = reference.argmax(-1)
-            streams, output = _add_scores(supernet, current, images, labels, buffers)
+            streams, shared, output = _add_scores(supernet, current, images, labels, buffers)
             finite = all_finite([output, *(buffer for buffer in buffers if buffer is not None)])
             for sums, buffer in zip(totals, buffers, strict=True):
                 if sums is not None and buffer is not None:
@@ -78,7 +79,7 @@ def importance(
                 continue
             top1.start(reference, labels, len(images))
             top1.add("all", output)
-            _count_skips(supernet, current, streams, top1)
+            _count_skips(supernet, current, streams, shared, top1)
     device = next(supernet.parameters()).device
     ranks_without = total(not top1.images, group, device)
     report_left_out(total(left_out, group, device), ranks_without == 0)
@@ -86,7 +87,7 @@ def importance(
     counts = top1.counts(["all", *(i.name for i, w in zip(supernet.infos, current, strict=True) if w)], group)
     scores, sensitivity = {}, {}
     for info, own, width in zip(supernet.infos, totals, current, strict=True):
-        scores[info.name] = read_scores(None if own is None else next(reduced), width)
+        scores[info.name] = read_scores(info, None if own is None else next(reduced), width)
         lost = counts["all"] - counts[info.name] if width else 0
         sensitivity[info.name] = max(lost, 0.5) / max(counts["all"], 1)
     return scores, sensitivity
@@ -110,12 +111,9 @@ def score_buffers(supernet: SuperNet) -> list[torch.Tensor | None]:
     """Where the backward pass leaves each module's scores; None for a module that is all or nothing."""
     parameter = next(supernet.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    shapes = [
-        (3, info.num_heads, info.full_width) if info.kind == "attn" else (info.full_width,) for info in supernet.infos
-    ]
     return [
-        None if info.binary else torch.zeros(shape, dtype=dtype, device=parameter.device)
-        for info, shape in zip(supernet.infos, shapes, strict=True)
+        None if info.binary else torch.zeros(info.score_shape, dtype=dtype, device=parameter.device)
+        for info in supernet.infos
     ]
 
 
@@ -126,23 +124,26 @@ def _add_scores(
     images: torch.Tensor,
     labels: torch.Tensor | None,
     buffers: list[torch.Tensor | None],
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> tuple[list[torch.Tensor], Sequence[Any], torch.Tensor]:
     """Forward and backward of the cost; the operations add the scores on their way.
 
-    Returns the residual stream that enters each module, and the output; both detached.
+    Returns the residual stream that enters each module, what the blocks share, and the output; all without a graph.
     """
-    x = supernet.embed(images).detach().requires_grad_()
+    x, shared = supernet.embed(images)
+    x = x.detach().requires_grad_()
     streams = []
     for index, width in enumerate(widths):
         streams.append(x.detach())
-        x = supernet.step(index, x, width, buffers[index])
+        x = supernet.step(index, x, width, buffers[index], shared)
     output = supernet.head(x)
     total_cost(supernet.model, output, labels).backward()
-    return streams, output.detach()
+    return streams, shared, output.detach()
 
 
 @torch.no_grad()
-def _count_skips(supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], top1: Top1) -> None:
+def _count_skips(
+    supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], shared: Sequence[Any], top1: Top1
+) -> None:
     """Correct predictions with each module skipped.
 
     The part before the skipped module is not computed again: each variant starts from the stream entering it.
@@ -151,15 +152,13 @@ def _count_skips(supernet: SuperNet, widths: list[int], streams: list[torch.Tens
     for position, skipped in enumerate(active):
         x = streams[skipped]
         for index in active[position + 1 :]:
-            x = supernet.step(index, x, widths[index])
+            x = supernet.step(index, x, widths[index], shared=shared)
         top1.add(supernet.infos[skipped].name, supernet.head(x))
 
 
-def read_scores(total: torch.Tensor | None, width: int) -> np.ndarray:
-    """Raw scores of the kept coordinates."""
+def read_scores(module: Module, total: torch.Tensor | None, width: int) -> np.ndarray:
+    """Raw scores of the kept coordinates; equal ones where there are no sums."""
     if total is None:
         return np.ones(width)
-    if total.ndim == 3:  # q + k + v, mean over heads
-        total = total.sum(0).mean(0)
-    kept: np.ndarray = total[:width].cpu().numpy()
+    kept: np.ndarray = module.read_scores(total, width).cpu().numpy()
     return kept

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skd.architecture import unwrapped
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
-from skd.prices import check_convention, planning_macs_per_unit
+from skd.prices import check_convention
 from skd.supernet import SuperNet, check_supernet
+from skd.vit import unwrapped
 
 # Two scores closer than this are equal: sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
@@ -206,7 +206,7 @@ def ranked(
     operations = rank_operations(
         scores,
         sensitivity,
-        planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, convention),
+        dict(zip(supernet.modules_in_order, supernet.costs.planned_per_unit(convention), strict=True)),
         {info.name: info.group_size for info in supernet.infos},
         widths,
     )

@@ -6,132 +6,16 @@ import numbers
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
-from timm.models import checkpoint_seq
+from timm.models import checkpoint
 from torch import nn
 
-from skd.architecture import ModuleInfo, describe, unwrapped
-from skd.construction import remember_construction
 from skd.dropout_list import DropoutList
 from skd.prices import CostModel, cost_model
-from skd_kernels import masked_attention, masked_mlp
-
-Width = int | torch.Tensor
-
-
-class SuperBlock(nn.Module):
-    """A timm Block (or ResPostBlock) whose attention and MLP take a width; children keep their names.
-
-    ``forward(x)`` is the timm block's function; narrower widths keep leading coordinates. Width 0 skips the module
-    together with its norm.
-    """
-
-    def __init__(self, block: nn.Module, attn: ModuleInfo, mlp: ModuleInfo) -> None:
-        super().__init__()
-        self.block_class = type(block)
-        self.post_norm = self.block_class.__name__ == "ResPostBlock"
-        self.init_values = getattr(block, "init_values", None)
-        self.attn_info, self.mlp_info = attn, mlp
-        for name, child in block.named_children():
-            self.add_module(name, child)
-        self.train(block.training)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_width: Width | None = None,
-        mlp_width: Width | None = None,
-        tokens: int | None = None,
-        scores: Sequence[torch.Tensor | None] = (None, None),
-    ) -> torch.Tensor:
-        """(B, N, C), or of the first `tokens` alone: (B, tokens, C); `scores` of the attention and of the MLP."""
-        return self.feed_forward(self.attend(x, attn_width, scores[0], tokens), mlp_width, scores[1])
-
-    def attend(
-        self,
-        x: torch.Tensor,
-        width: Width | None = None,
-        scores: torch.Tensor | None = None,
-        tokens: int | None = None,
-    ) -> torch.Tensor:
-        """x plus the attention branch at `width` (None: full), of the first `tokens` (None: all).
-
-        `scores` as in `masked_attention`.
-        """
-        return self._residual(x, self.attn_info, self._attention, width, scores, tokens)
-
-    def feed_forward(
-        self, x: torch.Tensor, width: Width | None = None, scores: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x plus the MLP branch at `width` (None: full); `scores` as in `masked_mlp`."""
-        return self._residual(x, self.mlp_info, self._mlp, width, scores, None)
-
-    def _residual(
-        self, x: torch.Tensor, info: ModuleInfo, branch: Any, width: Width | None, scores: Any, tokens: int | None
-    ) -> torch.Tensor:
-        width = info.full_width if width is None else width
-        which = "1" if info.kind == "attn" else "2"
-        norm, drop_path = getattr(self, f"norm{which}"), getattr(self, f"drop_path{which}")
-        scale = getattr(self, f"ls{which}", nn.Identity())
-        if info.full_width == 0 or (isinstance(width, int) and width == 0):
-            return _skip(x[:, :tokens], [getattr(self, info.kind), norm, scale])
-        y = branch(x if self.post_norm else norm(x), width, scores, tokens)
-        if self.post_norm:
-            y = norm(y)
-        if isinstance(width, torch.Tensor) and (self.post_norm or info.binary):
-            # The operation gives zeros at width 0, but a norm after it, or a whole module, does not.
-            y = torch.where(width > 0, y, 0.0)
-        return x[:, :tokens] + drop_path(scale(y))
-
-    def _attention(self, x: torch.Tensor, width: Width, scores: Any, tokens: int | None) -> torch.Tensor:
-        attn: Any = self.attn
-        if self.attn_info.binary:
-            return attn(x)[:, :tokens]
-        return masked_attention(
-            x,
-            attn.qkv.weight,
-            attn.qkv.bias,
-            attn.proj.weight,
-            attn.proj.bias,
-            width,
-            num_heads=self.attn_info.num_heads,
-            scores=scores,
-            queries=tokens,
-        )
-
-    def _mlp(self, x: torch.Tensor, width: Width, scores: Any, tokens: None) -> torch.Tensor:
-        mlp: Any = self.mlp
-        if self.mlp_info.binary:
-            return mlp(x)
-        info = self.mlp_info
-        first, *second = [getattr(mlp, name) for name in info.inputs]
-        w1, b1 = first.weight, first.bias
-        if second:  # gate and value rows are in two layers
-            w1 = torch.cat([w1, second[0].weight])
-            b1 = None if b1 is None else torch.cat([b1, second[0].bias])
-        last = getattr(mlp, info.output)
-        # Only a norm over the input is left here: one over the neurons makes the module binary.
-        x = mlp.norm(x)
-        return masked_mlp(x, w1, b1, last.weight, last.bias, width, act=info.act, gated=info.gated, scores=scores)
-
-
-def _what_prices_depend_on(model: Any) -> tuple[int, ...]:
-    """What may change in a model whose blocks stay as they are. Asked in every step: the blocks are not walked."""
-    outside = [part for name, part in model.named_children() if name != "blocks"]
-    parameters = chain(model.parameters(recurse=False), *(part.parameters() for part in outside))
-    return model.patch_embed.num_patches, sum(parameter.numel() for parameter in parameters)
-
-
-def _skip(x: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:
-    """`x`, with the parameters of skipped modules in the graph: their gradients are zeros, not None."""
-    if not torch.is_grad_enabled():
-        return x
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    nothing = [p.reshape(-1)[:0].sum() for p in parameters]
-    return x + torch.stack(nothing).sum() if nothing else x
+from skd.vit import Network, SuperBlock, Width, describe, unwrapped
+from skd.vit.construction import remember_construction
 
 
 class SuperNet(nn.Module):
@@ -142,7 +26,7 @@ class SuperNet(nn.Module):
 
     Attributes:
         model: the timm model, a deep copy whose blocks are `SuperBlock`s.
-        infos: what is known of each module, in order.
+        network: the description of its architecture (`skd.vit`); `infos`, of each module, in order.
         costs: prices of every width (`skd.cost`); they follow changes of `model` by hand (another head, another
             image size), and those of the dropout list with them.
         dropout_list: settable; a new one must name the same modules and start at the full widths.
@@ -151,25 +35,32 @@ class SuperNet(nn.Module):
 
     State-dict keys are timm's own. `SuperNet(model)` reorders no weight; `skd.convert` concentrates the knowledge of
     the copy first. With ``copy=False`` the model itself is taken over and its blocks replaced: for callers who have
-    no other use for it.
+    no other use for it. `network` is what ``skd.vit.describe(model)`` gave, where it is known already.
     """
 
     model: Any
     width_table: torch.Tensor
 
-    def __init__(self, model: Any, dropout_list: DropoutList | None = None, *, copy: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dropout_list: DropoutList | None = None,
+        *,
+        copy: bool = True,
+        network: Network | None = None,
+    ) -> None:
         super().__init__()
         model = unwrapped(model)
-        infos = describe(model)
+        self.network = describe(model) if network is None else network
         model = deepcopy(model) if copy else model
-        remember_construction(model)
+        remember_construction(model, self.network)
         self.model = model
-        self.infos = infos
-        self._costs: CostModel = cost_model(model, infos)
-        self._priced = _what_prices_depend_on(model)
+        self.infos = infos = self.network.modules
+        self._costs: CostModel = cost_model(model, self.network)
+        self._priced = self._what_prices_depend_on()
         self.scores: list[torch.Tensor | None] | None = None
-        blocks = [SuperBlock(b, infos[2 * i], infos[2 * i + 1]) for i, b in enumerate(model.blocks)]
-        self.model.blocks = nn.Sequential(*blocks)
+        blocks = zip(self.network.blocks(model), self.network.by_block, strict=True)
+        self.network.replace_blocks(model, [SuperBlock(block, modules) for block, modules in blocks])
         groups = sum(-(-info.full_width // info.group_size) for info in infos)
         device = next(model.parameters()).device
         # Static shape: the list grows in place, without a new graph.
@@ -212,10 +103,14 @@ class SuperNet(nn.Module):
         self._fill_table()
 
     def _update_costs(self) -> None:
-        priced = _what_prices_depend_on(self.model)
+        priced = self._what_prices_depend_on()
         if priced != self._priced:
-            self._costs, self._priced = cost_model(self.model, self.infos), priced
+            self._costs, self._priced = cost_model(self.model, self.network), priced
             self._dropout_list = replace(self._dropout_list, costs=self._costs, removed_macs=None)
+
+    def _what_prices_depend_on(self) -> tuple[int, int]:
+        """What may change while the blocks stay as they are. It is asked in every step: no block is walked."""
+        return self.network.tokens(self.model), self.network.outside_params(self.model)
 
     def _fill_table(self) -> None:
         widths = torch.from_numpy(self._dropout_list.widths.copy()).to(self.width_table)
@@ -261,20 +156,27 @@ class SuperNet(nn.Module):
         Raises:
             ValueError: entry out of range or images of the wrong shape.
         """
-        widths = self._resolve(entry)
-        x = self.embed(images)
-        tokens = [*[None] * (len(self.model.blocks) - 1), self.tokens_read]
-        scores = self.scores or [None] * len(widths)
-        steps = [
-            _AtWidths(block, widths[2 * i : 2 * i + 2], scores[2 * i : 2 * i + 2], tokens[i])
-            for i, block in enumerate(self.model.blocks)
-        ]
-        if self.model.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint_seq(steps, x)
-        else:
-            for step in steps:
-                x = step(x)
+        widths, scores = self._resolve(entry), self.scores or [None] * len(self.infos)
+        x, shared = self.embed(images)
+        start = 0
+        for block, tokens, own in zip(self.network.blocks(self.model), self._tokens_kept(), shared, strict=True):
+            end = start + len(block.modules_in_order)
+            arguments = (widths[start:end], tokens, scores[start:end], own)
+            x = checkpoint(block, x, *arguments) if self._recomputes() else block(x, *arguments)
+            start = end
         return self.head(x)
+
+    def _recomputes(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass, to save memory."""
+        return self.network.checkpoints(self.model)
+
+    @grad_checkpointing.setter
+    def grad_checkpointing(self, on: bool) -> None:
+        self.network.set_checkpoints(self.model, on)
 
     @property
     def tokens_read(self) -> int | None:
@@ -282,66 +184,43 @@ class SuperNet(nn.Module):
 
         With token pooling it reads the prefix tokens only; what it does not read has no gradient either.
         """
-        model = self.model
-        return model.num_prefix_tokens if model.global_pool == "token" and model.attn_pool is None else None
+        return self.network.tokens_read(self.model)
 
-    def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, height, width) to the first block's input (B, N, C)."""
-        model = self.model
-        check_images(model, images)
-        dtype = next(model.parameters()).dtype
-        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
-            raise ValueError(f"images has dtype {images.dtype}; the model has {dtype}")
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+    def _tokens_kept(self) -> list[int | None]:
+        """The tokens that each block gives: all, and the last one those that the head reads."""
+        return [*[None] * (len(self.network.by_block) - 1), self.tokens_read]
 
-    def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None) -> torch.Tensor:
-        """Module `index` (in order) applied to the residual stream at `width`.
+    def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+        """Images (B, in_chans, height, width) to the first block's input (B, N, C), and what each block is told.
+
+        That is None, a rotary embedding or a bias of positions, one per block, for `step`.
+        """
+        return self.network.embed(self.model, images)
+
+    def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None, shared: Any = None) -> torch.Tensor:
+        """Module `index` (in order) applied to the residual stream at `width`; `shared` is `embed`'s.
 
         The last block's give only the tokens that the head reads.
         """
-        block = self.model.blocks[index // 2]
-        tokens = self.tokens_read if index // 2 == len(self.model.blocks) - 1 else None
-        if index % 2:
-            return block.feed_forward(x[:, :tokens], width, scores)
-        return block.attend(x, width, scores, tokens)
+        module = self.infos[index]
+        block, tokens = self.network.blocks(self.model)[module.block], self._tokens_kept()[module.block]
+        own = None if shared is None else shared[module.block]
+        stepped: torch.Tensor = block.step(block.modules_in_order.index(module), x, width, tokens, scores, own)
+        return stepped
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The last block's output (B, N, C) to logits (or features of a headless model)."""
-        return self.model.forward_head(self.model.norm(x))
+        return self.network.head(self.model, x)
 
 
-class _AtWidths:
-    """A block with its widths and scores, for timm's checkpointing of a sequence of functions of x."""
-
-    def __init__(self, block: Any, widths: Sequence[Width], scores: Sequence[Any], tokens: int | None) -> None:
-        self.block, self.widths, self.scores, self.tokens = block, widths, scores, tokens
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.block(x, *self.widths, self.tokens, self.scores)
-        return y
+def belongs_to_supernet(model: Any) -> bool:
+    """Whether `model` is the model inside a super-network, whose blocks take widths."""
+    return isinstance(model, nn.Module) and any(isinstance(module, SuperBlock) for module in model.modules())
 
 
 def check_supernet(supernet: Any) -> None:
     if not isinstance(supernet, SuperNet):
         raise ValueError(f"supernet is a {type(supernet).__name__}; it must be a SuperNet (see skd.convert)")
-
-
-def check_images(model: Any, images: Any) -> None:
-    """`images` are a batch that `model` takes; otherwise ValueError."""
-    if not isinstance(images, torch.Tensor) or images.ndim != 4:
-        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"images is {got}; it must be a (B, {model.in_chans}, height, width) tensor")
-    if images.shape[1] != model.in_chans:
-        raise ValueError(f"images has {images.shape[1]} channels; the model takes {model.in_chans}")
-    size = model.patch_embed.img_size
-    if not model.dynamic_img_size and size is not None and tuple(images.shape[2:]) != tuple(size):
-        raise ValueError(f"images has size {tuple(images.shape[2:])}; the model takes {tuple(size)}")
-    patch = model.patch_embed.patch_size
-    divisible = not any(pixels % side for pixels, side in zip(images.shape[2:], patch, strict=True))
-    if model.dynamic_img_size and not divisible and not getattr(model.patch_embed, "dynamic_img_pad", False):
-        raise ValueError(f"images has size {tuple(images.shape[2:])}; both must be multiples of {tuple(patch)}")
-    if not images.is_floating_point():
-        raise ValueError(f"images has dtype {images.dtype}; it must be a floating-point tensor")
 
 
 def _strip_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from skd.architecture import ModuleInfo, image_size
-from skd.supernet import check_images
+from skd.vit import Module, check_images
+from skd.vit.block import first_block
+from skd.vit.protocol import Consumer
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
-Consumer = Callable[[ModuleInfo, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
-def tapped(model: Any, infos: Iterable[ModuleInfo], consume: Consumer) -> Iterator[None]:
-    """Inside the block every backward pass calls ``consume(info, feature, gradient)`` once per module.
+def tapped(model: Any, modules: Iterable[Module], consume: Consumer) -> Iterator[None]:
+    """Inside the block every backward pass calls ``consume(module, feature, gradient)`` once per module.
 
-    For attention the feature is the qkv projection's output, (B, N, 3, H, D); for an MLP the hidden features that
+    For an attention the feature is the qkv projection's output, (B, N, 3, H, D); for an MLP the hidden features that
     enter its output layer, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
     """
     check_gradients_possible()
-    handles = [model.blocks[0].register_forward_pre_hook(_start_graph)]
-    for info in infos:
-        block = model.blocks[info.block]
-        if info.kind == "attn":
-            handles.append(block.attn.qkv.register_forward_hook(_qkv_hook(info, consume)))
-        else:
-            handles.append(getattr(block.mlp, info.output).register_forward_pre_hook(_hidden_hook(info, consume)))
+    handles = [first_block(model).register_forward_pre_hook(_start_graph)]
+    for module in modules:
+        handles += module.tap(model, consume)
     try:
         with frozen(model):
             yield
@@ -63,30 +59,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """With frozen parameters the graph has to begin somewhere: at the first block."""
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
-
-
-def _qkv_hook(info: ModuleInfo, consume: Consumer) -> Any:
-    def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        shape = (*output.shape[:-1], 3, info.num_heads, info.full_width)
-        feature = output.detach().view(shape)  # detached: a hook that held its own graph would never be freed
-        output.register_hook(lambda grad: consume(info, feature, grad.reshape(shape)))
-
-    return hook
-
-
-def _hidden_hook(info: ModuleInfo, consume: Consumer) -> Any:
-    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        feature = inputs[0].detach()
-        inputs[0].register_hook(lambda grad: consume(info, feature, grad))
-
-    return hook
-
-
-def probe(model: Any) -> torch.Tensor:
-    """One random image, the same each time, as `model` takes it: to compare two networks by."""
-    parameter = next(model.parameters())
-    image = torch.rand(1, model.in_chans, *image_size(model), generator=torch.Generator().manual_seed(0))
-    return image.to(parameter.device, parameter.dtype)
 
 
 def total_cost(model: Any, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -146,7 +118,8 @@ def checked_batch(model: Any, batch: Any, name: str, with_labels: bool = True) -
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether no number in any of them is NaN or infinite; one look at the device for all."""
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+    finite = [torch.isfinite(tensor).all() for tensor in tensors]
+    return not finite or bool(torch.stack(finite).all())
 
 
 def report_left_out(left_out: int, counted: bool) -> None:

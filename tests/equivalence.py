@@ -170,7 +170,7 @@ def counted(model: Any) -> tuple[int, int]:
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     attentions = [block.attn for block in model.blocks if not isinstance(block.attn, torch.fx.GraphModule)]
     gates = sum(attn.attn_dim * (attn.gate is not None) for attn in attentions)
-    gates += sum(info.full_width for info in modules_of(model) if info.gated)
+    gates += sum(info.full_width for info in modules_of(model) if getattr(info, "gated", False))
     total += gates * tokens
     return total, total + 2 * tokens**2 * sum(attn.attn_dim for attn in attentions)
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import skd
-from skd.architecture import ModuleInfo, describe, image_size, unwrapped
-from skd.construction import construction
-from skd.prices import planning_macs_per_unit
+import skd.vit.construction
+from skd.vit import describe, image_size, unwrapped
+from skd.vit.attention import principal_axes
 
-__all__ = ["ModuleInfo", "construction", "image_size", "modules_of", "planning_prices", "unwrapped"]
+__all__ = ["ModuleInfo", "construction", "image_size", "modules_of", "planning_prices", "principal_axes", "unwrapped"]
+
+ModuleInfo = Any  # RotatedAttention, SortedMlp, ...
 
 
 def modules_of(model: Any) -> tuple[ModuleInfo, ...]:
     """What is known of each attention and MLP of a timm model, in the method's order."""
-    return describe(model)
+    return describe(model).modules
 
 
 def planning_prices(supernet: skd.SuperNet, convention: str) -> dict[str, float]:
     """MACs of one unit of each module's width, as the planner counts them."""
-    return planning_macs_per_unit(supernet.model, supernet.infos, supernet.costs, convention)
+    return dict(zip(supernet.modules_in_order, supernet.costs.planned_per_unit(convention), strict=True))
+
+
+def construction(model: Any) -> dict[str, Any]:
+    """What a file says of how to build the model again."""
+    return skd.vit.construction.construction(model, describe(model))

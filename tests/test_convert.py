@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_batches, tiny_vit
+from internals import principal_axes
 from torch import nn
 
 import skd
-from skd.convert import WpacStatistics, principal_axes
+from skd.convert import WpacStatistics
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -60,7 +60,7 @@ def test_drop_path_rates_rise_linearly_and_keep_the_mean():
 def test_a_dropped_branch_adds_nothing_and_a_kept_one_more():
     net = digit_net(torch.float64).train()
     images = digit_data()[0][0][0][:3].double()
-    x = net.embed(images)
+    x, _ = net.embed(images)
     y = net.step(0, x, 16) - x
     with drop_paths(net, 0.5, seed=0) as paths:
         mask = torch.tensor([0.0, 1.0, 2.0])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import skd
-from skd.weights import load_weights, new_head
+from skd.vit.weights import load_weights, new_head
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from skd.architecture import MODEL_SOURCES, create_model, describe
 from skd.cost import cost
 from skd.files import load
 from skd.outputs import output_file
 from skd.ranks import rank_of
 from skd.supernet import SuperNet
-from skd.weights import CHOICES, load_weights, new_head
+from skd.vit import MODEL_SOURCES, create_model, describe
+from skd.vit.weights import CHOICES, load_weights, new_head
 
 # Names of files that hold weights; and of those that no safetensors file should have.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform, resolve_model_data_config
 
-from skd.architecture import image_size, unwrapped
 from skd.supernet import SuperNet
+from skd.vit import image_size, unwrapped
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -30,10 +30,9 @@ def data_config(model: Any) -> dict[str, Any]:
     model = unwrapped(model)
     model = model.model if isinstance(model, SuperNet) else model
     config = resolve_model_data_config(model)
-    size = image_size(model) if model.patch_embed.img_size else config["input_size"][1:]
     return {
         **config,
-        "input_size": (model.in_chans, *size),
+        "input_size": (model.in_chans, *image_size(model)),
         "mean": _per_channel(config["mean"], model.in_chans),
         "std": _per_channel(config["std"], model.in_chans),
         "num_classes": model.num_classes,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from skd.architecture import ModuleInfo
 from skd.dropout_list import DropoutList
 from skd.supernet import SuperNet
+from skd.vit import Module
 
 
 def inclusion(dropout_list: DropoutList, module: int, full_width: int) -> np.ndarray:
@@ -34,9 +34,8 @@ class ExpectedDecay:
         shares: dict[int, torch.Tensor] = {}
         for index, info in enumerate(self.supernet.infos):
             if info.full_width:
-                block = self.supernet.model.blocks[info.block]
                 own = inclusion(self.supernet.dropout_list, index, info.full_width)
-                shares |= _by_parameter(block, info, torch.from_numpy(own))
+                shares |= _by_parameter(self.supernet.model, info, torch.from_numpy(own))
         one = torch.ones(())
         self.shares = [shares.get(id(p), one).to(p.device, p.dtype) for p in self.parameters]
 
@@ -46,11 +45,12 @@ class ExpectedDecay:
             parameter.mul_(1 - lr * self.weight_decay * share)
 
 
-def _by_parameter(block: Any, info: ModuleInfo, share: torch.Tensor) -> dict[int, torch.Tensor]:
-    """`share` laid out along the rows or columns that each weight of the module has for its coordinates."""
-    if info.kind == "attn":
-        columns = share.repeat(info.num_heads)
-        return {id(block.attn.qkv.weight): columns.repeat(3)[:, None], id(block.attn.proj.weight): columns[None]}
-    inputs = [getattr(block.mlp, name).weight for name in info.inputs]
-    rows = {id(weight): share.repeat(len(weight) // info.full_width)[:, None] for weight in inputs}
-    return rows | {id(getattr(block.mlp, info.output).weight): share[None]}
+def _by_parameter(model: Any, module: Module, share: torch.Tensor) -> dict[int, torch.Tensor]:
+    """`share` of each coordinate, laid out to multiply the parameters of `module` with more than one axis."""
+    own, found = dict(module.of(model).named_parameters()), {}
+    for name, (axis, index) in module.coordinates(model).items():
+        if own[name].ndim > 1:
+            shape = [1] * own[name].ndim
+            shape[axis] = -1
+            found[id(own[name])] = share[index.cpu()].reshape(shape)
+    return found

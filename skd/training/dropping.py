@@ -31,8 +31,8 @@ class DropPaths:
     def __init__(self, supernet: SuperNet, rate: float, seed: int) -> None:
         self.seed = seed
         self.device = next(supernet.parameters()).device
-        depth = len(supernet.model.blocks)
-        self.rates = np.repeat(np.linspace(0.0, rate, depth), 2).astype(np.float32)
+        by_depth = np.linspace(0.0, rate, len(supernet.network.by_block))
+        self.rates = np.array([by_depth[info.block] for info in supernet.infos], dtype=np.float32)
         self.modules = [CountedDropPath() for _ in self.rates]
 
     def masks(self, step: int, batch: int) -> torch.Tensor:
@@ -50,7 +50,8 @@ class DropPaths:
 @contextmanager
 def drop_paths(supernet: SuperNet, rate: float, seed: int) -> Iterator[DropPaths | None]:
     """Inside the block the super-network's branches drop at `rate`; its own DropPath modules return after it."""
-    places = [(block, name) for block in supernet.model.blocks for name in ("drop_path1", "drop_path2")]
+    blocks = supernet.network.blocks(supernet.model)
+    places = [(blocks[info.block], info.place.drop_path) for info in supernet.infos]
     own: list[Any] = [getattr(block, name) for block, name in places]
     paths = DropPaths(supernet, rate, seed) if rate else None
     replacements = [nn.Identity() for _ in own] if paths is None else paths.modules

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from skd.architecture import image_size
 from skd.supernet import SuperNet
 from skd.training.config import TrainConfig
 from skd.training.precision import laid_out, tf32
 from skd.training.trainer import Trainer, by_hand
+from skd.vit import image_size
 
 IMAGENET = 1_281_167  # training images, assumed where no data set is given
 LARGEST = {"cpu": 8, "cuda": 64}  # images of a measured step: a whole batch need not fit where the run is planned
@@ -53,7 +53,7 @@ def dry_run(
     # Without an epoch there are no updates to schedule by, and a graph is for one batch size.
     trainer = by_hand(supernet, config.changed(sched_on_updates=False, cuda_graph=False))
     supernet.train()
-    supernet.model.set_grad_checkpointing(config.grad_checkpointing)
+    supernet.grad_checkpointing = config.grad_checkpointing
     total = IMAGENET if images is None else images
     if total < config.batch_size:
         raise ValueError(f"batch_size is {config.batch_size}, but there are only {total} training images")

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from skd.architecture import describe, unwrapped
 from skd.data.from_config import warn_of_ignored
 from skd.outputs import output_folder, remove_leftovers, write_json
 from skd.ranks import check_group, check_same, rank_of, together
-from skd.supernet import SuperBlock, SuperNet, check_supernet
+from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
 from skd.training.checkpoints import checkpoints
 from skd.training.config import TrainConfig, finetune_config
 from skd.training.history import History
 from skd.training.screen import Screen
 from skd.training.trainer import Trainer
+from skd.vit import unwrapped
 from skd_kernels import build_info
 
 RESUME = (None, "auto")
@@ -113,15 +113,14 @@ def finetune(
         as `train`.
     """
     model = unwrapped(model)
-    if any(isinstance(block, SuperBlock) for block in getattr(model, "blocks", ())):
+    if belongs_to_supernet(model):
         raise ValueError("model belongs to a SuperNet; fine-tune what skd.extract gives")
-    describe(model)
+    supernet = SuperNet(model)
     config = finetune_config() if config is None else config
     if config.growing_epochs:
         raise ValueError(
             f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
         )
-    supernet = SuperNet(model)
     _check(supernet, train_loader, val_loader, config, None, resume, group)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)

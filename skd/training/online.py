@@ -48,9 +48,9 @@ class OnlineImportance:
         shares: dict[str, float] = {}
         for info, buffer in zip(self.supernet.infos, self.buffers, strict=True):
             # A copy, and float64 with or without a group: what is read may be the buffer itself, which restarts.
-            raw = read_scores(None if buffer is None else next(sums), widths[info.name])
+            raw = read_scores(info, None if buffer is None else next(sums), widths[info.name])
             scores[info.name] = raw.astype(np.float64)
-            shares[info.name] = float(scores[info.name].sum()) * (info.num_heads if info.kind == "attn" else 1)
+            shares[info.name] = float(scores[info.name].sum()) * info.places
         largest = max(max(shares.values()), 1e-300)
         sensitivity = {name: share / largest for name, share in shares.items()}
         self.restart()

@@ -20,7 +20,7 @@ def make_optimizer(supernet: SuperNet, config: TrainConfig) -> tuple[torch.optim
         ValueError: timm cannot make it.
     """
     model = supernet.model
-    never = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    never = supernet.network.undecayed(model)
     groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=never)
     decay = None
     if config.decay == "expected":

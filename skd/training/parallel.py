@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from skd.ranks import check_same, others_alive, spread
 from skd.supernet import SuperNet
-from skd.taps import probe
+from skd.vit import probe
 
 
 def on_ranks(network: Any, supernet: SuperNet, group: Any, *, replayed: bool) -> Any:

@@ -122,7 +122,7 @@ def _model_text(supernet: SuperNet) -> str:
     divisor, letter, _ = plots.unit(full)
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
     return (
-        f"{name}: {len(model.blocks)} blocks of width {model.embed_dim}, {model.num_classes:,} classes, "
+        f"{name}: {supernet.network.summary(model)}, {model.num_classes:,} classes, "
         f"{int(supernet.costs.params(widths)):,} parameters, {full / divisor:,.2f} {letter} MACs per image (full), "
         f"{linear / divisor:,.2f} {letter} (linear)"
     )

@@ -138,8 +138,8 @@ class Trainer:
     def run(self) -> History:
         """All epochs from where the run stands; the super-network then holds the weights that were kept."""
         training = self.supernet.training
-        checkpointing = self.supernet.model.grad_checkpointing
-        self.supernet.model.set_grad_checkpointing(checkpointing or self.config.grad_checkpointing)
+        checkpointing = self.supernet.grad_checkpointing
+        self.supernet.grad_checkpointing = checkpointing or self.config.grad_checkpointing
         try:
             with (
                 tf32(self.config.tf32),
@@ -151,7 +151,7 @@ class Trainer:
             if self.graph is not None:
                 self.graph.release()
             self.supernet.scores = None
-            self.supernet.model.set_grad_checkpointing(checkpointing)
+            self.supernet.grad_checkpointing = checkpointing
             self.supernet.train(training)
         if self.best_state is not None:
             self.supernet.load_state_dict(self.best_state)

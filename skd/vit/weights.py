@@ -52,7 +52,7 @@ def load_weights(model: Any, file: str | os.PathLike[str], *, take: str | None =
             return ""
         state, key = _state(file, take)
         state = _filter(model)(state, model)
-        if model.attn_pool is None:  # SigLIP's, where another pooling is asked for
+        if getattr(model, "attn_pool", None) is None:  # SigLIP's, where another pooling is asked for
             state = {name: tensor for name, tensor in state.items() if not name.startswith("attn_pool.")}
         if any_head:
             head = state.get("head.weight")

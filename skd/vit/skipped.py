@@ -6,10 +6,13 @@ Layers of size 0 compute the same, but ONNX Runtime refuses them and quantizatio
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
 
 
 def skipped_like(module: nn.Module) -> fx.GraphModule:
@@ -43,3 +46,51 @@ def is_skipped(module: Any) -> bool:
     zeros, output = nodes[-2:]
     calls = zeros.op == "call_function" and zeros.target is torch.zeros_like and not zeros.kwargs
     return calls and zeros.args == (inputs[0],) and output.args == (zeros,)
+
+
+@dataclass(frozen=True)
+class SkippedModule(Module):
+    """What an extraction left out: nothing to read, to rewrite or to narrow, and no cost."""
+
+    @classmethod
+    def describe(cls, index: int, place: Place) -> SkippedModule:
+        return cls(f"{index}.{place.module}", index, place, full_width=0, group_size=1, binary=False)
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return (0,)
+
+    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+        return []
+
+    def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
+        return feature.new_zeros(0)
+
+    def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        return feature.new_zeros(0)
+
+    def row_norms(self, model: Any) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.float64)
+
+    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def apply(self, model: Any, transform: Transform) -> None:
+        pass
+
+    def forward(
+        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+    ) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def narrowed(self, module: nn.Module, width: int) -> nn.Module:
+        return module
+
+    def prices(self, model: Any) -> Prices:
+        return Prices(0, 0, 0, 0, 0)
+
+    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+        return {}

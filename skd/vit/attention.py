@@ -1,0 +1,221 @@
+"""timm's plain `Attention`: V, and Q with K, are rotated within each head, which keeps its leading coordinates."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import Attention
+from torch import nn
+
+from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, require_linear
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Rotation, Transform, Width
+from skd_kernels import Moments, masked_attention, taylor_scores, token_moments
+
+ATTENTION_GROUP = 8  # coordinates of a head (METHOD 2)
+
+
+@dataclass(frozen=True)
+class RotatedAttention(Module):
+    """An attention whose width counts the coordinates of every head.
+
+    Attributes:
+        num_heads: H.
+        rotates_v, rotates_qk: which of WPAC's rotations preserve its function.
+    """
+
+    num_heads: int = 0
+    rotates_v: bool = False
+    rotates_qk: bool = False
+
+    mixes_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def describe(cls, index: int, place: Place, attn: Any) -> RotatedAttention:
+        """Of the attention in block `index`.
+
+        Raises:
+            ValueError: another class, or a feature without a function-preserving nested form.
+        """
+        name = f"blocks.{index}.{place.module}"
+        if type(attn) is not Attention:
+            raise ValueError(
+                f"{name} is a {type(attn).__name__}; differential and other attention layers are not supported, "
+                "it must be timm's Attention"
+            )
+        require_linear(f"{name}.qkv", attn.qkv)
+        require_linear(f"{name}.proj", attn.proj)
+        check_no_dropout(name, attn)
+        qk_norm = is_there(attn.q_norm) or is_there(attn.k_norm)
+        mixed = is_there(attn.norm) or getattr(attn, "gate", None) is not None  # its norm and its gate see all of V
+        binary, width = qk_norm or mixed, attn.head_dim
+        return cls(
+            name=f"{index}.{place.module}",
+            block=index,
+            place=place,
+            full_width=width,
+            group_size=width if binary else min(ATTENTION_GROUP, max(width, 1)),
+            binary=binary,
+            num_heads=attn.num_heads,
+            rotates_v=not mixed,
+            rotates_qk=not binary,
+        )
+
+    @property
+    def places(self) -> int:
+        return self.num_heads
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return 3, self.num_heads, self.full_width
+
+    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+        """The feature is the qkv projection's output, (B, N, 3, H, D)."""
+        return [self.of(model).qkv.register_forward_hook(output_hook(self, self.score_shape, consume))]
+
+    def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
+        return taylor_scores(feature.flatten(-3), grad.flatten(-3), power=power).reshape(self.score_shape)
+
+    def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
+        """Weighted moments of 3 H groups of D coordinates."""
+        return token_moments(feature.flatten(2, 3), grad.flatten(2, 3), shift)
+
+    def read_scores(self, scores: torch.Tensor, width: int) -> torch.Tensor:
+        """q + k + v, the mean over heads."""
+        return scores.sum(0).mean(0)[:width]
+
+    def row_norms(self, model: Any) -> torch.Tensor:
+        norms: torch.Tensor = self.of(model).qkv.weight.double().norm(dim=1)
+        return norms.reshape(self.score_shape)
+
+    def transform(self, statistic: torch.Tensor) -> Rotation:
+        """Principal axes of the (3, H, D, D) covariances: V's own, and those of Q and K together."""
+        q, k, v = statistic
+        return Rotation(
+            v=principal_axes(v) if self.rotates_v else None,
+            qk=principal_axes(q + k) if self.rotates_qk else None,
+        )
+
+    def ordering(self, scores: torch.Tensor) -> Rotation:
+        """Permutations within each head: V's by its scores, those of Q and K jointly by the sum of theirs."""
+        q, k, v = scores
+        return Rotation(
+            v=_permutations(v) if self.rotates_v else None,
+            qk=_permutations(q + k) if self.rotates_qk else None,
+        )
+
+    @torch.no_grad()
+    def apply(self, model: Any, transform: Transform) -> None:
+        """W <- T^T W and b <- T^T b per head; W_proj <- W_proj T undoes V's."""
+        assert isinstance(transform, Rotation)
+        attn, parts = self.of(model), (transform.qk, transform.qk, transform.v)
+        for tensor in (attn.qkv.weight, attn.qkv.bias):
+            if tensor is None:
+                continue
+            rows = tensor.double().reshape(*self.score_shape, -1)
+            turned = [r if t is None else t.mT @ r for t, r in zip(parts, rows, strict=True)]
+            tensor.copy_(torch.stack(turned).reshape(tensor.shape))
+        if transform.v is not None:
+            weight = attn.proj.weight
+            columns = weight.double().unflatten(1, (self.num_heads, self.full_width))  # (C, H, D)
+            weight.copy_((columns.transpose(0, 1) @ transform.v).transpose(0, 1).flatten(1))
+
+    def forward(
+        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+    ) -> torch.Tensor:
+        attn = getattr(block, self.place.module)
+        if self.binary:
+            whole: torch.Tensor = attn(x)
+            return whole[:, :tokens]
+        qkv, proj = attn.qkv, attn.proj
+        return masked_attention(
+            x,
+            qkv.weight,
+            qkv.bias,
+            proj.weight,
+            proj.bias,
+            width,
+            num_heads=self.num_heads,
+            scores=scores,
+            queries=tokens,
+        )
+
+    def narrowed(self, module: Any, width: int) -> nn.Module:
+        """timm will scale by ``width ** -0.5``: the rest of the full width's scale is folded into the Q rows."""
+        qkv = first_rows(module.qkv, self.full_width, width)
+        proj = first_columns(module.proj, self.full_width, width)
+        with torch.no_grad():
+            for tensor in qkv.parameters():
+                tensor[: self.num_heads * width] *= math.sqrt(width / self.full_width)
+        narrow: Any = copy.deepcopy(module, {id(module.qkv): qkv, id(module.proj): proj})
+        narrow.head_dim, narrow.attn_dim, narrow.scale = width, self.num_heads * width, width**-0.5
+        result: nn.Module = narrow
+        return result
+
+    def prices(self, model: Any) -> Prices:
+        block, attn = model.blocks[self.block], self.of(model)
+        dim, norms = attn.qkv.in_features, [attn.q_norm, attn.k_norm, attn.norm]
+        per_head = 4 * dim + 3 * has_bias(attn.qkv) + sum(is_there(norm) for norm in norms)
+        gate = getattr(attn, "gate", None)
+        if gate is not None:
+            per_head += dim + has_bias(gate) + 1  # and the product with the gate
+        scaling = count(attn.qkv, attn.proj.weight, gate, *norms)
+        return Prices(
+            macs_per_unit=self.num_heads * per_head,
+            macs_per_pair=2 * self.num_heads,
+            macs_fixed=dim * has_bias(attn.proj) + dim,  # the output bias, and the block's norm
+            params_per_unit=scaling // max(self.full_width, 1),
+            params_fixed=count(attn, *around(block, self.place)) - scaling,
+            unplanned_fixed=dim,
+        )
+
+    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+        attn, width, device = self.of(model), self.full_width, self.of(model).qkv.weight.device
+        rows = along(0, width, 3 * self.num_heads, device)
+        bias = {"qkv.bias": rows} if attn.qkv.bias is not None else {}
+        return {"qkv.weight": rows} | bias | {"proj.weight": along(1, width, self.num_heads, device)}
+
+
+def check_no_dropout(name: str, attn: Any) -> None:
+    """Raises ValueError: the attention drops some of its weights or outputs."""
+    if attn.attn_drop.p > 0 or attn.proj_drop.p > 0:
+        raise ValueError(
+            f"{name} has dropout; build the model with attn_drop_rate=0 and proj_drop_rate=0 "
+            "(drop_path_rate is supported)"
+        )
+
+
+def around(block: Any, place: Place) -> tuple[Any, Any]:
+    """The norm of a module in its block, and its layer scale (a layer, a parameter or None)."""
+    return getattr(block, place.norm), getattr(block, place.scale, None)
+
+
+def output_hook(module: Module, shape: tuple[int, ...], consume: Consumer) -> Any:
+    """A forward hook: `consume` gets the layer's output, its last axis of `shape`, with each gradient of it."""
+
+    def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        whole = (*output.shape[:-1], *shape)
+        feature = output.detach().view(whole)  # detached: a hook that held its own graph would never be freed
+        output.register_hook(lambda grad: consume(module, feature, grad.reshape(whole)))
+
+    return hook
+
+
+def principal_axes(covariance: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of symmetric (..., D, D) as columns, eigenvalues descending, float64.
+
+    The largest entry of each column is positive, so the result does not depend on the solver's signs.
+    """
+    symmetric = (covariance + covariance.mT) / 2
+    axes = torch.linalg.eigh(symmetric)[1].flip(-1)
+    peak = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
+    return axes * torch.where(peak < 0, -1.0, 1.0)
+
+
+def _permutations(scores: torch.Tensor) -> torch.Tensor:
+    """(H, D) scores to (H, D, D) permutation matrices, whose columns are the old coordinates, best first."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.eye(scores.shape[-1], dtype=torch.float64, device=scores.device)[order].mT

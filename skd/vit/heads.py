@@ -1,0 +1,301 @@
+"""Attention by whole heads: rotary positions or biases mix a head's coordinates, so heads are kept or left out.
+
+The layers are those of timm's EvaAttention, AttentionRope and Beit's Attention. timm's EvaAttention cannot have fewer
+heads than its width allows; AttentionRope can, and computes the same: a cut EvaAttention becomes one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from torch import nn
+
+from skd.vit.attention import around, check_no_dropout, output_hook
+from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
+from skd_kernels import taylor_scores
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class HeadAttention(Module):
+    """An attention whose width counts its heads.
+
+    Attributes:
+        head_dim: D, the coordinates of a head.
+        kv_heads: heads of keys and values; fewer than the heads of queries where these share them.
+    """
+
+    head_dim: int = 0
+    kv_heads: int = 0
+
+    mixes_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def describe(cls, index: int, place: Place, attn: Any, *, binary: bool = False) -> HeadAttention:
+        """Of the attention in block `index`; `binary` if its heads cannot be told apart.
+
+        Raises:
+            ValueError: a layer that is not plain, or dropout.
+        """
+        name = f"blocks.{index}.{place.module}"
+        for layer in (*_inputs(attn), "proj"):
+            require_linear(f"{name}.{layer}", getattr(attn, layer))
+        check_no_dropout(name, attn)
+        heads = attn.num_heads
+        kv_heads = getattr(attn, "num_kv_heads", heads)
+        whole = binary or kv_heads < heads or is_there(getattr(attn, "norm", None))
+        return cls(
+            name=f"{index}.{place.module}",
+            block=index,
+            place=place,
+            full_width=heads,
+            group_size=heads if whole else 1,
+            binary=whole,
+            head_dim=attn.proj.in_features // heads,
+            kv_heads=kv_heads,
+        )
+
+    @property
+    def num_heads(self) -> int:
+        return self.full_width
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return (self.full_width,)
+
+    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+        """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read."""
+        attn = self.of(model)
+        if self.binary:
+            return []
+        shape = (self.num_heads, self.head_dim)
+        if attn.qkv is not None:
+            return [attn.qkv.register_forward_hook(output_hook(self, (3, *shape), consume))]
+        gather = _Gathered(self, consume)
+        return [
+            getattr(attn, name).register_forward_hook(output_hook(self, shape, gather.part(place)))
+            for place, name in enumerate(_PROJECTIONS)
+        ]
+
+    def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
+        """Summed over q, k and v and the coordinates of each head."""
+        scores = taylor_scores(feature.flatten(-3), grad.flatten(-3), power=power)
+        return scores.reshape(3, -1, self.head_dim).sum((0, 2))
+
+    def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        return self.taylor(feature, grad)
+
+    @torch.no_grad()
+    def row_norms(self, model: Any) -> torch.Tensor:
+        attn = self.of(model)
+        layers = ("qkv",) if attn.qkv is not None else _PROJECTIONS
+        rows = torch.cat([getattr(attn, name).weight.double().norm(dim=1) for name in layers])
+        if self.kv_heads < self.num_heads:
+            return torch.ones(self.num_heads, dtype=torch.float64)  # heads share rows, and are not ordered
+        return rows.reshape(3, self.num_heads, -1).norm(dim=(0, 2))
+
+    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
+        return self.ordering(statistic)
+
+    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
+        """The new order of the heads (as it is, where they may not change places)."""
+        if self.binary:
+            return torch.arange(self.num_heads, device=scores.device)
+        return scores.argsort(descending=True, stable=True)
+
+    def apply(self, model: Any, transform: Transform) -> None:
+        """Permute whole heads: rows of the projections, their biases and the gate, columns of the output layer."""
+        assert isinstance(transform, torch.Tensor)
+        if self.binary:
+            return
+        own = dict(self.of(model).named_parameters())
+        steps = torch.arange(self.head_dim, device=transform.device)
+        order = (transform[:, None] * self.head_dim + steps).flatten()
+        for name, (axis, _) in self.coordinates(model).items():
+            permute(own[name], order, axis)
+
+    def forward(
+        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+    ) -> torch.Tensor:
+        attn = getattr(block, self.place.module)
+        if self.binary or (isinstance(width, int) and width == self.full_width and scores is None):
+            whole: torch.Tensor = attn(x, **{self.place.shared: shared})
+            return whole[:, :tokens]
+        heads = width if isinstance(width, int) else self.full_width
+        q, k, v = self._projected(attn, x, heads, scores)
+        q = _rotated(attn, attn.q_norm(q), shared).type_as(v)
+        k = _rotated(attn, attn.k_norm(k), shared).type_as(v)
+        out = F.scaled_dot_product_attention(q[:, :, :tokens], k, v).transpose(1, 2)  # (B, tokens, heads, D)
+        if isinstance(
+            width, torch.Tensor
+        ):  # heads past the width are selected away, in the same graph for every width
+            out = torch.where((torch.arange(heads, device=x.device) < width)[:, None], out, 0.0)
+        out, size = out.flatten(2), heads * self.head_dim
+        if getattr(attn, "gate", None) is not None:
+            bias = None if attn.gate.bias is None else attn.gate.bias[:size]
+            out = out * F.linear(x[:, :tokens], attn.gate.weight[:size], bias).sigmoid()
+        y = F.linear(out, attn.proj.weight[:, :size], attn.proj.bias)
+        return torch.where(width > 0, y, 0.0) if isinstance(width, torch.Tensor) else y
+
+    def _projected(
+        self, attn: Any, x: torch.Tensor, heads: int, scores: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """q, k and v of the first `heads`, (B, heads, N, D) each."""
+        shape = (self.num_heads, self.head_dim)
+        if attn.qkv is not None:
+            weight = attn.qkv.weight.unflatten(0, (3, *shape))[:, :heads].flatten(0, 2)
+            bias = _fused_bias(attn)
+            bias = None if bias is None else bias.unflatten(0, (3, *shape))[:, :heads].flatten()
+            qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, self.head_dim))
+        else:
+            size = heads * self.head_dim
+            layers = [getattr(attn, name) for name in _PROJECTIONS]
+            parts = [F.linear(x, la.weight[:size], None if la.bias is None else la.bias[:size]) for la in layers]
+            qkv = torch.stack(parts, 2).unflatten(-1, (heads, self.head_dim))
+        if scores is not None:
+            qkv = _AddScores.apply(qkv, scores[:heads], self)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def narrowed(self, module: Any, width: int) -> nn.Module:
+        """timm's AttentionRope with the first heads; where q, k and v are one layer with biases, K's are zeros."""
+        size, full = width * self.head_dim, self.num_heads * self.head_dim
+        cut: Any = AttentionRope(
+            module.proj.out_features,
+            num_heads=width,
+            attn_head_dim=self.head_dim,
+            qkv_fused=module.qkv is not None,
+            num_prefix_tokens=module.num_prefix_tokens,
+            rotate_half=module.rotate_half,
+            device="meta",
+        )
+        if module.qkv is not None:
+            cut.qkv = _with_bias(first_rows(module.qkv, full, size), _fused_bias(module), 3, full, size)
+        else:
+            for name in _PROJECTIONS:
+                setattr(cut, name, first_rows(getattr(module, name), full, size))
+        if getattr(module, "gate", None) is not None:
+            cut.gate = first_rows(module.gate, full, size)
+        for name in ("q_norm", "k_norm"):
+            setattr(cut, name, copy.deepcopy(getattr(module, name)))
+        cut.proj = first_columns(module.proj, full, size)
+        result: nn.Module = cut.train(module.training)
+        return result
+
+    def prices(self, model: Any) -> Prices:
+        block, attn = model.blocks[self.block], self.of(model)
+        own, dim = dict(attn.named_parameters()), attn.proj.out_features
+        layers = [getattr(attn, name) for name in _inputs(attn)]
+        macs = sum(layer.weight.numel() + layer.out_features * has_bias(layer) for layer in layers)
+        macs += attn.proj.weight.numel()
+        fused_bias = own.get("q_bias") is not None  # q's and v's, and the zeros of k are added too
+        rows = self.num_heads * self.head_dim
+        macs += 3 * rows * fused_bias
+        macs += rows * is_there(getattr(attn, "norm", None))
+        macs += rows * is_there(getattr(attn, "q_norm", None))
+        macs += self.kv_heads * self.head_dim * is_there(getattr(attn, "k_norm", None))
+        macs += rows * (getattr(attn, "gate", None) is not None)  # the product with the gate
+        per_unit, rest = divmod(macs, self.num_heads)
+        scaling = sum(own[name].numel() for name in self.coordinates(model))
+        per_head = scaling // self.num_heads
+        return Prices(
+            macs_per_unit=per_unit,
+            macs_per_pair=2 * self.head_dim,
+            macs_fixed=rest + dim * has_bias(attn.proj) + dim,  # the output bias, and the block's norm
+            params_per_unit=per_head,
+            params_fixed=count(attn, *around(block, self.place)) - per_head * self.num_heads,
+            params_if_cut=self.head_dim * fused_bias,
+            unplanned_fixed=dim,
+        )
+
+    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+        """The heads, along rows of the projections and the gate and along columns of the output layer."""
+        attn, found = self.of(model), dict[str, Coordinates]()
+        device = attn.proj.weight.device
+        for name, parameter in attn.named_parameters():
+            layer = name.partition(".")[0]
+            if layer in ("qkv", "q_bias", "v_bias", "gate", *_PROJECTIONS):
+                found[name] = self._rows(len(parameter), device)
+        found["proj.weight"] = along(1, self.num_heads, 1, device, each=self.head_dim)
+        return found
+
+    def _rows(self, rows: int, device: Any) -> Coordinates:
+        """One or three runs of all heads, or one of the heads of keys and values, each of several queries' heads."""
+        if rows == self.kv_heads * self.head_dim:
+            share = self.num_heads // self.kv_heads
+            shared = along(0, self.kv_heads, 1, device, each=self.head_dim)
+            return Coordinates(0, shared.numbers * share)
+        return along(0, self.num_heads, rows // (self.num_heads * self.head_dim), device, each=self.head_dim)
+
+
+class _Gathered:
+    """Puts together what hooks on separate layers for q, k and v are given in one backward pass."""
+
+    def __init__(self, module: Module, consume: Consumer) -> None:
+        self.module, self.consume = module, consume
+        self.parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def part(self, place: int) -> Consumer:
+        def add(module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
+            self.parts[place] = feature, grad
+            if len(self.parts) == len(_PROJECTIONS):
+                features, grads = (torch.stack([self.parts[i][which] for i in range(3)], 2) for which in (0, 1))
+                self.parts.clear()
+                self.consume(self.module, features, grads)
+
+        return add
+
+
+class _AddScores(torch.autograd.Function):
+    """The identity, whose backward pass adds the Taylor scores of its input to a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: torch.Tensor, scores: torch.Tensor, module: HeadAttention) -> torch.Tensor:
+        ctx.save_for_backward(feature)
+        ctx.scores, ctx.module = scores, module
+        return feature.view_as(feature)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (feature,) = ctx.saved_tensors
+        ctx.scores.add_(ctx.module.taylor(feature, grad))
+        return grad, None, None
+
+
+def _inputs(attn: Any) -> Sequence[str]:
+    """Names of the linear layers that read the tokens."""
+    gate = ("gate",) if getattr(attn, "gate", None) is not None else ()
+    return (*(("qkv",) if attn.qkv is not None else _PROJECTIONS), *gate)
+
+
+def _fused_bias(attn: Any) -> torch.Tensor | None:
+    """The bias of q, k and v together; EvaAttention's and Beit's are in three pieces, K's of zeros."""
+    if getattr(attn, "q_bias", None) is not None:
+        return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    bias: torch.Tensor | None = attn.qkv.bias
+    return bias
+
+
+@torch.no_grad()
+def _with_bias(layer: nn.Linear, bias: torch.Tensor | None, parts: int, full: int, size: int) -> nn.Linear:
+    """`layer` with the first `size` of every `full` numbers of `bias`."""
+    if bias is not None:
+        kept = bias.detach().unflatten(0, (parts, full))[:, :size].flatten()
+        layer.bias = nn.Parameter(kept.clone(), requires_grad=layer.weight.requires_grad)
+    return layer
+
+
+def _rotated(attn: Any, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+    """Queries or keys (B, heads, N, D) turned by the position of their patch; prefix tokens have none."""
+    if rope is None:
+        return heads
+    prefix = attn.num_prefix_tokens
+    turned = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=attn.rotate_half)
+    return torch.cat([heads[:, :, :prefix], turned], dim=2)

@@ -1,0 +1,56 @@
+"""The images that a model takes: their size, a check of a batch, and one random image to compare two networks by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """(height, width) of the images that `model` was built for.
+
+    With `dynamic_img_size` any multiple of the patch is taken, and nothing else: then the largest such size within
+    it, which has as many patches. A model that was built for no size has that of its data configuration.
+    """
+    embedding = model.patch_embed
+    height, width = embedding.img_size or resolve_model_data_config(model)["input_size"][1:]
+    if is_dynamic(model) and not _pads(model):
+        rows, columns = embedding.patch_size
+        return height // rows * rows, width // columns * columns
+    return height, width
+
+
+def is_dynamic(model: Any) -> bool:
+    """Whether the model takes images of any size."""
+    return bool(getattr(model, "dynamic_img_size", False))
+
+
+def _pads(model: Any) -> bool:
+    return bool(getattr(model.patch_embed, "dynamic_img_pad", False))
+
+
+def check_images(model: Any, images: Any) -> None:
+    """`images` are a batch that `model` takes; otherwise ValueError."""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"images is {got}; it must be a (B, {model.in_chans}, height, width) tensor")
+    if images.shape[1] != model.in_chans:
+        raise ValueError(f"images has {images.shape[1]} channels; the model takes {model.in_chans}")
+    size, dynamic = model.patch_embed.img_size, is_dynamic(model)
+    if not dynamic and size is not None and tuple(images.shape[2:]) != tuple(size):
+        raise ValueError(f"images has size {tuple(images.shape[2:])}; the model takes {tuple(size)}")
+    patch = model.patch_embed.patch_size
+    divisible = not any(pixels % side for pixels, side in zip(images.shape[2:], patch, strict=True))
+    if dynamic and not divisible and not _pads(model):
+        raise ValueError(f"images has size {tuple(images.shape[2:])}; both must be multiples of {tuple(patch)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images has dtype {images.dtype}; it must be a floating-point tensor")
+
+
+def probe(model: Any) -> torch.Tensor:
+    """One random image, the same each time, as `model` takes it: to compare two networks by."""
+    parameter = next(model.parameters())
+    image = torch.rand(1, model.in_chans, *image_size(model), generator=torch.Generator().manual_seed(0))
+    return image.to(parameter.device, parameter.dtype)

@@ -1,0 +1,198 @@
+"""timm's MLPs, plain and gated: hidden neurons are sorted, and the first ones are kept."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models.vitamin import GeGluMlp
+from torch import nn
+
+from skd.vit.attention import around
+from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
+from skd_kernels import masked_mlp, taylor_scores
+
+MLP_GROUPS = 32  # groups of neurons of an MLP (METHOD 2)
+# timm's and PyTorch's activation classes by the names of `skd_kernels.masked_mlp`.
+_ACTIVATIONS = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+    "Swish": "silu",
+}
+# Layers into and out of the hidden neurons of each MLP; the gate's first.
+_LAYERS: dict[Any, tuple[tuple[str, ...], str]] = {
+    Mlp: (("fc1",), "fc2"),
+    GluMlp: (("fc1",), "fc2"),
+    SwiGLU: (("fc1_g", "fc1_x"), "fc2"),
+    GeGluMlp: (("w0", "w1"), "w2"),
+}
+
+
+@dataclass(frozen=True)
+class SortedMlp(Module):
+    """An MLP whose width counts its hidden neurons.
+
+    Attributes:
+        act: name of the activation for `skd_kernels.masked_mlp`.
+        gated: it has gate and value rows.
+        inputs: names of the layers into the hidden neurons, the gate's first: one layer holding the rows of both, or
+            two.
+        output: name of the layer out of them.
+    """
+
+    act: str = ""
+    gated: bool = False
+    inputs: tuple[str, ...] = ()
+    output: str = ""
+
+    @classmethod
+    def describe(cls, index: int, place: Place, mlp: Any) -> SortedMlp:
+        """Of the MLP in block `index`.
+
+        Raises:
+            ValueError: another class, or a feature without a function-preserving nested form.
+        """
+        name = f"blocks.{index}.{place.module}"
+        if type(mlp) not in _LAYERS:
+            known = ", ".join(sorted(known.__name__ for known in _LAYERS))
+            raise ValueError(f"{name} is a {type(mlp).__name__}; it may be one of timm's {known}")
+        inputs, output = _LAYERS[type(mlp)]
+        for layer in (*inputs, output):
+            require_linear(f"{name}.{layer}", getattr(mlp, layer))
+        if any(module.p > 0 for module in mlp.modules() if isinstance(module, nn.Dropout)):
+            raise ValueError(f"{name} has dropout; build the model with proj_drop_rate=0")
+        if isinstance(mlp, GluMlp) and mlp.gate_last:
+            raise ValueError(f"{name} is a GluMlp with gate_last=True; its gate rows must come first")
+        hidden = getattr(mlp, output).in_features
+        # GeGluMlp has its norm before the first layer, the others between the two: there it mixes the neurons.
+        binary = not isinstance(mlp, GeGluMlp) and is_there(mlp.norm)
+        return cls(
+            name=f"{index}.{place.module}",
+            block=index,
+            place=place,
+            full_width=hidden,
+            group_size=hidden if binary else mlp_group(hidden),
+            binary=binary,
+            act=_activation(name, mlp),
+            gated=not isinstance(mlp, Mlp),
+            inputs=inputs,
+            output=output,
+        )
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return (self.full_width,)
+
+    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+        """The feature is what enters the output layer, (B, N, F)."""
+
+        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            feature = inputs[0].detach()
+            inputs[0].register_hook(lambda grad: consume(self, feature, grad))
+
+        return [getattr(self.of(model), self.output).register_forward_pre_hook(hook)]
+
+    def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
+        return taylor_scores(feature, grad, power=power)
+
+    def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        return self.taylor(feature, grad, power=2)
+
+    @torch.no_grad()
+    def row_norms(self, model: Any) -> torch.Tensor:
+        """Gate and value row together."""
+        first = [getattr(self.of(model), name).weight for name in self.inputs]
+        rows = torch.cat([weight.double().norm(dim=1).reshape(-1, self.full_width) for weight in first])
+        return rows.norm(dim=0)
+
+    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
+        return self.ordering(statistic)
+
+    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
+        """The new order of the neurons (as it is, where they may not change places)."""
+        if self.binary:
+            return torch.arange(self.full_width, device=scores.device)
+        return scores.argsort(descending=True, stable=True)
+
+    def apply(self, model: Any, transform: Transform) -> None:
+        """Permute rows of the input layers (gate and value alike) and columns of the output layer."""
+        assert isinstance(transform, torch.Tensor)
+        mlp = self.of(model)
+        for layer in (getattr(mlp, name) for name in self.inputs):
+            for tensor in layer.parameters():
+                permute(tensor, transform, 0)
+        permute(getattr(mlp, self.output).weight, transform, 1)
+
+    def forward(
+        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+    ) -> torch.Tensor:
+        mlp = getattr(block, self.place.module)
+        if self.binary:
+            whole: torch.Tensor = mlp(x)
+            return whole
+        first, *second = [getattr(mlp, name) for name in self.inputs]
+        w1, b1 = first.weight, first.bias
+        if second:  # gate and value rows are in two layers
+            w1 = torch.cat([w1, second[0].weight])
+            b1 = None if b1 is None else torch.cat([b1, second[0].bias])
+        last = getattr(mlp, self.output)
+        # Only a norm over the input is left here: one over the neurons makes the module binary.
+        x = mlp.norm(x)
+        return masked_mlp(x, w1, b1, last.weight, last.bias, width, act=self.act, gated=self.gated, scores=scores)
+
+    def narrowed(self, module: Any, width: int) -> nn.Module:
+        inputs = [getattr(module, name) for name in self.inputs]
+        memo: dict[int, Any] = {id(layer): first_rows(layer, self.full_width, width) for layer in inputs}
+        output = getattr(module, self.output)
+        narrow: nn.Module = copy.deepcopy(module, memo | {id(output): first_columns(output, self.full_width, width)})
+        return narrow
+
+    def prices(self, model: Any) -> Prices:
+        mlp, block = self.of(model), model.blocks[self.block]
+        output, first = getattr(mlp, self.output), [getattr(mlp, name) for name in self.inputs]
+        dim, inputs = output.out_features, 2 if self.gated else 1
+        per_unit = dim * (inputs + 1) + inputs * has_bias(first[0]) + 2 + (inputs - 1)
+        fixed = dim * has_bias(output) + dim
+        scaling = count(*first, output.weight)
+        if self.binary:  # the norm over the neurons
+            per_unit += 1
+            scaling += count(mlp.norm)
+        elif is_there(mlp.norm):  # a norm over the input
+            fixed += dim
+        return Prices(
+            macs_per_unit=per_unit,
+            macs_per_pair=0,
+            macs_fixed=fixed,
+            params_per_unit=scaling // max(self.full_width, 1),
+            params_fixed=count(mlp, *around(block, self.place)) - scaling,
+            unplanned_per_unit=1,  # the activation, which the whole model's figure counts twice
+            unplanned_fixed=dim,
+        )
+
+    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+        mlp, found = self.of(model), dict[str, Coordinates]()
+        for name in self.inputs:
+            layer = getattr(mlp, name)
+            rows = along(0, self.full_width, layer.out_features // self.full_width, layer.weight.device)
+            found |= {f"{name}.{kind}": rows for kind, _ in layer.named_parameters()}
+        device = getattr(mlp, self.output).weight.device
+        return found | {f"{self.output}.weight": along(1, self.full_width, 1, device)}
+
+
+def mlp_group(hidden: int) -> int:
+    """Neurons per group: ceil(F / 32), rounded up to a multiple of 8 when F >= 512."""
+    group = max(-(-hidden // MLP_GROUPS), 1)
+    return -(-group // 8) * 8 if hidden >= 512 else group
+
+
+def _activation(name: str, mlp: Any) -> str:
+    act = _ACTIVATIONS.get(type(mlp.act).__name__)
+    if act is None:
+        raise ValueError(f"{name} has activation {type(mlp.act).__name__}; it may be one of {sorted(_ACTIVATIONS)}")
+    return "gelu_tanh" if act == "gelu" and getattr(mlp.act, "approximate", "none") == "tanh" else act
