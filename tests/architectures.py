@@ -1,4 +1,4 @@
-"""Tiny random copies of every architecture that timm builds as a VisionTransformer.
+"""Tiny random copies of every architecture that timm builds as a VisionTransformer, an Eva or a Beit.
 
 A copy keeps what makes the architecture its own (classes of block and MLP, norms, biases, tokens, pooling, embedding)
 and shrinks sizes only: 2 blocks, 36 to 51 channels, a handful of tokens. No pre-trained weight is read.
@@ -16,7 +16,7 @@ from unittest import mock
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, model_entrypoint, vision_transformer_hybrid, vitamin
+from timm.models import beit, eva, get_pretrained_cfg, model_entrypoint, vision_transformer_hybrid, vitamin
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -24,15 +24,19 @@ CLASSES = 5
 # (embed_dim, num_heads): heads of 16, 18, 17 and 20 coordinates, so the last group of 8 is often ragged; with the
 # usual ratio 4 the MLPs have 192, 144, 204 and 160 neurons.
 SIZES = ((48, 3), (36, 2), (51, 3), (40, 2))
+# With rotary positions a head has a multiple of 4 coordinates.
+ROTARY_SIZES = ((48, 3), (64, 4), (40, 5))
+OTHER_MODULES = (eva.__name__, beit.__name__)
 
 
 def transformer_modules() -> list[str]:
-    """timm's model files that use VisionTransformer itself (not only its blocks)."""
-    return sorted(
+    """timm's model files that use VisionTransformer itself (not only its blocks), and those of Eva and Beit."""
+    of_vit = [
         name
         for name, module in sys.modules.items()
         if name.startswith("timm.models.") and getattr(module, "VisionTransformer", None) is VisionTransformer
-    )
+    ]
+    return sorted((*of_vit, *OTHER_MODULES))
 
 
 def names() -> list[str]:
@@ -47,13 +51,17 @@ def seed_of(name: str) -> int:
 
 def tiny(name: str, **kwargs: Any) -> Any:
     """The architecture `name` at a small size, float64, evaluation mode, every number random."""
-    dim, heads = SIZES[seed_of(name) % len(SIZES)]
+    other = model_entrypoint(name).__module__ in OTHER_MODULES
+    sizes = ROTARY_SIZES if other else SIZES
+    dim, heads = sizes[seed_of(name) % len(sizes)]
     arguments: dict[str, Any] = {"embed_dim": dim, "depth": 2, "num_heads": heads, "img_size": image_size(name)}
     if get_pretrained_cfg(name).num_classes != 0:
         arguments["num_classes"] = CLASSES
     if model_entrypoint(name).__module__ == vitamin.__name__:
         stem = vitamin.VitCfg(embed_dim=(8, 8, kwargs.get("embed_dim", dim)), depths=(1, 1, 1), stem_width=8)
         arguments["embed_cfg"] = stem
+    if "sapiens2" in name:  # some of whose blocks have fewer heads of keys and values
+        arguments["num_kv_heads"] = (heads, 1)
     with narrow_backbones():
         model = timm.create_model(name, **(arguments | kwargs))
     return randomise(model.double().eval(), seed_of(name))

@@ -8,12 +8,22 @@ import numpy as np
 import torch
 from architectures import batches, images
 from internals import ModuleInfo, modules_of
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
 import skd
 
 TOLERANCE = 1e-10
+# Parameters of an attention that is cut by heads; no model has all of them.
+_PARTS = ("qkv", "q_proj", "k_proj", "v_proj", "gate")
+HEAD_PARAMETERS = [f"{part}.{kind}" for part in _PARTS for kind in ("weight", "bias")]
+HEAD_PARAMETERS += ["q_bias", "v_bias", "proj.weight"]
+
+
+def by_heads(info: ModuleInfo) -> bool:
+    """An attention whose width counts its heads."""
+    return info.kind == "attn" and info.full_width == getattr(info, "num_heads", None) and hasattr(info, "kv_heads")
 
 
 def check(model: Any) -> tuple[float, float]:
@@ -48,16 +58,21 @@ def check_rewritten(supernet: Any, before: dict[str, torch.Tensor]) -> None:
         parts = flags.get(name, (False,))
         pairs = zip(old.reshape(len(parts), -1), after[name].reshape(len(parts), -1), parts, strict=True)
         for index, (was, now, changes) in enumerate(pairs):
+            if changes is None:
+                assert torch.equal(now.sort()[0], was.sort()[0]), f"part {index} of {name} may only be reordered"
+                continue
             moved = relative(now, was) > 1e-3 if changes else not torch.equal(now, was)
             assert moved == changes, f"part {index} of {name} must {'' if changes else 'not '}change"
 
 
-def rewritten(infos: tuple[ModuleInfo, ...]) -> dict[str, tuple[bool, ...]]:
-    """Which equal parts (rows of q, k, v) of each parameter WPAC rewrites; absent: none."""
-    flags: dict[str, tuple[bool, ...]] = {}
+def rewritten(infos: tuple[ModuleInfo, ...]) -> dict[str, tuple[bool | None, ...]]:
+    """Which equal parts (rows of q, k, v) of each parameter WPAC rewrites; absent: none; None: may be reordered."""
+    flags: dict[str, tuple[bool | None, ...]] = {}
     for info in infos:
         prefix = f"blocks.{info.block}.{info.kind}."
-        if info.kind == "attn":
+        if by_heads(info):
+            flags |= {prefix + name: (None,) for name in HEAD_PARAMETERS if not info.binary}
+        elif info.kind == "attn":
             rows = (info.rotates_qk, info.rotates_qk, info.rotates_v)
             flags |= {prefix + "qkv.weight": rows, prefix + "qkv.bias": rows}
             flags[prefix + "proj.weight"] = (info.rotates_v,)
@@ -107,6 +122,7 @@ def check_entry(supernet: Any, entry: int) -> float:
     outputs = extracted(x), supernet(x, entry=entry), supernet(x, torch.tensor(entry))
     error = max(relative(output, expected) for output in outputs)
     assert error <= TOLERANCE, f"entry {entry}, widths {widths}"
+    assert type(extracted) is type(supernet.model)
     check_plain(extracted)
     check_cost(supernet, extracted, entry)
     return error
@@ -120,9 +136,11 @@ def zeroed(model: Any, infos: tuple[ModuleInfo, ...], widths: list[int]) -> Any:
         last = module.proj if info.kind == "attn" else getattr(module, info.output)
         if width == 0:
             norm = block.norm1 if info.kind == "attn" else block.norm2
-            tail = norm if isinstance(block, ResPostBlock) else last  # what the residual adds
+            tail = norm if isinstance(block, ResPostBlock | EvaBlockPostNorm) else last  # what the residual adds
             for parameter in tail.parameters():
                 parameter.zero_()
+        elif by_heads(info):
+            last.weight.unflatten(1, (info.num_heads, -1))[:, width:] = 0
         elif info.kind == "attn":
             last.weight.unflatten(1, (info.num_heads, -1))[:, :, width:] = 0
             for tensor in module.qkv.parameters():
@@ -134,7 +152,6 @@ def zeroed(model: Any, infos: tuple[ModuleInfo, ...], widths: list[int]) -> Any:
 
 def check_plain(extracted: Any) -> None:
     """Only timm's and PyTorch's classes, so skd is not needed to use it; it can be trained."""
-    assert isinstance(extracted, VisionTransformer)
     assert {type(module).__module__.split(".")[0] for module in extracted.modules()} <= {"timm", "torch"}
     assert all(parameter.requires_grad for parameter in extracted.parameters())
 
@@ -158,7 +175,7 @@ def counted(model: Any) -> tuple[int, int]:
         nonlocal total
         if isinstance(layer, nn.Linear):
             total += output.numel() * (layer.in_features + (layer.bias is not None))
-        elif "norm" in type(layer).__name__.lower():
+        elif "norm" in type(layer).__name__.lower() and not list(layer.children()):  # no block of that name
             total += output.numel()
         elif any(layer is getattr(block.mlp, "act", None) for block in model.blocks):
             total += 2 * output.numel()
@@ -169,10 +186,13 @@ def counted(model: Any) -> tuple[int, int]:
         handle.remove()
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     attentions = [block.attn for block in model.blocks if not isinstance(block.attn, torch.fx.GraphModule)]
-    gates = sum(attn.attn_dim * (attn.gate is not None) for attn in attentions)
+    gates = sum(attn.proj.in_features * (getattr(attn, "gate", None) is not None) for attn in attentions)
     gates += sum(info.full_width for info in modules_of(model) if getattr(info, "gated", False))
     total += gates * tokens
-    return total, total + 2 * tokens**2 * sum(attn.attn_dim for attn in attentions)
+    for attn in attentions:  # biases in pieces are put together, and the layer is not called
+        if getattr(attn, "q_bias", None) is not None:
+            total += tokens * (attn.qkv.in_features + 1) * attn.qkv.out_features
+    return total, total + 2 * tokens**2 * sum(attn.proj.in_features for attn in attentions)
 
 
 def check_importance(supernet: Any, data: Any) -> None:

@@ -105,6 +105,7 @@ def to_float32(weights, low_bits):
 
 
 @cache
+@torch.enable_grad()
 def replay():
     """Scenario A_sgd: [weights at the start of epochs 0..4], [losses of epochs 0..3]."""
     starts, losses = [transformed()], []

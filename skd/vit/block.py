@@ -112,7 +112,7 @@ class SuperBlock(nn.Module):
         """What takes the place of a branch's fields: nothing of a whole one."""
         place = module.place
         whole = getattr(self, place.module)
-        if is_skipped(whole) or width == module.full_width:
+        if is_skipped(whole) or 0 < width == module.full_width:
             return {}
         if width:
             return {place.module: module.narrowed(whole, width)}

@@ -57,8 +57,9 @@ class VisionTransformers(BlockNetwork):
 
     def constructor_args(self, model: Any) -> dict[str, Any]:
         """What does not show (a layer put in by hand) is found when a saved file is compared with its model."""
-        attn = next((module for module in self.modules if isinstance(module, RotatedAttention)), None)
-        mlp = next((module for module in self.modules if isinstance(module, SortedMlp)), None)
+        left = [module for module in self.modules if module.full_width]
+        attn = next((module for module in left if isinstance(module, RotatedAttention)), None)
+        mlp = next((module for module in left if isinstance(module, SortedMlp)), None)
         if attn is None or mlp is None:
             what = "attention" if attn is None else "MLP"
             raise ValueError(
