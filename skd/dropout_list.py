@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -46,6 +46,8 @@ class DropoutList:
             `SuperNet` sets it.
         removed_macs: MACs removed by the last entry as the planner counted them (METHOD 2, step 4); the next round's
             target is measured against it. Where it is not given, the difference of the last and the first `macs`.
+        sensitivity: of each module, where the planner that added the last entries measured it for them; part neither
+            of the JSON nor of a comparison.
     """
 
     modules: tuple[str, ...]
@@ -54,6 +56,7 @@ class DropoutList:
     params: Any = None
     costs: CostModel | None = None
     removed_macs: Any = None
+    sensitivity: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         widths = _integers("widths", self.widths)

@@ -1,4 +1,4 @@
-"""From importance to nested sub-networks: the planner of METHOD 2, steps 3 and 4."""
+"""Rounds of a planner, `plan`; and what the published one is made of (METHOD 2, steps 3 and 4)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from skd import planners
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
 from skd.prices import check_convention
@@ -121,17 +122,22 @@ def plan(
     convention: str = "full",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
     group: Any = None,
+    planner: str | planners.Planner = "paper",
+    **options: Any,
 ) -> DropoutList:
-    """Sizes in minutes: a dropout list from repeated importance passes, without any training.
+    """Sizes in minutes: a dropout list from rounds of a planner, without any training.
 
     Args:
         supernet: the converted network; not changed. Assign the result to ``supernet.dropout_list``.
-        batches: proxy images as for `importance`; read once per round, so a list or a DataLoader.
+        batches: proxy images as for `importance`; read in every round, so a list or a DataLoader.
         target: share of the model's MACs that the smallest entry has removed (the paper trains with 0.875).
-        rounds: passes; importance is measured afresh at the widths reached, the target grows linearly.
+        rounds: calls of the planner, which measures afresh at the widths reached; the target grows linearly.
         convention: of the MACs that budgets count ("full" or "linear", see `skd.cost`).
         progress: wraps the rounds, e.g. ``tqdm``.
         group: a torch.distributed group, each of whose processes has its share of the batches (see `importance`).
+        planner: a name (`skd.planners.names()`), or any function that is a `skd.planners.Planner`; "paper" is the
+            published one.
+        options: of the planner's own; "paper" has none.
 
     Returns:
         A `DropoutList` that starts at the full network.
@@ -140,7 +146,7 @@ def plan(
         UserWarning: the target is more than all attentions and MLPs together have; the smallest entry has none left.
 
     Raises:
-        ValueError: target outside (0, 1], rounds < 1, bad batches.
+        ValueError: target outside (0, 1], rounds < 1, bad batches, an unknown planner, an option it does not have.
     """
     if not isinstance(target, numbers.Real) or isinstance(target, bool) or not 0 < target <= 1:
         raise ValueError(f"target is {target!r}; it must be a number above 0 and at most 1")
@@ -155,8 +161,10 @@ def plan(
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs)
     steps: Iterable[int] = range(1, rounds + 1)
     for step in steps if progress is None else progress(steps):
-        proposal = propose(supernet, batches, grown, convention=convention, group=group)
-        grown = grown.extended(proposal.operations, target * total * step / rounds)
+        removed = target * total * step / rounds
+        grown = planners.grow(
+            planner, supernet, batches, removed, current=grown, convention=convention, group=group, options=options
+        )
     _warn_if_out_of_reach(supernet, grown, target, convention)
     return grown
 

@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import skd
+from skd import planners
 from skd.training import Diverged, checkpoints
 
 
@@ -214,6 +215,7 @@ OTHER = {
     "aug_repeats": 1,
     "target": 0.5,
     "progressive_epochs": 3,
+    "planner": "other",
     "importance": "online",
     "calibration_images": 512,
     "convention": "linear",
@@ -229,6 +231,12 @@ OTHER = {
     "seed": 1,
 }
 MAY_DIFFER = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1"}
+
+
+@pytest.fixture(autouse=True)
+def other_planner(monkeypatch):
+    """A planner of another name."""
+    monkeypatch.setitem(planners._PLANNERS, "other", planners.planner("paper"))
 
 
 def test_all_settings_are_compared():
@@ -261,6 +269,21 @@ def test_settings_that_may_differ(half, reference):
     assert found == expected
     names = [path.name for path in checkpoint_files(half)]
     assert names == ["step-000000009.safetensors", "step-000000012.safetensors"]
+
+
+def test_checkpoints_from_before_planners_had_names(half, reference):
+    """Their planner is "paper": a run goes on with it, and with no other."""
+
+    def unnamed(header):
+        header["config"].pop("planner")
+        return {checkpoints.KEY: json.dumps(header)}
+
+    for path in checkpoint_files(half):
+        rewrite(path, unnamed)
+    with pytest.raises(ValueError, match="planner is other, it was paper"):
+        run_training(digit_net(), training_config(planner="other"), half, resume="auto")
+    run_training(digit_net(), training_config(), half, resume="auto")
+    assert_same_outcome(half, reference)
 
 
 def test_data_of_another_length(stopped):

@@ -58,6 +58,7 @@ BAD = {
     "aug_repeats": [0, 2.5],
     "target": [0, 0.0, 1.01, -0.5],
     "progressive_epochs": [-1, 301, 1.5],
+    "planner": ["nobody", "", "Paper", 3, None],
     "importance": ["sometimes", None],
     "calibration_images": [0],
     "convention": ["paper", None],

@@ -27,6 +27,7 @@ from helpers import (
 )
 
 import skd
+import skd.planners.paper as paper_module
 from skd.curve import area, measure_curve
 from skd.training import trainer as trainer_module
 from skd.training.batches import start_epoch
@@ -72,8 +73,8 @@ def test_importance_is_measured_on_the_raw_weights(tmp_path, monkeypatch):
         seen.append((raw_bytes(weights(supernet)), supernet.training, len(current)))
         return propose(supernet, batches, current, **options)
 
-    propose = trainer_module.propose
-    monkeypatch.setattr(trainer_module, "propose", spy)
+    propose = paper_module.propose
+    monkeypatch.setattr(paper_module, "propose", spy)
     net = digit_net()
     start = raw_bytes(weights(net))
     config = training_config(checkpoint_hist=9, checkpoint_steps=0, model_ema_decay=0.99, model_ema_warmup=False)
@@ -99,8 +100,8 @@ def test_importance_reads_the_calibration_images_in_evaluation_mode_and_draws_no
         states.append(random_states())
         return proposal
 
-    propose = trainer_module.propose
-    monkeypatch.setattr(trainer_module, "propose", spy)
+    propose = paper_module.propose
+    monkeypatch.setattr(paper_module, "propose", spy)
     calibration = Hooked(digit_data()[2], lambda _: modes.append(net.training))
     run_training(net, training_config(), calibration=calibration)
     assert calibration.given == 2 * 2, "one pass in each growing epoch"

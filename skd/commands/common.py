@@ -306,6 +306,8 @@ def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None
 def _kind(setting: Field[Any]) -> dict[str, Any]:
     """argparse's arguments for a field, by its annotation."""
     annotation = str(setting.type)
+    if "choices" in setting.metadata:
+        return {"choices": setting.metadata["choices"]()}
     if annotation == "bool":
         return {"action": argparse.BooleanOptionalAction}
     if annotation.startswith("tuple"):

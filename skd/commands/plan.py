@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from skd import planners
 from skd.commands import common, models
 from skd.curve import entries_within, sizes_of
 from skd.files import save
@@ -27,7 +28,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--target", type=float, default=0.875, help="share of the MACs that the smallest has removed (%(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="importance passes (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of the planner (default: %(default)s)")
+    parser.add_argument(
+        "--planner", choices=planners.names(), default="paper", help="decides what to narrow (default: %(default)s)"
+    )
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of MACs (default: %(default)s)")
     common.add_device(parser)
     parser.set_defaults(run=run, files=files)
@@ -54,6 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         convention=arguments.convention,
         progress=common.progress("Planning"),
         group=arguments.group,
+        planner=arguments.planner,
     )
     with together(arguments.group):
         if rank_of(arguments.group) == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from skd.data.counted import seeded
@@ -45,3 +45,13 @@ def repeatable(loader: Any, seed: int, *counters: int | str) -> Iterator[Any]:
                 return
         yield batch
         index += 1
+
+
+class Anew:
+    """The batches that `read` gives, from the first one again at every iteration."""
+
+    def __init__(self, read: Callable[[], Iterator[Any]]) -> None:
+        self.read = read
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.read()

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from skd import planners
 from skd.data.transforms import Augmentation
 from skd.prices import CONVENTIONS
 
@@ -21,15 +22,16 @@ AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of PIAD training (METHOD 2); the defaults are the paper's, that is DeiT's recipe.
 
-    Each field's meaning and published value is its ``metadata["help"]``, which ``skd train --help`` prints.
+    Each field's meaning and published value is its ``metadata["help"]``, which ``skd train --help`` prints;
+    ``metadata["choices"]``, where it is there, gives the values it may have.
 
     Raises:
         ValueError: a value of the wrong type or out of range; the message names the field.
@@ -104,10 +106,13 @@ class TrainConfig:
     progressive_epochs: int | None = _option(
         None, "epochs during which the dropout list grows; unset: min(50, epochs / 3), at least 1 (paper: 50)"
     )
+    planner: str = _option(
+        "paper", "decides how the dropout list grows ('paper': the published one)", choices=planners.names
+    )
     importance: str = _option(
         "passes",
         "'passes': measured before each epoch that grows the list, on calibration images (paper); 'online': after "
-        "the first, followed from the training steps themselves",
+        "the first, followed from the training steps themselves (planner 'paper' only)",
     )
     calibration_images: int = _option(1024, "un-augmented training images that importance is measured on (1024)")
     convention: str = _option("full", "how planning counts MACs: 'full' or 'linear' (paper: linear)")
@@ -279,6 +284,9 @@ def _check_ranges(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not fits(value):
                 raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+    planners.planner(config.planner)  # refuses a name that there is not
+    if config.importance == "online" and config.planner != "paper":
+        raise ValueError(f"importance is 'online', which only the planner 'paper' has; planner is {config.planner!r}")
     if config.warmup >= config.epochs and config.warmup > 0:
         raise ValueError(f"warmup_epochs is {config.warmup}; it must be below epochs, {config.epochs}")
     if config.growing_epochs > config.epochs:

@@ -24,7 +24,7 @@ class History:
             epoch (from 0), step (optimizer steps so far), lr, loss (mean), images, entries (length of the dropout
             list), macs_fraction (of the smallest entry);
             sensitivity: {module: gamma} in epochs that grew the list (with importance="online" its share of the
-            scores), else None;
+            scores; empty with a planner that does not measure it), else None;
             drawn: [{macs_fraction, count, loss, seconds}], the steps by size of the sub-network, means;
             curve: rows of `skd.curve.measure_curve`, area (percent) and best (bool) where it was evaluated, else
             None, None and False;

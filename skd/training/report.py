@@ -298,7 +298,7 @@ def _epochs(history: History) -> _Section:
     if areas:
         series["area (%)" if several else "top-1 (%)"] = areas
     series["learning rate"] = [(row["epoch"] + 1, row["lr"]) for row in rows]
-    growing = max((row["epoch"] + 1 for row in rows if row["sensitivity"]), default=0)
+    growing = max((row["epoch"] + 1 for row in rows if row["sensitivity"] is not None), default=0)
     text = "The loss is the mean over the sub-networks drawn, training images as augmented."
     if several:
         text += " The area is the mean top-1 over the budgets, of evaluations that reached all of them."

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ import torch
 from rich.console import Console
 from timm.utils import ModelEmaV3
 
+from skd import planners
 from skd.curve import area, measure_curve
 from skd.data.counted import generator, seeded
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.files import load, save
 from skd.outputs import replacing
-from skd.planning import propose
 from skd.ranks import StopAll, check_same, everyone, in_step, largest, others_alive, rank_of, size_of, together
 from skd.supernet import SuperNet
 from skd.taps import checked_batch
 from skd.training import checkpoints
-from skd.training.batches import repeatable, start_epoch
+from skd.training.batches import Anew, repeatable, start_epoch
 from skd.training.config import TrainConfig
 from skd.training.dropping import DropPaths, drop_paths
 from skd.training.graph import StepGraph, refusal
@@ -219,20 +220,28 @@ class Trainer:
             )
 
     def _grow(self) -> None:
-        """One round of METHOD 2, steps 1-4, at the present raw weights; the list grows in place."""
-        current, costs = self.supernet.dropout_list, self.supernet.costs
-        convention = self.config.convention
-        if self.online is not None and self.online.steps:
+        """One round of the planner, at the present raw weights; the list grows in place."""
+        current, convention = self.supernet.dropout_list, self.config.convention
+        total = int(self.supernet.costs.macs(self.supernet.widths(), convention))
+        target = self.config.target * (self.epoch + 1) / self.config.growing_epochs * total
+        if self.online is not None and self.online.steps:  # of the planner "paper": its scores, by another way
             proposal = self.online.propose(convention)
+            grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
         else:
-            batches = self._stoppable(self.calibration, "Measuring importance")
-            proposal = propose(self.supernet, batches, current, convention=convention, group=self.group)
-        total = int(costs.macs(self.supernet.widths(), convention))
-        share = self.config.target * (self.epoch + 1) / self.config.growing_epochs
-        grown = current.extended(proposal.operations, share * total).to_json()
+            batches = Anew(partial(self._stoppable, self.calibration, "Measuring importance"))
+            grown = planners.grow(
+                self.config.planner,
+                self.supernet,
+                batches,
+                target,
+                current=current,
+                convention=convention,
+                group=self.group,
+            )
+            sensitivity = dict(grown.sensitivity or {})
         # Rank 0's: all have the same scores, but their processors need not sort or round alike.
-        self.use(DropoutList.from_json(everyone(grown, self.group)[0]))
-        self.grown, self.sensitivity = True, proposal.sensitivity
+        self.use(DropoutList.from_json(everyone(grown.to_json(), self.group)[0]))
+        self.grown, self.sensitivity = True, sensitivity
 
     def use(self, dropout_list: DropoutList) -> None:
         """`dropout_list` from now on, in the trained network and in its average, on every rank."""

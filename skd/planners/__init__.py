@@ -1,0 +1,123 @@
+"""Planners by name: each decides how the dropout list grows in one round.
+
+A planner is one file of this package, found here without being listed anywhere. CONTRIBUTING.md says how to add one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from skd.dropout_list import DropoutList
+from skd.supernet import SuperNet
+
+
+class Planner(Protocol):
+    """One round of planning: a function that gives the list some smaller sub-networks.
+
+    `skd.plan` calls it `rounds` times, and training once in each epoch that grows the list, each time with a larger
+    target. Options of a planner's own are further keyword arguments, with defaults; `skd.plan` passes them on.
+    """
+
+    def __call__(
+        self,
+        supernet: SuperNet,
+        batches: Iterable[Any],
+        target: float,
+        /,
+        *,
+        current: DropoutList,
+        convention: str,
+        group: Any,
+    ) -> DropoutList:
+        """The list grown towards the target.
+
+        Args:
+            supernet: the network at its present weights; must be left as it is. Its own dropout list need not be
+                `current`.
+            batches: calibration images as for `skd.importance`; may be read any number of times.
+            target: MACs removed from the full network in all that the smallest entry may come to.
+            current: the list to grow.
+            convention: how MACs are counted, "full" or "linear".
+            group: a torch.distributed group, each of whose processes calls the planner with its own share of the
+                batches and must get the same list; None: this process alone.
+
+        Returns:
+            All entries of `current`, and after them the new ones; `DropoutList.extended` makes it from operations.
+            The same for the same arguments: a run that is resumed has to find it again.
+        """
+        ...
+
+
+_P = TypeVar("_P", bound=Planner)
+_PLANNERS: dict[str, Planner] = {}
+
+
+def register(name: str) -> Callable[[_P], _P]:
+    """A decorator that makes a planner known under `name`.
+
+    Raises:
+        ValueError: the name is another planner's.
+    """
+
+    def add(planner: _P) -> _P:
+        if _PLANNERS.setdefault(name, planner) is not planner:
+            raise ValueError(f"planner {name!r} is there already: {_PLANNERS[name]!r}; choose another name")
+        return planner
+
+    return add
+
+
+def names() -> list[str]:
+    """The planners there are. Their files are imported here, not with the package, which they themselves import."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return sorted(_PLANNERS)
+
+
+def planner(name: str) -> Planner:
+    """The planner of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    known = names()
+    if name not in known:
+        raise ValueError(f"planner is {name!r}; it must be one of {known}")
+    return _PLANNERS[name]
+
+
+def grow(
+    chosen: str | Planner,
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    target: float,
+    *,
+    current: DropoutList,
+    convention: str,
+    group: Any,
+    options: Mapping[str, Any] | None = None,
+) -> DropoutList:
+    """One round of a planner, given by name or as a function; its arguments and its answer are checked.
+
+    Raises:
+        ValueError: an unknown planner, an option that it does not have, or an answer that does not grow `current`.
+    """
+    call: Any = planner(chosen) if isinstance(chosen, str) else chosen
+    shown = repr(chosen) if isinstance(chosen, str) else getattr(chosen, "__name__", repr(chosen))
+    given = {"current": current, "convention": convention, "group": group}
+    try:
+        inspect.signature(call).bind(supernet, batches, target, **given, **(options or {}))
+    except TypeError as error:
+        raise ValueError(f"planner {shown} cannot be called with these arguments: {error}") from None
+    grown = call(supernet, batches, target, **given, **(options or {}))
+    if not isinstance(grown, DropoutList):
+        raise ValueError(f"planner {shown} returned a {type(grown).__name__}; it must be a DropoutList")
+    if grown.modules != current.modules or not np.array_equal(grown.widths[: len(current)], current.widths):
+        raise ValueError(f"planner {shown} returned a list that does not begin with the entries of `current`")
+    return grown

@@ -1,0 +1,21 @@
+"""The published planner (METHOD 2, steps 1 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from skd.dropout_list import DropoutList
+from skd.planners import register
+from skd.planning import propose
+from skd.supernet import SuperNet
+
+
+@register("paper")
+def paper(
+    supernet: SuperNet, batches: Iterable[Any], target: float, *, current: DropoutList, convention: str, group: Any
+) -> DropoutList:
+    """Importance at the last entry of `current`, ranked into operations, the cheapest taken up to the target."""
+    proposal = propose(supernet, batches, current, convention=convention, group=group)
+    return replace(current.extended(proposal.operations, target), sensitivity=proposal.sensitivity)
