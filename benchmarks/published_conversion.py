@@ -15,32 +15,32 @@ import torch
 
 import skd
 from benchmarks.contenders import covariance_published
-from skd.architecture import ModuleInfo, describe
 from skd.convert import WpacStatistics, apply_transforms
 from skd.taps import checked, tapped, total_cost
+from skd.vit import Module, describe
 
-Kept = tuple[ModuleInfo, torch.Tensor, torch.Tensor]
+Kept = tuple[Module, torch.Tensor, torch.Tensor]
 
 
 def convert(model: Any, batches: Iterable[Any]) -> skd.SuperNet:
-    infos, converted = describe(model), copy.deepcopy(model)
+    network, converted = describe(model), copy.deepcopy(model)
     statistics = WpacStatistics("batch")
     kept: list[Kept] = []
-    with tapped(converted, infos, lambda info, feature, grad: kept.append((info, feature.clone(), grad.clone()))):
+    with tapped(converted, network.modules, lambda *tap: kept.append((tap[0], tap[1].clone(), tap[2].clone()))):
         converted.requires_grad_()
         for images, labels in checked(converted, batches):
             converted.zero_grad()
             total_cost(converted, converted(images), labels).backward()
-            for info, feature, grad in kept:
-                add(statistics, info, feature, grad)
+            for module, feature, grad in kept:
+                add(statistics, module, feature, grad)
             kept.clear()
-    apply_transforms(converted, infos, {info.name: statistics.transform(info) for info in infos})
-    return skd.SuperNet(converted, copy=False)
+    apply_transforms(converted, network, statistics.transforms(network))
+    return skd.SuperNet(converted, copy=False, network=network)
 
 
-def add(statistics: WpacStatistics, info: ModuleInfo, feature: torch.Tensor, grad: torch.Tensor) -> None:
-    name = info.name
-    if info.kind == "mlp":
+def add(statistics: WpacStatistics, module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
+    name = module.name
+    if module.kind == "mlp":
         score = (feature * grad).square().flatten(0, -2).sum(0)
         statistics.importance[name] = statistics.importance.get(name, 0.0) + score
     else:

@@ -38,9 +38,9 @@ from benchmarks.networks import Network, deit, dropout_list, gradient
 from benchmarks.operations import COMPILED
 from benchmarks.sizes import BACKEND, SIZES
 from benchmarks.timing import captured
-from skd.supernet import SuperBlock
 from skd.training.step import eager_step
 from skd.training.trainer import by_hand
+from skd.vit import SuperBlock
 
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
 WARM_UP = 5  # steps; `ours, graph` is captured at the fourth

@@ -38,8 +38,9 @@ def published_network(size: str, device: str) -> networks.Network:
 
 def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) -> torch.Tensor:
     """`supernet.step` at all tokens, also in the last block, as a plain forward pass has it."""
-    block = supernet.model.blocks[index // 2]
-    return block.feed_forward(x, width) if index % 2 else block.attend(x, width)
+    module = supernet.infos[index]
+    block = supernet.model.blocks[module.block]
+    return block.step(block.modules_in_order.index(module), x, width)
 
 
 @pytest.mark.parametrize("size", ["tiny"])
@@ -66,7 +67,7 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
     network = published_network(size, device)
 
     def everything() -> None:
-        x = supernet.embed(images)
+        x, _ = supernet.embed(images)
         for index, width in enumerate(supernet.widths()):
             x = plain_step(supernet, index, x, width)
         total_cost(supernet.model, supernet.head(x), labels).backward()
@@ -78,7 +79,8 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
 
     def activations_only() -> None:
         with frozen(supernet):
-            x = supernet.embed(images).requires_grad_()
+            x, _ = supernet.embed(images)
+            x.requires_grad_()
             for index, width in enumerate(supernet.widths()):
                 x = supernet.step(index, x, width)
             total_cost(supernet.model, supernet.head(x), labels).backward()
@@ -94,7 +96,7 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
     network = published_network(size, device)
     widths = supernet.widths()
     with frozen(supernet):
-        streams, _ = _add_scores(supernet, widths, images, labels, score_buffers(supernet))
+        streams, shared, _ = _add_scores(supernet, widths, images, labels, score_buffers(supernet))
 
     def counted(top1: Top1) -> list[int]:
         return [top1.correct(info.name) for info in supernet.infos]
@@ -105,7 +107,7 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
         with torch.no_grad():
             supernet(images)
             for skipped in supernet.infos:
-                x = supernet.embed(images)
+                x, _ = supernet.embed(images)
                 for index, info in enumerate(supernet.infos):
                     x = x if info is skipped else plain_step(supernet, index, x, widths[index])
                 top1.add(skipped.name, supernet.head(x))
@@ -123,7 +125,7 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
     def prefix_reuse() -> list[int]:
         top1 = Top1(headless=False)
         top1.start(None, labels, BATCH)
-        _count_skips(supernet, widths, streams, top1)
+        _count_skips(supernet, widths, streams, shared, top1)
         return counted(top1)
 
     assert prefix_reuse() == whole_passes() == published_passes()

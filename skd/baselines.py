@@ -35,7 +35,7 @@ def reordered(model: Any, batches: Iterable[Any], method: str, *, seed: int = 0)
     """`skd.convert` with another criterion for which coordinates lead.
 
     Args:
-        model: timm VisionTransformer; it is not touched.
+        model: a timm model that `skd.convert` takes; it is not touched.
         batches: iterable of (images, labels) as for `skd.convert`; "random" and "magnitude" do not read it.
         method: "random", "magnitude", "taylor", "hessian" or "wpac".
         seed: of "random".

@@ -27,7 +27,7 @@ def cost(model_or_supernet: Any, *, entry: int | None = None, convention: str = 
     """MACs per image and parameters of a timm model, a super-network or one of its sub-networks.
 
     Args:
-        model_or_supernet: a timm VisionTransformer (an extracted one too) or a `SuperNet`.
+        model_or_supernet: a timm model (an extracted one too) or a `SuperNet`.
         entry: index into the super-network's dropout list; None is the full network.
         convention: "full" counts everything; "linear" leaves out Q K^T and A V, as the published tables do
             (ptflops 0.7.5: bias adds and norms counted, an activation counted twice).

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models import checkpoint
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from skd.dropout_list import DropoutList
 from skd.prices import CostModel, cost_model
@@ -162,7 +162,7 @@ class SuperNet(nn.Module):
         for block, tokens, own in zip(self.network.blocks(self.model), self._tokens_kept(), shared, strict=True):
             end = start + len(block.modules_in_order)
             arguments = (widths[start:end], tokens, scores[start:end], own)
-            x = checkpoint(block, x, *arguments) if self._recomputes() else block(x, *arguments)
+            x = checkpoint(block, x, *arguments, use_reentrant=False) if self._recomputes() else block(x, *arguments)
             start = end
         return self.head(x)
 

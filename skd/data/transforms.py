@@ -21,7 +21,7 @@ def data_config(model: Any) -> dict[str, Any]:
     """How images have to be prepared for a model.
 
     Args:
-        model: a timm VisionTransformer, or a `SuperNet`.
+        model: a timm model, or a `SuperNet`.
 
     Returns:
         timm's data configuration (mean, std, interpolation, crop_pct, crop_mode) with "input_size" as the model was

@@ -102,7 +102,7 @@ def finetune(
     """Train a plain model, such as an extracted sub-network (METHOD 3), in place.
 
     Args:
-        model: a timm VisionTransformer; also a freshly initialised one. At the end it holds the weights of the best
+        model: a timm model; also a freshly initialised one. At the end it holds the weights of the best
             evaluated epoch.
         train_loader, val_loader, out, resume, console, verbose, group: as for `train`; the best weights so far are in
             model.safetensors. To resume, a model with random weights (a new head too) has to be made with the same
