@@ -33,6 +33,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from skd.architecture import describe, image_size, unwrapped
 from skd.construction import build, construction
+from skd.devices import usable_device
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.outputs import replacing
@@ -75,13 +76,10 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         A `SuperNet` with its dropout list, or a timm VisionTransformer; on `device`, in evaluation mode.
 
     Raises:
-        ValueError: no such device, no such file, truncated or padded, not written by `save`, by a newer version, of
-            an unknown architecture, or with tensors that do not fit it.
+        ValueError: no such device, or one without data (meta); no such file, truncated or padded, not written by
+            `save`, by a newer version, of an unknown architecture, or with tensors that do not fit it.
     """
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
+    device = usable_device(device)
     header, state = _read(Path(path), device)
     try:
         return _rebuild(header, state, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from functools import partial
@@ -19,16 +20,13 @@ from skd.data import (
     Loader,
     Source,
     calibration_loader,
-    check_classes,
     data_config,
     eval_loader,
-    label_names,
-    match_classes,
     open_source,
 )
-from skd.data.classes import match_model
+from skd.data.classes import agree, name_classes
 from skd.data.scanning import shown
-from skd.data.sources import check_same_classes
+from skd.devices import usable_device
 from skd.files import load
 from skd.ranks import everyone, rank_of, size_of, together
 from skd.supernet import SuperNet
@@ -41,6 +39,14 @@ from skd.training.screen import Screen
 def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
     """Paths for `skd.outputs.Files`, by the options they were given as: class_map is --class-map."""
     return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
+
+
+def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What of the data is in files, for `skd.outputs.Files`: also the folder in a name such as wds/FOLDER."""
+    reads = options(arguments, "class_map", "data", "data_dir")
+    if reads["--data"] is not None:
+        reads["--data"] = re.sub(r"^(hfds|hfids|wds)/", "", reads["--data"], flags=re.IGNORECASE)
+    return reads
 
 
 # Data
@@ -99,14 +105,21 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def source(
-    arguments: argparse.Namespace, model: Any, split: str, like: Source | None = None, **options: Any
-) -> Source:
-    """One split of --data, its classes matched by name with those of `like`, another split, or with the model's.
+def source(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
+    """One split of --data, its classes in agreement with the model's.
 
     Where the model has other names, a warning has the first that differs, and labels stay what they are. A model that
     has no names of its classes takes those of the images it is trained (or calibrated) on.
     """
+    opened = open_split(arguments, model, split, **options)
+    agree(opened, model)
+    if opened.labelled and options.get("training"):
+        name_classes(model, opened, trained=arguments.command in ("train", "finetune"))
+    return opened
+
+
+def open_split(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
+    """One split of --data, with the labels that it has itself."""
     options |= {
         "in_chans": model.in_chans,
         "data_dir": arguments.data_dir,
@@ -121,38 +134,13 @@ def source(
         with together(arguments.group):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 open_source(arguments.data, split, **options)
-    opened = open_source(arguments.data, split, **options)
-    if like is not None:
-        match_classes(opened, like.classes)
-        check_same_classes(like, opened)
-    if model.num_classes and _reads_labels(arguments):
-        check_classes(opened, model.num_classes)
-        if like is None:
-            match_model(opened, model)
-        if options.get("training"):
-            _name_classes(model, opened, trained=arguments.command in ("train", "finetune"))
-    return opened
+    return open_source(arguments.data, split, **options)
 
 
 def _reads_labels(arguments: argparse.Namespace) -> bool:
     """All commands do but convert and plan with ``--labels predicted``: then images may be of other classes than the
     model's, or of none."""
     return getattr(arguments, "labels", "given") == "given"
-
-
-def _name_classes(model: Any, images: Source, trained: bool) -> None:
-    """For the file's header: the names it has stay, unless they are not of its head or it is `trained` anew.
-
-    By a class map labels may have other names than the model knew, or names of which not all are known: then the
-    trained model has none.
-    """
-    known, names = getattr(model, "pretrained_cfg", {}), images.classes
-    if images.mapped and not trained:
-        return
-    if images.mapped and (names is None or len(names) != model.num_classes):
-        model.pretrained_cfg = {key: value for key, value in known.items() if key != "label_names"}
-    elif names and (trained or label_names(model) is None):
-        model.pretrained_cfg = {**known, "label_names": names}
 
 
 def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
@@ -248,30 +236,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def device(arguments: argparse.Namespace) -> torch.device:
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device is {name!r}: {str(error).splitlines()[0]}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}; this PyTorch sees no GPU")
-    if chosen.type == "cuda" and chosen.index is None:  # each process of torchrun has its own
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}; there are {torch.cuda.device_count()} GPUs, counted from 0")
-    _check_device(chosen, name)
-    return chosen
-
-
-def _check_device(chosen: torch.device, name: str) -> None:
-    """Many devices have names, and few of them compute in this installation (meta computes nothing at all)."""
-    try:
-        torch.zeros(1, dtype=torch.float64, device=chosen).cpu()  # statistics are float64
-    except Exception as error:  # each kind of device has its own; of one that is not there, often no word but these
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise ValueError(f"--device is {name!r}, which cannot be used here: {reason}") from None
-    if chosen.type == "cpu" and chosen.index:
-        raise ValueError(f"--device is {name!r}; there is one cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device is None else arguments.device
+    return usable_device(name, "--device", torch.float64)  # statistics are float64
 
 
 def supernet(path: str, where: torch.device) -> SuperNet:

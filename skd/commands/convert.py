@@ -37,7 +37,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def files(arguments: argparse.Namespace) -> Files:
     return Files(
-        reads=models.reads(arguments) | common.options(arguments, "class_map", "data", "data_dir"),
+        reads=models.reads(arguments) | common.data_read(arguments),
         writes=common.options(arguments, "out"),
     )
 
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "out": arguments.out,
+        **models.weights_taken(arguments),
         "macs": full.macs,
         "macs_linear": linear.macs,
         "params": full.params,

@@ -48,9 +48,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    return Files(
-        reads=models.reads(arguments) | common.options(arguments, "supernet", "class_map", "data", "data_dir")
-    )
+    return Files(reads=models.reads(arguments) | common.options(arguments, "supernet") | common.data_read(arguments))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,4 +109,9 @@ def _plain(arguments: argparse.Namespace, where: Any) -> dict[str, Any]:
     batches = common.validation(arguments, model)
     top1 = evaluate(model, batches, progress=common.progress("Evaluating"), group=arguments.group)
     print(f"{arguments.model}: {top1:.2f} % top-1")
-    return {"model": arguments.model, "top1": top1, **common.images_read(arguments, validation=batches)}
+    return {
+        "model": arguments.model,
+        **models.weights_taken(arguments),
+        "top1": top1,
+        **common.images_read(arguments, validation=batches),
+    }

@@ -119,6 +119,15 @@ def warn_if_random(arguments: argparse.Namespace) -> None:
         )
 
 
+def weights_taken(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For --json: which of a checkpoint's weights the model has, such as "model_ema"; None: it has no choice of them.
+
+    Nothing, where no checkpoint was read.
+    """
+    taken: dict[str, Any] = getattr(arguments, "taken", {})
+    return taken
+
+
 def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
     """`network`, a plain model or a super-network, with the head that --num-classes asks for, if it does."""
     classes = _num_classes(arguments)
@@ -143,6 +152,8 @@ def reads(arguments: argparse.Namespace) -> dict[str, str | None]:
 def _named(arguments: argparse.Namespace) -> Any:
     """A model of timm's, with its weights."""
     name, file, kwargs = arguments.model, arguments.checkpoint, dict(arguments.model_kwargs)
+    if file is None and not arguments.pretrained:
+        file = kwargs.pop("checkpoint_path", None)  # of timm.create_model, which does not say what it takes
     loads = arguments.pretrained or file is not None or "checkpoint_path" in kwargs
     if not loads and _num_classes(arguments) is not None:
         kwargs["num_classes"] = _num_classes(arguments)
@@ -159,22 +170,24 @@ def _named(arguments: argparse.Namespace) -> Any:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--model-kwargs is {json.dumps(kwargs)}; such a model takes no image: {reason}") from None
     if file is not None:
-        _load(model, arguments)
+        _load(model, arguments, file)
     if loads:
         with_new_head(model, arguments)
     return model.eval()
 
 
-def _load(model: Any, arguments: argparse.Namespace) -> None:
-    """--checkpoint into a model of timm's; says what was taken from a file that has more than one."""
-    file, classes = arguments.checkpoint, _num_classes(arguments)
-    if not Path(file).is_file():
-        raise ValueError(f"--checkpoint is {file!r}; there is no such file")
+def _load(model: Any, arguments: argparse.Namespace, file: str) -> None:
+    """A file of weights into a model of timm's; says what was taken from a file that has more than one."""
+    option = "--checkpoint" if arguments.checkpoint is not None else "checkpoint_path"
+    classes = _num_classes(arguments)
+    if not isinstance(file, str) or not Path(file).is_file():
+        raise ValueError(f"{option} is {file!r}; there is no such file")
     try:
         key = load_weights(model, file, take=arguments.checkpoint_weights, any_head=classes is not None)
     except ValueError as error:
         hint = "" if classes or "head." not in str(error) else "; --num-classes N makes a new head"
-        raise ValueError(f"--checkpoint {file} does not fit {arguments.model}: {error}{hint}") from None
+        raise ValueError(f"{option} {file} does not fit {arguments.model}: {error}{hint}") from None
+    arguments.taken = {"checkpoint": file, "checkpoint_weights": key or None}
     if key:
         print(f"{file}: the weights are those of {key!r} (see --checkpoint-weights)")
 

@@ -36,7 +36,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def files(arguments: argparse.Namespace) -> Files:
     return Files(
-        reads=common.options(arguments, "supernet", "class_map", "data", "data_dir"),
+        reads=common.options(arguments, "supernet") | common.data_read(arguments),
         writes=common.options(arguments, "out"),
         in_place=[("--out", "--supernet")],  # it only adds to it
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +70,19 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     common.add_settings(parser, defaults)
 
 
-READ = ("config", "class_map", "data", "data_dir")  # options of both that name what is read
-
-
 def train_files(arguments: argparse.Namespace) -> Files:
     products = ["supernet.safetensors", "dropout_list.json", *RECORDS]
     if arguments.supernet is None:  # else that one may be an earlier run's
         products.append(CONVERTED)
     return Files(
-        reads=models.reads(arguments) | common.options(arguments, "supernet", *READ),
+        reads=models.reads(arguments) | common.options(arguments, "supernet", "config") | common.data_read(arguments),
         folders={"--out": (None if arguments.dry_run else arguments.out, products)},
     )
 
 
 def finetune_files(arguments: argparse.Namespace) -> Files:
     return Files(
-        reads=models.reads(arguments) | common.options(arguments, *READ),
+        reads=models.reads(arguments) | common.options(arguments, "config") | common.data_read(arguments),
         folders={"--out": (arguments.out, ["model.safetensors", *RECORDS])},
     )
 
@@ -174,14 +172,12 @@ def run_finetune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _loaders(arguments: argparse.Namespace, model: Any, config: TrainConfig) -> Loaders:
     """Training, validation and calibration batches, as the model wants its images."""
-    training = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    validation = common.source(
-        arguments, model, arguments.val_split, like=training, training=False, require_split=True
-    )
-    plain = training
-    if training.iterable:  # a stream can only be read once at a time
-        plain = common.source(arguments, model, arguments.train_split, training=True, require_split=True)
-    return loaders(Sources(training, validation, plain), model, config, group=arguments.group)
+    opened = partial(common.open_split, arguments, model, require_split=True)
+    training = opened(arguments.train_split, training=True)
+    validation = opened(arguments.val_split, training=False)
+    # A stream can only be read once at a time.
+    again = opened(arguments.train_split, training=True) if training.iterable else training
+    return loaders(Sources(training, validation, again), model, config, group=arguments.group)
 
 
 def _finish(
@@ -214,6 +210,7 @@ def _finish(
         "area": history.area,
         "curve": history.curve,
         "entries": len(supernet.dropout_list),
+        **models.weights_taken(arguments),
         **images,
         "config": config.to_dict(),
     }
