@@ -15,12 +15,10 @@ import torch
 
 from skd.architecture import ModuleInfo, describe, unwrapped
 from skd.ranks import check_group, in_step, others_alive, summed, total
+from skd.settings import CENTERINGS, LABELS
 from skd.supernet import SuperBlock, SuperNet
 from skd.taps import all_finite, checked, frozen, probe, report_left_out, tapped, total_cost
 from skd_kernels import Moments, taylor_scores, token_moments
-
-CENTERINGS = ("dataset", "batch")
-LABELS = ("given", "predicted")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from skd.architecture import ModuleInfo, image_size
-
-CONVENTIONS = ("full", "linear")
+from skd.settings import CONVENTIONS
 
 
 @dataclass(frozen=True)

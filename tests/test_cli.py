@@ -17,7 +17,7 @@ import torch
 
 import skd
 import skd.cli
-import skd.commands.info
+import skd.commands.work.info
 import skd.demo
 import skd_kernels
 from skd.cli import main
@@ -78,7 +78,7 @@ def test_sigterm_ends_a_command_as_an_exception_does(tmp_path: Path, monkeypatch
             time.sleep(10)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(skd.commands.info, "run", killed)
+    monkeypatch.setattr(skd.commands.work.info, "run", killed)
     assert exit_status("info") == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
@@ -101,7 +101,7 @@ def test_no_error_is_a_traceback(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(skd.commands.info, "run", fail)
+    monkeypatch.setattr(skd.commands.work.info, "run", fail)
     assert main(["info"]) == status
     assert capsys.readouterr().err == f"{line}\n"
 
@@ -110,7 +110,7 @@ def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> None:
         raise TypeError("a fault")
 
-    monkeypatch.setattr(skd.commands.info, "run", fail)
+    monkeypatch.setattr(skd.commands.work.info, "run", fail)
     monkeypatch.setenv("SKD_TRACEBACK", "1")
     with pytest.raises(TypeError, match="a fault"):
         main(["info"])

@@ -18,7 +18,7 @@ from test_data_streams import write_shards
 
 import skd
 from skd.cli import parsed
-from skd.commands import train as command
+from skd.commands.work import train as command
 from skd.data import Augmentation, Sources, data_config, loaders, open_source, train_loader
 from skd.data.transforms import AUGMENTATION
 

@@ -20,7 +20,8 @@ from skd.data.iteration import Loader
 from skd.data.loading import calibration_loader, eval_loader, train_loader
 from skd.data.readers import Source
 from skd.data.sources import open_source
-from skd.data.transforms import Augmentation, data_config, eval_transform, train_transform
+from skd.data.transforms import data_config, eval_transform, train_transform
+from skd.settings import Augmentation
 
 __all__ = [
     "MEAN",

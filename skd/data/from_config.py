@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from skd.data.classes import agree, name_classes
 from skd.data.iteration import Loader
@@ -13,10 +13,8 @@ from skd.data.readers import Source
 from skd.data.sources import open_source
 from skd.data.transforms import AUGMENTATION, data_config
 from skd.ranks import rank_of, size_of
+from skd.settings import TrainConfig
 from skd.supernet import SuperNet
-
-if TYPE_CHECKING:
-    from skd.training.config import TrainConfig
 
 
 class Sources(NamedTuple):

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from skd.architecture import image_size
+from skd.settings import TrainConfig
 from skd.supernet import SuperNet
-from skd.training.config import TrainConfig
 from skd.training.precision import laid_out, tf32
 from skd.training.trainer import Trainer, by_hand
 

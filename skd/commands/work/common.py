@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import Field, fields
-from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from skd import recipes
-from skd.convert import LABELS
 from skd.data import (
     Loader,
     Source,
@@ -30,79 +25,9 @@ from skd.devices import usable_device
 from skd.files import load
 from skd.ranks import everyone, rank_of, size_of, together
 from skd.supernet import SuperNet
-from skd.training.config import BAD_IMAGES, TrainConfig
 from skd.training.screen import Screen
 
-# Files
-
-
-def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
-    """Paths for `skd.outputs.Files`, by the options they were given as: class_map is --class-map."""
-    return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
-
-
-def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """What of the data is in files, for `skd.outputs.Files`: also the folder in a name such as wds/FOLDER."""
-    reads = options(arguments, "class_map", "data", "data_dir")
-    if reads["--data"] is not None:
-        reads["--data"] = re.sub(r"^(hfds|hfids|wds)/", "", reads["--data"], flags=re.IGNORECASE)
-    return reads
-
-
 # Data
-
-
-def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading: bool = True) -> None:
-    """--data and how to read it; `loading` adds what a TrainConfig would otherwise say."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        required=required,
-        help="'digits' (built in), a folder (of class folders with images in any format that Pillow reads, or of "
-        "MNIST-style idx files), or a name of timm's: hfds/..., wds/..., torch/...",
-    )
-    group.add_argument("--data-dir", metavar="DIR", help="root folder of a timm data set")
-    group.add_argument(
-        "--train-split",
-        default="train",
-        help="name of the training split; a folder's is found by other names too, such as Train or seg_train "
-        "(default: %(default)s)",
-    )
-    group.add_argument("--val-split", default="validation", help="of the validation split (default: %(default)s)")
-    group.add_argument("--class-map", metavar="FILE", help="timm's class map: names of classes to labels")
-    group.add_argument("--input-key", metavar="NAME", help="column of the images in a Hugging Face data set (image)")
-    group.add_argument("--target-key", metavar="NAME", help="column of the labels (label)")
-    group.add_argument(
-        "--exif-orientation",
-        action="store_true",
-        help="turn pictures as their EXIF block says; timm does not, and by default such images are only counted",
-    )
-    group.add_argument("--download", action="store_true", help="let timm download a torch/ data set")
-    if loading:
-        parser.set_defaults(saves_memory="a smaller --batch-size, or --device cpu")
-        group.add_argument(
-            "--batch-size", type=int, default=128, help="images in a batch; no result depends on it (%(default)s)"
-        )
-        group.add_argument("--workers", type=int, default=4, help="processes that load images (default: %(default)s)")
-        group.add_argument(
-            "--bad-images",
-            choices=BAD_IMAGES,
-            default="skip",
-            help="an image that cannot be read: skip and count, or fail",
-        )
-
-
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--calibration-images", type=int, default=1024, help="un-augmented training images to use (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="that chooses them (default: %(default)s)")
-    parser.add_argument(
-        "--labels",
-        choices=LABELS,
-        default="given",
-        help="or the model's own predictions: the images may then be of any classes, or without labels in one folder",
-    )
 
 
 def source(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
@@ -231,10 +156,6 @@ def workers(wanted: int) -> int:
 # Models
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
-
-
 def device(arguments: argparse.Namespace) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device is None else arguments.device
     return usable_device(name, "--device", torch.float64)  # statistics are float64
@@ -246,58 +167,6 @@ def supernet(path: str, where: torch.device) -> SuperNet:
     if not isinstance(found, SuperNet):
         raise ValueError(f"--supernet is {path!r}, a plain model; it must be what skd convert, plan or train wrote")
     return found
-
-
-# Settings
-
-
-def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """--config and one option per field of TrainConfig."""
-    parser.set_defaults(saves_memory="--grad-accum-steps, --grad-checkpointing")
-    group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
-    group.add_argument(
-        "--config",
-        metavar="FILE",
-        help="JSON or YAML file of settings, or the name of a recipe that comes with skd "
-        f"({', '.join(recipes.names())}); options take precedence",
-    )
-    for setting in fields(TrainConfig):
-        flag = "--" + setting.name.replace("_", "-")
-        default = getattr(defaults, setting.name)
-        shown = " ".join(f"{value:.3g}" for value in default) if isinstance(default, tuple) else default
-        text = f"{setting.metadata['help']} (default: {shown})".replace("%", "%%")
-        group.add_argument(flag, dest=setting.name, default=argparse.SUPPRESS, help=text, **_kind(setting))
-
-
-def _kind(setting: Field[Any]) -> dict[str, Any]:
-    """argparse's arguments for a field, by its annotation."""
-    annotation = str(setting.type)
-    if annotation == "bool":
-        return {"action": argparse.BooleanOptionalAction}
-    if annotation.startswith("tuple"):
-        return {"type": float, "nargs": "+", "metavar": "X"}
-    base: Callable[[str], Any] = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
-    metavar = {"int": "N", "float": "X", "str": "NAME"}[annotation.split(" ")[0]]
-    return {"type": partial(_or_none, base) if "None" in annotation else base, "metavar": metavar}
-
-
-def _or_none(base: Callable[[str], Any], text: str) -> Any:
-    try:
-        return None if text.lower() == "none" else base(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def settings(
-    arguments: argparse.Namespace, defaults: TrainConfig, command: str
-) -> tuple[TrainConfig, dict[str, Any]]:
-    """`defaults`, changed by --config, changed by the options given; and what a recipe says of itself."""
-    recipe = recipes.Recipe({}, {}) if arguments.config is None else recipes.read_recipe(arguments.config)
-    meant = recipe.about.get("command", command)
-    if meant != command:
-        raise ValueError(f"--config is {arguments.config!r}, a recipe for skd {meant}, not for skd {command}")
-    given = {s.name: getattr(arguments, s.name) for s in fields(TrainConfig) if hasattr(arguments, s.name)}
-    return defaults.changed(**(recipe.settings | given)), recipe.about
 
 
 # Output

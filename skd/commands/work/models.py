@@ -15,52 +15,17 @@ from skd.files import load
 from skd.outputs import output_file
 from skd.ranks import rank_of
 from skd.supernet import SuperNet
-from skd.weights import CHOICES, load_weights, new_head
+from skd.weights import load_weights, new_head
 
 # Names of files that hold weights; and of those that no safetensors file should have.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
 _WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
 
 
-def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
-    """--model and its weights."""
-    parser.add_argument("--model", metavar="NAME", required=required, help=help)
-    add_weights(parser)
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """What belongs to a --model NAME."""
-    parser.add_argument(
-        "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded if need be")
-    weights.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="weights, as timm loads them: a state dict or a training script's checkpoint (.safetensors, .pth; also "
-        "of another image size, and of Meta's DINOv2); or skd's file",
-    )
-    parser.add_argument(
-        "--checkpoint-weights",
-        choices=CHOICES,
-        help="of a checkpoint with both: the average (model_ema) or the model (default: the average, if it is there)",
-    )
-
-
 def check_no_weights(arguments: argparse.Namespace) -> None:
     """Raises ValueError: --supernet is given together with what `add_weights` adds."""
     if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
         raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
-
-
-def add_num_classes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num-classes",
-        type=int,
-        metavar="N",
-        help="a new head of N classes, with random weights, in place of the old",
-    )
 
 
 def model_file(path: str, option: str = "--out") -> None:
@@ -136,17 +101,6 @@ def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
     if classes is not None and (getattr(arguments, "num_classes", None) or classes != model.num_classes):
         new_head(model, classes, _seed(arguments))
     return network
-
-
-def reads(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """The files that a model is made of, for `skd.outputs.Files`."""
-    found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
-    found["--model-kwargs (checkpoint_path)"] = arguments.model_kwargs.get("checkpoint_path")
-    kind, _, folder = (arguments.model or "").partition(":")
-    if kind.lower() == "local-dir":
-        for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
-            found[f"--model ({name})"] = str(Path(folder) / name)
-    return found
 
 
 def _named(arguments: argparse.Namespace) -> Any:
@@ -230,13 +184,3 @@ def _num_classes(arguments: argparse.Namespace) -> int | None:
 def _seed(arguments: argparse.Namespace) -> int:
     """A new head is the same in every process, and when a run is resumed."""
     return int(getattr(arguments, "seed", None) or 0)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object, such as '{\"num_classes\": 10}'")
-    return value
