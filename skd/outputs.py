@@ -108,8 +108,12 @@ def check_files(files: Files) -> None:
     """No output may take the place of an input or of another output; links do not hide that two files are one.
 
     Raises:
-        ValueError: one would.
+        ValueError: one would; or a name is empty, which is none.
     """
+    folders = {option: folder for option, (folder, _) in files.folders.items()}
+    for option, path in [*files.reads.items(), *files.writes.items(), *folders.items()]:
+        if path is not None and (not path or "\0" in path):
+            raise ValueError(f"{option} is {path!r}, which names nothing")
     writes = {option: path for option, path in files.writes.items() if path is not None}
     reads = {option: path for option, path in files.reads.items() if path is not None and os.path.isfile(path)}
     for option, path in writes.items():

@@ -71,6 +71,21 @@ def test_everything_else_is_allowed(place: Path, files: Files) -> None:
     check_files(files)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        Files({"--x": ""}),
+        Files({}, {"--x": ""}),
+        Files({}, {}, {"--x": ("", RUN)}),
+        Files({"--x": "a\0b"}),
+    ],
+)
+def test_a_name_that_names_nothing(files: Files) -> None:
+    """A path of no letters would be the working folder, or taken for an option that is not given."""
+    with pytest.raises(ValueError, match=r"--x is '.*', which names nothing"):
+        check_files(files)
+
+
 def test_what_was_allowed_once_is_allowed_again(place: Path) -> None:
     """In a folder of images the name of an output decides, not whether it is there already."""
     for name in ("b.png", "result", "a.txt", "new/b.json", "b.safetensors", "_info.json"):
