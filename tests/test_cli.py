@@ -178,7 +178,21 @@ def test_mistakes(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--seed", "one"], ["info", "--out", "x"]])
+BIG = "9" * 20  # more than 64 bits
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["dmeo"],
+        ["demo", "--seed", "one"],
+        ["info", "--out", "x"],
+        ["plan", "--supernet", "x", "--data", "digits", "--out", "y", "--rounds", BIG],
+        ["train", "--epochs", BIG],
+        ["finetune", "--model", "x", "--validation-batch-size", "-" + BIG],
+    ],
+)
 def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(*argv) == 2
     assert "usage: skd" in capsys.readouterr().err

@@ -36,7 +36,8 @@ def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
 def model_read(arguments: argparse.Namespace) -> dict[str, str | None]:
     """The files that a model is made of, for `skd.outputs.Files`."""
     found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
-    found["--model-kwargs (checkpoint_path)"] = arguments.model_kwargs.get("checkpoint_path")
+    inside = arguments.model_kwargs.get("checkpoint_path")
+    found["--model-kwargs (checkpoint_path)"] = inside if isinstance(inside, str) else None
     kind, _, folder = (arguments.model or "").partition(":")
     if kind.lower() == "local-dir":
         for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
@@ -76,9 +77,11 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading:
     if loading:
         parser.set_defaults(saves_memory="a smaller --batch-size, or --device cpu")
         group.add_argument(
-            "--batch-size", type=int, default=128, help="images in a batch; no result depends on it (%(default)s)"
+            "--batch-size", type=whole, default=128, help="images in a batch; no result depends on it (%(default)s)"
         )
-        group.add_argument("--workers", type=int, default=4, help="processes that load images (default: %(default)s)")
+        group.add_argument(
+            "--workers", type=whole, default=4, help="processes that load images (default: %(default)s)"
+        )
         group.add_argument(
             "--bad-images",
             choices=BAD_IMAGES,
@@ -89,9 +92,9 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading:
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--calibration-images", type=int, default=1024, help="un-augmented training images to use (%(default)s)"
+        "--calibration-images", type=whole, default=1024, help="un-augmented training images to use (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="that chooses them (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="that chooses them (default: %(default)s)")
     parser.add_argument(
         "--labels",
         choices=LABELS,
@@ -136,7 +139,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def add_num_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-classes",
-        type=int,
+        type=whole,
         metavar="N",
         help="a new head of N classes, with random weights, in place of the old",
     )
@@ -180,7 +183,8 @@ def _kind(setting: Field[Any]) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if annotation.startswith("tuple"):
         return {"type": float, "nargs": "+", "metavar": "X"}
-    base: Callable[[str], Any] = {"int": int, "float": float, "str": str}[annotation.split(" ")[0]]
+    kinds: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str}
+    base = kinds[annotation.split(" ")[0]]
     metavar = {"int": "N", "float": "X", "str": "NAME"}[annotation.split(" ")[0]]
     return {"type": partial(_or_none, base) if "None" in annotation else base, "metavar": metavar}
 
@@ -188,7 +192,7 @@ def _kind(setting: Field[Any]) -> dict[str, Any]:
 def _or_none(base: Callable[[str], Any], text: str) -> Any:
     try:
         return None if text.lower() == "none" else base(text)
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
@@ -202,6 +206,17 @@ def settings(
         raise ValueError(f"--config is {arguments.config!r}, a recipe for skd {meant}, not for skd {command}")
     given = {s.name: getattr(arguments, s.name) for s in fields(TrainConfig) if hasattr(arguments, s.name)}
     return defaults.changed(**(recipe.settings | given)), recipe.about
+
+
+def whole(text: str) -> int:
+    """A whole number that computers count with: no list and no tensor is longer than 2**63 - 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large a number")
+    return number
 
 
 def size(text: str) -> int | float:

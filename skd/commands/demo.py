@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from skd.commands import arguments as options
 from skd.outputs import Files
 from skd.settings import DEMO_EPOCHS
 
@@ -18,9 +19,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="skd-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--seed", type=options.whole, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument(
-        "--epochs", type=int, default=DEMO_EPOCHS, help="of the stand-in's training (default: %(default)s)"
+        "--epochs", type=options.whole, default=DEMO_EPOCHS, help="of the stand-in's training (default: %(default)s)"
     )
     parser.set_defaults(run="demo.run", files=files)
     return parser

@@ -25,7 +25,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "own, before any conversion)",
     )
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--entry", type=int, metavar="I", help="one sub-network, by its index")
+    one.add_argument("--entry", type=options.whole, metavar="I", help="one sub-network, by its index")
     one.add_argument(
         "--macs", type=options.size, metavar="X", help="the largest within a share (0.5) or a count (4.2G)"
     )

@@ -21,7 +21,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--macs", type=options.size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)"
     )
     budget.add_argument("--params", type=options.size, metavar="X", help="a share (0.5), or a count (22M)")
-    budget.add_argument("--entry", type=int, metavar="I", help="index into the dropout list")
+    budget.add_argument("--entry", type=options.whole, metavar="I", help="index into the dropout list")
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
     parser.set_defaults(run="extract.run", files=files)

@@ -22,7 +22,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--target", type=float, default=0.875, help="share of the MACs that the smallest has removed (%(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=10, help="importance passes (default: %(default)s)")
+    parser.add_argument("--rounds", type=options.whole, default=10, help="importance passes (default: %(default)s)")
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of MACs (default: %(default)s)")
     options.add_device(parser)
     parser.set_defaults(run="plan.run", files=files)

@@ -101,7 +101,8 @@ def check_classes(source: Source, num_classes: int) -> None:
     shown = ", ".join(found[:5]) + (", ..." if count > 5 else "")
     raise ValueError(
         f"{source.name} has {count} classes ({shown}), the model's head has {num_classes}; give a class map, or make "
-        f"a head that fits: model.reset_classifier({count}), or --num-classes {count} (convert, train, finetune)"
+        f"a head that fits: model.reset_classifier({count}), or --num-classes {count} (convert, train, finetune); "
+        "--labels predicted (convert, plan) takes images of any classes"
     )
 
 
