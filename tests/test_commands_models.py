@@ -311,6 +311,7 @@ OWN = "--checkpoint WORK/model.safetensors"
         ("evaluate --model WORK/model.safetensors --convention linear DATA", "--convention is given with --model"),
         ("evaluate SUPERNET --pretrained DATA", "the options of --model are not for it"),
         (f"convert {OWN} --model-kwargs '{{\"depth\": 3}}' DATA OUT", "--model-kwargs has depth, but"),
+        (f"convert {OWN} --num-classes {2**62} DATA OUT", f"--num-classes is {2**62}; such a head cannot be made"),
         (f"convert {OWN} --checkpoint-weights ema DATA OUT", "--checkpoint-weights is given, but"),
         (f"convert {OWN} --num-classes 0 DATA OUT", "--num-classes is 0; it must be a whole number, at least 1"),
         (

@@ -99,7 +99,11 @@ def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
     model = network.model if isinstance(network, SuperNet) else network
     # The number that a file's head has, as an argument of its architecture, asks for no other head.
     if classes is not None and (getattr(arguments, "num_classes", None) or classes != model.num_classes):
-        new_head(model, classes, _seed(arguments))
+        try:
+            new_head(model, classes, _seed(arguments))
+        except (RuntimeError, MemoryError) as error:  # of PyTorch's allocator, in many lines
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"--num-classes is {classes}; such a head cannot be made: {reason}") from None
     return network
 
 
