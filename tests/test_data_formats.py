@@ -223,6 +223,15 @@ def test_labels_are_none_where_there_are_none(tmp_path: Path) -> None:
     assert torch.equal(images, same) and none is None and len(labels) == 6 and without.read == 6
 
 
+def test_a_reason_has_no_address_in_it(tmp_path: Path) -> None:
+    """It is the same in every run."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(b"x")
+    with pytest.raises(BadImage) as caught:
+        read(tmp_path)
+    assert caught.value.reason == "UnidentifiedImageError: cannot identify image file"
+
+
 def test_why_an_image_was_skipped(tmp_path: Path) -> None:
     png_folder(tmp_path, 2)
     (tmp_path / "cat" / "0.png").write_bytes(b"no picture")

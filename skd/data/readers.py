@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ class BadImage(Exception):
     def __init__(self, file: str, reason: BaseException | str) -> None:
         self.file = file
         words = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
-        self.reason = " ".join(words.split())
+        # Pillow names the file object, too: a file that has been named, or an address in memory.
+        self.reason = " ".join(re.sub(r" <_io\.[^>]*>", "", words).split())
         super().__init__(f"{file} cannot be read: {self.reason}")
         self.missing = isinstance(reason, FileNotFoundError)
 
