@@ -58,9 +58,7 @@ def web(folder: Path, *shards: list[Entry], count: int | None = None) -> str:
 def hugging_face(folder: Path, images: list[bytes]) -> str:
     """A parquet file of images, some of them perhaps no images, and labels."""
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["a", "b", "c"])}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     rows = {
         "image": [{"bytes": image, "path": None} for image in images],
         "label": [i % 3 for i in range(len(images))],
