@@ -5,16 +5,19 @@
 After Li, Qi, Geng, "Stratified Knowledge-Density Super-Network for Scalable Vision Transformers", AAAI 2026
 (arXiv 2511.11683).
 
-Importing skd is quick: each public name is imported, and torch and timm with it, when it is first asked for.
+Importing skd is quick: each public name is imported, and torch and timm with it, when it is first asked for. Not even
+`typing` is imported here: until `skd.process` runs, Ctrl-C would be a traceback.
 """
+
+from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 import skd._requirements  # noqa: F401  (before all else: it says what is missing)
+
+TYPE_CHECKING = False  # type checkers take it for true, as they do typing's
 
 if TYPE_CHECKING:
     from skd.convert import convert
@@ -25,8 +28,9 @@ if TYPE_CHECKING:
     from skd.files import load, save
     from skd.importance import importance
     from skd.planning import plan, rank_operations
+    from skd.settings import TrainConfig, finetune_config
     from skd.supernet import SuperNet
-    from skd.training import History, TrainConfig, finetune, finetune_config, train
+    from skd.training import History, finetune, train
     from skd.vit import create_model
 
 __version__ = "0.1.0"
@@ -60,14 +64,14 @@ _MODULES = {
     "History": "skd.training",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
-    "TrainConfig": "skd.training",
+    "TrainConfig": "skd.settings",
     "convert": "skd.convert",
     "cost": "skd.cost",
     "create_model": "skd.vit",
     "evaluate": "skd.evaluate",
     "extract": "skd.extract",
     "finetune": "skd.training",
-    "finetune_config": "skd.training",
+    "finetune_config": "skd.settings",
     "importance": "skd.importance",
     "load": "skd.files",
     "plan": "skd.planning",
@@ -83,7 +87,7 @@ class _Package(ModuleType):
     An import sets a module as an attribute of its package, here over the function of the same name, or before it.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in _MODULES or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
@@ -92,12 +96,14 @@ sys.modules[__name__].__class__ = _Package
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise of any name
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """A public name, or a module of the package, at its first use."""
         if name in _MODULES:
             value = getattr(import_module(_MODULES[name]), name)
             setattr(sys.modules[__name__], name, value)
             return value
+        from importlib.util import find_spec
+
         if name.startswith("_") or find_spec(f"{__name__}.{name}") is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return import_module(f"{__name__}.{name}")

@@ -6,9 +6,7 @@ timm itself, and torch with it, take seconds to import, which `skd --version` do
 from __future__ import annotations
 
 import os
-import re
 import sys
-from importlib.util import find_spec
 
 OLDEST_TIMM = "1.0.31"  # older ones do not record the arguments that a model was made with
 
@@ -16,15 +14,17 @@ OLDEST_TIMM = "1.0.31"  # older ones do not record the arguments that a model wa
 def _installed() -> str:
     """timm's version: of the module that is imported already, as its file version.py says, or by importing it."""
     if "timm" not in sys.modules:
-        spec = find_spec("timm")
+        specs = (finder.find_spec("timm", None) for finder in sys.meta_path)  # importlib.util would be imported first
+        spec = next((spec for spec in specs if spec is not None), None)
         file = os.path.join(os.path.dirname(spec.origin or ""), "version.py") if spec is not None else ""
         text = ""
         if os.path.isfile(file):
             with open(file, encoding="utf-8") as lines:
                 text = lines.read()
-        found = re.search(r"^__version__ *= *['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-        if found is not None:
-            return found[1]
+        for line in text.splitlines():
+            name, _, value = line.partition("=")
+            if name.strip() == "__version__" and value.strip()[:1] in ("'", '"'):
+                return value.strip()[1:].partition(value.strip()[0])[0]
     from timm import __version__
 
     return str(__version__)
@@ -32,9 +32,9 @@ def _installed() -> str:
 
 def _release(version: str) -> tuple[int, ...]:
     """To compare: 1.0.31 is (1, 0, 31, 0), and what comes before it, such as 1.0.31.dev0, (1, 0, 31, -1)."""
-    numbers, rest = re.match(r"[\d.]*", version)[0], re.sub(r"^[\d.]*", "", version)  # type: ignore[index]
-    parts = [int(part) for part in numbers.split(".") if part][:3]
-    early = re.match(r"(a|b|c|rc|alpha|beta|pre|dev)", rest) is not None
+    end = next((place for place, sign in enumerate(version) if not (sign.isdigit() or sign == ".")), len(version))
+    parts = [int(part) for part in version[:end].split(".") if part][:3]
+    early = version[end:].startswith(("a", "b", "c", "rc", "pre", "dev"))
     return (*parts, *[0] * (3 - len(parts)), -1 if early else 0)
 
 

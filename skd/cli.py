@@ -1,6 +1,6 @@
 """The command ``skd``. Of its subcommands it knows what `skd.commands` says of them all, and no more.
 
-Nothing here imports torch: ``skd --version`` and ``skd --help`` need no second of it.
+Nothing is imported before it is needed: ``skd --version`` and the help of every command do without torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 from skd import __version__
@@ -41,9 +42,10 @@ def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments = parsed(argv)
+            work = _imported(arguments.run)
             with _ended_by_sigterm():
                 begin()
-                _run(arguments)
+                _run(arguments, work)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -52,7 +54,7 @@ def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments. Only the command that they name is imported.
+    """The arguments. Of the commands only the one that they name is imported, without what does its work.
 
     Raises:
         SystemExit: --help, --version, or arguments that the command does not have.
@@ -102,8 +104,16 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    from skd.commands.processes import processes  # and with it torch
+def _imported(place: str) -> Callable[[argparse.Namespace], Any]:
+    """The function that does a command's work; what it needs is imported, torch among it."""
+    file, function = place.split(".")
+    import_module("skd.commands.processes")
+    work: Callable[[argparse.Namespace], Any] = getattr(import_module(f"skd.commands.work.{file}"), function)
+    return work
+
+
+def _run(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], Any]) -> None:
+    from skd.commands.processes import processes
     from skd.ranks import rank_of, together
 
     if arguments.json is not None:
@@ -111,7 +121,7 @@ def _run(arguments: argparse.Namespace) -> None:
     files = arguments.files(arguments)
     check_files(replace(files, writes={**files.writes, "--json": arguments.json}))
     with processes(arguments.command, getattr(arguments, "device", None)) as arguments.group:
-        document = arguments.run(arguments)
+        document = work(arguments)
         with together(arguments.group):
             if arguments.json is not None and rank_of(arguments.group) == 0:
                 write_json(arguments.json, document)

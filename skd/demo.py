@@ -30,11 +30,12 @@ from skd.evaluate import evaluate
 from skd.extract import choose_entry, extract
 from skd.files import save
 from skd.outputs import output_folder, replacing, write_json
+from skd.settings import DEMO_EPOCHS
 from skd.supernet import SuperNet
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd_kernels import build_info
 
-EPOCHS, TRAIN_EPOCHS = 40, 24
+TRAIN_EPOCHS = 24
 BATCH = 128
 # Of both trainings; images so small bear little augmentation, and networks so small no stochastic depth.
 RECIPE: dict[str, Any] = {
@@ -67,7 +68,7 @@ def run_demo(
     out: str | os.PathLike[str] = "skd-demo",
     *,
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int = DEMO_EPOCHS,
     train_epochs: int = TRAIN_EPOCHS,
     progress: bool = True,
     console: Console | None = None,

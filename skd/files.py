@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from skd.devices import usable_device
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.outputs import replacing
@@ -75,13 +76,10 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         A `SuperNet` with its dropout list, or a timm model; on `device`, in evaluation mode.
 
     Raises:
-        ValueError: no such device, no such file, truncated or padded, not written by `save`, by a newer version, of
-            an unknown architecture, or with tensors that do not fit it.
+        ValueError: no such device, or one without data (meta); no such file, truncated or padded, not written by
+            `save`, by a newer version, of an unknown architecture, or with tensors that do not fit it.
     """
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
+    device = usable_device(device)
     header, state = _read(Path(path), device)
     try:
         return _rebuild(header, state, device)

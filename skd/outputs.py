@@ -15,6 +15,9 @@ from typing import Any
 # What `replacing` calls a file until it is whole.
 _TEMPORARY = re.compile(r"\.[\w-]+\.\d+\.(safetensors|jsonl?|md|png)")
 
+_ENDINGS = (".json", ".safetensors")  # of files that a command writes where its user says
+_OF_DATA_SETS = ("_info.json", "info.json", "dataset_info.json", "dataset_infos.json", "features.json", "state.json")
+
 
 def remove_leftovers(*folders: Path) -> None:
     """Delete temporary files that a killed process has left; they can be gigabytes."""
@@ -105,8 +108,12 @@ def check_files(files: Files) -> None:
     """No output may take the place of an input or of another output; links do not hide that two files are one.
 
     Raises:
-        ValueError: one would.
+        ValueError: one would; or a name is empty, which is none.
     """
+    folders = {option: folder for option, (folder, _) in files.folders.items()}
+    for option, path in [*files.reads.items(), *files.writes.items(), *folders.items()]:
+        if path is not None and (not path or "\0" in path):
+            raise ValueError(f"{option} is {path!r}, which names nothing")
     writes = {option: path for option, path in files.writes.items() if path is not None}
     reads = {option: path for option, path in files.reads.items() if path is not None and os.path.isfile(path)}
     for option, path in writes.items():
@@ -114,8 +121,11 @@ def check_files(files: Files) -> None:
             if option != other and (option, other) not in files.in_place and _same(path, given):
                 raise ValueError(f"{option} and {other} are the same file, {given!r}; it would be lost")
         for other, folder in files.reads.items():
-            if folder is not None and _is_image_of(path, folder):
-                raise ValueError(f"{option} is {path!r}, a file of {other}; it would be lost")
+            if folder is not None and _may_be_data(path, folder):
+                raise ValueError(
+                    f"{option} is {path!r}, in the folder of {other}; its files would be lost if results had their "
+                    f"names, so there it must end in {' or '.join(_ENDINGS)}"
+                )
     for option, path in [*writes.items(), *reads.items()]:
         for other, (folder, names) in files.folders.items():
             if folder is not None and _is_named(path, folder, names):
@@ -135,7 +145,11 @@ def _is_named(path: str, folder: str, names: Sequence[str]) -> bool:
     return any(_same(path, str(found)) for found in there)
 
 
-def _is_image_of(path: str, folder: str) -> bool:
-    """Whether the file is there, in a folder of images, and is nothing that skd could have written before."""
+def _may_be_data(path: str, folder: str) -> bool:
+    """Whether the file would lie in a folder of data and be called as a part of it may be.
+
+    The name alone decides, whether the file is there or not: so what a command may write it may write again.
+    """
     file, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    return root in file.parents and file.is_file() and file.suffix not in (".json", ".safetensors")
+    ours = file.suffix in _ENDINGS and file.name not in _OF_DATA_SETS
+    return root.is_dir() and root in file.parents and not ours

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from skd.settings import CONVENTIONS
 from skd.vit.protocol import Network, Prices
-
-CONVENTIONS = ("full", "linear")
 
 
 @dataclass(frozen=True)

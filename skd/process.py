@@ -8,7 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
 

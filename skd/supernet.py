@@ -133,7 +133,8 @@ class SuperNet(nn.Module):
             raise ValueError(f"entry is {entry!r}; it must be an int")
         entries = self._dropout_list.widths  # not asking for prices: every forward pass comes here
         if not 0 <= entry < len(entries):
-            raise ValueError(f"entry is {entry}; it may be 0..{len(entries) - 1}")
+            alone = ", the full network alone: skd plan or skd train (skd.plan, skd.train) adds smaller ones"
+            raise ValueError(f"entry is {entry}; it may be 0..{len(entries) - 1}{alone if len(entries) == 1 else ''}")
         row: list[int] = entries[entry].tolist()
         return row
 

@@ -17,7 +17,7 @@ import torch
 
 import skd
 import skd.cli
-import skd.commands.info
+import skd.commands.work.info
 import skd.demo
 import skd_kernels
 from skd.cli import main
@@ -78,7 +78,7 @@ def test_sigterm_ends_a_command_as_an_exception_does(tmp_path: Path, monkeypatch
             time.sleep(10)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(skd.commands.info, "run", killed)
+    monkeypatch.setattr(skd.commands.work.info, "run", killed)
     assert exit_status("info") == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
@@ -101,7 +101,7 @@ def test_no_error_is_a_traceback(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(skd.commands.info, "run", fail)
+    monkeypatch.setattr(skd.commands.work.info, "run", fail)
     assert main(["info"]) == status
     assert capsys.readouterr().err == f"{line}\n"
 
@@ -110,7 +110,7 @@ def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> None:
         raise TypeError("a fault")
 
-    monkeypatch.setattr(skd.commands.info, "run", fail)
+    monkeypatch.setattr(skd.commands.work.info, "run", fail)
     monkeypatch.setenv("SKD_TRACEBACK", "1")
     with pytest.raises(TypeError, match="a fault"):
         main(["info"])
@@ -178,7 +178,21 @@ def test_mistakes(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--seed", "one"], ["info", "--out", "x"]])
+BIG = "9" * 20  # more than 64 bits
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["dmeo"],
+        ["demo", "--seed", "one"],
+        ["info", "--out", "x"],
+        ["plan", "--supernet", "x", "--data", "digits", "--out", "y", "--rounds", BIG],
+        ["train", "--epochs", BIG],
+        ["finetune", "--model", "x", "--validation-batch-size", "-" + BIG],
+    ],
+)
 def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(*argv) == 2
     assert "usage: skd" in capsys.readouterr().err

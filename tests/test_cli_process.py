@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import skd
+from skd.commands import COMMANDS
 
 HEAVY = ("torch", "timm", "numpy", "rich", "yaml", "PIL", "matplotlib", "skd_kernels")
 # Runs the command as ``python -m skd`` does, and says at the end which of the heavy modules are there.
@@ -30,12 +32,16 @@ def process(*argv: str, path: Path | None = None, **options: Any) -> subprocess.
     return subprocess.Popen([sys.executable, "-P", *argv], env=environment, **pipes, **options)
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["-h"], [], ["dmeo"], ["--versoin"]])
+HELP = [["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)]
+MISTAKES = [[], ["dmeo"], ["--versoin"], ["train", "--epochs", "many"], ["extract"]]
+
+
+@pytest.mark.parametrize("argv", [["--version"], *HELP, *MISTAKES], ids=" ".join)
 def test_version_and_help_import_nothing_heavy(argv: list[str]) -> None:
-    """So they take a tenth of a second: `import torch` alone takes ten times as long."""
+    """So they take a fraction of a second: `import torch` alone takes ten times as long."""
     child = process("-c", WATCHED, *argv)
     out, _ = child.communicate(timeout=60)
-    assert child.returncode == (0 if argv in (["--version"], ["--help"], ["-h"]) else 2)
+    assert child.returncode == (2 if argv in MISTAKES else 0)
     assert out.splitlines()[-1] == "heavy: []"
 
 
@@ -54,10 +60,51 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path, swallowed: bool) 
     assert (out, err, child.returncode) == ("", "error: interrupted\n", 130)
 
 
+# What is imported when Ctrl-C is first listened to, but was not when the interpreter had started.
+LISTENING = """
+import signal, sys
+def listen(number, handler):
+    sys.stdout.write(" ".join(sorted(sys.modules.keys() - before)))
+    raise SystemExit(0)
+signal.signal = listen
+before = {*sys.modules}
+from skd.process import program
+program()
+"""
+
+
+def test_ctrl_c_is_listened_to_before_anything_else_is_imported() -> None:
+    """Until then it is a traceback of Python's, which only the start of the interpreter should have time for."""
+    child = process("-c", LISTENING)
+    out, err = child.communicate(timeout=60)
+    own = {"skd", "skd._requirements", "skd.process"}
+    small = {"__future__", "importlib", "importlib._bootstrap", "importlib._bootstrap_external", "warnings", "types"}
+    assert own <= set(out.split()) <= own | small and err == ""
+
+
+def test_ctrl_c_at_any_moment() -> None:
+    """One line, or nothing was to be interrupted; a traceback only of the start of the interpreter."""
+    lines = 0
+    for step in range(24):
+        child = process("-m", "skd", "info")
+        try:
+            child.wait(step**2 / 1000)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=120)
+        if err == "error: interrupted\n":
+            lines += 1
+            assert (out, child.returncode) == ("", 130)
+        elif child.returncode:
+            named = [line for line in err.splitlines() if "skd/" in line and "_requirements" not in line]
+            assert all("skd/__init__.py" in line or "skd/process.py" in line for line in named), err
+    assert lines > 5
+
+
 # ``skd info`` that is interrupted while it writes a file, and perhaps again while it puts things away.
 WORKING = """
 import os, runpy, signal, time
-import skd.commands.info
+import skd.commands.work.info
 from skd.outputs import replacing
 
 def interrupt():
@@ -72,7 +119,7 @@ def run(arguments):
     finally:
         AGAIN
 
-skd.commands.info.run = run
+skd.commands.work.info.run = run
 runpy.run_module("skd", run_name="__main__", alter_sys=True)
 """
 

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 import skd
 from skd.cli import main, parsed
-from skd.commands.models import with_new_head
+from skd.commands.work.models import with_new_head
 from skd.extract import choose_entry
 
 LOADING = ["--workers", 0, "--calibration-images", 24]
@@ -226,6 +226,27 @@ def test_a_folder_of_timms(work: Path, tmp_path: Path) -> None:
     assert skd.load(tmp_path / "out.safetensors").model.num_classes == 3
 
 
+def test_json_says_which_weights_were_taken(work: Path, tmp_path: Path) -> None:
+    """By every command that takes a checkpoint, of --checkpoint or of timm's own argument."""
+    own = skd.load(work / "model.safetensors").state_dict()
+    torch.save({"model": own, "model_ema": own}, tmp_path / "both.pth")
+    both, alone = str(tmp_path / "both.pth"), str(work / "own.pth")
+    inside = json.dumps({**KWARGS, "checkpoint_path": both})
+    data = ["--data", work / "images"]
+    kept = ["convert", *data, "--out", tmp_path / "out.safetensors", *LOADING]
+    for argv, weights, file, key in (
+        (["evaluate", *data, "--workers", 0], [*NAMED, "--checkpoint", both], both, "model_ema"),
+        (kept, [*NAMED, "--checkpoint", both, "--checkpoint-weights", "model"], both, "model"),
+        (kept, [*NAMED, "--checkpoint", alone], alone, None),
+        (kept, ["--model", MODEL[1], "--model-kwargs", inside], both, "model_ema"),
+        (["train", *data, "--out", tmp_path / "t", *TRAIN], [*NAMED, "--checkpoint", both], both, "model_ema"),
+        (["finetune", *data, "--out", tmp_path / "f", *TRAIN], [*NAMED, "--checkpoint", both], both, "model_ema"),
+    ):
+        document = command(*argv, *weights, tmp_path / "a.json")
+        assert (document["checkpoint"], document["checkpoint_weights"]) == (file, key)
+    assert "checkpoint" not in command(*kept, "--checkpoint", work / "model.safetensors", tmp_path / "a.json")
+
+
 def test_random_weights_are_warned_of_and_no_others(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -276,6 +297,12 @@ OWN = "--checkpoint WORK/model.safetensors"
         ("plan SUPERNET DATA --out TMP/z.PT", "call it .safetensors"),
         ("extract SUPERNET --entry 0 --out TMP/z.bin", "call it .safetensors"),
         ("extract SUPERNET --macs 0.5 OUT", "never planned"),
+        ("extract SUPERNET --entry 3 OUT", "0..0, the full network alone: skd plan or skd train"),
+        ("evaluate SUPERNET --entry -1 DATA", "0..0, the full network alone: skd plan or skd train"),
+        ("evaluate SUPERNET DATA --device ''", "--device is ''"),
+        (f"convert {TINY} '{{\"checkpoint_path\": 5}}' DATA OUT", "checkpoint_path is 5; there is no such file"),
+        ("convert --checkpoint '' DATA OUT", "--checkpoint is '', which names nothing"),
+        ("evaluate SUPERNET DATA --val-split /", "must be the name of one of its sub-folders"),
         ("convert --model WORK/model.safetensors DATA OUT", "a file; here it is a name in timm"),
         ("train --model TMP/no.pth DATA --out TMP/run", "a file (which is not there)"),
         ("evaluate --model WORK/own.pth DATA", "need --model NAME --checkpoint FILE"),
@@ -284,6 +311,7 @@ OWN = "--checkpoint WORK/model.safetensors"
         ("evaluate --model WORK/model.safetensors --convention linear DATA", "--convention is given with --model"),
         ("evaluate SUPERNET --pretrained DATA", "the options of --model are not for it"),
         (f"convert {OWN} --model-kwargs '{{\"depth\": 3}}' DATA OUT", "--model-kwargs has depth, but"),
+        (f"convert {OWN} --num-classes {2**62} DATA OUT", f"--num-classes is {2**62}; such a head cannot be made"),
         (f"convert {OWN} --checkpoint-weights ema DATA OUT", "--checkpoint-weights is given, but"),
         (f"convert {OWN} --num-classes 0 DATA OUT", "--num-classes is 0; it must be a whole number, at least 1"),
         (

@@ -18,7 +18,7 @@ from test_data_streams import write_shards
 
 import skd
 from skd.cli import parsed
-from skd.commands import train as command
+from skd.commands.work import train as command
 from skd.data import Augmentation, Sources, data_config, loaders, open_source, train_loader
 from skd.data.transforms import AUGMENTATION
 
@@ -173,3 +173,25 @@ def test_open_sources_are_matched_too(tmp_path: Path) -> None:
     by_sources = loaders(Sources(opened[0], opened[1], opened[0]), model, config)
     labels = [torch.cat([y for _, y in found.validation]).tolist() for found in (by_path, by_sources)]
     assert labels[0] == labels[1] and labels[0][0] == 2
+
+
+def test_the_model_is_named_by_the_images_it_is_trained_on(tmp_path: Path) -> None:
+    """As the commands do it: its files have the names; of equal names the model's order stays."""
+    make_images(tmp_path / "images")
+    config, names = training_config(batch_size=8), ["class0", "class1", "class2"]
+    for known, expected, warns in (
+        (None, names, False),
+        (names[::-1], names[::-1], False),
+        (["a", "b", "c"], names, True),
+        (["a"], names, False),  # of another head
+    ):
+        model = digit_vit(num_classes=3)
+        model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "label_names": known}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaders(tmp_path / "images", model, config)
+        assert model.pretrained_cfg["label_names"] == expected
+        assert len([w for w in caught if "other classes than the model" in str(w.message)]) == warns
+    model = digit_vit(num_classes=3)
+    loaders(tmp_path / "images", model, config, class_map={"class0": 0, "class1": 0, "class2": 2})
+    assert model.pretrained_cfg.get("label_names") is None

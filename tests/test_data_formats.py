@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from test_data_sources import png_folder, refusal
 
 from skd.data import calibration_loader, eval_loader, open_source
 from skd.data.modes import extensions, in_mode, is_turned, upright
+from skd.data.readers import BadImage, LabelError, PairSource, ReaderSource
 
 GREY = np.arange(0, 256, 5, dtype=np.uint8)[None].repeat(8, 0)
 ORIENTATION = 0x0112
@@ -221,6 +223,15 @@ def test_labels_are_none_where_there_are_none(tmp_path: Path) -> None:
     assert torch.equal(images, same) and none is None and len(labels) == 6 and without.read == 6
 
 
+def test_a_reason_has_no_address_in_it(tmp_path: Path) -> None:
+    """It is the same in every run."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(b"x")
+    with pytest.raises(BadImage) as caught:
+        read(tmp_path)
+    assert caught.value.reason == "UnidentifiedImageError: cannot identify image file"
+
+
 def test_why_an_image_was_skipped(tmp_path: Path) -> None:
     png_folder(tmp_path, 2)
     (tmp_path / "cat" / "0.png").write_bytes(b"no picture")
@@ -245,3 +256,99 @@ def test_dark_grey_maps_of_sixteen_bits(tmp_path: Path) -> None:
     """They stay dark: their largest value need not be above 255."""
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + np.array([0, 200], ">u2").tobytes())
     assert np.asarray(in_mode(Image.open(tmp_path / "a.pgm"), "L")).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("transparency", [bytes(range(0, 256, 16)), 3])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_palette_with_transparent_colours(tmp_path: Path, transparency: Any, channels: int) -> None:
+    """Dropped as any alpha is, and without Pillow's warning of a palette whose every colour has its own."""
+    (tmp_path / "cat").mkdir()
+    colours = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).quantize(16)
+    image.save(tmp_path / "cat" / "0.png", transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read(tmp_path, channels)
+    assert np.array_equal(found, np.asarray(image.convert("L" if channels == 1 else "RGB")))
+
+
+class Broken:
+    """In the form of timm's readers: one image whose decode raises an error, or that has none."""
+
+    def __init__(self, error: type[Exception], in_label: bool = False) -> None:
+        self.error, self.in_label = error, in_label
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        if self.in_label:
+            raise self.error(7)
+        return self, 0
+
+    def __enter__(self) -> None:
+        raise self.error("in Pillow")
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def filename(self, index: int, absolute: bool = True) -> str:
+        return "0.sgi"
+
+
+@pytest.mark.parametrize("error", [KeyError, IndexError, AttributeError, AssertionError, OverflowError, RuntimeError])
+def test_any_error_of_pillow_is_an_unreadable_image(error: type[Exception]) -> None:
+    """A KeyError too, which is not one of the class map, whether there is one or not."""
+    for mapped in (False, True):
+        source = ReaderSource(Broken(error), "x", "RGB", mapped=mapped)
+        with pytest.raises(BadImage, match=rf"0\.sgi cannot be read: {error.__name__}: .*in Pillow"):
+            source.read(0)
+    pairs = PairSource([Image.new("L", (1, 1))], "x", "RGB")  # no pair
+    with pytest.raises(BadImage, match="TypeError"):
+        pairs.read(0)
+
+
+def test_a_label_that_the_class_map_does_not_have() -> None:
+    with pytest.raises(LabelError, match="the class map does not have: 7"):
+        ReaderSource(Broken(KeyError, in_label=True), "x", "RGB", mapped=True).read(0)
+    with pytest.raises(BadImage, match="KeyError: 7"):
+        ReaderSource(Broken(KeyError, in_label=True), "x", "RGB").read(0)
+
+
+def test_too_little_memory_is_no_fault_of_the_image() -> None:
+    with pytest.raises(MemoryError):
+        ReaderSource(Broken(MemoryError), "x", "RGB").read(0)
+
+
+def test_torchvision_folder(tmp_path: Path) -> None:
+    """torchvision's classes in torchvision's order, but images of every format, and what is left out is said."""
+    from torchvision.datasets import ImageFolder
+
+    for number, place in enumerate(("2", "10/deep/er", "10")):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(GREY).save(tmp_path / place / f"{number}.png")
+    assert ImageFolder(tmp_path).class_to_idx == {"10": 0, "2": 1}
+    (tmp_path / ".cache").mkdir()
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "2" / "deep.jp2")
+    (tmp_path / "2" / "notes.txt").write_text("x")
+    Image.fromarray(GREY).save(tmp_path / "alone.png")
+    source = open_source("torch/image_folder", data_dir=tmp_path, in_chans=1)
+    assert source.classes == ["10", "2"] and len(source) == 4
+    labels = {Path(source.file(i)).name: source.read(i)[1] for i in range(4)}
+    assert labels == {"0.png": 1, "deep.jp2": 1, "1.png": 0, "2.png": 0}
+    assert all(np.array_equal(source.read(i)[0], GREY) for i in range(4))
+    assert set(source.left_out.to_dict()) == {"hidden", "in no class", "no image by its name (.txt)"}
+    assert len(open_source("torch/image_folder", data_dir=tmp_path, labelled=False)) == 5
+    with pytest.raises(ValueError, match="takes no options"):
+        open_source("torch/folder", data_dir=tmp_path, allow_empty=True)
+
+
+def test_torchvision_data_sets_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own loader would cut 16 bits off at 255."""
+    from timm.data import dataset_factory
+    from torchvision.datasets import ImageFolder
+
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / "cat" / "0.png")
+    monkeypatch.setattr(dataset_factory, "ImageNet", lambda root, split: ImageFolder(root))
+    source = open_source("torch/imagenet", data_dir=tmp_path, in_chans=1)
+    assert np.array_equal(source.read(0)[0], GREY)

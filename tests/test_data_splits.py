@@ -131,3 +131,11 @@ def test_images_without_labels(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there are no images in"):
         open_source(tmp_path / "empty", labelled=False)
+
+
+@pytest.mark.parametrize("split", ["/", "..", "../other", "train/../..", "a\0b"])
+def test_a_split_does_not_lead_out_of_its_folder(tmp_path: Path, split: str) -> None:
+    """All of a disk would be searched."""
+    divided(tmp_path / "data", "train", "val")
+    divided(tmp_path / "other", "train", "val")
+    assert "must be the name of one of its sub-folders" in refusal(tmp_path / "data", split)

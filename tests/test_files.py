@@ -253,3 +253,18 @@ def test_a_cut_model_that_does_not_know_how_it_was_built() -> None:
         else:
             with pytest.raises(ValueError, match="skips every attention and does not know how it was built"):
                 construction(again.model)
+
+
+def test_a_device_on_which_nothing_can_be_loaded(tmp_path: Path) -> None:
+    """Of a file that is there: the device is what is wrong."""
+    skd.save(tiny_vit(), tmp_path / "m.safetensors")
+    for device, told in (
+        ("meta", "device is 'meta', which cannot be used here: its tensors have no data"),
+        (torch.device("meta"), "device is 'meta'"),
+        ("tpu", "device is 'tpu'"),
+        ("mps", "device is 'mps', which cannot be used here"),
+        ("cpu:1", "there is one cpu"),
+        ("cuda:99", "device is 'cuda:99'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            skd.load(tmp_path / "m.safetensors", device=device)

@@ -46,7 +46,8 @@ RUN = ("supernet.safetensors", "curve.png", "sub-*.json", "checkpoints/*")
         (Files({}, {"--json": "run/sub-75.json"}, {"--out": ("run", RUN)}), "--json is .* a file of --out"),
         (Files({}, {"--json": "run/checkpoints/x"}, {"--out": ("run/", RUN)}), "a file of --out"),
         (Files({}, {"--json": "kept.json"}, {"--out": ("run", RUN)}), "a file of --out"),
-        (Files({"--data": "images"}, {"--json": "images/a.png"}), "--json is .* a file of --data"),
+        (Files({"--data": "images"}, {"--json": "images/a.png"}), "--json is .* in the folder of --data"),
+        (Files({"--data": "images"}, {"--json": "images/_info.json"}), "in the folder of --data"),
     ],
 )
 def test_what_would_be_lost_is_refused(place: Path, files: Files, told: str) -> None:
@@ -60,13 +61,46 @@ def test_what_would_be_lost_is_refused(place: Path, files: Files, told: str) -> 
         Files({"--supernet": None}, {"--out": None, "--json": None}, {"--folder": (None, RUN)}),
         Files({"--supernet": "net.safetensors"}, {"--out": "link"}, in_place=[("--out", "--supernet")]),
         Files({"--model": "vit_tiny"}, {"--out": "vit_tiny"}),  # a name of timm's
-        Files({"--data": "images"}, {"--json": "images/a.json", "--out": "images/b.png"}),
+        Files({"--data": "images"}, {"--json": "images/a.json", "--out": "images/b.safetensors"}),
+        Files({"--data": "digits"}, {"--json": "digits/b.txt"}),
         Files({"--supernet": "net.safetensors"}, {"--json": "run/other.json"}, {"--out": ("run", RUN)}),
         Files({"--supernet": "run/supernet.safetensors"}, {}, {"--out": ("images", RUN)}),
     ],
 )
 def test_everything_else_is_allowed(place: Path, files: Files) -> None:
     check_files(files)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        Files({"--x": ""}),
+        Files({}, {"--x": ""}),
+        Files({}, {}, {"--x": ("", RUN)}),
+        Files({"--x": "a\0b"}),
+    ],
+)
+def test_a_name_that_names_nothing(files: Files) -> None:
+    """A path of no letters would be the working folder, or taken for an option that is not given."""
+    with pytest.raises(ValueError, match=r"--x is '.*', which names nothing"):
+        check_files(files)
+
+
+def test_what_was_allowed_once_is_allowed_again(place: Path) -> None:
+    """In a folder of images the name of an output decides, not whether it is there already."""
+    for name in ("b.png", "result", "a.txt", "new/b.json", "b.safetensors", "_info.json"):
+        files, answers = Files({"--data": "images"}, {"--json": f"images/{name}"}), []
+        for _ in range(2):
+            try:
+                check_files(files)
+                answers.append("")
+            except ValueError as error:
+                answers.append(str(error))
+            (place / "images" / name).parent.mkdir(exist_ok=True)
+            (place / "images" / name).touch()
+        assert answers[0] == answers[1] and ("it must end in .json" in answers[0]) == (
+            not name.startswith(("b.s", "new"))
+        )
 
 
 # The least that each command can be given; and with what more it would lose a file.
@@ -90,7 +124,12 @@ LOST = {
         "--config run/sub-50.json --json run/sub-50.json",
     ],
     "extract": ["--out net.safetensors", "--json new"],
-    "evaluate": ["--json net.safetensors", "--json images/a.png"],
+    "evaluate": [
+        *("--json net.safetensors", "--json images/a.png", "--json images/new.txt"),
+        *(f"--data {name}/images --json images/new.txt" for name in ("wds", "hfids", "hfds")),
+        "--data wds/images --json images/_info.json",
+        "--data tfds/x --data-dir images --json images/new.txt",
+    ],
     "finetune": ["--model run/model.safetensors", "--json run/model.safetensors", "--checkpoint run/report.md"],
     "info": ["--json net.safetensors"],
 }

@@ -1,8 +1,9 @@
-"""The subcommands of ``skd``, one file each, imported when it is the one to run: its imports take seconds.
+"""The subcommands of ``skd``: here what each takes and writes, in `skd.commands.work` what it does.
 
-The function `Command.add` describes the arguments and says by ``set_defaults``
+One file of each for a command. Those here do not import torch, for the sake of ``skd COMMAND --help``; the others are
+imported when there is work to do. The function `Command.add` describes the arguments and says by ``set_defaults``
 
-    run      does the work; what it returns is what ``--json`` writes
+    run      "FILE.FUNCTION" in `skd.commands.work`, which does the work; what it returns is what ``--json`` writes
     files    the `skd.outputs.Files` that the command reads and writes with these arguments
 """
 

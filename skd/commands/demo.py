@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from skd import demo
+from skd.commands import arguments as options
 from skd.outputs import Files
+from skd.settings import DEMO_EPOCHS
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -18,17 +19,15 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="skd-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--seed", type=options.whole, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument(
-        "--epochs", type=int, default=demo.EPOCHS, help="of the stand-in's training (default: %(default)s)"
+        "--epochs", type=options.whole, default=DEMO_EPOCHS, help="of the stand-in's training (default: %(default)s)"
     )
-    parser.set_defaults(run=run, files=files)
+    parser.set_defaults(run="demo.run", files=files)
     return parser
 
 
 def files(arguments: argparse.Namespace) -> Files:
-    return Files(folders={"--out": (arguments.out, demo.FILES)})
+    from skd.demo import FILES  # and with it torch
 
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    return demo.run_demo(arguments.out, seed=arguments.seed, epochs=arguments.epochs)
+    return Files(folders={"--out": (arguments.out, FILES)})

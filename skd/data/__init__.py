@@ -12,15 +12,16 @@ loader.set_epoch(3)
 for images, labels in loader: ...
 """
 
-from skd.data.classes import label_names, match_classes
+from skd.data.classes import check_classes, label_names, match_classes
 from skd.data.counted import generator, seeded
 from skd.data.digits import MEAN, PREPROCESSING, STD, Batches, Split, batched, digits, shifted
 from skd.data.from_config import Loaders, Sources, loaders
 from skd.data.iteration import Loader
 from skd.data.loading import calibration_loader, eval_loader, train_loader
 from skd.data.readers import Source
-from skd.data.sources import check_classes, open_source
-from skd.data.transforms import Augmentation, data_config, eval_transform, train_transform
+from skd.data.sources import open_source
+from skd.data.transforms import data_config, eval_transform, train_transform
+from skd.settings import Augmentation
 
 __all__ = [
     "MEAN",

@@ -71,6 +71,33 @@ def open_folder(
     )
 
 
+def open_image_folder(
+    folder: Path, split: str, mode: str, require_split: bool, labelled: bool = True, **options: Any
+) -> Source:
+    """The same as torchvision's ImageFolder has it: the sub-folders are the classes, however deep their images lie.
+
+    They are in the order of their names as strings ("10" before "2"), which is torchvision's.
+    """
+    place = split_folder(folder, split, require_split, labelled)
+    left_out = LeftOut()
+    images = []
+    for image in search(place, left_out):
+        if image.parent or not labelled:
+            images.append(image)
+        else:
+            left_out.add("in no class", os.path.basename(image.path))
+    if not images:
+        raise _nothing(folder, place, left_out, mapped=False)
+    if place == folder:
+        _check_undivided(folder, [image for image in images if image.parent])
+    classes = sorted({_top(image) for image in images}) if labelled else None
+    labels = {name: label for label, name in enumerate(classes or ())}
+    files = FolderImages([(image.path, labels.get(_top(image), -1)) for image in images])
+    return ReaderSource(
+        files, str(place), mode, classes=classes, root=place, labelled=labelled, left_out=left_out, **options
+    )
+
+
 class FolderImages:
     """Files with labels, in the form of timm's readers."""
 
@@ -91,6 +118,11 @@ class FolderImages:
 def _class_of(image: Found) -> str:
     """The name of the folder that an image lies in, "" if that is the one of the split."""
     return os.path.basename(image.parent)
+
+
+def _top(image: Found) -> str:
+    """The first of the folders that an image lies in, "" if that is the one of the split."""
+    return Path(image.parent).parts[0] if image.parent else ""
 
 
 def _class_map(class_map: ClassMap, place: Path) -> Mapping[str, int]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from skd.data.classes import match_classes, match_model
+from skd.data.classes import agree, name_classes
 from skd.data.iteration import Loader
 from skd.data.loading import calibration_loader, eval_loader, train_loader
 from skd.data.readers import Source
-from skd.data.sources import check_classes, check_same_classes, open_source
+from skd.data.sources import open_source
 from skd.data.transforms import AUGMENTATION, data_config
 from skd.ranks import rank_of, size_of
+from skd.settings import TrainConfig
 from skd.supernet import SuperNet
-
-if TYPE_CHECKING:
-    from skd.training.config import TrainConfig
 
 
 class Sources(NamedTuple):
@@ -54,6 +52,9 @@ def loaders(
     recount, aug_repeats), batch_size (over all ranks and accumulated parts; a batch is one part), seed, workers (no
     more than there are cores), validation_batch_size, calibration_images and bad_images. The model decides the size,
     the channels and the normalisation of images, and the device that they are left on.
+
+    Labels are matched by name with the model's, where it has the same; otherwise it takes those of the images, as it
+    is to be trained on them: its files will have them.
 
     Args:
         data: as in `open_source`: "digits", a folder that is divided into training and validation images, or a name
@@ -150,12 +151,10 @@ def _opened(
 
 
 def _match(sources: Sources, model: Any) -> None:
-    """Labels by the names that the model knows, the same in all; ValueError if they do not fit each other or it."""
-    if model.num_classes:
-        match_model(sources.train, model)
-    for source in (sources.validation, sources.calibration):
-        if sources.train.classes is not None:
-            match_classes(source, sources.train.classes)
-        check_same_classes(sources.train, source)
-    for source in sources:
-        check_classes(source, model.num_classes)
+    """Labels by the names that the model knows, the same in all, and the model's names by the labels."""
+    agree(sources.train, model)
+    for other in (sources.validation, sources.calibration):
+        if other is not sources.train:
+            agree(other, model, like=sources.train)
+    if sources.train.labelled:
+        name_classes(model, sources.train, trained=True)

@@ -91,7 +91,8 @@ class Loader:
                 self.read += len(loaded.images)
                 yield self.normalise(loaded.images, loaded.patches), loaded.labels if self.source.labelled else None
         if bad and not self.read:
-            raise UnreadableData(f"none of the images of {self.name} can be read, such as {next(iter(bad))}")
+            file, reason = next(iter(bad.items()))
+            raise UnreadableData(f"none of the images of {self.name} can be read, such as {file} ({reason})")
         if bad:
             names = shown(bad)
             warnings.warn(f"{_images(len(bad))} of {self.name} cannot be read, skipped: {names}", stacklevel=2)

@@ -19,8 +19,9 @@ from skd.data.iteration import Loader, MapLoader, StreamLoader
 from skd.data.pixels import Normalisation, Pixels
 from skd.data.plans import FixedPlan, TrainPlan
 from skd.data.readers import Source, StreamSource
-from skd.data.transforms import Augmentation, eval_transform, train_transform
+from skd.data.transforms import eval_transform, train_transform
 from skd.data.workers import MapBatches, Preparation
+from skd.settings import Augmentation
 
 
 def train_loader(

@@ -43,6 +43,8 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("RGB")
     elif image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    elif image.mode == "P" and "transparency" in image.info:  # one alpha for each colour: Pillow warns without RGBA
+        image = image.convert("RGBA")
     return image.convert(mode)
 
 

@@ -10,10 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
 from timm.data import create_dataset
 
-from skd.data.folders import TRAIN, ClassMap, existing_folder, split_folder
-from skd.data.readers import PairSource, ReaderSource, Source, StreamSource, names_of
+from skd.data.folders import TRAIN, ClassMap, existing_folder, open_image_folder
+from skd.data.readers import PairSource, ReaderSource, Source, StreamSource, names_of, opened
+from skd.data.streams import STREAMS, open_stream
 
 # What a prefix needs: the module to import, and what pip calls it.
 PACKAGES = {
@@ -23,7 +25,6 @@ PACKAGES = {
     "tfds": ("tensorflow_datasets", "tensorflow-datasets tensorflow"),
     "torch": ("torchvision", "torchvision"),
 }
-_STREAMS = ("hfids", "wds", "tfds")
 
 
 class Request(NamedTuple):
@@ -50,10 +51,15 @@ def open_named(request: Request) -> Source:
     if find_spec(module) is None:
         raise ValueError(f"data is {request.data!r}; it needs a package that is not installed: pip install {package}")
     training = request.split in TRAIN if request.training is None else request.training
+    if prefix == "torch" and rest.lower() in ("image_folder", "folder"):
+        return _torch_folder(request)
     arguments = _arguments(request, prefix, rest, training)
     try:
         with _offline(prefix, allowed=request.download or Path(rest).exists()):
-            dataset = create_dataset(request.data, **arguments)
+            if prefix in STREAMS:
+                dataset = open_stream(prefix, rest, request.reading["labelled"], **arguments)
+            else:
+                dataset = create_dataset(request.data, **arguments)
     except Exception as error:  # each of four libraries has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         fetchable = prefix != "wds" and not request.download
@@ -63,10 +69,12 @@ def open_named(request: Request) -> Source:
         ) from error
     if prefix == "torch":
         classes = _names(getattr(dataset, "classes", None))
+        if hasattr(dataset, "loader"):  # of files; torchvision's own makes 8-bit RGB of them
+            dataset.loader = _loaded
         root = Path(arguments["root"])
         return PairSource(dataset, request.data, request.mode, classes=classes, root=root, **request.reading)
     classes, mapped = names_of(dataset.reader.class_to_idx), request.class_map is not None
-    if prefix in _STREAMS:
+    if prefix in STREAMS:
         return StreamSource(
             dataset,
             request.data,
@@ -78,6 +86,26 @@ def open_named(request: Request) -> Source:
         )
     _check_columns(dataset.reader, request)
     return ReaderSource(dataset.reader, request.data, request.mode, classes=classes, mapped=mapped, **request.reading)
+
+
+def _check_torch(request: Request) -> None:
+    keys = [name for name in ("input_key", "target_key") if name in request.options]
+    if keys:
+        raise ValueError(f"{keys[0]} is given, but {request.data!r} has no columns")
+    if request.data_dir is None:
+        raise ValueError(f"data is {request.data!r}; data_dir must say which folder torchvision keeps it in")
+    if request.class_map is not None:
+        raise ValueError(f"class_map is given, but {request.data!r} cannot take one")
+
+
+def _torch_folder(request: Request) -> Source:
+    """torchvision's ImageFolder: its classes and their order, but all images that Pillow reads, and none unsaid."""
+    _check_torch(request)
+    if request.options:
+        raise ValueError(f"{', '.join(request.options)} is given, but data {request.data!r} takes no options")
+    assert request.data_dir is not None
+    folder = existing_folder(request.data_dir)
+    return open_image_folder(folder, request.split, request.mode, request.require_split, **request.reading)
 
 
 def _check_columns(reader: Any, request: Request) -> None:
@@ -101,16 +129,7 @@ def _arguments(request: Request, prefix: str, rest: str, training: bool) -> dict
     if prefix == "hfds" and not request.reading["labelled"]:
         arguments["target_key"] = request.options.get("input_key") or "image"  # timm's reader wants a column
     if prefix == "torch":
-        keys = [name for name in ("input_key", "target_key") if name in request.options]
-        if keys:
-            raise ValueError(f"{keys[0]} is given, but {request.data!r} has no columns")
-        if root is None:
-            raise ValueError(f"data is {request.data!r}; data_dir must say which folder torchvision keeps it in")
-        if request.class_map is not None:
-            raise ValueError(f"class_map is given, but {request.data!r} cannot take one")
-        if rest.lower() in ("image_folder", "folder"):
-            folder = split_folder(existing_folder(root), request.split, request.require_split)
-            arguments |= {"root": str(folder), "search_split": False}
+        _check_torch(request)
         return arguments
     class_map = request.class_map
     arguments["class_map"] = os.fspath(class_map) if isinstance(class_map, os.PathLike) else class_map
@@ -119,8 +138,9 @@ def _arguments(request: Request, prefix: str, rest: str, training: bool) -> dict
         if "://" not in place and not Path(place).is_dir():
             raise ValueError(f"data is {request.data!r}; there is no folder {place!r}")
         arguments["root"] = place
-    if prefix in _STREAMS:
-        arguments |= {"is_training": training, "num_samples": request.num_samples, "input_img_mode": request.mode}
+    if prefix in STREAMS:
+        # No mode: what timm converts to one, it cuts off at 8 bits.
+        arguments |= {"is_training": training, "num_samples": request.num_samples, "input_img_mode": ""}
     return arguments
 
 
@@ -143,6 +163,11 @@ def _offline(prefix: str, allowed: bool) -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
+
+
+def _loaded(file: str) -> Image.Image:
+    with open(file, "rb") as content:
+        return opened(content)
 
 
 def _names(classes: Any) -> list[str] | None:

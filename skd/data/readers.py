@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from skd.data.modes import in_mode, is_turned, upright
 from skd.data.scanning import LeftOut
-
-# What Pillow raises for a file that is missing, broken or unreasonably large.
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, zlib.error, struct.error, Image.DecompressionBombError)
 
 
 class BadImage(Exception):
@@ -28,9 +27,11 @@ class BadImage(Exception):
         missing: the file is not there, rather than broken.
     """
 
-    def __init__(self, file: str, reason: BaseException) -> None:
+    def __init__(self, file: str, reason: BaseException | str) -> None:
         self.file = file
-        self.reason = " ".join(f"{type(reason).__name__}: {reason}".split())
+        words = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+        # Pillow names the file object, too: a file that has been named, or an address in memory.
+        self.reason = " ".join(re.sub(r" <_io\.[^>]*>", "", words).split())
         super().__init__(f"{file} cannot be read: {self.reason}")
         self.missing = isinstance(reason, FileNotFoundError)
 
@@ -101,13 +102,26 @@ class Source:
         """The folder is no longer there, or can no longer be asked."""
         return self.root is not None and not os.path.exists(self.root)
 
-    def _prepared(self, image: Image.Image, index: int) -> Image.Image:
+    @contextmanager
+    def _decoding(self, index: int, name: str | None = None) -> Iterator[None]:
+        """Inside the block whatever Pillow (or the library in front of it) makes of a broken file is a `BadImage`.
+
+        Its plugins raise all kinds of errors: OSError, SyntaxError, KeyError, IndexError, struct.error, ...
+        """
+        try:
+            yield
+        except (BadImage, LabelError, MemoryError):
+            raise
+        except Exception as reason:
+            raise BadImage(name or self.file(index), reason) from reason
+
+    def _prepared(self, image: Image.Image, index: int, name: str | None = None) -> Image.Image:
         """The picture in `mode`, upright if that is wanted, else noted in `turned` if it is not."""
         if is_turned(image):
             if self.exif_orientation:
                 image = upright(image)
             else:
-                self.turned.append(self.file(index))
+                self.turned.append(name or self.file(index))
         return in_mode(image, self.mode)
 
     def renumber(self, new_labels: list[int]) -> None:
@@ -152,11 +166,9 @@ class PairSource(Source):
         return len(self._dataset)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        try:
+        with self._decoding(index):
             image, label = self._dataset[index]
             image = self._prepared(image, index)
-        except _UNREADABLE as reason:
-            raise BadImage(self.file(index), reason) from reason
         return image, self._label(label, index)
 
     def file(self, index: int) -> str:
@@ -176,29 +188,44 @@ class ReaderSource(Source):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         # timm's own data set would go on to the next image silently.
-        try:
-            file, label = self._reader[index]
+        with self._decoding(index):
+            try:
+                file, label = self._reader[index]
+            except KeyError as key:
+                if not self.mapped:
+                    raise
+                raise LabelError(f"{self.file(index)} has a label that the class map does not have: {key}") from None
             with file:
-                image = self._prepared(_opened(file), index)
-        except KeyError as key:
-            raise LabelError(f"{self.file(index)} has a label that the class map does not have: {key}") from None
-        except (*_UNREADABLE, TypeError) as reason:  # TypeError: None in place of an image
-            raise BadImage(self.file(index), reason) from reason
+                image = self._prepared(opened(file), index)
         return image, self._label(label, index)
 
     def file(self, index: int) -> str:
         try:
             name = self._reader.filename(index, absolute=True)
-        except (OSError, KeyError, TypeError):
+        except Exception:  # of an image that is not there, whatever its library makes of it
             name = None
         return str(name) if name else super().file(index)
+
+
+class Item(NamedTuple):
+    """An image of a stream that is not decoded yet: its bytes or PIL image, and its name where it has one.
+
+    `missing` says why there is no image.
+    """
+
+    content: Any
+    name: str | None = None
+    missing: str = ""
 
 
 class StreamSource(Source):
     """One of timm's readers of streams (web data sets and the like): no index, an order of their own.
 
+    The readers give undecoded images (`skd.data.streams`), which are decoded here by the rules of all other sources.
+
     Attributes:
         training: shuffled, and cut into whole batches of the same number in every worker.
+        unread: names of images that could not be read and why, since it was last emptied.
     """
 
     iterable = True
@@ -208,6 +235,7 @@ class StreamSource(Source):
         self._dataset = dataset
         self.training = training
         self.samples = int(getattr(dataset.reader, "num_samples", 0) or 0)
+        self.unread: list[tuple[str, str]] = dataset.reader.unread
 
     def __len__(self) -> int:
         return self.samples
@@ -229,23 +257,71 @@ class StreamSource(Source):
         self._dataset.set_loader_cfg(num_workers=workers)
 
     def stream(self) -> Iterator[tuple[Image.Image, int]]:
-        """This worker's images and labels.
+        """This worker's images and labels, those that cannot be read left out and noted in `unread`.
+
+        In training others take their place, of another pass over this worker's part: every worker gives as many
+        images as the reader counts.
 
         Raises:
-            BadImage: the reader failed.
+            BadImage: the reader failed, or none of the images to train with can be read.
+            LabelError: a label is not one integer, or not in the class map.
         """
+        owed = yield from self._pass(None)
+        while owed and self.training:
+            left = yield from self._pass(owed)
+            if left == owed:
+                raise BadImage(self.name, "no image of a worker's part can be read")
+            owed = left
+
+    def _pass(self, most: int | None) -> Generator[tuple[Image.Image, int], None, int]:
+        """One pass over this worker's part, until there are `most` images.
+
+        Returns:
+            How many images could not be read; with `most`, how many are missing.
+        """
+        bad = read = 0
+        for position, (item, label) in self._undecoded():
+            try:
+                image = self._decoded(item, position)
+            except BadImage as error:
+                self.unread.append((error.file, error.reason))
+                bad += 1
+                continue
+            yield image, self._label(label, position)
+            read += 1
+            if read == most:
+                break
+        return bad if most is None else most - read
+
+    def _undecoded(self) -> Iterator[tuple[int, tuple[Any, Any]]]:
+        """What the reader gives, numbered; its failures are those of the stream."""
         try:
-            for position, (image, label) in enumerate(self._dataset):
-                yield self._prepared(image, position), self._label(label, position)
-        except LabelError:
-            raise
+            yield from enumerate(self._dataset)
         except KeyError as key:
             raise LabelError(f"{self.name} has no such column, or its class map no such label: {key}") from None
-        except (*_UNREADABLE, RuntimeError) as reason:
+        except (MemoryError, BadImage, LabelError):
+            raise
+        except Exception as reason:
             raise BadImage(self.name, reason) from reason
 
+    def _decoded(self, item: Item, position: int) -> Image.Image:
+        """Raises BadImage: it cannot be read."""
+        name = item.name or self.file(position)
+        if item.missing:
+            raise BadImage(name, item.missing)
+        with self._decoding(position, name):
+            content = item.content
+            image = opened(io.BytesIO(content)) if isinstance(content, bytes) else content
+            return self._prepared(image, position, name)
 
-def _opened(file: Any) -> Image.Image:
+    def file(self, index: int) -> str:
+        """A worker's images have numbers of its own."""
+        worker = get_worker_info()
+        return f"{self.name}[{index if worker is None else f'{worker.id}:{index}'}]"
+
+
+def opened(file: Any) -> Image.Image:
+    """Decoded by Pillow, in its own mode."""
     image = Image.open(file)
     image.load()  # some formats have their EXIF block after the pixels
     return image

@@ -92,39 +92,6 @@ def open_source(
     return PairSource(images, str(folder), mode, classes=images.classes, labelled=labelled)
 
 
-def check_classes(source: Source, num_classes: int) -> None:
-    """Compare the classes of a data set with a head's: their number must be the same.
-
-    Nothing is compared for a headless model (0 classes), where a class map decides, or where the classes are unknown;
-    labels are checked as they come in any case.
-
-    Raises:
-        ValueError: the numbers differ; the message says how to make a head that fits.
-    """
-    found = source.classes
-    if not num_classes or source.mapped or found is None or len(found) == num_classes:
-        return
-    count = len(found)
-    shown = ", ".join(found[:5]) + (", ..." if count > 5 else "")
-    raise ValueError(
-        f"{source.name} has {count} classes ({shown}), the model's head has {num_classes}; give a class map, or make "
-        f"a head that fits: model.reset_classifier({count}), or --num-classes {count} (convert, train, finetune)"
-    )
-
-
-def check_same_classes(training: Source, other: Source) -> None:
-    """Raises ValueError: two splits of a data set have different classes, as far as they are known."""
-    if not training.classes or not other.classes or other.mapped or training.classes == other.classes:
-        return
-    names = sorted(set(training.classes) ^ set(other.classes))
-    if not names:
-        raise ValueError(f"{training.name} and {other.name} have the same classes in another order")
-    raise ValueError(
-        f"{training.name} and {other.name} have different classes, so their labels differ: only in one is {names[0]}"
-        + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
-    )
-
-
 def _refuse(class_map: ClassMap | None, data: str | os.PathLike[str]) -> None:
     if class_map is not None:
         raise ValueError(f"class_map is given, but the labels of data {str(data)!r} have no names to map")

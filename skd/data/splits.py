@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -27,10 +28,12 @@ def split_folder(folder: Path, split: str, required: bool = False, labelled: boo
         labelled: a split holds folders of classes; otherwise it may hold images, if there is another split.
 
     Raises:
-        ValueError: `folder` is divided, but does not have this split, or two that may be it; or it is not, and that
-            is `required`.
+        ValueError: the name leads out of `folder`; or it is divided, but does not have this split, or two that may be
+            it; or it is not, and that is `required`.
     """
     name = split.split("[")[0]
+    if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+        raise ValueError(f"data is {str(folder)!r}, split {split!r}; that must be the name of one of its sub-folders")
     if has_folders(folder / name) and name:
         return folder / name
     synonyms = next((names for names in (TRAIN, EVALUATION) if name.lower() in names), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import chain
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform, resolve_model_data_config
 
+from skd.settings import Augmentation
 from skd.supernet import SuperNet
 from skd.vit import image_size, unwrapped
 
@@ -43,47 +44,6 @@ def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
     """One value per channel: the average where their number differs, as for a colour model built for grey images."""
     values = tuple(float(value) for value in values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to a training image, by the names of timm's training script; the defaults are DeiT's, the paper's.
-
-    `TrainConfig` has the same fields, and its defaults from here.
-
-    Attributes:
-        scale: of the random crop's area, (low, high) as shares of the image's.
-        ratio: of the random crop's sides, (low, high).
-        hflip, vflip: probabilities of a flip.
-        color_jitter: strength of changes to brightness, contrast and saturation; timm leaves them out with `aa`.
-        aa: AutoAugment policy such as "rand-m9-mstd0.5-inc1"; None: none.
-        reprob, remode, recount: probability, filling ("const", "rand", "pixel") and number of erased rectangles.
-        train_interpolation: of resizing: "random" (bilinear or bicubic), "bilinear", "bicubic", ...
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    vflip: float = 0.0
-    color_jitter: float | tuple[float, ...] | None = 0.3
-    aa: str | None = "rand-m9-mstd0.5-inc1"
-    reprob: float = 0.25
-    remode: str = "pixel"
-    recount: int = 1
-    train_interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        for name in ("hflip", "vflip", "reprob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a probability, 0..1")
-        for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} is {(low, high)}; it must be (low, high) with 0 < low <= high")
-        if self.remode not in ("const", "rand", "pixel"):
-            raise ValueError(f"remode is {self.remode!r}; it may be 'const', 'rand' or 'pixel'")
-        if self.recount < 1:
-            raise ValueError(f"recount is {self.recount}; it must be at least 1")
 
 
 AUGMENTATION = tuple(field.name for field in fields(Augmentation))

@@ -163,10 +163,10 @@ class StreamBatches(IterableDataset[Loaded]):
     def __iter__(self) -> Iterator[Loaded]:
         try:
             yield from self._batches()
-        except LabelError as failure:
-            yield Loaded(None, None, [], (LabelError, str(failure)))
+        except (LabelError, UnreadableImage) as failure:
+            yield Loaded(None, None, self._unread(), (type(failure), str(failure)))
         except BadImage as error:
-            yield Loaded(None, None, [], (UnreadableData, str(error)))
+            yield Loaded(None, None, self._unread(), (UnreadableData, str(error)))
 
     def _batches(self) -> Iterator[Loaded]:
         info = get_worker_info()
@@ -174,13 +174,28 @@ class StreamBatches(IterableDataset[Loaded]):
         count, samples = 0, []
         mine = islice(self.source.stream(), self.keep[0], None, self.keep[1])
         for count, (image, label) in enumerate(mine, start=1):
+            self._judge()
             batch = (count - 1) // self.rows * workers + worker
             if batch >= self.start_batch:
                 counters = (*self.counters, worker, count - 1)
                 file = partial(self.source.file, count - 1)
                 samples.append(self.preparation.prepare(image, label, counters, file))
             if count % self.rows == 0:
-                yield _stacked(samples, [], self.source)
+                yield _stacked(samples, self._unread(), self.source)
                 samples = []
-        if count % self.rows and self.preparation.seed is None:  # training takes whole batches
-            yield _stacked(samples, [], self.source)
+        self._judge()
+        # Training takes whole batches, and none of another pass's images is read after its last.
+        if self.preparation.seed is None and (count % self.rows or self.source.unread):
+            yield _stacked(samples, self._unread(), self.source)
+
+    def _judge(self) -> None:
+        """Raise if an image that could not be read is the end."""
+        if self.preparation.fail and self.source.unread:
+            file, reason = self.source.unread[0]
+            raise UnreadableImage(f"{file} cannot be read: {reason}")
+
+    def _unread(self) -> Bad:
+        """What could not be read since the last batch; it is emptied in place, as the reader notes there too."""
+        unread = list(self.source.unread)
+        self.source.unread.clear()
+        return unread

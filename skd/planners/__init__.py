@@ -1,6 +1,7 @@
 """Planners by name: each decides how the dropout list grows in one round.
 
-A planner is one file of this package, found here without being listed anywhere. CONTRIBUTING.md says how to add one.
+A planner is one file of this package, registered under the name of its file, and found here without being listed
+anywhere. CONTRIBUTING.md says how to add one. Importing this package imports none of them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-
-from skd.dropout_list import DropoutList
-from skd.supernet import SuperNet
+if TYPE_CHECKING:
+    from skd.dropout_list import DropoutList
+    from skd.supernet import SuperNet
 
 
 class Planner(Protocol):
@@ -74,10 +74,8 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 def names() -> list[str]:
-    """The planners there are. Their files are imported here, not with the package, which they themselves import."""
-    for module in pkgutil.iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
-    return sorted(_PLANNERS)
+    """The planners there are: the files of this package, and what was registered elsewhere."""
+    return sorted({*_PLANNERS, *(module.name for module in pkgutil.iter_modules(__path__))})
 
 
 def planner(name: str) -> Planner:
@@ -89,6 +87,8 @@ def planner(name: str) -> Planner:
     known = names()
     if name not in known:
         raise ValueError(f"planner is {name!r}; it must be one of {known}")
+    if name not in _PLANNERS:
+        import_module(f"{__name__}.{name}")
     return _PLANNERS[name]
 
 
@@ -108,6 +108,8 @@ def grow(
     Raises:
         ValueError: an unknown planner, an option that it does not have, or an answer that does not grow `current`.
     """
+    from skd.dropout_list import DropoutList
+
     call: Any = planner(chosen) if isinstance(chosen, str) else chosen
     shown = repr(chosen) if isinstance(chosen, str) else getattr(chosen, "__name__", repr(chosen))
     given = {"current": current, "convention": convention, "group": group}
@@ -118,6 +120,6 @@ def grow(
     grown = call(supernet, batches, target, **given, **(options or {}))
     if not isinstance(grown, DropoutList):
         raise ValueError(f"planner {shown} returned a {type(grown).__name__}; it must be a DropoutList")
-    if grown.modules != current.modules or not np.array_equal(grown.widths[: len(current)], current.widths):
+    if grown.modules != current.modules or grown.widths[: len(current)].tolist() != current.widths.tolist():
         raise ValueError(f"planner {shown} returned a list that does not begin with the entries of `current`")
     return grown

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skd.training.config import read_settings
+from skd.settings import read_settings
 
 FOLDER = Path(__file__).parent
 

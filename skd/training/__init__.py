@@ -1,6 +1,5 @@
 """Training a super-network (PIAD) and fine-tuning what was cut out of it.
 
-config.py       every setting, with its published value
 loop.py         `train` and `finetune`
 trainer.py      one run: epochs, steps, evaluation
 step.py         one optimizer step
@@ -19,7 +18,7 @@ stopping.py     signals, and the ways a run ends early
 dry_run.py      will it fit, how long will it take
 """
 
-from skd.training.config import TrainConfig, finetune_config
+from skd.settings import TrainConfig, finetune_config
 from skd.training.history import History
 from skd.training.loop import finetune, train
 from skd.training.stopping import Diverged, Stopped

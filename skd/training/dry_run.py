@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from skd.settings import TrainConfig
 from skd.supernet import SuperNet
-from skd.training.config import TrainConfig
 from skd.training.precision import laid_out, tf32
 from skd.training.trainer import Trainer, by_hand
 from skd.vit import image_size

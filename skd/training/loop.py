@@ -13,16 +13,14 @@ from rich.console import Console
 from skd.data.from_config import warn_of_ignored
 from skd.outputs import output_folder, remove_leftovers, write_json
 from skd.ranks import check_group, check_same, rank_of, together
+from skd.settings import RESUME, TrainConfig, finetune_config
 from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
 from skd.training.checkpoints import checkpoints
-from skd.training.config import TrainConfig, finetune_config
 from skd.training.history import History
 from skd.training.screen import Screen
 from skd.training.trainer import Trainer
 from skd.vit import unwrapped
 from skd_kernels import build_info
-
-RESUME = (None, "auto")
 
 
 def train(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 
-from skd.training.config import TrainConfig
+from skd.settings import TrainConfig
 
 
 class Mixing:

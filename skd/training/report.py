@@ -12,8 +12,8 @@ import numpy as np
 
 from skd import plots
 from skd.outputs import replacing
+from skd.settings import TrainConfig
 from skd.supernet import SuperNet
-from skd.training.config import TrainConfig
 from skd.training.history import BINS, History
 from skd_kernels import build_info
 

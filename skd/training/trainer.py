@@ -23,11 +23,11 @@ from skd.extract import extract
 from skd.files import load, save
 from skd.outputs import replacing
 from skd.ranks import StopAll, check_same, everyone, in_step, largest, others_alive, rank_of, size_of, together
+from skd.settings import TrainConfig
 from skd.supernet import SuperNet
 from skd.taps import checked_batch
 from skd.training import checkpoints
 from skd.training.batches import Anew, repeatable, start_epoch
-from skd.training.config import TrainConfig
 from skd.training.dropping import DropPaths, drop_paths
 from skd.training.graph import StepGraph, refusal
 from skd.training.history import History, StepLog, drawn_means

@@ -18,7 +18,6 @@ from timm.models import clean_state_dict, vision_transformer
 
 # Keys of a training script's checkpoint that hold the weights, and their average (EMA), in timm's order.
 _WEIGHTS = {"ema": ("state_dict_ema", "model_ema"), "model": ("state_dict", "model")}
-CHOICES = tuple(_WEIGHTS)
 
 
 def load_weights(model: Any, file: str | os.PathLike[str], *, take: str | None = None, any_head: bool = False) -> str:

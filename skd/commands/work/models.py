@@ -15,52 +15,17 @@ from skd.outputs import output_file
 from skd.ranks import rank_of
 from skd.supernet import SuperNet
 from skd.vit import MODEL_SOURCES, create_model, describe
-from skd.vit.weights import CHOICES, load_weights, new_head
+from skd.vit.weights import load_weights, new_head
 
 # Names of files that hold weights; and of those that no safetensors file should have.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
 _WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
 
 
-def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
-    """--model and its weights."""
-    parser.add_argument("--model", metavar="NAME", required=required, help=help)
-    add_weights(parser)
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """What belongs to a --model NAME."""
-    parser.add_argument(
-        "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
-    )
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded if need be")
-    weights.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="weights, as timm loads them: a state dict or a training script's checkpoint (.safetensors, .pth; also "
-        "of another image size, and of Meta's DINOv2); or skd's file",
-    )
-    parser.add_argument(
-        "--checkpoint-weights",
-        choices=CHOICES,
-        help="of a checkpoint with both: the average (model_ema) or the model (default: the average, if it is there)",
-    )
-
-
 def check_no_weights(arguments: argparse.Namespace) -> None:
     """Raises ValueError: --supernet is given together with what `add_weights` adds."""
     if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
         raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
-
-
-def add_num_classes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num-classes",
-        type=int,
-        metavar="N",
-        help="a new head of N classes, with random weights, in place of the old",
-    )
 
 
 def model_file(path: str, option: str = "--out") -> None:
@@ -119,30 +84,34 @@ def warn_if_random(arguments: argparse.Namespace) -> None:
         )
 
 
+def weights_taken(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For --json: which of a checkpoint's weights the model has, such as "model_ema"; None: it has no choice of them.
+
+    Nothing, where no checkpoint was read.
+    """
+    taken: dict[str, Any] = getattr(arguments, "taken", {})
+    return taken
+
+
 def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
     """`network`, a plain model or a super-network, with the head that --num-classes asks for, if it does."""
     classes = _num_classes(arguments)
     model = network.model if isinstance(network, SuperNet) else network
     # The number that a file's head has, as an argument of its architecture, asks for no other head.
     if classes is not None and (getattr(arguments, "num_classes", None) or classes != model.num_classes):
-        new_head(model, classes, _seed(arguments))
+        try:
+            new_head(model, classes, _seed(arguments))
+        except (RuntimeError, MemoryError) as error:  # of PyTorch's allocator, in many lines
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"--num-classes is {classes}; such a head cannot be made: {reason}") from None
     return network
-
-
-def reads(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """The files that a model is made of, for `skd.outputs.Files`."""
-    found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
-    found["--model-kwargs (checkpoint_path)"] = arguments.model_kwargs.get("checkpoint_path")
-    kind, _, folder = (arguments.model or "").partition(":")
-    if kind.lower() == "local-dir":
-        for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
-            found[f"--model ({name})"] = str(Path(folder) / name)
-    return found
 
 
 def _named(arguments: argparse.Namespace) -> Any:
     """A model of timm's, with its weights."""
     name, file, kwargs = arguments.model, arguments.checkpoint, dict(arguments.model_kwargs)
+    if file is None and not arguments.pretrained:
+        file = kwargs.pop("checkpoint_path", None)  # of timm.create_model, which does not say what it takes
     loads = arguments.pretrained or file is not None or "checkpoint_path" in kwargs
     if not loads and _num_classes(arguments) is not None:
         kwargs["num_classes"] = _num_classes(arguments)
@@ -159,22 +128,24 @@ def _named(arguments: argparse.Namespace) -> Any:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--model-kwargs is {json.dumps(kwargs)}; such a model takes no image: {reason}") from None
     if file is not None:
-        _load(model, arguments)
+        _load(model, arguments, file)
     if loads:
         with_new_head(model, arguments)
     return model.eval()
 
 
-def _load(model: Any, arguments: argparse.Namespace) -> None:
-    """--checkpoint into a model of timm's; says what was taken from a file that has more than one."""
-    file, classes = arguments.checkpoint, _num_classes(arguments)
-    if not Path(file).is_file():
-        raise ValueError(f"--checkpoint is {file!r}; there is no such file")
+def _load(model: Any, arguments: argparse.Namespace, file: str) -> None:
+    """A file of weights into a model of timm's; says what was taken from a file that has more than one."""
+    option = "--checkpoint" if arguments.checkpoint is not None else "checkpoint_path"
+    classes = _num_classes(arguments)
+    if not isinstance(file, str) or not Path(file).is_file():
+        raise ValueError(f"{option} is {file!r}; there is no such file")
     try:
         key = load_weights(model, file, take=arguments.checkpoint_weights, any_head=classes is not None)
     except ValueError as error:
         hint = "" if classes or "head." not in str(error) else "; --num-classes N makes a new head"
-        raise ValueError(f"--checkpoint {file} does not fit {arguments.model}: {error}{hint}") from None
+        raise ValueError(f"{option} {file} does not fit {arguments.model}: {error}{hint}") from None
+    arguments.taken = {"checkpoint": file, "checkpoint_weights": key or None}
     if key:
         print(f"{file}: the weights are those of {key!r} (see --checkpoint-weights)")
 
@@ -217,13 +188,3 @@ def _num_classes(arguments: argparse.Namespace) -> int | None:
 def _seed(arguments: argparse.Namespace) -> int:
     """A new head is the same in every process, and when a run is resumed."""
     return int(getattr(arguments, "seed", None) or 0)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object, such as '{\"num_classes\": 10}'")
-    return value

@@ -1,4 +1,7 @@
-"""Every setting of a training run, with the published value of each; names as timm's training script has them."""
+"""Every setting of a training run, with the published value of each; names as timm's training script has them.
+
+Nothing here imports torch, so that ``skd train --help`` need not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,59 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from skd import planners
-from skd.data.transforms import Augmentation
-from skd.prices import CONVENTIONS
 
 DECAYS = ("published", "expected")
 IMPORTANCE = ("passes", "online")
 AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
+CONVENTIONS = ("full", "linear")  # how MACs are counted
+CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
+LABELS = ("given", "predicted")  # of calibration images
+CHECKPOINT_WEIGHTS = ("ema", "model")  # of a checkpoint that has both
+RESUME = (None, "auto")
+DEMO_EPOCHS = 40  # of the demo's stand-in for a pre-trained model
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training image, by the names of timm's training script; the defaults are DeiT's, the paper's.
+
+    `TrainConfig` has the same fields, and its defaults from here.
+
+    Attributes:
+        scale: of the random crop's area, (low, high) as shares of the image's.
+        ratio: of the random crop's sides, (low, high).
+        hflip, vflip: probabilities of a flip.
+        color_jitter: strength of changes to brightness, contrast and saturation; timm leaves them out with `aa`.
+        aa: AutoAugment policy such as "rand-m9-mstd0.5-inc1"; None: none.
+        reprob, remode, recount: probability, filling ("const", "rand", "pixel") and number of erased rectangles.
+        train_interpolation: of resizing: "random" (bilinear or bicubic), "bilinear", "bicubic", ...
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float | tuple[float, ...] | None = 0.3
+    aa: str | None = "rand-m9-mstd0.5-inc1"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    train_interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "vflip", "reprob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a probability, 0..1")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is {(low, high)}; it must be (low, high) with 0 < low <= high")
+        if self.remode not in ("const", "rand", "pixel"):
+            raise ValueError(f"remode is {self.remode!r}; it may be 'const', 'rand' or 'pixel'")
+        if self.recount < 1:
+            raise ValueError(f"recount is {self.recount}; it must be at least 1")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -197,6 +243,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, not JSON or YAML, or not a mapping.
     """
+    import yaml
+
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -284,7 +332,8 @@ def _check_ranges(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not fits(value):
                 raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-    planners.planner(config.planner)  # refuses a name that there is not
+    if config.planner not in planners.names():
+        raise ValueError(f"planner is {config.planner!r}; it must be one of {planners.names()}")
     if config.importance == "online" and config.planner != "paper":
         raise ValueError(f"importance is 'online', which only the planner 'paper' has; planner is {config.planner!r}")
     if config.warmup >= config.epochs and config.warmup > 0:

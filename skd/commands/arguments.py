@@ -1,0 +1,233 @@
+"""Arguments that several commands share, and the files that they name. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import Field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from skd import recipes
+from skd.settings import BAD_IMAGES, CHECKPOINT_WEIGHTS, LABELS, TrainConfig
+
+_UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+# Files
+
+
+def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
+    """Paths for `skd.outputs.Files`, by the options they were given as: class_map is --class-map."""
+    return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
+
+
+def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What of the data is in files, for `skd.outputs.Files`: also the folder in a name such as wds/FOLDER."""
+    reads = options(arguments, "class_map", "data", "data_dir")
+    if reads["--data"] is not None:
+        reads["--data"] = re.sub(r"^(hfds|hfids|wds)/", "", reads["--data"], flags=re.IGNORECASE)
+    return reads
+
+
+def model_read(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """The files that a model is made of, for `skd.outputs.Files`."""
+    found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
+    inside = arguments.model_kwargs.get("checkpoint_path")
+    found["--model-kwargs (checkpoint_path)"] = inside if isinstance(inside, str) else None
+    kind, _, folder = (arguments.model or "").partition(":")
+    if kind.lower() == "local-dir":
+        for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+            found[f"--model ({name})"] = str(Path(folder) / name)
+    return found
+
+
+# Data
+
+
+def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading: bool = True) -> None:
+    """--data and how to read it; `loading` adds what a TrainConfig would otherwise say."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=required,
+        help="'digits' (built in), a folder (of class folders with images in any format that Pillow reads, or of "
+        "MNIST-style idx files), or a name of timm's: hfds/..., wds/..., torch/...",
+    )
+    group.add_argument("--data-dir", metavar="DIR", help="root folder of a timm data set")
+    group.add_argument(
+        "--train-split",
+        default="train",
+        help="name of the training split; a folder's is found by other names too, such as Train or seg_train "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--val-split", default="validation", help="of the validation split (default: %(default)s)")
+    group.add_argument("--class-map", metavar="FILE", help="timm's class map: names of classes to labels")
+    group.add_argument("--input-key", metavar="NAME", help="column of the images in a Hugging Face data set (image)")
+    group.add_argument("--target-key", metavar="NAME", help="column of the labels (label)")
+    group.add_argument(
+        "--exif-orientation",
+        action="store_true",
+        help="turn pictures as their EXIF block says; timm does not, and by default such images are only counted",
+    )
+    group.add_argument("--download", action="store_true", help="let timm download a torch/ data set")
+    if loading:
+        parser.set_defaults(saves_memory="a smaller --batch-size, or --device cpu")
+        group.add_argument(
+            "--batch-size", type=whole, default=128, help="images in a batch; no result depends on it (%(default)s)"
+        )
+        group.add_argument(
+            "--workers", type=whole, default=4, help="processes that load images (default: %(default)s)"
+        )
+        group.add_argument(
+            "--bad-images",
+            choices=BAD_IMAGES,
+            default="skip",
+            help="an image that cannot be read: skip and count, or fail",
+        )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration-images", type=whole, default=1024, help="un-augmented training images to use (%(default)s)"
+    )
+    parser.add_argument("--seed", type=whole, default=0, help="that chooses them (default: %(default)s)")
+    parser.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="given",
+        help="or the model's own predictions: the images may then be of any classes, or without labels in one folder",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+
+
+# Models
+
+
+def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
+    """--model and its weights."""
+    parser.add_argument("--model", metavar="NAME", required=required, help=help)
+    add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """What belongs to a --model NAME."""
+    parser.add_argument(
+        "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded if need be")
+    weights.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights, as timm loads them: a state dict or a training script's checkpoint (.safetensors, .pth; also "
+        "of another image size, and of Meta's DINOv2); or skd's file",
+    )
+    parser.add_argument(
+        "--checkpoint-weights",
+        choices=CHECKPOINT_WEIGHTS,
+        help="of a checkpoint with both: the average (model_ema) or the model (default: the average, if it is there)",
+    )
+
+
+def add_num_classes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-classes",
+        type=whole,
+        metavar="N",
+        help="a new head of N classes, with random weights, in place of the old",
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object, such as '{\"num_classes\": 10}'")
+    return value
+
+
+# Settings
+
+
+def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+    """--config and one option per field of TrainConfig."""
+    parser.set_defaults(saves_memory="--grad-accum-steps, --grad-checkpointing")
+    group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON or YAML file of settings, or the name of a recipe that comes with skd "
+        f"({', '.join(recipes.names())}); options take precedence",
+    )
+    for setting in fields(TrainConfig):
+        flag = "--" + setting.name.replace("_", "-")
+        default = getattr(defaults, setting.name)
+        shown = " ".join(f"{value:.3g}" for value in default) if isinstance(default, tuple) else default
+        text = f"{setting.metadata['help']} (default: {shown})".replace("%", "%%")
+        group.add_argument(flag, dest=setting.name, default=argparse.SUPPRESS, help=text, **_kind(setting))
+
+
+def _kind(setting: Field[Any]) -> dict[str, Any]:
+    """argparse's arguments for a field, by its annotation."""
+    annotation = str(setting.type)
+    if "choices" in setting.metadata:
+        return {"choices": setting.metadata["choices"]()}
+    if annotation == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    if annotation.startswith("tuple"):
+        return {"type": float, "nargs": "+", "metavar": "X"}
+    kinds: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str}
+    base = kinds[annotation.split(" ")[0]]
+    metavar = {"int": "N", "float": "X", "str": "NAME"}[annotation.split(" ")[0]]
+    return {"type": partial(_or_none, base) if "None" in annotation else base, "metavar": metavar}
+
+
+def _or_none(base: Callable[[str], Any], text: str) -> Any:
+    try:
+        return None if text.lower() == "none" else base(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def settings(
+    arguments: argparse.Namespace, defaults: TrainConfig, command: str
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """`defaults`, changed by --config, changed by the options given; and what a recipe says of itself."""
+    recipe = recipes.Recipe({}, {}) if arguments.config is None else recipes.read_recipe(arguments.config)
+    meant = recipe.about.get("command", command)
+    if meant != command:
+        raise ValueError(f"--config is {arguments.config!r}, a recipe for skd {meant}, not for skd {command}")
+    given = {s.name: getattr(arguments, s.name) for s in fields(TrainConfig) if hasattr(arguments, s.name)}
+    return defaults.changed(**(recipe.settings | given)), recipe.about
+
+
+def whole(text: str) -> int:
+    """A whole number that computers count with: no list and no tensor is longer than 2**63 - 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if abs(number) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large a number")
+    return number
+
+
+def size(text: str) -> int | float:
+    """'0.5' is a share, '4.2G' or '1000000' a count."""
+    unit = _UNITS.get(text[-1:].upper())
+    try:
+        number = float(text) if unit is None else round(float(text[:-1]) * unit)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or (number > 1 and number != int(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a share such as 0.5 nor a count such as 4.2G")
+    return number if number <= 1 and unit is None else int(number)
