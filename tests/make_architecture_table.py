@@ -15,9 +15,11 @@ from typing import Any
 
 import timm
 from architectures import names, tiny
+from equivalence import by_heads
 from internals import ModuleInfo, modules_of
 from timm.layers import HybridEmbed, LayerScale, RmsNorm
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
@@ -27,6 +29,14 @@ BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
 
 # The first pattern found in a name decides its family.
 FAMILIES = (
+    ("DINOv3", r"_dinov3"),
+    ("LingBot", r"_lingbot$"),
+    ("Sapiens2", r"_sapiens2$"),
+    ("Perception Encoder", r"_pe_(core|lang|spatial)_"),
+    ("EVA-02", r"^eva02_"),
+    ("EVA", r"^eva_giant_"),
+    ("ViT with rotary positions", r"_rope_"),
+    ("BEiT, BEiT v2", r"^beit(v2)?_"),
     ("DeiT III", r"^deit3_"),
     ("DeiT distilled", r"^deit_.*distilled"),
     ("DeiT", r"^deit_"),
@@ -49,16 +59,39 @@ FAMILIES = (
     ("ViT (original, AugReg, MIIL)", r"^vit_"),
 )
 
+
+def is_there(layer: Any) -> bool:
+    return layer is not None and not isinstance(layer, nn.Identity)
+
+
+def no_bias(model: Any) -> bool:
+    """Of the projections to queries, keys and values; some models have it in pieces, or in three layers."""
+    attn = model.blocks[0].attn
+    layer = attn.qkv if attn.qkv is not None else attn.q_proj
+    return layer.bias is None and getattr(attn, "q_bias", None) is None
+
+
 NOTES = {
-    "LayerScale": lambda model: isinstance(getattr(model.blocks[0], "ls1", None), LayerScale),
-    "post-norm": lambda model: isinstance(model.blocks[0], ResPostBlock),
-    "norm before the blocks": lambda model: not isinstance(model.norm_pre, nn.Identity),
+    "LayerScale": lambda model: (
+        isinstance(getattr(model.blocks[0], "ls1", None), LayerScale)
+        or getattr(model.blocks[0], "gamma_1", None) is not None
+    ),
+    "post-norm": lambda model: isinstance(model.blocks[0], ResPostBlock | EvaBlockPostNorm),
+    "norm before the blocks": lambda model: is_there(getattr(model, "norm_pre", None)),
     "RMSNorm": lambda model: isinstance(model.blocks[0].norm1, RmsNorm),
-    "norm inside attention and MLP": lambda model: not isinstance(model.blocks[0].attn.norm, nn.Identity),
-    "no qkv bias": lambda model: model.blocks[0].attn.qkv.bias is None,
+    "norm on the attention's output": lambda model: is_there(getattr(model.blocks[0].attn, "norm", None)),
+    "norm inside the MLP": lambda model: modules_of(model)[1].binary,
+    "norms of Q and K": lambda model: is_there(getattr(model.blocks[0].attn, "q_norm", None)),
+    "angles of each head": lambda model: getattr(model, "rope_mixed", False),
+    "some blocks share keys and values": lambda model: any(
+        getattr(block.attn, "num_kv_heads", model.blocks[0].attn.num_heads) < block.attn.num_heads
+        for block in model.blocks
+    ),
+    "a bias for each pair of positions": lambda model: hasattr(model.blocks[0].attn, "relative_position_bias_table"),
+    "no qkv bias": no_bias,
     "two heads": lambda model: isinstance(model, VisionTransformerDistilled),
-    "registers": lambda model: model.num_reg_tokens > 0,
-    "attention pool": lambda model: model.attn_pool is not None,
+    "registers": lambda model: getattr(model, "num_reg_tokens", model.num_prefix_tokens - 1) > 0,
+    "attention pool": lambda model: getattr(model, "attn_pool", None) is not None,
     "average pool": lambda model: model.global_pool == "avg",
     "hybrid embedding": lambda model: isinstance(model.patch_embed, HybridEmbed),
     "headless": lambda model: model.num_classes == 0,
@@ -74,11 +107,15 @@ def conversion(infos: tuple[ModuleInfo, ...]) -> tuple[str, ...]:
     """The columns V, Q and K, MLP, attention widths, MLP widths."""
     attn, mlp = infos[:2]
     order = "kept" if mlp.binary else "sorted, gate and value together" if mlp.gated else "sorted"
+    heads = by_heads(attn)
+    whole = [info.binary for info in infos[::2]]
+    sizes = "every head" if heads else "every group"
     return (
-        "rotated" if attn.rotates_v else "kept",
-        "rotated" if attn.rotates_qk else "kept",
+        "rotated" if getattr(attn, "rotates_v", False) else "kept",
+        "rotated" if getattr(attn, "rotates_qk", False) else "kept",
         order,
-        *("0 or full" if info.binary else "every group" for info in (attn, mlp)),
+        "0 or full" if all(whole) else f"{sizes}; some blocks 0 or full" if any(whole) else sizes,
+        "0 or full" if mlp.binary else "every group",
     )
 
 
@@ -119,8 +156,10 @@ def table() -> str:
     supported, refused = supported_and_refused()
     good, bad = (sum(map(len, rows.values())) for rows in (supported, refused))
     lines = [
-        f"timm {timm.__version__} builds {good + bad} names as a VisionTransformer; {good} of them convert.",
-        "A group is 8 coordinates of every head, or about 1/32 of the MLP's neurons.",
+        f"timm {timm.__version__} builds {good + bad} names as a VisionTransformer, an Eva or a Beit; "
+        f"{good} of them convert.",
+        "A group is 8 coordinates of every head, or about 1/32 of the MLP's neurons. Where an attention is cut by",
+        "heads, they are sorted and nothing is rotated within them.",
         "",
         "| family | names | example | V | Q, K | MLP neurons | attention widths | MLP widths | notes |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -132,8 +171,8 @@ def table() -> str:
         lines.append(f"| {' | '.join([label, str(len(rows)), f'`{rows[0][0]}`', *columns, note])} |")
     lines += [
         "",
-        f"The other {bad} names, and every model that is not a timm VisionTransformer (Eva, Beit, Swin, NaFlexVit),",
-        "are refused with a ValueError that names the feature or the class:",
+        f"The other {bad} names, and every model of another class (Swin, NaFlexVit), are refused with a ValueError",
+        "that names the feature or the class:",
         "",
         "| feature | where | names | example |",
         "|---|---|---|---|",

@@ -74,7 +74,13 @@ class RotatedAttention(Module):
 
     def tap(self, model: Any, consume: Consumer) -> list[Any]:
         """The feature is the qkv projection's output, (B, N, 3, H, D)."""
-        return [self.of(model).qkv.register_forward_hook(output_hook(self, self.score_shape, consume))]
+
+        def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            shape = (*output.shape[:-1], *self.score_shape)
+            feature = output.detach().view(shape)  # detached: a hook that held its own graph would never be freed
+            output.register_hook(lambda grad: consume(self, feature, grad.reshape(shape)))
+
+        return [self.of(model).qkv.register_forward_hook(hook)]
 
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
         return taylor_scores(feature.flatten(-3), grad.flatten(-3), power=power).reshape(self.score_shape)
@@ -191,17 +197,6 @@ def check_no_dropout(name: str, attn: Any) -> None:
 def around(block: Any, place: Place) -> tuple[Any, Any]:
     """The norm of a module in its block, and its layer scale (a layer, a parameter or None)."""
     return getattr(block, place.norm), getattr(block, place.scale, None)
-
-
-def output_hook(module: Module, shape: tuple[int, ...], consume: Consumer) -> Any:
-    """A forward hook: `consume` gets the layer's output, its last axis of `shape`, with each gradient of it."""
-
-    def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        whole = (*output.shape[:-1], *shape)
-        feature = output.detach().view(whole)  # detached: a hook that held its own graph would never be freed
-        output.register_hook(lambda grad: consume(module, feature, grad.reshape(whole)))
-
-    return hook
 
 
 def principal_axes(covariance: torch.Tensor) -> torch.Tensor:

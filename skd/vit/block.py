@@ -56,8 +56,9 @@ class SuperBlock(nn.Module):
         """
         for module in self.modules_in_order:
             shared = of_timm.pop(module.place.shared, shared)
-        if any(value is not None and value is not False for value in of_timm.values()):
-            raise ValueError(f"{', '.join(of_timm)}: the blocks of a super-network take no masks")
+        masks = [name for name, value in of_timm.items() if value is not None and value is not False]
+        if masks:
+            raise ValueError(f"{', '.join(masks)}: the blocks of a super-network take no masks")
         for index, module in enumerate(self.modules_in_order):
             width = module.full_width if widths is None else widths[index]
             x = self.step(index, x, width, tokens, None if scores is None else scores[index], shared)
@@ -78,7 +79,7 @@ class SuperBlock(nn.Module):
         norm, scale = getattr(self, place.norm), getattr(self, place.scale, None)
         kept = x[:, :tokens]
         if module.full_width == 0 or (isinstance(width, int) and width == 0):
-            return _skip(kept, [getattr(self, place.module), norm, scale])
+            return _skip(kept, [getattr(self, place.module), norm, scale, shared])
         inputs = x if module.mixes_tokens else kept
         y = module.forward(self, inputs if place.post_norm else norm(inputs), width, scores, tokens, shared)
         if place.post_norm:
@@ -130,10 +131,10 @@ def first_block(model: Any) -> nn.Module:
 
 
 def _skip(x: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
-    """`x`, with the parameters of what is skipped in the graph: their gradients are zeros, not None."""
+    """`x`, with what is skipped in the graph (layers, parameters, None): gradients are zeros, not None."""
     if not torch.is_grad_enabled():
         return x
-    parameters = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
-    parameters += [part for part in parts if isinstance(part, nn.Parameter)]
-    nothing = [p.reshape(-1)[:0].sum() for p in parameters if p.requires_grad]
+    layers = [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    nothing = [tensor.reshape(-1)[:0].sum() for tensor in (*layers, *tensors) if tensor.requires_grad]
     return x + torch.stack(nothing).sum() if nothing else x

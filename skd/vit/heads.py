@@ -7,7 +7,7 @@ heads than its width allows; AttentionRope can, and computes the same: a cut Eva
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from torch import nn
 
-from skd.vit.attention import around, check_no_dropout, output_hook
+from skd.vit.attention import around, check_no_dropout
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
 from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
 from skd_kernels import taylor_scores
+
+Watch = Callable[[torch.Tensor], torch.Tensor]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -72,18 +74,24 @@ class HeadAttention(Module):
         return (self.full_width,)
 
     def tap(self, model: Any, consume: Consumer) -> list[Any]:
-        """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read."""
+        """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read.
+
+        No layer of timm's has that as its output (biases are added apart, or there are three layers), so the
+        attention computes it here in place of timm's forward.
+        """
         attn = self.of(model)
         if self.binary:
             return []
-        shape = (self.num_heads, self.head_dim)
-        if attn.qkv is not None:
-            return [attn.qkv.register_forward_hook(output_hook(self, (3, *shape), consume))]
-        gather = _Gathered(self, consume)
-        return [
-            getattr(attn, name).register_forward_hook(output_hook(self, shape, gather.part(place)))
-            for place, name in enumerate(_PROJECTIONS)
-        ]
+
+        def watch(qkv: torch.Tensor) -> torch.Tensor:
+            feature = qkv.detach()
+            qkv.register_hook(lambda grad: consume(self, feature, grad))
+            return qkv
+
+        def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
+            return self._attend(attn, x, self.full_width, None, given.get(self.place.shared), watch)
+
+        return [_OtherForward(attn, forward)]
 
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
         """Summed over q, k and v and the coordinates of each head."""
@@ -129,14 +137,26 @@ class HeadAttention(Module):
         if self.binary or (isinstance(width, int) and width == self.full_width and scores is None):
             whole: torch.Tensor = attn(x, **{self.place.shared: shared})
             return whole[:, :tokens]
+        watch = None if scores is None else lambda qkv: _AddScores.apply(qkv, scores, self)
+        return self._attend(attn, x, width, tokens, shared, watch)
+
+    def _attend(
+        self,
+        attn: Any,
+        x: torch.Tensor,
+        width: Width,
+        tokens: int | None,
+        rope: torch.Tensor | None,
+        watch: Watch | None,
+    ) -> torch.Tensor:
+        """timm's forward with the first heads; `watch` sees q, k and v, (B, N, 3, heads, D)."""
         heads = width if isinstance(width, int) else self.full_width
-        q, k, v = self._projected(attn, x, heads, scores)
-        q = _rotated(attn, attn.q_norm(q), shared).type_as(v)
-        k = _rotated(attn, attn.k_norm(k), shared).type_as(v)
+        qkv = self._projected(attn, x, heads)
+        q, k, v = (qkv if watch is None else watch(qkv)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = _rotated(attn, attn.q_norm(q), rope).type_as(v)
+        k = _rotated(attn, attn.k_norm(k), rope).type_as(v)
         out = F.scaled_dot_product_attention(q[:, :, :tokens], k, v).transpose(1, 2)  # (B, tokens, heads, D)
-        if isinstance(
-            width, torch.Tensor
-        ):  # heads past the width are selected away, in the same graph for every width
+        if isinstance(width, torch.Tensor):  # other heads are selected away, in one graph for every width
             out = torch.where((torch.arange(heads, device=x.device) < width)[:, None], out, 0.0)
         out, size = out.flatten(2), heads * self.head_dim
         if getattr(attn, "gate", None) is not None:
@@ -145,24 +165,18 @@ class HeadAttention(Module):
         y = F.linear(out, attn.proj.weight[:, :size], attn.proj.bias)
         return torch.where(width > 0, y, 0.0) if isinstance(width, torch.Tensor) else y
 
-    def _projected(
-        self, attn: Any, x: torch.Tensor, heads: int, scores: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        """q, k and v of the first `heads`, (B, heads, N, D) each."""
+    def _projected(self, attn: Any, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """q, k and v of the first `heads`: (B, N, 3, heads, D)."""
         shape = (self.num_heads, self.head_dim)
         if attn.qkv is not None:
             weight = attn.qkv.weight.unflatten(0, (3, *shape))[:, :heads].flatten(0, 2)
             bias = _fused_bias(attn)
             bias = None if bias is None else bias.unflatten(0, (3, *shape))[:, :heads].flatten()
-            qkv = F.linear(x, weight, bias).unflatten(-1, (3, heads, self.head_dim))
-        else:
-            size = heads * self.head_dim
-            layers = [getattr(attn, name) for name in _PROJECTIONS]
-            parts = [F.linear(x, la.weight[:size], None if la.bias is None else la.bias[:size]) for la in layers]
-            qkv = torch.stack(parts, 2).unflatten(-1, (heads, self.head_dim))
-        if scores is not None:
-            qkv = _AddScores.apply(qkv, scores[:heads], self)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return F.linear(x, weight, bias).unflatten(-1, (3, heads, self.head_dim))
+        size = heads * self.head_dim
+        layers = [getattr(attn, name) for name in _PROJECTIONS]
+        parts = [F.linear(x, la.weight[:size], None if la.bias is None else la.bias[:size]) for la in layers]
+        return torch.stack(parts, 2).unflatten(-1, (heads, self.head_dim))
 
     def narrowed(self, module: Any, width: int) -> nn.Module:
         """timm's AttentionRope with the first heads; where q, k and v are one layer with biases, K's are zeros."""
@@ -235,22 +249,15 @@ class HeadAttention(Module):
         return along(0, self.num_heads, rows // (self.num_heads * self.head_dim), device, each=self.head_dim)
 
 
-class _Gathered:
-    """Puts together what hooks on separate layers for q, k and v are given in one backward pass."""
+class _OtherForward:
+    """A handle, like that of a hook: `module` computes another function until it is removed."""
 
-    def __init__(self, module: Module, consume: Consumer) -> None:
-        self.module, self.consume = module, consume
-        self.parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, module: nn.Module, forward: Any) -> None:
+        self.module = module
+        module.forward = forward
 
-    def part(self, place: int) -> Consumer:
-        def add(module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
-            self.parts[place] = feature, grad
-            if len(self.parts) == len(_PROJECTIONS):
-                features, grads = (torch.stack([self.parts[i][which] for i in range(3)], 2) for which in (0, 1))
-                self.parts.clear()
-                self.consume(self.module, features, grads)
-
-        return add
+    def remove(self) -> None:
+        del self.module.forward
 
 
 class _AddScores(torch.autograd.Function):
@@ -265,7 +272,8 @@ class _AddScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (feature,) = ctx.saved_tensors
-        ctx.scores.add_(ctx.module.taylor(feature, grad))
+        own = ctx.module.taylor(feature, grad)
+        ctx.scores[: len(own)].add_(own)
         return grad, None, None
 
 
