@@ -29,7 +29,7 @@ COLUMN_TILE, ROW_TILE = 32, 256  # of the second stage: hundreds of programs hav
 
 @dataclass(frozen=True)
 class Tile:
-    """Whole rows in the registers of one program: 16 elements of each stream in a thread.
+    """Whole rows in the registers of one program: at most 16 elements of each stream in a thread.
 
     Attributes:
         columns: of the tile, a power of two; those past the row's end are masked.
@@ -43,7 +43,7 @@ class Tile:
 
     @staticmethod
     def of(columns: int, *, rows: int = 2) -> Tile:
-        """`rows` is for tiles of more than 128 columns; a tile has 128 columns or more for each of them."""
+        """`rows` of 128 columns or more; of fewer columns as many rows more."""
         block = max(16, triton.next_power_of_2(columns))
         return Tile(block, max(rows, rows * 128 // block), ceil_div(block, 256))
 
