@@ -56,11 +56,17 @@ def mean_table(results: dict[str, Any]) -> list[str]:
 
 
 def products_table(results: dict[str, Any]) -> list[str]:
-    """Kernels at full width against the library, then the whole operations replayed at every width."""
-    kernels, replays = [], []
+    """Kernels at full width against the library, the norms, the whole operations replayed at every width."""
+    kernels, norms, replays = [], [], []
     for model in models(results):
         for row in results[model]:
             first = [row["question"], model.capitalize()]
+            if "norm_ms" in row:
+                shares = row["percent_of_copy"]
+                norms.append(
+                    [*first, *(f"{three_digits(ms)} ({shares[n]:.0f} %)" for n, ms in row["norm_ms"].items())]
+                )
+                continue
             if "replay_ms" in row:
                 replays.append([*first, *(three_digits(value) for value in row["replay_ms"].values())])
                 continue
@@ -70,6 +76,10 @@ def products_table(results: dict[str, Any]) -> list[str]:
             kernels.append([*first, f"{row['library_over_ours']:.2f}x"])
     columns = ["kernel at full width", "DeiT", "ours, ms", "TFLOP/s", "% of matmul"]
     lines = rows_of([*columns, "library, ms", "TFLOP/s", "% of matmul", "library over ours"], kernels, 2)
+    if norms:
+        timed = next(row["norm_ms"] for model in models(results) for row in results[model] if "norm_ms" in row)
+        names = [f"{name}, ms (of the copy's bandwidth)" for name in timed]
+        lines += ["", *rows_of(["residual sum and norm", "DeiT", *names], norms, 2)]
     if replays:
         widths = next(row["replay_ms"] for model in models(results) for row in results[model] if "replay_ms" in row)
         names = [f"width {share(fraction)}, ms" for fraction in widths]

@@ -19,7 +19,7 @@ CLASSES: dict[str, str] = {
     "patch embedding, by cuDNN": r".*(cutlass\w*cudnn|nchwToNhwc|nhwcToNchw)",
     "matrix products of the library": r"nvjet|.*(splitKreduce|gemm)",
     "activation, a kernel of its own": r".*Gelu",
-    "layer norms": r".*(layer_norm|GammaBeta)",
+    "layer norms": r"residual_norm|.*(layer_norm|GammaBeta)",
     "additions, most of them residual sums": r".*CUDAFunctor_add",
     "conversions between float32 and bfloat16": r".*(bfloat16_copy|unrolled_elementwise_kernel.*direct_copy)",
     "sums over rows": r"(column_)?sums_kernel$|.*reduce_kernel",

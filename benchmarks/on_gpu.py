@@ -40,7 +40,8 @@ from benchmarks.prebuilt import ROOT
 
 SECONDS = 525  # of all commands together: with what comes before and after them, nine minutes
 PARTS = ("correctness", "steps", "profile", "operations", "statistics", "sanitizers")
-TESTS_OF_KERNELS = [f"tests/kernels/test_gpu_{name}.py" for name in ("statistics", "triton_mlp", "triton_attention")]
+TESTED = ("statistics", "triton_mlp", "triton_attention", "triton_norm")
+TESTS_OF_KERNELS = [f"tests/kernels/test_gpu_{name}.py" for name in TESTED]
 TESTS_OF_SKD = ["tests/test_gpu.py", "tests/test_gpu_training.py"]
 SHAPES = (("token_moments", "300,3,64"), ("token_moments", "70,2,40"), ("taylor_scores", "300,200"))
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks import prebuilt
 from benchmarks.prebuilt import ROOT
 
-TESTS = ["tests/kernels/test_gpu_triton_mlp.py", "tests/kernels/test_gpu_triton_attention.py"]
+TESTS = [f"tests/kernels/test_gpu_triton_{name}.py" for name in ("mlp", "attention", "norm")]
 TRAINING = ["tests/test_gpu_training.py"]
 BENCHMARKS = ["benchmarks/test_masked.py", "benchmarks/test_steps.py"]
 

@@ -24,12 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from skd_kernels.gpu import attention, entry, launch, mlp
+from skd_kernels.residual_norm import residual_norm_backward, residual_norm_forward
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
-STARTERS = ("hidden", "linear", "weight_gradient", "flash", "projections")  # modules that start kernels
+STARTERS = ("hidden", "linear", "weight_gradient", "flash", "projections", "norm")  # modules that start kernels
 OPERATORS = {
     operator._qualname: operator
-    for operator in (mlp.mlp_forward, mlp.mlp_backward, attention.attention_forward, attention.attention_backward)
+    for operator in (
+        *(mlp.mlp_forward, mlp.mlp_backward, attention.attention_forward, attention.attention_backward),
+        *(residual_norm_forward, residual_norm_backward),
+    )
 }
 FACTORIES = ["empty", "zeros", "ones", "full", "rand", "randn"]
 FACTORIES += [f"{name}_like" for name in FACTORIES]

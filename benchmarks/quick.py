@@ -5,6 +5,7 @@ python -m benchmarks.quick --model base --batch 128 --json quick.json
 * the ceilings: a large copy and a large matrix product;
 * the products of the masked MLP at full width, and its three kernels with an activation in them, against `a @ b`;
 * the attention core, forward and backward, against F.scaled_dot_product_attention;
+* the residual sum with the norm after it, forward and with its backward, against PyTorch and torch.compile;
 * forward and backward of both operations in one CUDA graph, replayed while the width changes.
 
 `TRITON_INTERPRET=1 python -m benchmarks.quick --device cpu --model tiny --batch 1 --tokens 20` only checks that it
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import ceilings
+from benchmarks import norm as norms
 from benchmarks.masked import MASKED
 from benchmarks.operations import HEAD_WIDTH, HEADS, TOKENS
 from benchmarks.provenance import provenance
@@ -125,6 +129,20 @@ class Questions:
 
         self.ask("attention, backward", backward, sdpa_backward, 2.5 * flops)
 
+    def norm(self, copy: float) -> None:
+        """Milliseconds, and the share of the bandwidth of a copy. Checked first."""
+        shape = self.batch, self.tokens, self.heads * HEAD_WIDTH
+        case, contenders = norms.Case(shape, self.device, self.dtype), norms.contenders()
+        case.check(contenders, 1e-2 if self.dtype == torch.bfloat16 else 1e-5)
+        for question, run, backward in (("forward", case.forward, False), ("forward and backward", case.both, True)):
+            calls = {name: partial(run, contender) for name, contender in contenders.items()}
+            seconds = side_by_side(calls, self.rounds, clock=self.clock)
+            total = norms.norm_bytes(math.prod(shape), self.dtype, backward=backward)
+            row: Row = {"question": f"residual_norm, {question}", "bytes": total}
+            row["norm_ms"] = {name: 1e3 * value for name, value in seconds.items()}
+            row["percent_of_copy"] = {name: 100 * total / value / copy for name, value in seconds.items()}
+            self.rows.append(row)
+
     def replays(self) -> None:
         """One capture of forward and backward per operation; milliseconds of a replay at each width."""
         for name, operation in MASKED.items():
@@ -148,6 +166,11 @@ class Questions:
 def table(rows: list[Row]) -> str:
     lines = [f"{'':<30}{'ours ms':>9}{'TFLOP/s':>9}{'% peak':>8}{'library':>9}{'TFLOP/s':>9}{'ratio':>7}"]
     for row in rows:
+        if "norm_ms" in row:
+            shares = row["percent_of_copy"]
+            times = "  ".join(f"{key}: {ms:.3f} ({shares[key]:.0f} %)" for key, ms in row["norm_ms"].items())
+            lines.append(f"{row['question']:<36}  ms (of a copy's bandwidth)  {times}")
+            continue
         if "replay_ms" in row:
             times = "  ".join(f"{key}: {value:.3f}" for key, value in row["replay_ms"].items())
             lines.append(f"{row['question']:<30}  ms at width  {times}")
@@ -166,12 +189,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    document: dict[str, Any] = {"copy_gigabytes_per_second": ceilings.copy(args.device) / 1e9}
+    copy = ceilings.copy(args.device)
+    document: dict[str, Any] = {"copy_gigabytes_per_second": copy / 1e9}
     print(f"copy {document['copy_gigabytes_per_second']:.0f} GB/s")
     for model in args.model or ["base"]:
         questions = Questions(model, args.batch, args.tokens, args.device)
         questions.mlp()
         questions.attention()
+        questions.norm(copy)
         if args.device == "cuda":
             questions.replays()
         document["matmul_tflops"] = questions.peak / 1e12

@@ -110,6 +110,15 @@ def test_kernels_against_the_library() -> None:
     assert "| masked_mlp, replayed | Small | 0.837 | 0.643 | 0.476 | 0.291 | 0.211 |" in lines
 
 
+def test_norms_are_shown_beside_the_kernels() -> None:
+    found = measured("quick")
+    times, shares = {"ours": 0.0832, "eager": 0.205}, {"ours": 93.2, "eager": 37.9}
+    found["base"].append({"question": "residual_norm, forward", "norm_ms": times, "percent_of_copy": shares})
+    lines = gpu_table.products_table(found)
+    assert "| residual_norm, forward | Base | 0.0832 (93 %) | 0.205 (38 %) |" in lines
+    assert set(gpu_table.products_table(measured("quick"))) < set(lines)
+
+
 def test_the_statistics_have_their_share_of_the_copy_bandwidth() -> None:
     lines = table.operation_table([entry["extra_info"] for entry in committed("statistics")["benchmarks"]])
     found = [line for line in lines if "| `token_moments` | Base | bfloat16 | 128 | gpu | compiled | 0.166 |" in line]

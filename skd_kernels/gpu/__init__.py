@@ -1,9 +1,10 @@
-"""The Triton kernels of the masked operations. Importing this package does not import Triton.
+"""The Triton kernels of the masked operations and of the norm. Importing this package does not import Triton.
 
 mlp.py, attention.py              the operators that PyTorch sees, and the order of their kernels
 hidden.py, linear.py,             the kernels of masked_mlp: hidden features, output and input gradient,
     weight_gradient.py            gradients summed over tokens
 flash.py, projections.py          the kernels of masked_attention
+norm.py                           the kernels of residual_norm, whose operators are in skd_kernels/residual_norm.py
 tiles.py, activations.py          what kernels share
 entry.py, buffers.py              arguments and memory
 launch.py                         how kernels are started, and recorded to be compiled without a GPU
@@ -15,14 +16,14 @@ import importlib
 from typing import Any
 
 # Modules with kernels; each has `examples()`, see launch.py.
-MODULES: tuple[str, ...] = ("mlp", "attention")
+MODULES: tuple[str, ...] = ("mlp", "attention", "norm")
 
 
 def launches(architecture: int, *, quick: bool = False) -> list[Any]:
-    """Every distinct `launch.Launch` that the modules' examples reach on `architecture` (80, 90 or 100).
+    """Every distinct `launch.Launch` that the modules' examples reach on `architecture`.
 
     Args:
-        architecture: 10 * major + minor of the compute capability.
+        architecture: 10 * major + minor of the compute capability, one of `launch.RECORDED_DEVICES`.
         quick: only the examples whose label starts with "quick".
     """
     from skd_kernels.gpu.launch import record

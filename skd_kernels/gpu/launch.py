@@ -45,7 +45,13 @@ class Device:
     multiprocessors: int
 
 
-RECORDED_DEVICES = {80: Device(80, 108), 90: Device(90, 132), 100: Device(100, 148)}
+RECORDED_DEVICES = {
+    80: Device(80, 108),  # A100
+    89: Device(89, 128),  # RTX 4090
+    90: Device(90, 132),  # H100
+    100: Device(100, 148),  # B200
+    120: Device(120, 170),  # RTX 5090
+}
 # Few programs, so that the loops of a persistent kernel take several turns on small inputs.
 INTERPRETED_DEVICE = Device(90, 3)
 

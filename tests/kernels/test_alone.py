@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ("op", "quick", "small", "masked", "measure", "registers", "compare", "table", "conftest")
+BENCHMARKS = ("op", "quick", "small", "masked", "measure", "registers", "compare", "table", "conftest", "norm")
 BENCHMARKS += ("test_operations", "test_masked")
 FORBID = """
 import importlib.abc, sys

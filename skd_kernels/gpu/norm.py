@@ -1,0 +1,345 @@
+"""The kernels of residual_norm: a row stays in registers from the residual sum to the normalised output.
+
+Every stream is read once and written once. A gradient that is a sum over tokens is added up in two stages of a fixed
+order: each program sums its own rows, then one kernel sums the programs.
+
+All streams of a tile have one layout, four elements of a row in a thread. Left to itself, Triton gives eight to half
+precision and four to float32, and exchanges whole tiles through shared memory in between: 19 barriers in the gradient
+kernel where 4 will do. `_columns` forbids that.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from skd_kernels.gpu.buffers import ceil_div
+from skd_kernels.gpu.launch import device_of, launch
+
+COLUMN_TILE, ROW_TILE = 32, 256  # of the second stage: hundreds of programs have left their sums, for few columns
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Whole rows in the registers of one program: at most 16 elements of each stream in a thread.
+
+    Attributes:
+        columns: of the tile, a power of two; those past the row's end are masked.
+        rows: at a time.
+        warps: so few that a thread has the same columns of all rows: what is summed over them needs no exchange.
+    """
+
+    columns: int
+    rows: int
+    warps: int
+
+    @staticmethod
+    def of(columns: int, *, rows: int = 2) -> Tile:
+        """`rows` of 128 columns or more; of fewer columns as many rows more."""
+        block = max(16, triton.next_power_of_2(columns))
+        return Tile(block, max(rows, rows * 128 // block), ceil_div(block, 256))
+
+    def split(self, like: torch.Tensor, rows: int) -> int:
+        """Rows of each program of the gradient kernel, which fills the device once with 16 warps a multiprocessor.
+
+        DeiT-Base on an H100, prototype of the kernel: 0.127 ms with 16 warps in programs of 4, 0.150 with programs of
+        8, 0.161 with 8 warps.
+        """
+        programs = max(1, 16 // self.warps) * device_of(like).multiprocessors
+        return self.rows * ceil_div(rows, self.rows * programs)
+
+    def arguments(self) -> dict[str, int]:
+        return {"BLOCK_C": self.columns, "BLOCK_R": self.rows}
+
+
+@triton.jit
+def _columns(BLOCK_C: tl.constexpr):
+    """The columns of a tile, with the promise that four of them are together, and no word of more."""
+    return tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens"])
+def residual_norm_kernel(
+    x,
+    branch,
+    weight,
+    bias,
+    scale,
+    mask,
+    branch_bias,
+    total,
+    normed,
+    mean,
+    rstd,
+    rows,
+    tokens,
+    eps,
+    COLUMNS: tl.constexpr,
+    LAYER: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """total = x + mask scale (branch + branch_bias), normed = its norm; mean and rstd (rows,) float32.
+
+    x, branch, total and normed are (rows, COLUMNS) without gaps, `tokens` rows have one element of the mask. The
+    variance is that of the centred row: nothing cancels where the mean is large. LAYER False: RMSNorm, without mean.
+    """
+    c = _columns(BLOCK_C)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = c < COLUMNS
+    there = (r < rows)[:, None] & inside[None, :]
+    at = r.to(tl.int64)[:, None] * COLUMNS + c[None, :]
+    row = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    if branch is not None:
+        added = tl.load(branch + at, mask=there, other=0.0).to(tl.float32)
+        if branch_bias is not None:
+            added += tl.load(branch_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if scale is not None:
+            added *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if mask is not None:
+            added *= tl.load(mask + r // tokens, mask=r < rows, other=0.0).to(tl.float32)[:, None]
+        row += added
+        tl.store(total + at, row, mask=there)
+    if LAYER:
+        average = tl.div_rn(tl.sum(row, 1), COLUMNS * 1.0)
+        tl.store(mean + r, average, mask=r < rows)
+        row = tl.where(inside[None, :], row - average[:, None], 0.0)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(row * row, 1), COLUMNS * 1.0) + eps))
+    tl.store(rstd + r, inverse, mask=r < rows)
+    row *= inverse[:, None]
+    if weight is not None:
+        row *= tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        row += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(normed + at, row.to(normed.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "per_program"])
+def residual_norm_gradient_kernel(
+    dtotal,
+    dnormed,
+    total,
+    branch,
+    weight,
+    scale,
+    mask,
+    branch_bias,
+    mean,
+    rstd,
+    dx,
+    dbranch,
+    sums,
+    rows,
+    tokens,
+    per_program,
+    COLUMNS: tl.constexpr,
+    LAYER: tl.constexpr,
+    INPUTS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    BRANCH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Gradients at x and at the branch, and of `per_program` rows the terms of those that are sums over rows.
+
+    INPUTS: more is wanted than WEIGHT and BIAS. sums (wanted, programs, COLUMNS), in this order: WEIGHT, BIAS, SCALE,
+    BRANCH (the column sums of dbranch). dtotal, dnormed, dx and dbranch may be None.
+    """
+    c = _columns(BLOCK_C)
+    inside = c < COLUMNS
+    if weight is not None:
+        gain = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+    of_weight = tl.zeros((BLOCK_C,), tl.float32)
+    of_bias = tl.zeros((BLOCK_C,), tl.float32)
+    of_scale = tl.zeros((BLOCK_C,), tl.float32)
+    of_branch = tl.zeros((BLOCK_C,), tl.float32)
+    begin = tl.program_id(0) * per_program
+    end = tl.minimum(begin + per_program, rows)
+    at = tl.arange(0, BLOCK_R)[:, None] * COLUMNS + c[None, :]
+    for done in range(0, end - begin, BLOCK_R):
+        first = begin + done
+        r = first + tl.arange(0, BLOCK_R)
+        there = (r < end)[:, None] & inside[None, :]
+        base = first.to(tl.int64) * COLUMNS
+        if dnormed is not None:
+            grad = tl.load(dnormed + base + at, mask=there, other=0.0).to(tl.float32)
+            inverse = tl.load(rstd + r, mask=r < end, other=0.0)[:, None]
+            unit = tl.load(total + base + at, mask=there, other=0.0).to(tl.float32)
+            if LAYER:
+                unit -= tl.load(mean + r, mask=r < end, other=0.0)[:, None]
+            unit *= inverse
+            if WEIGHT:
+                of_weight += tl.sum(grad * unit, 0)
+            if BIAS:
+                of_bias += tl.sum(grad, 0)
+        if INPUTS:
+            if dnormed is not None:
+                if weight is not None:
+                    grad *= gain
+                along = tl.div_rn(tl.sum(grad * unit, 1), COLUMNS * 1.0)[:, None]
+                if LAYER:
+                    grad = (grad - tl.div_rn(tl.sum(grad, 1), COLUMNS * 1.0)[:, None] - unit * along) * inverse
+                else:
+                    grad = (grad - unit * along) * inverse
+                if dtotal is not None:
+                    grad += tl.load(dtotal + base + at, mask=there, other=0.0).to(tl.float32)
+            else:
+                grad = tl.load(dtotal + base + at, mask=there, other=0.0).to(tl.float32)
+            if dx is not None:
+                tl.store(dx + base + at, grad.to(dx.dtype.element_ty), mask=there)
+            if mask is not None:
+                grad *= tl.load(mask + r // tokens, mask=r < end, other=0.0).to(tl.float32)[:, None]
+            if SCALE:
+                added = tl.load(branch + base + at, mask=there, other=0.0).to(tl.float32)
+                if branch_bias is not None:
+                    added += tl.load(branch_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+                of_scale += tl.sum(grad * added, 0)
+            if scale is not None:
+                grad *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if dbranch is not None:
+                tl.store(dbranch + base + at, grad.to(dbranch.dtype.element_ty), mask=there)
+            if BRANCH:
+                of_branch += tl.sum(grad, 0)
+    if sums is not None:
+        place = sums + tl.program_id(0) * COLUMNS + c
+        step = tl.num_programs(0) * COLUMNS
+        if WEIGHT:
+            tl.store(place, of_weight, mask=inside)
+            place += step
+        if BIAS:
+            tl.store(place, of_bias, mask=inside)
+            place += step
+        if SCALE:
+            tl.store(place, of_scale, mask=inside)
+            place += step
+        if BRANCH:
+            tl.store(place, of_branch, mask=inside)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def residual_norm_sums_kernel(
+    sums, first, second, third, fourth, programs, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Add `sums` (wanted, programs, COLUMNS) over its programs, each of them to a vector of its own."""
+    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = c < COLUMNS
+    which = tl.program_id(1)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, programs, BLOCK_M):
+        r = start + tl.arange(0, BLOCK_M)
+        places = sums + (which * programs + r)[:, None] * COLUMNS + c[None, :]
+        total += tl.load(places, mask=(r < programs)[:, None] & inside[None, :], other=0.0)
+    result = tl.sum(total, 0)
+    if which == 0:
+        tl.store(first + c, result, mask=inside)
+    if second is not None:  # noqa: SIM102  (one is known at compile time)
+        if which == 1:
+            tl.store(second + c, result, mask=inside)
+    if third is not None:  # noqa: SIM102
+        if which == 2:
+            tl.store(third + c, result, mask=inside)
+    if fourth is not None:  # noqa: SIM102
+        if which == 3:
+            tl.store(fourth + c, result, mask=inside)
+
+
+def normalise(inputs: dict[str, Any], results: dict[str, Any], tokens: int, eps: float, layer: bool) -> None:
+    """Start the forward kernel: `inputs` are those of `residual_norm` by name, `results` its four tensors."""
+    x = inputs["x"]
+    columns = x.shape[-1]
+    rows, tile = x.numel() // columns, Tile.of(columns)
+    arguments = {**inputs, **results, "rows": rows, "tokens": tokens, "eps": eps, "COLUMNS": columns, "LAYER": layer}
+    arguments |= tile.arguments()
+    # Left to itself, ptxas spills on sm_120 to fit in 48. Rows that begin anywhere take an address for each element.
+    settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": 1, "max_registers": 128 if columns % 4 else 64}
+    launch(residual_norm_kernel, (ceil_div(rows, tile.rows),), arguments, **settings)
+
+
+def differentiate(
+    inputs: dict[str, Any],
+    dx: torch.Tensor | None,
+    dbranch: torch.Tensor | None,
+    vectors: Sequence[torch.Tensor | None],
+    tokens: int,
+    layer: bool,
+) -> None:
+    """Start the gradient kernel, and the second stage of its sums.
+
+    Args:
+        inputs: of the gradient kernel, by name.
+        vectors: (C,) float32 each: the gradients of weight, bias and scale, the column sums of dbranch; None where
+            not wanted.
+    """
+    total = inputs["total"]
+    columns = total.shape[-1]
+    # A fourth stream, and up to four sums: half as many rows, or the registers of 16 warps do not hold them.
+    rows, tile = total.numel() // columns, Tile.of(columns, rows=2 if vectors[2] is None else 1)
+    per_program = tile.split(total, rows)
+    programs = ceil_div(rows, per_program)
+    wanted = [vector for vector in vectors if vector is not None]
+    sums = total.new_empty((len(wanted), programs, columns), dtype=torch.float32) if wanted else None
+    names = ("WEIGHT", "BIAS", "SCALE", "BRANCH")
+    needed = {name: vector is not None for name, vector in zip(names, vectors, strict=True)}
+    inner = dx is not None or dbranch is not None or needed["SCALE"] or needed["BRANCH"]
+    arguments = {**inputs, "dx": dx, "dbranch": dbranch, "sums": sums, "rows": rows, "tokens": tokens}
+    arguments |= {"per_program": per_program, "COLUMNS": columns, "LAYER": layer, "INPUTS": inner}
+    arguments |= needed | tile.arguments()
+    # 16 warps of 128 registers are all that a multiprocessor has.
+    settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": 1, "max_registers": 128}
+    launch(residual_norm_gradient_kernel, (programs,), arguments, **settings)
+    if sums is not None:
+        named = dict(zip(("first", "second", "third", "fourth"), [*wanted, None, None, None], strict=False))
+        arguments = {"sums": sums, **named, "programs": programs, "COLUMNS": columns}
+        arguments |= {"BLOCK_M": ROW_TILE, "BLOCK_N": COLUMN_TILE}
+        grid = ceil_div(columns, COLUMN_TILE), len(wanted)
+        launch(residual_norm_sums_kernel, grid, arguments, num_warps=8, num_stages=1)
+
+
+def examples() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that reach every kernel and configuration, for launch.record."""
+    for dtype, layer, all_there_is in product(
+        (torch.bfloat16, torch.float16, torch.float32), (True, False), (False, True)
+    ):
+        name = f"{str(dtype).removeprefix('torch.')} {'layer' if layer else 'rms'}{', all there is' * all_there_is}"
+        quick = "quick " if (dtype, layer) == (torch.bfloat16, True) else ""
+        yield f"{quick}DeiT-Base {name}", partial(_example, dtype, 768, layer, all_there_is=all_there_is)
+        if (dtype, layer) in ((torch.bfloat16, True), (torch.float32, False)):
+            for columns in (1, 13, 100, 192, 384, 1152, 2048, 4096):
+                yield f"{columns} {name}", partial(_example, dtype, columns, layer, all_there_is=all_there_is)
+
+
+def _example(dtype: torch.dtype, columns: int = 768, layer: bool = True, *, all_there_is: bool = False) -> None:
+    """A norm between two branches, then the first norm of a network and the sums alone of the last one."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    images, tokens = 128, 197
+    shape, rows = (images, tokens, columns), images * tokens
+    stream, branch, vector = empty(*shape), empty(*shape, dtype=dtype), empty(columns)
+    mean, rstd = empty(rows) if layer else None, empty(rows)
+    optional: dict[str, Any] = {"scale": vector, "mask": empty(images), "branch_bias": vector}
+    optional = optional if all_there_is else dict.fromkeys(optional)
+    affine: dict[str, Any] = {"weight": vector, "bias": vector if layer or all_there_is else None}
+    inputs = {"x": stream, "branch": branch, **affine, **optional}
+    results = {"total": stream, "normed": branch, "mean": mean, "rstd": rstd}
+    saved = {"total": stream, "weight": vector, **optional, "mean": mean, "rstd": rstd}
+    normalise(inputs, results, tokens, 1e-6, layer)
+    normalise({**inputs, "branch": None, **dict.fromkeys(optional)}, {**results, "total": None}, tokens, 1e-6, layer)
+    wanted = [vector, affine["bias"], optional["scale"], optional["branch_bias"]]
+    of_scale = {"branch": branch if all_there_is else None}
+    between = {"dtotal": stream, "dnormed": branch, **saved, **of_scale}
+    differentiate(between, stream, branch, wanted, tokens, layer)
+    first = {**between, "dtotal": None, "branch": None, **dict.fromkeys(optional)}
+    differentiate(first, stream, None, [vector, affine["bias"], None, None], tokens, layer)
+    differentiate({**between, "dnormed": None}, stream, branch, [None, None, *wanted[2:]], tokens, layer)

@@ -1,0 +1,346 @@
+"""Residual sum and norm in one pass: what stands between two layers of a transformer."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skd_kernels._checks import check_tensor
+from skd_kernels._dispatch import TensorSpec, always, operation
+from skd_kernels.gpu.buffers import contiguous
+from skd_kernels.gpu.entry import DTYPES, after_autocast, refuses_tensors, refuses_triton
+
+KINDS = ("layer", "rms")
+MOST_CHANNELS = 4096  # a row lies in the registers of one program
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    kind: str = "layer",
+    scale: Tensor | None = None,
+    mask: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum = x + mask * scale * (branch + branch_bias)`` and ``normed = norm(sum)``.
+
+    Args:
+        x: (B, N, C), the residual stream: float32, float64, bfloat16 or float16.
+        branch: (B, N, C), what a layer adds to it; None before the first layer of a network.
+        weight: (C,) or None. bias: (C,) or None. Of the norm, either kind.
+        eps: added to the variance, or to the mean square, under the root.
+        kind: "layer" for ``F.layer_norm``, "rms" for ``F.rms_norm``, both over the last dimension.
+        scale: (C,), such as LayerScale's, or None.
+        mask: (B,), the factor of each image, such as stochastic depth's 0 or ``1 / keep``; it gets no gradient. None:
+            no image is dropped. It multiplies: NaN in a dropped branch is NaN in the sum.
+        branch_bias: (C,), the bias of the linear layer that made the branch, if that layer left it out; or None. Its
+            gradient, the column sums of the branch's gradient, then costs no pass of its own.
+
+        All may have different dtypes, unless one is float64: then all are.
+
+    Returns:
+        sum: (B, N, C), float32, or float64 for float64. Without a branch it is `x` itself, if its dtype fits.
+        normed: (B, N, C). Its dtype is that of the weight; where there is none, that of the bias, of the branch or of
+        `x`, the first that there is; under autocast the one that ``F.linear`` would cast this to.
+
+    Raises:
+        ValueError: wrong shape, dtype, device, kind or eps; scale, mask or branch_bias without a branch; a mask that
+            requires grad.
+    """
+    check_tensor("x", x, (None, None, None))
+    images, _, channels = x.shape
+    vectors = {"weight": weight, "bias": bias, "scale": scale, "branch_bias": branch_bias}
+    for name, tensor, shape in (
+        ("branch", branch, tuple(x.shape)),
+        ("mask", mask, (images,)),
+        *((name, vector, (channels,)) for name, vector in vectors.items()),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, shape)
+            _check_beside(name, tensor, x)
+    if branch is None:
+        for name, tensor in (("scale", scale), ("mask", mask), ("branch_bias", branch_bias)):
+            if tensor is not None:
+                raise ValueError(f"{name} is given without a branch")
+    if mask is not None and mask.requires_grad:
+        raise ValueError("mask requires grad; it must be a plain factor")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; it may be one of {list(KINDS)}")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; it must be a number, zero or more")
+    result: tuple[Tensor, Tensor] = _operation(
+        x=x,
+        branch=branch,
+        weight=weight,
+        bias=bias,
+        eps=float(eps),
+        kind=kind,
+        scale=scale,
+        mask=mask,
+        branch_bias=branch_bias,
+    )
+    return result
+
+
+def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
+    """On the device of `x`, and float64 exactly if `x` is."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
+    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise ValueError(f"{name} has dtype {tensor.dtype}, x has {x.dtype}; if one is float64, all must be")
+
+
+_operation = operation(residual_norm)
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Of the residual stream."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def normed_dtype(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    """That of the next layer: its parameters are like the norm's, or autocast casts them."""
+    like = next(tensor for tensor in (weight, bias, branch, x) if tensor is not None)
+    return after_autocast(like.dtype, x.device.type)
+
+
+def refuses_to_launch(
+    *,
+    x: TensorSpec,
+    branch: TensorSpec | None,
+    weight: TensorSpec | None,
+    bias: TensorSpec | None,
+    scale: TensorSpec | None,
+    mask: TensorSpec | None,
+    branch_bias: TensorSpec | None,
+    **_: object,
+) -> str | None:
+    if x.shape[-1] > MOST_CHANNELS:
+        return f"x has {x.shape[-1]} channels; the kernels take {MOST_CHANNELS}"
+    return refuses_triton(x, weight, bias, scale, mask, branch_bias) or refuses_tensors(DTYPES, branch)
+
+
+@_operation.implementation("triton", refuses_to_launch)
+def residual_norm_triton(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    branch_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """skd_kernels/gpu/norm.py: every stream is read once and written once, in the forward as in the backward pass."""
+    if branch is None:
+        x = x.to(sum_dtype(x))
+    dtype = normed_dtype(x, branch, weight, bias)
+    vectors = weight, bias, scale, mask, branch_bias
+    total, normed, _, _ = residual_norm_forward(x, branch, *vectors, eps, kind == "layer", dtype)
+    # An operator must not return its input: without a branch it is returned here.
+    return x if branch is None else total, normed
+
+
+@_operation.implementation("reference", always)
+def residual_norm_reference(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    branch_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The specification. All of it in float32, or in float64 if that is what there is; only the result is rounded."""
+    dtype, wide = normed_dtype(x, branch, weight, bias), sum_dtype(x)
+    total = x.to(wide)
+    if branch is not None:
+        added = branch.to(wide)
+        added = added if branch_bias is None else added + branch_bias.to(wide)
+        added = added if scale is None else added * scale.to(wide)
+        added = added if mask is None else added * mask.to(wide)[:, None, None]
+        total = total + added
+    shape = total.shape[-1:]
+    weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+    if kind == "layer":
+        return total, F.layer_norm(total, shape, weight, bias, eps).to(dtype)
+    normed = F.rms_norm(total, shape, weight, eps)
+    return total, (normed if bias is None else normed + bias).to(dtype)
+
+
+# The operators of the kernels ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("skd_kernels::residual_norm_triton", mutates_args=())
+def residual_norm_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    branch_bias: Tensor | None,
+    eps: float,
+    layer: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as `residual_norm`, which says what they may be; `dtype` is that of the normalised output.
+
+    Returns:
+        total (B, N, C) float32, empty without a branch; normed (B, N, C); and what the backward needs besides: mean,
+        empty unless `layer`, and the reciprocal of the standard deviation or of the root mean square, (B N,) float32.
+    """
+    from skd_kernels.gpu.norm import normalise
+
+    total, normed, mean, rstd = results = _outputs(x, branch, layer, dtype)
+    inputs = {"x": x, "branch": branch, "weight": weight, "bias": bias}
+    inputs |= {"scale": scale, "mask": mask, "branch_bias": branch_bias}
+    there = {name: None if tensor is None else contiguous(tensor) for name, tensor in inputs.items()}
+    own = {"normed": normed, "rstd": rstd, "total": None if branch is None else total}
+    normalise(there, {**own, "mean": mean if layer else None}, x.shape[1], eps, layer)
+    return results
+
+
+@residual_norm_forward.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    branch_bias: Tensor | None,
+    eps: float,
+    layer: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(x, branch, layer, dtype)
+
+
+def _outputs(
+    x: Tensor, branch: Tensor | None, layer: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1]
+    return (
+        x.new_empty((0,) if branch is None else x.shape, dtype=torch.float32),
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty((rows if layer else 0,), dtype=torch.float32),
+        x.new_empty((rows,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("skd_kernels::residual_norm_triton_backward", mutates_args=())
+def residual_norm_backward(
+    dtotal: Tensor | None,
+    dnormed: Tensor | None,
+    total: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    branch_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x and the branch, in their dtypes, and in float32 of weight, bias, scale and branch_bias.
+
+    The last is the sum over tokens of the branch's gradient, whether there was a branch_bias or not: a layer that
+    knows its own bias can ask for it here. It is added up before the branch's gradient is rounded.
+
+    Args:
+        dtotal, dnormed: (B, N, C), not both None.
+        total: the sum, or x if there was no branch. branch, branch_bias: only read for the gradient of scale.
+        mean, rstd: what the forward returned; an empty mean tells RMSNorm.
+        needs: for each of the six results whether it is needed; the others are empty. Without dnormed neither weight
+            nor bias has a gradient.
+    """
+    from skd_kernels.gpu.norm import differentiate
+
+    results = _gradients(total, x_dtype, branch_dtype, needs)
+    dx, dbranch, *vectors = (result if need else None for result, need in zip(results, needs, strict=True))
+    layer, of_scale = mean.numel() > 0, needs[4]
+    inputs = {"dtotal": dtotal, "dnormed": dnormed, "total": total, "weight": weight, "scale": scale, "mask": mask}
+    inputs |= {"branch": branch if of_scale else None, "branch_bias": branch_bias if of_scale else None}
+    there = {name: None if tensor is None else contiguous(tensor) for name, tensor in inputs.items()}
+    there |= {"mean": mean if layer else None, "rstd": rstd}
+    differentiate(there, dx, dbranch, vectors, total.shape[1], layer)
+    return results
+
+
+@residual_norm_backward.register_fake
+def _(
+    dtotal: Tensor | None,
+    dnormed: Tensor | None,
+    total: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    branch_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    branch_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(total, x_dtype, branch_dtype, needs)
+
+
+def _gradients(
+    total: Tensor, x_dtype: torch.dtype, branch_dtype: torch.dtype, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty(index: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return total.new_empty(shape if needs[index] else (0,), dtype=dtype)
+
+    row = total.shape[-1:]
+    streams = empty(0, total.shape, x_dtype), empty(1, total.shape, branch_dtype)
+    return *streams, empty(2, row), empty(3, row), empty(4, row), empty(5, row)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, weight, bias, scale, mask, branch_bias, _, _, _ = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd, *(() if branch is not None else (total,)))
+    ctx.set_materialize_grads(False)
+    of_scale = ctx.needs_input_grad[4]
+    ctx.dtypes = [x.dtype, x.dtype if branch is None else branch.dtype]
+    ctx.parameters = [None if vector is None else vector.dtype for vector in (weight, bias, scale, branch_bias)]
+    read = (branch, branch_bias) if of_scale else (None, None)
+    ctx.save_for_backward(x if branch is None else total, *read, weight, scale, mask, mean, rstd)
+
+
+def _backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    total, branch, branch_bias, weight, scale, mask, mean, rstd = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 3, 4, 6)]
+    if dnormed is None:
+        needed[2] = needed[3] = False
+    if not any(needed) or (dtotal is None and dnormed is None):
+        return (None,) * 10
+    # The two streams have the same gradient: it is written once.
+    alike = needed[0] and needed[1] and scale is None and mask is None and ctx.dtypes[0] == ctx.dtypes[1]
+    needs = [needed[0], needed[1] and not alike, *needed[2:]]
+    read = branch, weight, scale, mask, branch_bias
+    results = residual_norm_backward(dtotal, dnormed, total, *read, mean, rstd, *ctx.dtypes, needs)
+    dx, dbranch, *vectors = (result if need else None for result, need in zip(results, needs, strict=True))
+    dweight, dbias, dscale, dbranch_bias = (
+        None if vector is None else vector.to(dtype) for vector, dtype in zip(vectors, ctx.parameters, strict=True)
+    )
+    return dx, dx if alike else dbranch, dweight, dbias, dscale, None, dbranch_bias, None, None, None
+
+
+residual_norm_forward.register_autograd(_backward, setup_context=_setup_context)
