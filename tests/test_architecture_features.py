@@ -99,8 +99,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "logits per token": ({"global_pool": ""}, "global_pool"),
 }
 OTHER_MODELS = {
-    "eva02_tiny_patch14_224": "Eva",
-    "beit_base_patch16_224": "Beit",
     "swin_tiny_patch4_window7_224": "SwinTransformer",
     "naflexvit_base_patch16_gap": "NaFlexVit",
     "resnet18": "ResNet",

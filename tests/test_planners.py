@@ -70,7 +70,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The one in CONTRIBUTING.md: `skd.plan`, settings and commands know it, and nothing else was touched."""
-    (tmp_path / "dropped_in.py").write_text(contributed())
+    (tmp_path / "even.py").write_text(contributed())
     monkeypatch.setattr(planners, "__path__", [*planners.__path__, str(tmp_path)])
     monkeypatch.setattr(planners, "_PLANNERS", dict(planners._PLANNERS))
     try:
@@ -85,7 +85,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
                 main([command, "--help"])
             assert "--planner {even,paper}" in capsys.readouterr().out
     finally:
-        sys.modules.pop("skd.planners.dropped_in", None)
+        sys.modules.pop("skd.planners.even", None)
 
 
 # skd.plan
