@@ -66,8 +66,10 @@ def register(name: str) -> Callable[[_P], _P]:
     """
 
     def add(planner: _P) -> _P:
-        if _PLANNERS.setdefault(name, planner) is not planner:
-            raise ValueError(f"planner {name!r} is there already: {_PLANNERS[name]!r}; choose another name")
+        own_file = getattr(planner, "__module__", "") == f"{__name__}.{name}"
+        if name in names() and not own_file and _PLANNERS.get(name) is not planner:
+            raise ValueError(f"planner {name!r} is there already; choose another name")
+        _PLANNERS[name] = planner
         return planner
 
     return add
