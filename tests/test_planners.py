@@ -31,7 +31,7 @@ def halving(supernet: Any, batches: Any, target: float, *, current: Any, convent
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name under which `halving` is registered for one test."""
-    planners.names()
+    planners.planner("paper")  # its file is read once, and registers it in the dictionary of then
     monkeypatch.setattr(planners, "_PLANNERS", dict(planners._PLANNERS))
     assert planners.register("toy")(halving) is halving
     return "toy"
@@ -71,6 +71,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
 ) -> None:
     """The one in CONTRIBUTING.md: `skd.plan`, settings and commands know it, and nothing else was touched."""
     (tmp_path / "even.py").write_text(contributed())
+    planners.planner("paper")
     monkeypatch.setattr(planners, "__path__", [*planners.__path__, str(tmp_path)])
     monkeypatch.setattr(planners, "_PLANNERS", dict(planners._PLANNERS))
     try:
