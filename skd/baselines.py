@@ -52,14 +52,17 @@ def reordered(model: Any, batches: Iterable[Any], method: str, *, seed: int = 0)
         return convert(model, batches)
     network, ordered = describe(model), copy.deepcopy(model)
     scores = _scores(network, ordered, batches, method, seed)
-    orders = {module.name: module.ordering(scores[module.name]) for module in network.modules if module.full_width}
+    orders = {
+        module.name: module.ordering(scores[module.name]) for module in network.modules if module.name in scores
+    }
     apply_transforms(ordered, network, orders)
     return SuperNet(ordered, copy=False, network=network)
 
 
 def coordinate_scores(model: Any, batches: Iterable[Any], method: str, *, seed: int = 0) -> Scores:
     """Score of every coordinate by module name, higher is better: (3, H, D) for an attention, (H,) where it is
-    cut by heads, (F,) for an MLP; float64.
+    cut by heads, (F,) for an MLP; float64. What has no gradients (an attention that is all or nothing and not
+    rotated) is left out by "taylor" and "hessian".
 
     Arguments as for `reordered`, without "wpac": its coordinates are not those of the model.
     """
@@ -83,19 +86,20 @@ def _gradient_scores(model: Any, modules: list[Module], batches: Iterable[Any], 
     """Sums over all tokens of the batches of |x g|, or of half its square."""
     scores: Scores = {}
     batch: Scores = {}
-    left_out = 0
+    left_out = counted = 0
     power, factor = (1, 1.0) if method == "taylor" else (2, 0.5)
 
     def add(module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
         batch[module.name] = factor * module.taylor(feature, grad, power)
 
     def end_batch() -> None:
-        nonlocal left_out
+        nonlocal left_out, counted
         if all_finite(batch.values()):
+            counted += 1
             scores.update({name: scores[name] + score if scores else score for name, score in batch.items()})
         else:
             left_out += 1
 
     collect(model, modules, batches, add, end_batch)
-    report_left_out(left_out, bool(scores))
+    report_left_out(left_out, counted > 0)
     return scores

@@ -36,7 +36,9 @@ def extract(
         A model of timm's class, of timm and torch modules only, usable without skd. Its logits are those of
         ``supernet(images, entry=...)``: the softmax scale of the original head width is folded into the Q rows. In
         place of a skipped module stands a torch.fx.GraphModule that returns zeros, and in place of its norm and
-        layer scale Identity: block indices never shift, and every entry can be exported and quantized.
+        layer scale Identity: block indices never shift, and every entry can be exported and quantized. For images of
+        another size call timm's ``set_input_size`` of ``supernet.model`` first: that of a cut model looks into
+        modules that may be gone.
 
     Raises:
         ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network.

@@ -190,7 +190,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
     model.load_state_dict(state, assign=True)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         # Buffers that are not saved exist only in a model that was really built.
-        dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        dtype = next(model.parameters()).dtype
         model = _narrowed(build(header), network, header["widths"]).to(device, dtype)
         model.load_state_dict(state, assign=True)
     label_names = header["label_names"]

@@ -108,9 +108,10 @@ class SuperNet(nn.Module):
             self._costs, self._priced = cost_model(self.model, self.network), priced
             self._dropout_list = replace(self._dropout_list, costs=self._costs, removed_macs=None)
 
-    def _what_prices_depend_on(self) -> tuple[int, int]:
+    def _what_prices_depend_on(self) -> tuple[Any, ...]:
         """What may change while the blocks stay as they are. It is asked in every step: no block is walked."""
-        return self.network.tokens(self.model), self.network.outside_params(self.model)
+        network = self.network
+        return network.tokens(self.model), network.grid(self.model), network.outside_params(self.model)
 
     def _fill_table(self) -> None:
         widths = torch.from_numpy(self._dropout_list.widths.copy()).to(self.width_table)

@@ -1,4 +1,4 @@
-"""Reading features and gradients of a timm Vision Transformer: the cost, and taps at the places METHOD names."""
+"""Reading features and gradients of a transformer: the cost, and taps at the places METHOD names."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 @contextmanager
 def tapped(model: Any, modules: Iterable[Module], consume: Consumer) -> Iterator[None]:
-    """Inside the block every backward pass calls ``consume(module, feature, gradient)`` once per module.
+    """Inside the block every backward pass calls ``consume(module, feature, gradient)`` once per module that
+    WPAC rewrites.
 
     For an attention the feature is the qkv projection's output, (B, N, 3, H, D); for an MLP the hidden features that
     enter its output layer, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
     """
     check_gradients_possible()
     handles = [first_block(model).register_forward_pre_hook(_start_graph)]
-    for module in modules:
-        handles += module.tap(model, consume)
     try:
+        for module in modules:
+            handles += module.tap(model, consume)
         with frozen(model):
             yield
     finally:

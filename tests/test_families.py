@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention
 
 import skd
+from skd.baselines import METHODS, coordinate_scores, reordered
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 MODELS: dict[str, dict[str, Any]] = {
@@ -168,7 +170,7 @@ def test_timms_own_forward_runs_on_the_blocks_of_a_super_network(name: str) -> N
     supernet = skd.SuperNet(model)
     torch.testing.assert_close(supernet.model(images), model(images), rtol=1e-12, atol=1e-12)
     if "beit" not in name:
-        with pytest.raises(ValueError, match="attn_mask: the blocks of a super-network take no masks"):
+        with pytest.raises(ValueError, match="attn_mask: the blocks of a super-network do not take it"):
             supernet.model(images, attn_mask=torch.zeros(1, 1, 1, 1))
 
 
@@ -247,3 +249,72 @@ def test_cut_models_are_exported(name: str, entry: int, tmp_path: Path) -> None:
         torch.testing.assert_close(program(some), expected, rtol=1e-5, atol=1e-5)
         found = torch.from_numpy(session.run(None, {"images": some.numpy()})[0])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@every_model
+@pytest.mark.parametrize("method", METHODS)
+def test_every_order_of_coordinates_keeps_the_function(name: str, method: str) -> None:
+    model, batches = small(name), random_batches()
+    ordered = reordered(model, batches, method)
+    torch.testing.assert_close(ordered(batches[0][0]), model(batches[0][0]), rtol=1e-10, atol=1e-10)
+
+
+def test_reading_a_model_leaves_functions_that_were_put_into_it() -> None:
+    """An attention's own `forward`, as tools that patch models set it, is there again."""
+    model = small("vit_small_patch16_dinov3_qkvb")
+    attn = model.blocks[0].attn
+    attn.forward = partial(type(attn).forward, attn)
+    patched = attn.forward
+    coordinate_scores(model, random_batches(), "taylor")
+    assert attn.forward is patched
+    del attn.forward
+    coordinate_scores(model, random_batches(), "taylor")
+    assert "forward" not in vars(attn)
+
+
+def test_a_model_with_nothing_to_read_has_no_scores() -> None:
+    nothing = skd.extract(listed(skd.SuperNet(small("beit_base_patch16_224"))), entry=len(ENTRIES))
+    assert coordinate_scores(nothing, random_batches(), "taylor") == {}
+
+
+def test_a_cut_attention_is_computed_as_the_whole_one() -> None:
+    model = small("vit_small_patch16_dinov3_qkvb")
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    cut = skd.extract(listed(skd.SuperNet(model)), entry=1)
+    assert not any(block.attn.fused_attn for block in cut.blocks)
+
+
+def test_fewer_blocks_than_the_model_was_built_with() -> None:
+    model = small("vit_base_patch16_rope_mixed_224")
+    model.prune_intermediate_layers([0], prune_head=False)
+    images = random_batches()[0][0]
+    torch.testing.assert_close(skd.convert(model, random_batches())(images), model(images))
+
+
+def test_tokens_that_the_head_does_not_read_ask_nothing_in_the_last_block() -> None:
+    queries: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        queries.append(q.shape[2])
+        return attend(q, *rest, **options)
+
+    supernet = skd.SuperNet(small("vit_base_patch16_rope_224"))
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", spy):
+        supernet(random_batches()[0][0])
+    assert queries == [17 + 1, supernet.tokens_read]
+
+
+@every_model
+def test_another_image_size_is_set_before_cutting(name: str) -> None:
+    """Prices follow, also to a grid of other sides with as many patches."""
+    for size in ((64, 64), (16, 64)):
+        supernet = listed(skd.SuperNet(small(name)))
+        before = skd.cost(supernet)
+        supernet.model.set_input_size(size)
+        sub = skd.extract(supernet, entry=2)
+        images = random_batches(pixels=64)[0][0][..., : size[0], :]
+        torch.testing.assert_close(sub(images), supernet(images, entry=2))
+        assert skd.cost(sub) == skd.cost(supernet, entry=2)
+        assert (skd.cost(supernet).macs > before.macs) == (size == (64, 64))

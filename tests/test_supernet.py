@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -177,3 +178,24 @@ def test_blocks_are_called_as_modules(model: Any) -> None:
         block.register_forward_hook(lambda module, inputs, output, index=index: calls.append(index))
     supernet(random_batches(1)[0][0], entry=0)
     assert calls == list(range(len(supernet.model.blocks)))
+
+
+def test_blocks_that_others_have_patched_or_compiled() -> None:
+    """A block's own `forward`, or what block.compile() leaves in it, does not reach the super-network's block."""
+    images = random_batches()[0][0]
+    for prepare in (patch, lambda block: block.compile(backend="eager")):
+        model = tiny_vit()
+        expected = model(images)
+        for block in model.blocks:
+            prepare(block)
+        torch.testing.assert_close(skd.SuperNet(model, copy=False)(images), expected)
+
+
+def patch(block: Any) -> None:
+    block.forward = partial(type(block).forward, block)
+
+
+def test_a_model_without_an_image_size_is_refused() -> None:
+    sizeless = {"img_size": None, "dynamic_img_size": True, "pos_embed": "none", "no_embed_class": True}
+    with pytest.raises(ValueError, match="give img_size"):
+        skd.SuperNet(tiny_vit(**sizeless))

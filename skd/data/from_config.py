@@ -59,7 +59,7 @@ def loaders(
     Args:
         data: as in `open_source`: "digits", a folder that is divided into training and validation images, or a name
             of timm's; or `Sources` that are open already.
-        model: a timm VisionTransformer, or a `SuperNet`.
+        model: a timm model, or a `SuperNet`.
         config: settings.
         train_split, val_split: names of the splits.
         group: a torch.distributed group whose processes share every batch. None: this process alone.

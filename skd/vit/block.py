@@ -12,6 +12,9 @@ from torch import nn
 from skd.vit.protocol import Module, Width
 from skd.vit.skipped import is_skipped, skipped_like
 
+# Fields of timm's blocks that are no layers: a layer scale that is not there, and what norms are initialised to.
+_SETTINGS = ("gamma_1", "gamma_2", "init_values")
+
 
 class SuperBlock(nn.Module):
     """A timm block whose modules take a width; its layers and parameters keep their names.
@@ -28,8 +31,7 @@ class SuperBlock(nn.Module):
         super().__init__()
         self.block_class = type(block)
         self.modules_in_order = tuple(modules)
-        own = vars(nn.Module()).keys()
-        self.settings = {name: value for name, value in vars(block).items() if name not in own}
+        self.settings = {name: value for name, value in vars(block).items() if name in _SETTINGS}
         for name, parameter in block._parameters.items():
             self.register_parameter(name, parameter)
         for name, child in block.named_children():
@@ -52,13 +54,13 @@ class SuperBlock(nn.Module):
         timm's own forward of the model may call it too: `of_timm` is what that gives to its blocks.
 
         Raises:
-            ValueError: an attention mask, which nothing here takes.
+            ValueError: an attention mask, or another argument, which nothing here takes.
         """
         for module in self.modules_in_order:
             shared = of_timm.pop(module.place.shared, shared)
-        masks = [name for name, value in of_timm.items() if value is not None and value is not False]
-        if masks:
-            raise ValueError(f"{', '.join(masks)}: the blocks of a super-network take no masks")
+        given = [name for name, value in of_timm.items() if value is not None and value is not False]
+        if given:
+            raise ValueError(f"{', '.join(given)}: the blocks of a super-network do not take it")
         for index, module in enumerate(self.modules_in_order):
             width = module.full_width if widths is None else widths[index]
             x = self.step(index, x, width, tokens, None if scores is None else scores[index], shared)
@@ -104,7 +106,7 @@ class SuperBlock(nn.Module):
             setattr(plain, name, value)
         for name, child in (*self._parameters.items(), *self.named_children()):
             setattr(plain, name, replaced[name] if name in replaced else copy.deepcopy(child))
-        if 0 in widths and any(module.place.post_norm for module in self.modules_in_order):
+        if 0 in widths and self.modules_in_order[0].place.post_norm and "init_values" in self.settings:
             plain.init_values = None  # what timm's init_weights gives to both norms: not to be asked of an Identity
         result: nn.Module = plain.train(self.training)
         return result

@@ -28,7 +28,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class HeadAttention(Module):
-    """An attention whose width counts its heads.
+    """An attention whose width counts its heads: one unit is removed in one place, a whole head.
 
     Attributes:
         head_dim: D, the coordinates of a head.
@@ -104,10 +104,10 @@ class HeadAttention(Module):
     @torch.no_grad()
     def row_norms(self, model: Any) -> torch.Tensor:
         attn = self.of(model)
-        layers = ("qkv",) if attn.qkv is not None else _PROJECTIONS
-        rows = torch.cat([getattr(attn, name).weight.double().norm(dim=1) for name in layers])
         if self.kv_heads < self.num_heads:
             return torch.ones(self.num_heads, dtype=torch.float64)  # heads share rows, and are not ordered
+        layers = ("qkv",) if attn.qkv is not None else _PROJECTIONS
+        rows = torch.cat([getattr(attn, name).weight.double().norm(dim=1) for name in layers])
         return rows.reshape(3, self.num_heads, -1).norm(dim=(0, 2))
 
     def transform(self, statistic: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,8 @@ class HeadAttention(Module):
         self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
-        if self.binary or (isinstance(width, int) and width == self.full_width and scores is None):
+        plain = scores is None and tokens is None and isinstance(width, int) and width == self.full_width
+        if self.binary or plain:
             whole: torch.Tensor = attn(x, **{self.place.shared: shared})
             return whole[:, :tokens]
         watch = None if scores is None else lambda qkv: _AddScores.apply(qkv, scores, self)
@@ -200,6 +201,7 @@ class HeadAttention(Module):
         for name in ("q_norm", "k_norm"):
             setattr(cut, name, copy.deepcopy(getattr(module, name)))
         cut.proj = first_columns(module.proj, full, size)
+        cut.fused_attn = module.fused_attn
         result: nn.Module = cut.train(module.training)
         return result
 
@@ -253,11 +255,13 @@ class _OtherForward:
     """A handle, like that of a hook: `module` computes another function until it is removed."""
 
     def __init__(self, module: nn.Module, forward: Any) -> None:
-        self.module = module
+        self.module, self.before = module, vars(module).get("forward")
         module.forward = forward
 
     def remove(self) -> None:
         del self.module.forward
+        if self.before is not None:  # a function that somebody had put there
+            self.module.forward = self.before
 
 
 class _AddScores(torch.autograd.Function):

@@ -5,19 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 
 
 def image_size(model: Any) -> tuple[int, int]:
     """(height, width) of the images that `model` was built for.
 
     With `dynamic_img_size` any multiple of the patch is taken, and nothing else: then the largest such size within
-    it, which has as many patches. A model that was built for no size has that of its data configuration.
+    it, which has as many patches.
     """
-    embedding = model.patch_embed
-    height, width = embedding.img_size or resolve_model_data_config(model)["input_size"][1:]
+    height, width = model.patch_embed.img_size
     if is_dynamic(model) and not _pads(model):
-        rows, columns = embedding.patch_size
+        rows, columns = model.patch_embed.patch_size
         return height // rows * rows, width // columns * columns
     return height, width
 

@@ -68,6 +68,9 @@ class BlockNetwork(Network):
     def tokens(self, model: Any) -> int:
         return int(model.patch_embed.num_patches + model.num_prefix_tokens)
 
+    def grid(self, model: Any) -> tuple[int, ...]:
+        return tuple(model.patch_embed.grid_size)
+
     def tokens_read(self, model: Any) -> int | None:
         """With token pooling the prefix tokens only; what the head does not read has no gradient either."""
         pooled = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
@@ -124,6 +127,8 @@ class BlockNetwork(Network):
 def _check_head(model: Any) -> None:
     if len(model.blocks) == 0:
         raise ValueError("model has no blocks; it must have at least one")
+    if model.patch_embed.img_size is None:
+        raise ValueError("model was built without an image size; give img_size, with which its cost is counted")
     if model.num_classes < 0:
         raise ValueError(f"model has num_classes={model.num_classes}; it must be at least 0")
     if model.num_classes and not model.global_pool and getattr(model, "attn_pool", None) is None:

@@ -141,7 +141,10 @@ class Module(ABC):
 
     @abstractmethod
     def tap(self, model: Any, consume: Consumer) -> list[Any]:
-        """Call ``consume(self, feature, gradient)`` in every backward pass; returns the hooks' handles."""
+        """Call ``consume(self, feature, gradient)`` in every backward pass; returns handles that undo it.
+
+        A module that WPAC leaves alone need not be read: then there are no handles, and no calls.
+        """
 
     @abstractmethod
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
@@ -204,6 +207,8 @@ class Module(ABC):
 class Network(ABC):
     """A family of transformers: what is around the blocks, and which modules are in them.
 
+    The blocks are the model's field `blocks`; they have layers and parameters, and no buffers of their own.
+
     Attributes:
         modules: all attentions and MLPs, in the order in which they are computed.
     """
@@ -232,6 +237,10 @@ class Network(ABC):
     @abstractmethod
     def tokens(self, model: Any) -> int:
         """Tokens in the blocks."""
+
+    @abstractmethod
+    def grid(self, model: Any) -> tuple[int, ...]:
+        """Rows and columns of patches: another grid of as many may have other tables of positions."""
 
     @abstractmethod
     def tokens_read(self, model: Any) -> int | None:

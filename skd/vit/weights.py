@@ -27,7 +27,7 @@ def load_weights(model: Any, file: str | os.PathLike[str], *, take: str | None =
     other libraries call differently (Meta's DINOv2, OpenAI's CLIP, ...). Keys must fit otherwise.
 
     Args:
-        model: a timm VisionTransformer; of no use after an error.
+        model: a timm model that `skd.convert` takes; of no use after an error.
         file: .safetensors, or what torch.save wrote (a state dict, or a training script's checkpoint of several), or
             JAX's .npz or .npy.
         take: of a checkpoint that has both: "ema" (the average of the weights) or "model"; None: the average, if it
@@ -47,6 +47,10 @@ def load_weights(model: Any, file: str | os.PathLike[str], *, take: str | None =
         if file.suffix.lower() in (".npz", ".npy"):
             if take is not None:
                 raise ValueError(f"it is a NumPy file, which has no choice of weights such as {take!r}")
+            if not hasattr(model, "load_pretrained"):
+                raise ValueError(
+                    f"it is a NumPy file, which timm reads for VisionTransformers, not for {type(model).__name__}"
+                )
             model.load_pretrained(str(file))
             return ""
         state, key = _state(file, take)
@@ -121,7 +125,8 @@ def _unpickled(file: Path) -> Any:
 def _filter(model: Any) -> Callable[..., dict[str, Any]]:
     """timm's filter of checkpoints for an architecture, with the options that its module calls it with."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
-    module = sys.modules[timm.model_entrypoint(name).__module__] if timm.is_model(name) else vision_transformer
+    known = timm.is_model(name)
+    module = sys.modules[timm.model_entrypoint(name).__module__ if known else type(model).__module__]
     filter_fn: Any = getattr(module, "checkpoint_filter_fn", vision_transformer.checkpoint_filter_fn)
     if "flexi" in name or "radio" in name:
         filter_fn = partial(filter_fn, interpolation="bilinear", antialias=False)

@@ -48,7 +48,7 @@ class Evas(BlockNetwork):
         """The blocks share the rotary embedding of the positions."""
         x, rope = model._pos_embed(model.patch_embed(self.checked(model, images)))
         per_block = model.rope_mixed and rope is not None
-        return model.norm_pre(x), rope.unbind(0) if per_block else repeated(rope, model)
+        return model.norm_pre(x), rope.unbind(0)[: len(model.blocks)] if per_block else repeated(rope, model)
 
 
 def _describe_attention(index: int, place: Place, attn: Any, *, binary: bool) -> Module:
