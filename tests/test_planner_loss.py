@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
-from helpers import digit_data, digit_net, nested, random_batches, tiny_vit
+from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
 
 import skd
 from skd.planners.loss import _convex, rises
 
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
 
-def test_a_rise_is_the_divergence_of_the_network_narrowed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_rise_is_the_divergence_of_the_network_narrowed_there() -> None:
     """Against extracted sub-networks, whole passes each; others stay as in the last entry."""
     net = nested(skd.SuperNet(tiny_vit()), [16, 48, 16, 72])
     batches, present = random_batches(), [16, 48, 16, 72]
@@ -65,7 +66,7 @@ def test_it_reaches_its_targets_by_small_steps(convention: str) -> None:
     net = digit_net()
     planned = skd.plan(net, digit_data()[2], target=0.5, rounds=4, convention=convention, planner="loss")
     macs = net.costs.macs(planned.widths, convention)
-    assert macs[-1] / macs[0] == pytest.approx(0.5, abs=0.08)
+    assert 0.5 <= macs[-1] / macs[0] < 0.65  # the next step would be too large
     for index, info in enumerate(net.infos):
         steps = -np.diff(planned.widths[:, index])
         assert steps.max() <= info.group_size
@@ -89,8 +90,8 @@ def test_labels_do_not_matter_and_points_do() -> None:
     [
         lambda: tiny_vit(num_classes=0),
         lambda: tiny_vit(qk_norm=True, scale_mlp_norm=True),
-        lambda: timm.create_model("beit_base_patch16_224", **SMALL).double().eval(),
-        lambda: timm.create_model("vit_small_patch16_dinov3", **SMALL).double().eval(),
+        lambda: timm.create_model("beit_base_patch16_224", num_classes=5, **SMALL).double().eval(),
+        lambda: timm.create_model("vit_small_patch16_dinov3", num_classes=5, **SMALL).double().eval(),
     ],
     ids=["headless", "all or nothing", "BEiT", "DINOv3"],
 )
@@ -100,17 +101,6 @@ def test_other_networks(model: Any) -> None:
     assert len(planned) > 1
     net.dropout_list = planned  # refuses widths that a module may not have
     assert net(random_batches()[0][0], entry=len(planned) - 1).isfinite().all()
-
-
-SMALL = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 2,
-    "num_heads": 3,
-    "mlp_ratio": 1.5,
-    "num_classes": 5,
-}
 
 
 def test_batches_that_are_not_finite_are_left_out() -> None:
@@ -124,10 +114,7 @@ def test_batches_that_are_not_finite_are_left_out() -> None:
 
 
 def test_training_grows_its_list_by_it() -> None:
-    from helpers import run_training, training_config
-
     net = digit_net()
     history = run_training(net, training_config(planner="loss"))
     assert len(net.dropout_list) > 3
     assert history.epochs[0]["sensitivity"].keys() == set(net.modules_in_order)
-    assert F is not None

@@ -1,9 +1,10 @@
-"""Planning by measured loss: what each module's narrowing does to the network's predictions, per MAC that it saves."""
+"""Planning by measured loss: how far each module's narrowing moves the predictions, per MAC that it saves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,9 +48,8 @@ def loss(
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(f"points is {points!r}; it must be an int of at least 1")
     widths = list(current.entry(len(current) - 1).values())
-    measured = [
-        _widths_to_measure(module, width, points) for module, width in zip(supernet.infos, widths, strict=True)
-    ]
+    pairs = zip(supernet.infos, widths, strict=True)
+    measured = [_widths_to_measure(module, width, points) for module, width in pairs]
     curves = rises(supernet, batches, widths, measured, group)
     prices = supernet.costs.planned_per_unit(convention)
     steps: list[tuple[float, float, int, Operation]] = []
@@ -139,7 +139,7 @@ def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:
     """One operation per group of coordinates, along the greatest convex curve below the measured rises."""
     corners, group = _convex(curve), module.full_width if module.binary else module.group_size
     operations = []
-    for (wide, low), (narrow, high) in zip(corners, corners[1:], strict=False):
+    for (wide, low), (narrow, high) in pairwise(corners):
         slope, end = (high - low) / ((wide - narrow) * price), wide
         for width in range((wide - 1) // group * group, narrow - 1, -group):
             operations.append(Operation(module.name, width, (end - width) * price, slope))
