@@ -52,7 +52,7 @@ def contributed() -> str:
 
 
 def test_a_registered_planner_is_found_by_its_name(toy: str) -> None:
-    assert planners.names() == ["paper", "toy"] and planners.planner(toy) is halving
+    assert planners.names() == ["loss", "paper", "toy"] and planners.planner(toy) is halving
     with pytest.raises(ValueError, match="planner 'paper' is there already"):
         planners.register("paper")(halving)
     assert planners.planner("paper") is not halving
@@ -60,7 +60,7 @@ def test_a_registered_planner_is_found_by_its_name(toy: str) -> None:
 
 def test_an_unknown_name_is_answered_with_those_there_are(toy: str) -> None:
     for call in (planners.planner, lambda name: skd.plan(digit_net(), digit_data()[2], planner=name)):
-        with pytest.raises(ValueError, match=r"^planner is 'papre'; it must be one of \['paper', 'toy'\]$"):
+        with pytest.raises(ValueError, match=r"^planner is 'papre'; it must be one of \['loss', 'paper', 'toy'\]$"):
             call("papre")
     with pytest.raises(ValueError, match=r"^planner is 'papre'"):
         training_config(planner="papre")
@@ -75,7 +75,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
     monkeypatch.setattr(planners, "__path__", [*planners.__path__, str(tmp_path)])
     monkeypatch.setattr(planners, "_PLANNERS", dict(planners._PLANNERS))
     try:
-        assert planners.names() == ["even", "paper"]
+        assert planners.names() == ["even", "loss", "paper"]
         assert training_config(planner="even").planner == "even"
         planned = skd.plan(digit_net(), digit_data()[2], target=0.8, rounds=4, planner="even", steps=8)
         assert np.array_equal(planned.widths[-1] * 8 // planned.widths[0], [1] * 4)
@@ -84,7 +84,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
         for command in ("plan", "train"):
             with pytest.raises(SystemExit):
                 main([command, "--help"])
-            assert "--planner {even,paper}" in capsys.readouterr().out
+            assert "--planner {even,loss,paper}" in capsys.readouterr().out
     finally:
         sys.modules.pop("skd.planners.even", None)
 

@@ -1,0 +1,166 @@
+"""Planning by measured loss: how far each module's narrowing moves the predictions, per MAC that it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from skd.dropout_list import DropoutList, Operation
+from skd.planners import register
+from skd.ranks import in_step, summed, total
+from skd.supernet import SuperNet
+from skd.taps import all_finite, checked, frozen, report_left_out
+from skd.vit import Module
+
+Curve = list[tuple[int, float]]  # (width, rise of the loss per image), from the present width down
+
+
+@register("loss")
+def loss(
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    target: float,
+    *,
+    current: DropoutList,
+    convention: str,
+    group: Any,
+    points: int = 6,
+) -> DropoutList:
+    """The list grown by the operations with the smallest rise of the loss per MAC.
+
+    The loss is the Kullback-Leibler divergence from the full network's predictions to those of a cut network, so no
+    labels are needed; of a headless model, half the squared distance of the features. It is measured with one
+    module at a time narrowed to each of about `points` widths, the others as in the last entry of `current`. Between
+    these widths, and where a narrower one measures better, the greatest convex curve below them counts: a module's
+    coordinates then go one group after the other, in the order in which they cost more.
+
+    Args:
+        points: how many widths of a module are measured, 0 included; at least 1.
+
+    Raises:
+        ValueError: bad batches, none whose outputs are finite, or points < 1.
+    """
+    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+        raise ValueError(f"points is {points!r}; it must be an int of at least 1")
+    widths = list(current.entry(len(current) - 1).values())
+    pairs = zip(supernet.infos, widths, strict=True)
+    measured = [_widths_to_measure(module, width, points) for module, width in pairs]
+    curves = rises(supernet, batches, widths, measured, group)
+    prices = supernet.costs.planned_per_unit(convention)
+    steps: list[tuple[float, float, int, Operation]] = []
+    for index, (module, price) in enumerate(zip(supernet.infos, prices, strict=True)):
+        for operation in _operations(module, curves[index], price):
+            removed = 1 - operation.width / module.full_width
+            # Of steps that cost the same, those of the widest modules go first, so that no module is emptied alone.
+            steps.append((operation.score, removed, index, operation))
+    steps.sort(key=lambda step: step[:3])
+    grown = current.extended([operation for *_, operation in steps], target)
+    return replace(grown, sensitivity={m.name: c[-1][1] for m, c in zip(supernet.infos, curves, strict=True)})
+
+
+def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
+    """Whole numbers of groups, evenly spaced below the present width, the largest first and 0 last."""
+    if module.binary:
+        return [0] if width else []
+    groups = -(-width // module.group_size)
+    count = min(points, groups)
+    kept = {round(groups * step / count) for step in range(count)}
+    return [number * module.group_size for number in sorted(kept, reverse=True)]
+
+
+@torch.no_grad()
+def rises(
+    supernet: SuperNet, batches: Iterable[Any], widths: Sequence[int], measured: Sequence[Sequence[int]], group: Any
+) -> list[Curve]:
+    """For each module the rise of the loss per image, at its present width (0) and at those to be measured.
+
+    What comes before a module is computed once per batch: each variant starts from the stream that enters it.
+    """
+    sums = [torch.zeros(1 + len(own), dtype=torch.float64) for own in measured]
+    images, left_out = 0, 0
+    with frozen(supernet):
+        for batch, _ in in_step(checked(supernet.model, batches, with_labels=False), group):
+            losses = _losses(supernet, batch, widths, measured)
+            if all_finite(losses):
+                images += len(batch)
+                for added, own in zip(sums, losses, strict=True):
+                    added += own.double().cpu()
+            else:
+                left_out += 1
+    device = next(supernet.parameters()).device
+    ranks_without = total(not images, group, device)
+    report_left_out(total(left_out, group, device), ranks_without == 0)
+    images = total(images, group, device)
+    added_up = [part.cpu() for part in summed([part.to(device) for part in sums], group)]
+    return [
+        [(width, float(loss - own[0]) / images) for width, loss in zip((present, *below), own, strict=True)]
+        for present, below, own in zip(widths, measured, added_up, strict=True)
+    ]
+
+
+def _losses(
+    supernet: SuperNet, images: torch.Tensor, widths: Sequence[int], measured: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Per module the losses of one batch: with nothing narrowed further, then at each width to be measured."""
+    reference = supernet(images)
+    x, shared = supernet.embed(images)
+    streams = []
+    for index, width in enumerate(widths):
+        streams.append(x)
+        x = supernet.step(index, x, width, shared=shared)
+    headless = supernet.model.num_classes == 0
+    base, losses = _distance(supernet.head(x), reference, headless), []
+    for index, below in enumerate(measured):
+        own = [base]
+        for width in below:
+            x = supernet.step(index, streams[index], width, shared=shared)
+            for later in range(index + 1, len(widths)):
+                x = supernet.step(later, x, widths[later], shared=shared)
+            own.append(_distance(supernet.head(x), reference, headless))
+        losses.append(torch.stack(own))
+    return losses
+
+
+def _distance(output: torch.Tensor, reference: torch.Tensor, headless: bool) -> torch.Tensor:
+    """Summed over the images of a batch, in float32 at least."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    output, reference = output.to(dtype), reference.to(dtype)
+    if headless:
+        return 0.5 * (output - reference).square().sum()
+    return F.kl_div(output.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum")
+
+
+def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:
+    """One operation per group of coordinates, along the greatest convex curve below the measured rises."""
+    corners, group = _convex(curve), module.full_width if module.binary else module.group_size
+    operations = []
+    for (wide, low), (narrow, high) in pairwise(corners):
+        slope, end = (high - low) / ((wide - narrow) * price), wide
+        for width in range((wide - 1) // group * group, narrow - 1, -group):
+            operations.append(Operation(module.name, width, (end - width) * price, slope))
+            end = width
+    return operations
+
+
+def _convex(curve: Curve) -> Curve:
+    """The corners of the greatest convex curve below the points, which does not fall as the width does.
+
+    A rise below that of a wider width is noise: the coordinates between are worth nothing.
+    """
+    corners: Curve = []
+    for position, (width, rise) in enumerate(curve):
+        lowest = min(later for _, later in curve[position:])  # what no further narrowing undercuts
+        point = (width, max(0.0, min(rise, lowest)))
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def _slope(wide: tuple[int, float], narrow: tuple[int, float]) -> float:
+    return (narrow[1] - wide[1]) / (wide[0] - narrow[0])

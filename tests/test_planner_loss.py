@@ -1,0 +1,120 @@
+"""The planner "loss": what it measures, by hand; convex steps; its targets; labels, heads and ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
+
+import skd
+from skd.planners.loss import _convex, rises
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
+
+
+def test_a_rise_is_the_divergence_of_the_network_narrowed_there() -> None:
+    """Against extracted sub-networks, whole passes each; others stay as in the last entry."""
+    net = nested(skd.SuperNet(tiny_vit()), [16, 48, 16, 72])
+    batches, present = random_batches(), [16, 48, 16, 72]
+    found = rises(net, batches, present, [[8, 0], [24, 0], [8], [0]], None)
+    for index, curve in enumerate(found):
+        base = divergence(net, batches, present)
+        for width, rise in curve:
+            narrowed = [*present[:index], width, *present[index + 1 :]]
+            assert rise == pytest.approx(divergence(net, batches, narrowed) - base, rel=1e-9, abs=1e-12)
+
+
+@torch.no_grad()
+def divergence(net: Any, batches: Any, widths: list[int]) -> float:
+    """Per image, of the network at `widths` from the full one."""
+    cut = skd.extract(nested(skd.SuperNet(net.model), widths), entry=1) if widths != net.widths() else net
+    total, images = 0.0, 0
+    for batch, _ in batches:
+        p, q = net(batch).softmax(-1), cut(batch).softmax(-1)
+        total += float((p * (p.log() - q.log())).sum())
+        images += len(batch)
+    return total / images
+
+
+@pytest.mark.parametrize(
+    ("curve", "corners"),
+    [
+        ([(8, 0.0), (6, 1.0), (4, 2.0), (0, 4.0)], [(8, 0.0), (0, 4.0)]),  # a line
+        ([(8, 0.0), (6, 0.1), (4, 1.0), (0, 9.0)], [(8, 0.0), (6, 0.1), (4, 1.0), (0, 9.0)]),
+        ([(8, 0.0), (6, 3.0), (4, 1.0), (0, 9.0)], [(8, 0.0), (4, 1.0), (0, 9.0)]),  # above the chord
+        ([(8, 0.0), (4, -1.0), (0, 5.0)], [(8, 0.0), (4, 0.0), (0, 5.0)]),  # better than before: free
+        ([(8, 0.0), (4, 2.0), (0, -0.5)], [(8, 0.0), (0, 0.0)]),  # all of it is free
+        ([(8, 0.0)], [(8, 0.0)]),
+    ],
+)
+def test_curves_are_made_convex(curve: Any, corners: Any) -> None:
+    found = _convex(curve)
+    widths = np.arange(9)
+    for points in (found, corners):
+        assert points[0] == (8, 0.0)
+    np.testing.assert_allclose(
+        np.interp(widths, *np.array(found)[::-1].T), np.interp(widths, *np.array(corners)[::-1].T), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("convention", ["full", "linear"])
+def test_it_reaches_its_targets_by_small_steps(convention: str) -> None:
+    net = digit_net()
+    planned = skd.plan(net, digit_data()[2], target=0.5, rounds=4, convention=convention, planner="loss")
+    macs = net.costs.macs(planned.widths, convention)
+    assert 0.5 <= macs[-1] / macs[0] < 0.65  # the next step would be too large
+    for index, info in enumerate(net.infos):
+        steps = -np.diff(planned.widths[:, index])
+        assert steps.max() <= info.group_size
+    assert set(planned.sensitivity) == set(net.modules_in_order)
+    assert planned == skd.plan(net, digit_data()[2], target=0.5, rounds=4, convention=convention, planner="loss")
+
+
+def test_labels_do_not_matter_and_points_do() -> None:
+    net, batches = digit_net(), list(digit_data()[2])
+    planned = skd.plan(net, batches, target=0.5, rounds=2, planner="loss")
+    unlabelled = [(images, None) for images, _ in batches]
+    assert planned == skd.plan(net, unlabelled, target=0.5, rounds=2, planner="loss")
+    assert planned != skd.plan(net, batches, target=0.5, rounds=2, planner="loss", points=1)
+    for points in (0, 2.0, True):
+        with pytest.raises(ValueError, match="points is"):
+            skd.plan(net, batches, planner="loss", points=points)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: tiny_vit(num_classes=0),
+        lambda: tiny_vit(qk_norm=True, scale_mlp_norm=True),
+        lambda: timm.create_model("beit_base_patch16_224", num_classes=5, **SMALL).double().eval(),
+        lambda: timm.create_model("vit_small_patch16_dinov3", num_classes=5, **SMALL).double().eval(),
+    ],
+    ids=["headless", "all or nothing", "BEiT", "DINOv3"],
+)
+def test_other_networks(model: Any) -> None:
+    net = skd.SuperNet(model())
+    planned = skd.plan(net, random_batches(), target=0.4, rounds=2, planner="loss")
+    assert len(planned) > 1
+    net.dropout_list = planned  # refuses widths that a module may not have
+    assert net(random_batches()[0][0], entry=len(planned) - 1).isfinite().all()
+
+
+def test_batches_that_are_not_finite_are_left_out() -> None:
+    net, batches = skd.SuperNet(tiny_vit()), random_batches(3)
+    expected = skd.plan(net, batches[:2], target=0.4, rounds=1, planner="loss")
+    batches[2][0][0, 0, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="batches: 1 were left out"):
+        assert skd.plan(net, batches, target=0.4, rounds=1, planner="loss") == expected
+    with pytest.raises(ValueError, match="none has finite statistics"):
+        skd.plan(net, batches[2:], target=0.4, rounds=1, planner="loss")
+
+
+def test_training_grows_its_list_by_it() -> None:
+    net = digit_net()
+    history = run_training(net, training_config(planner="loss"))
+    assert len(net.dropout_list) > 3
+    assert history.epochs[0]["sensitivity"].keys() == set(net.modules_in_order)
