@@ -2,7 +2,7 @@
 
 python examples/train.py [DATA [FOLDER]]
 
-DATA is "digits" (the default) or what else --data takes (docs/USE.md). Checkpoints, history and report go to FOLDER;
+DATA is "digits" (the default) or what else --data takes (docs/USE.md). Weights, history and checkpoints go to FOLDER;
 without it nothing is written.
 """
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from skd import __version__
 from skd.devices import usable_device
 from skd.dropout_list import DropoutList
 from skd.extract import extract
@@ -102,7 +102,7 @@ def _header(obj: Any) -> dict[str, Any]:
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
         "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
-        "versions": {"skd": version("skd"), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {"skd": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
 
 

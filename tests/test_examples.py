@@ -48,7 +48,7 @@ def test_convert_and_extract(tmp_path: Path) -> None:
 def test_train(tmp_path: Path) -> None:
     printed = run(tmp_path, "train.py", "digits", "run")
     assert "6 epochs" in printed and accuracies(printed)[0] > 30
-    assert (tmp_path / "run" / "supernet.safetensors").is_file() and (tmp_path / "run" / "report.md").is_file()
+    assert (tmp_path / "run" / "supernet.safetensors").is_file() and (tmp_path / "run" / "history.jsonl").is_file()
 
 
 def test_own_dataloader(tmp_path: Path) -> None:
