@@ -123,8 +123,8 @@ def _tensors(obj: Any, header: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _placeholders(whole: Any, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
     """Shapes, with a 0, of the tensors that stand for skipped modules: of the layers into and out of their middle.
 
-    By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (README's,
-    earlier versions of skd) can rebuild it.
+    By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (that of
+    docs/FILES.md, earlier versions of skd) can rebuild it.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for module, width in zip(network.modules, _flat(widths), strict=True):

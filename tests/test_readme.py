@@ -122,11 +122,11 @@ def test_costs_quoted_in_the_docs() -> None:
     assert f"and {skd.cost(model, convention='linear').macs:,} in `linear`" in USE
 
 
-def run(code: str, folder: Path, *arguments: str) -> str:
+def run(code: str, folder: Path) -> str:
     """What a program printed, in a process and a folder of its own."""
     # A folder first, so that what is tested is the skd of this process.
     environment = os.environ | {"PYTHONPATH": str(Path(skd.__file__).parents[1])}
-    command = [sys.executable, "-W", "error::FutureWarning", "-c", code, *arguments]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
