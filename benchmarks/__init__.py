@@ -8,5 +8,5 @@ python -m benchmarks.profile --model base                              the kerne
 python -m benchmarks.compare OLD.json NEW.json                         did anything become slower?
 benchmarks/run_on_gpu.sh OUTPUT                                        tests and all of it on a GPU, in nine minutes
 python -m benchmarks.precompile FOLDER                                 what that compiles, made without a GPU
-python -m benchmarks.table benchmarks/results/cpu.json --write README.md
+python -m benchmarks.table benchmarks/results/cpu.json --write docs/PERFORMANCE.md
 """

@@ -1,7 +1,7 @@
 """A mid-size real run by the command line: Fashion-MNIST's 70,000 images, a small ViT, under 40 minutes on a CPU.
 
 python -m benchmarks.fashion_mnist --data DIR --out DIR --json FILE    run it: DIR has the data set's idx files
-python -m benchmarks.fashion_mnist --table FILE --write README.md      README's table from the result
+python -m benchmarks.fashion_mnist --table FILE --write docs/ACCURACY.md      the page's table from the result
 python -m benchmarks.fashion_mnist --table FILE --plot docs/fashion-mnist.png
 
 On Debian the images are in the package dataset-fashion-mnist (/usr/share/datasets/fashion-mnist).
@@ -84,7 +84,7 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """README's text: one row per budget, planned only and trained."""
+    """The page's text: one row per budget, planned only and trained."""
     planned = {round(row["budget"], 6): row for row in result["planned"]["curve"]}
     minutes = sum(result["seconds"].values()) / 60
     lines = [

@@ -1,4 +1,4 @@
-"""README's tables: for each device the most telling rows of its results, and what is slower than the library."""
+"""The short tables: for each device the most telling rows of its results, and what is slower than the library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = tuple[str, float, Times]
 
 
 def section(paths: list[Path]) -> str:
-    """The text between README's markers: one part per device."""
+    """The text between the markers: one part per device."""
     devices: dict[str, dict[Path, dict[str, Any]]] = {}
     for path in paths:
         found = runs.document(path)

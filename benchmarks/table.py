@@ -2,7 +2,7 @@
 
 python -m benchmarks.table RESULT.json ...                              print them
 python -m benchmarks.table RESULT.json ... --write docs/PERFORMANCE.md  put them between the file's two marker lines
-python -m benchmarks.table RESULT.json ... --short --write README.md    one short table for each device instead
+python -m benchmarks.table RESULT.json ... --short                      one short table for each device instead
 
 A RESULT.json is a run of pytest-benchmark, the output of benchmarks.quick, or one of the other results that
 benchmarks/results has for a GPU. A profile among them gives the table of steps their GPU time.
@@ -20,6 +20,7 @@ from benchmarks.cells import listed, three_digits
 from benchmarks.gpu_table import GpuTimes
 
 BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+SHORT = "<!-- summary:begin -->", "<!-- summary:end -->"
 OTHERS = ("eager", "blocked", "torch.compile", "published")
 
 
@@ -239,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.write is None:
             print(text)
         else:
-            rewrite(args.write, text)
+            rewrite(args.write, text, *(SHORT if args.short else (BEGIN, END)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

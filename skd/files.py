@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from skd import __version__
 from skd.devices import usable_device
 from skd.dropout_list import DropoutList
 from skd.extract import extract
@@ -102,7 +102,7 @@ def _header(obj: Any) -> dict[str, Any]:
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
         "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
-        "versions": {"skd": version("skd"), "torch": torch.__version__, "timm": timm.__version__},
+        "versions": {"skd": __version__, "torch": torch.__version__, "timm": timm.__version__},
     }
 
 
@@ -123,8 +123,8 @@ def _tensors(obj: Any, header: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _placeholders(whole: Any, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
     """Shapes, with a 0, of the tensors that stand for skipped modules: of the layers into and out of their middle.
 
-    By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (README's,
-    earlier versions of skd) can rebuild it.
+    By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (that of
+    docs/FILES.md, earlier versions of skd) can rebuild it.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for module, width in zip(network.modules, _flat(widths), strict=True):

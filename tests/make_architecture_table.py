@@ -1,7 +1,8 @@
 """The table of supported architectures, made from the code: what skd says of every name.
 
-PYTHONPATH=. python tests/make_architecture_table.py                      print it
-PYTHONPATH=. python tests/make_architecture_table.py --write README.md    put it between the file's two marker lines
+PYTHONPATH=. python tests/make_architecture_table.py           print it
+PYTHONPATH=. python tests/make_architecture_table.py --write docs/ARCHITECTURES.md
+    put it between the file's two marker lines
 """
 
 from __future__ import annotations

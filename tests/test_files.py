@@ -243,7 +243,7 @@ def test_a_cut_model_that_does_not_know_how_it_was_built() -> None:
     for widths in ([0, 72, 16, 0], [0, 0, 0, 0]):
         model = tiny_vit(torch.float32, init_values=0.1)
         sub = skd.extract(nested(skd.SuperNet(model), widths), entry=1)
-        del sub._model_args  # as if README's code had rebuilt it
+        del sub._model_args  # as if the code of docs/FILES.md had rebuilt it
         images = random_batches(dtype=torch.float32)[0][0]
         again = skd.SuperNet(sub)
         torch.testing.assert_close(again(images), sub(images))

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,12 @@ def test_an_older_timm_is_refused_without_importing_it(tmp_path: Path, code: str
 def test_the_version_of_a_timm_that_was_imported_counts() -> None:
     code = "import types, sys; sys.modules['timm'] = timm = types.ModuleType('timm'); timm.__version__ = '1.0.30'"
     assert "timm 1.0.30 is installed" in python(f"{code}\nimport skd").stderr.splitlines()[-1]
+
+
+def test_the_version_is_in_one_place() -> None:
+    """The package's metadata read it from skd/__init__.py; nothing repeats it."""
+    root = Path(__file__).parent.parent
+    metadata = tomllib.loads((root / "pyproject.toml").read_text())
+    assert metadata["project"]["dynamic"] == ["version"] and "version" not in metadata["project"]
+    assert metadata["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "skd.__version__"}
+    assert "\nversion:" not in (root / "CITATION.cff").read_text()

@@ -24,30 +24,32 @@ def measured(name: str) -> dict[str, Any]:
     return runs.results(committed(name))
 
 
-def inside(page: str) -> str:
-    return table.split((ROOT / page).read_text())[1]
+def inside(*markers: str) -> str:
+    return table.split((ROOT / "docs" / "PERFORMANCE.md").read_text(), *markers)[1]
 
 
 def named_in(text: str, pattern: str) -> list[Path]:
     return [RESULTS / name for name in re.findall(pattern, text, re.MULTILINE)]
 
 
-def test_readme_tables_are_fresh() -> None:
-    """They are those of the committed results that README names."""
-    paths = named_in(inside("README.md"), r"`([\w-]+\.json)`")
+def test_the_short_tables_are_fresh() -> None:
+    """They are those of the committed results that they name."""
+    paths = named_in(inside(*table.SHORT), r"`([\w-]+\.json)`")
     assert len(paths) >= 8
-    assert inside("README.md") == short_table.section(paths), f"{COMMAND} RESULTS --short --write README.md"
+    assert inside(*table.SHORT) == short_table.section(paths), (
+        f"{COMMAND} RESULTS --short --write docs/PERFORMANCE.md"
+    )
 
 
-def test_the_page_of_all_tables_is_fresh() -> None:
-    paths = named_in(inside("docs/PERFORMANCE.md"), r"^`(\S+\.json)`: ")
+def test_all_tables_are_fresh() -> None:
+    paths = named_in(inside(), r"^`(\S+\.json)`: ")
     assert {path.name for path in RESULTS.glob("cpu*.json")} <= {path.name for path in paths}
-    assert inside("docs/PERFORMANCE.md") == table.section(paths), f"{COMMAND} RESULTS --write docs/PERFORMANCE.md"
+    assert inside() == table.section(paths), f"{COMMAND} RESULTS --write docs/PERFORMANCE.md"
 
 
-def test_readme_names_no_result_that_the_page_lacks() -> None:
-    short = set(named_in(inside("README.md"), r"`([\w-]+\.json)`"))
-    assert short == set(named_in(inside("docs/PERFORMANCE.md"), r"^`(\S+\.json)`: "))
+def test_the_short_tables_are_of_the_same_results() -> None:
+    short = set(named_in(inside(*table.SHORT), r"`([\w-]+\.json)`"))
+    assert short == set(named_in(inside(), r"^`(\S+\.json)`: "))
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("h100-*.json")), ids=lambda path: path.name)
@@ -169,7 +171,7 @@ def test_what_is_slower_than_the_library_is_said() -> None:
         "10.1 GB of memory at most, with slices 10.4 GB, in the published way 14.7 GB",
     ):
         assert sentence in found, sentence
-        assert sentence in re.sub(r"\s+", " ", inside("README.md")), sentence
+        assert sentence in re.sub(r"\s+", " ", inside(*table.SHORT)), sentence
 
 
 def test_a_sentence_follows_its_figures() -> None:

@@ -1,8 +1,11 @@
-"""README's code runs: the tour of the API, and the rebuilding of a saved model without skd."""
+"""README's commands and code run as they stand, and so do those of the pages in docs/; figures are those measured."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -13,8 +16,11 @@ import pytest
 import timm
 import torch
 from helpers import perturb, random_batches, tiny_vit
+from make_measured_lines import BEGIN, END, lines
 
 import skd
+from benchmarks.table import split
+from skd import cli
 
 # Models whose attention is cut by heads, or not at all: projections together with and without a bias, and apart.
 HEADS: dict[str, dict[str, Any]] = {
@@ -24,15 +30,22 @@ HEADS: dict[str, dict[str, Any]] = {
     "vit_base_patch16_rope_224": {"num_reg_tokens": 1},
     "beit_base_patch16_224": {},
 }
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+USE, FILES, ARCHITECTURES = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("USE", "FILES", "ARCHITECTURES"))
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
 
 
-def blocks_of_code() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def snippet(page: str, name: str) -> str:
+    """Code between the marker `name` and the next one, without the fence of Markdown."""
+    text = re.search(rf"<!-- snippet: {name} -->\n(.*?)<!-- snippet: end -->", page, flags=re.DOTALL).group(1)
+    return re.sub(r"^```.*\n", "", text, flags=re.MULTILINE)
 
 
-def rebuild_snippet() -> str:
-    return re.search(r"<!-- snippet: rebuild -->\n```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+def commands(page: str) -> list[list[str]]:
+    """What is indented and starts with `skd`: the arguments of each."""
+    lines = re.findall(r"^    skd (\w+ .*)$", page, flags=re.MULTILINE)
+    return [shlex.split(line) for line in lines]
 
 
 def named_model() -> Any:
@@ -71,7 +84,7 @@ def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
         with torch.no_grad():
             torch.save((images, supernet(images, entry=entry)), tmp_path / "expected.pt")
         check = (
-            rebuild_snippet()
+            snippet(FILES, "rebuild")
             + "\nimport sys\nassert not any(name.split('.')[0] in ('skd', 'skd_kernels') for name in sys.modules)\n"
             + "images, expected = torch.load('expected.pt')\nmodel.eval()\n"
             + "torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)\n"
@@ -87,23 +100,114 @@ def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
 
 
 def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's first code block, on a tiny model in place of the downloaded one."""
+    """The code block of docs/USE.md, on a tiny model in place of the downloaded one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: tiny_vit(torch.float32))
-    code = blocks_of_code()[0].replace("params=6_000_000", "params=20_000")
+    code = snippet(USE, "tour").replace("params=6_000_000", "params=20_000")
     code = code.replace("epochs=300, batch_size=1024", "epochs=2, batch_size=4, lr=1e-3")
     batches = random_batches(dtype=torch.float32)
     names: dict[str, Any] = dict.fromkeys(("calibration", "train_loader", "val_loader"), batches)
     names["images"] = batches[0][0]
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "USE.md", "exec"), names)
     assert (tmp_path / "small.safetensors").is_file() and (tmp_path / "supernet.safetensors").is_file()
     assert names["logits"].shape == (4, 5)
     assert sum(p.numel() for p in names["tiny"].parameters()) <= 20_000
     assert len(names["history"].epochs) == 2 and (tmp_path / "run" / "supernet.safetensors").is_file()
 
 
-def test_costs_quoted_in_the_readme() -> None:
+def test_costs_quoted_in_the_docs() -> None:
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
-    assert f"{skd.cost(model).macs:,} MACs in `full`" in README.replace("\n", " ")
-    assert f"and {skd.cost(model, convention='linear').macs:,} in `linear`" in README
+    assert f"{skd.cost(model).macs:,} MACs in `full`" in USE.replace("\n", " ")
+    assert f"and {skd.cost(model, convention='linear').macs:,} in `linear`" in USE
+
+
+def run(code: str, folder: Path) -> str:
+    """What a program printed, in a process and a folder of its own."""
+    # A folder first, so that what is tested is the skd of this process.
+    environment = os.environ | {"PYTHONPATH": str(Path(skd.__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_code_runs_as_it_stands(tmp_path: Path) -> None:
+    """It learns, its sub-networks are within their budgets, and what it saves can be read."""
+    printed = run(snippet(README, "python"), tmp_path)
+    found = {
+        name: (int(macs), int(params), float(top1))
+        for name, macs, params, top1 in re.findall(
+            r"^(\S+) Cost\(macs=(\d+), params=(\d+)\) (\S+) %$", printed, flags=re.MULTILINE
+        )
+    }
+    full = found["super-network"]
+    assert found["before"][:2] == full[:2]
+    assert found["half"][0] <= full[0] / 2 and found["tiny"][1] <= 60_000
+    assert min(found[name][2] for name in ("super-network", "half", "tiny")) > 40
+    assert skd.cost(skd.load(tmp_path / "half.safetensors")).macs == found["half"][0]
+
+
+SMALL = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+
+
+def test_the_readme_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the digits, with a small model of that name and one epoch."""
+    monkeypatch.chdir(tmp_path)
+    block = commands(snippet(README, "commands"))
+    assert [line[0] for line in block] == ["convert", "train", "evaluate", "extract", "finetune"]
+    quick = ["--epochs", "1", "--workers", "0", "--batch-size", "256", "--lr", "1e-3", "--aug-repeats", "1"]
+    for command, *options in block:
+        given = ["digits" if option == "imagenet/" else option for option in options]
+        if command == "convert":
+            given[given.index("--pretrained")] = f"--model-kwargs={json.dumps(SMALL)}"
+        assert cli.main([command, *given, *(quick if command in ("train", "finetune") else [])]) in (0, None)
+    assert skd.cost(skd.load("half.safetensors")).macs <= skd.cost(skd.load("run/supernet.safetensors")).macs / 2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_docs_are_understood(page: str) -> None:
+    """Every command and option exists; no file is looked for."""
+    for command, *options in commands(PAGES[page].read_text()):
+        if options[-1:] != ["\\"]:
+            cli.parsed([command, *options])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """To a file, and where a heading is named to one that the page has."""
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page].read_text()):
+        path = PAGES[page].parent / target if target else PAGES[page]
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, f"{target}#{heading}; it may be one of {anchors}"
+
+
+def test_measured_lines_are_fresh() -> None:
+    _, written, _ = split(README, BEGIN, END)
+    assert written == lines(), "run: PYTHONPATH=. python tests/make_measured_lines.py --write README.md"
+
+
+def test_the_number_of_architectures_is_that_of_the_table() -> None:
+    release, names, good = re.search(
+        r"timm (\S+) builds (\d+) names as .*; (\d+) of them convert", ARCHITECTURES
+    ).groups()
+    assert f"{good} of the {names} names that timm {release} builds" in README
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    code = "import sys, idea; sys.stdout.write(idea.picture())"
+    assert (
+        run(f"import sys; sys.path.insert(0, {str(ROOT / 'docs' / 'pictures')!r}); {code}", ROOT)
+        == (ROOT / "docs" / "pictures" / "idea.svg").read_text()
+    )
