@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import runs
+from benchmarks.table import runs
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skd_kernels
-from benchmarks.sizes import DEVICE
+from benchmarks.timing import DEVICE
 
 PRIVATE = ("node", "release", "machine_id")
 

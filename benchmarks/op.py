@@ -2,21 +2,23 @@
 
 python -m benchmarks.op token_moments --shape 25216,36,64 --dtype bfloat16 --threads 2
 python -m benchmarks.op taylor_scores --shape 3152,3072 --device cuda --contenders ours,eager
+python -m benchmarks.op masked_mlp --shape 16,197,192,768,384 --forward
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from contextlib import nullcontext
 
 import torch
 
 import skd_kernels
-from benchmarks.measure import TOLERANCE, Measurement, measure, name_of
-from benchmarks.operations import OPERATIONS, Shape
+from benchmarks.measure import Measurement, measure, name_of
+from benchmarks.registry import LAYER_TOLERANCE, OPERATIONS, Shape
 
-DTYPES = {name_of(dtype): dtype for dtype in TOLERANCE}
+DTYPES = {name_of(dtype): dtype for dtype in LAYER_TOLERANCE}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
                 shape,
                 DTYPES[args.dtype],
                 args.device,
-                names=args.contenders.split(",") if args.contenders else None,
+                names=re.split(",(?! )", args.contenders) if args.contenders else None,
+                backward=not args.forward,
                 rounds=args.rounds,
                 budget=args.seconds,
                 total_bytes=args.megabytes << 20,
@@ -54,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: as it is")
     found.add_argument("--implementation", help="force one of ours; default: the one that is chosen by itself")
-    found.add_argument("--contenders", help="ours,eager,blocked,torch.compile,published; default: all that apply")
+    found.add_argument("--contenders", help="such as ours,eager; default: all that apply")
+    found.add_argument("--forward", action="store_true", help="of a layer, without its backward pass")
     found.add_argument("--rounds", type=int, default=7, help="at least so many")
     found.add_argument("--seconds", type=float, default=2.0, help="go on for so long")
     found.add_argument("--megabytes", type=int, default=256, help="of the inputs used in turn, and of the copy")
@@ -74,12 +78,12 @@ def parse_shape(name: str, text: str) -> Shape:
 
 def table(found: Measurement, device: str) -> str:
     """One line per contender; the ratio is its time to the first one's."""
-    shape = ",".join(str(size) for size in found.shape)
+    case, shape = found.case, ",".join(str(size) for size in found.case.shape)
     threads = f"threads: {torch.get_num_threads()}" if device == "cpu" else "launches hidden"
     gigabytes, gigaflops = found.work.bytes / 1e9, found.work.flops / 1e9
     first = found.seconds[next(iter(found.calls))]
     lines = [
-        f"{found.operation.name} {shape} {name_of(found.dtype)} on {device}, {threads}; ours: {found.implementation}",
+        f"{case.operation.name} {shape} {name_of(case.dtype)} on {device}, {threads}; ours: {found.implementation}",
         f"{gigabytes:.3f} GB and {gigaflops:.3f} GFLOP at least; copy {found.copy_bandwidth / 1e9:.1f} GB/s",
         f"{'contender':<14}{'median ms':>10}{'GB/s':>9}{'% of copy':>11}{'GFLOP/s':>10}{'ratio':>8}{'error':>10}",
     ]

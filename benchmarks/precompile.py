@@ -5,9 +5,10 @@ python -m benchmarks.precompile FOLDER --python PATH          with another Pytho
 benchmarks/run_on_gpu.sh OUTPUT --prebuilt FOLDER             uses it there
 
 FOLDER gets the extension and a Triton cache with each kernel that the tests for a GPU and the benchmarks start
-(prebuilt.py has the layout). Which ones these are is not listed anywhere: tests and benchmarks run with a CUDA device
-that is not there (pretend.py). The kernels are compiled as a launch would, so that their cache keys are those of the
-run. Python and Triton must have the same versions on both machines, and the sources must be the same.
+(gpu_run/prebuilt.py has the layout). Which ones these are is not listed anywhere: tests and benchmarks run with a
+CUDA device that is not there (gpu_run/pretend.py). The kernels are compiled as a launch would, so that their cache
+keys are those of the run. Python and Triton must have the same versions on both machines, and the sources must be the
+same.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prebuilt
-from benchmarks.prebuilt import ROOT
+from benchmarks.gpu_run import ROOT, prebuilt
 
 TESTS = [f"tests/kernels/test_gpu_triton_{name}.py" for name in ("mlp", "attention", "norm")]
 TRAINING = ["tests/test_gpu_training.py"]
-BENCHMARKS = ["benchmarks/test_masked.py", "benchmarks/test_steps.py"]
+BENCHMARKS = ["benchmarks/test_operations.py::test_masked", "benchmarks/test_steps.py"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def wanted_by(architecture: int, run: Callable[[], object]) -> dict[str, Wanted]
     """The launches of `run` on a pretended CUDA device; what it prints is dropped."""
     import torch
 
-    from benchmarks.pretend import pretended_cuda
+    from benchmarks.gpu_run.pretend import pretended_cuda
 
     found: dict[str, Wanted] = {}
 
@@ -95,19 +95,20 @@ def programs() -> dict[str, Callable[[], object]]:
         return lambda: pytest.main([*options, *(str(ROOT / path) for path in paths)])
 
     def benchmarks() -> None:
-        from benchmarks import sizes
+        from benchmarks import timing
 
         # One turn at one size says all: kernels are the same at every width.
-        sizes.SIZES = replace(sizes.SIZES, rounds=1, averaged=1, fractions=(1.0,), step_fractions=(1.0,))
+        timing.SIZES = replace(timing.SIZES, rounds=1, averaged=1, fractions=(1.0,), step_fractions=(1.0,))
         tests(BENCHMARKS)()
 
     def quick() -> None:
         from benchmarks import quick
+        from benchmarks.registry import HEADS
 
-        quick.main([*(word for model in quick.HEADS for word in ("--model", model)), "--device", "cuda"])
+        quick.main([*(word for model in HEADS for word in ("--model", model)), "--device", "cuda"])
 
     def small() -> None:
-        from benchmarks import small
+        from benchmarks.gpu_run import small
 
         for operation, sizes, dtype in small.CASES:
             small.main([operation, "--sizes", sizes, "--dtype", dtype, "--device", "cuda"])
@@ -117,7 +118,7 @@ def programs() -> dict[str, Callable[[], object]]:
         "tests of training": tests(TRAINING),
         "benchmarks": benchmarks,
         "benchmarks.quick": quick,
-        "benchmarks.small": small,
+        "benchmarks.gpu_run.small": small,
     }
 
 

@@ -13,11 +13,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.sizes import DEVICE, GPU, SIZES
-from benchmarks.timing import Call, synchronize, wall
+from benchmarks.contenders import SLICES
+from benchmarks.timing import DEVICE, GPU, SIZES, Call, provenance, synchronize, wall
 
 ROUNDS = 3
 WHAT = "Milliseconds and launches of each kernel of a training step, and milliseconds of the step."
@@ -55,7 +55,7 @@ def device_ms(call: Call) -> float:
 def profiles(model: str, names: list[str], fractions: list[float]) -> dict[str, Any]:
     """By contender and share of the MACs."""
     from benchmarks import steps
-    from benchmarks.networks import dropout_list, entry_at
+    from benchmarks.steps import dropout_list, entry_at
 
     found: dict[str, Any] = {}
     batch = steps.images_and_labels(SIZES.batch, DEVICE)
@@ -87,7 +87,6 @@ def summary(found: dict[str, Any], most: int = 6) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     from benchmarks import steps
-    from benchmarks.provenance import provenance
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Kernels of a training step.")
     parser.add_argument("--model", choices=("tiny", "small", "base"), default="base")
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fraction", type=float, action="append", help="share of the MACs; default: 1.0 and 0.25")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    names = args.contender or [steps.names(DEVICE)[0], steps.SLICES]
+    names = args.contender or [steps.names(DEVICE)[0], SLICES]
     found = profiles(args.model, names, args.fraction or [1.0, 0.25])
     print(summary(found))
     if args.json is not None:

@@ -16,24 +16,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import ceilings
-from benchmarks import norm as norms
-from benchmarks.masked import MASKED
-from benchmarks.operations import HEAD_WIDTH, HEADS, TOKENS
-from benchmarks.provenance import provenance
-from benchmarks.sizes import DEVICE, SIZES
-from benchmarks.timing import captured, on_device, side_by_side, wall
+import skd_kernels
+from benchmarks.contenders import COMPILED
+from benchmarks.measure import Case
+from benchmarks.registry import HEAD_WIDTH, HEADS, MASKED, OPERATIONS, TOKENS, Operation
+from benchmarks.timing import (
+    DEVICE,
+    GPU,
+    REHEARSAL,
+    SIZES,
+    Call,
+    captured,
+    clock_of,
+    copy_ceiling,
+    matmul_ceiling,
+    provenance,
+    side_by_side,
+)
 
-Call = Callable[[], object]
 WHAT = "Kernels at full width, next to calls of the library; forward and backward of the operations in one graph."
 Row = dict[str, Any]
 
@@ -46,11 +52,12 @@ class Questions:
     """
 
     def __init__(self, model: str, batch: int, tokens: int, device: str) -> None:
-        self.heads, self.batch, self.tokens, self.device = HEADS[model], batch, tokens, device
+        self.model, self.heads = model, HEADS[model]
+        self.batch, self.tokens, self.device = batch, tokens, device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter's bfloat16 is wrong
-        self.clock = on_device if device == "cuda" else wall
+        self.clock = clock_of(device)
         self.rounds = 15 if device == "cuda" else 1
-        self.peak = ceilings.matmul(device, self.dtype)
+        self.peak = matmul_ceiling(device, self.dtype)
         self.rows: list[Row] = []
 
     def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -131,36 +138,43 @@ class Questions:
 
     def norm(self, copy: float) -> None:
         """Milliseconds, and the share of the bandwidth of a copy. Checked first."""
-        shape = self.batch, self.tokens, self.heads * HEAD_WIDTH
-        case, contenders = norms.Case(shape, self.device, self.dtype), norms.contenders()
-        case.check(contenders, 1e-2 if self.dtype == torch.bfloat16 else 1e-5)
-        for question, run, backward in (("forward", case.forward, False), ("forward and backward", case.both, True)):
-            calls = {name: partial(run, contender) for name, contender in contenders.items()}
-            seconds = side_by_side(calls, self.rounds, clock=self.clock)
-            total = norms.norm_bytes(math.prod(shape), self.dtype, backward=backward)
-            row: Row = {"question": f"residual_norm, {question}", "bytes": total}
-            row["norm_ms"] = {name: 1e3 * value for name, value in seconds.items()}
-            row["percent_of_copy"] = {name: 100 * total / value / copy for name, value in seconds.items()}
-            self.rows.append(row)
+        operation = OPERATIONS["residual_norm"]
+        case = Case(operation, operation.shape(self.model, self.batch, 1.0, self.tokens), self.dtype, self.device)
+        contenders = case.contenders()
+        if not (GPU or REHEARSAL):
+            del contenders[COMPILED]  # it would take longer than all else, and say nothing of a GPU
+        with skd_kernels.use("triton"):
+            case.check(contenders)
+            for question, backward in (("forward", False), ("forward and backward", True)):
+                seconds = side_by_side(case.calls(contenders, backward), self.rounds, clock=self.clock)
+                total = case.work(backward).bytes
+                row: Row = {"question": f"residual_norm, {question}", "bytes": total}
+                row["norm_ms"] = {name: 1e3 * value for name, value in seconds.items()}
+                row["percent_of_copy"] = {name: 100 * total / value / copy for name, value in seconds.items()}
+                self.rows.append(row)
 
     def replays(self) -> None:
         """One capture of forward and backward per operation; milliseconds of a replay at each width."""
-        for name, operation in MASKED.items():
-            shapes = operation.parameters(self.heads)
-            leaves = [self.randn(*shape, scale=shape[-1] ** -0.5).requires_grad_() for shape in shapes]
-            x = self.randn(self.batch, self.tokens, self.heads * HEAD_WIDTH).requires_grad_()
-            width = torch.full((), operation.full(self.heads), dtype=torch.int32, device=self.device)
-            graph = captured(lambda: self.both(operation, x, leaves, width))  # noqa: B023
+        for name in MASKED:
+            operation = OPERATIONS[name]
+            shape = operation.shape(self.model, self.batch, 1.0, self.tokens)
+            inputs = operation.inputs(shape, self.dtype, self.dtype, lambda size: self.randn(*size))
+            for tensor in inputs:
+                tensor.requires_grad_()
+            full = operation.arguments(shape)["width"]
+            width = torch.full((), full, dtype=torch.int32, device=self.device)
+            named = operation.arguments(shape) | {"width": width}
+            graph = captured(lambda: self.both(operation, inputs, named))  # noqa: B023
             row: Row = {"question": f"{name}, replayed", "replay_ms": {}}
             for fraction in SIZES.fractions:
-                width.fill_(int(operation.full(self.heads) * fraction))
+                width.fill_(int(full * fraction))
                 seconds = side_by_side({"replay": graph.replay}, self.rounds, clock=self.clock)["replay"]
                 row["replay_ms"][str(fraction)] = 1e3 * seconds
             self.rows.append(row)
 
-    def both(self, operation: Any, x: torch.Tensor, leaves: list[torch.Tensor], width: torch.Tensor) -> None:
-        out = operation.ours(x, *leaves, width, **operation.arguments(self.heads))
-        torch.autograd.grad(out, (x, *leaves), x)
+    def both(self, operation: Operation, inputs: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
+        out = operation.ours(*inputs, **named)
+        torch.autograd.grad(out, inputs, inputs[0])
 
 
 def table(rows: list[Row]) -> str:
@@ -189,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    copy = ceilings.copy(args.device)
+    copy = copy_ceiling(args.device)
     document: dict[str, Any] = {"copy_gigabytes_per_second": copy / 1e9}
     print(f"copy {document['copy_gigabytes_per_second']:.0f} GB/s")
     for model in args.model or ["base"]:

@@ -71,7 +71,8 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump does not report the resources of {launch.name}: {report}")
-    return Resources(*map(int, found.groups()), shared=compiled.metadata.shared)
+    registers, stack, local = map(int, found.groups())
+    return Resources(registers, stack, local, compiled.metadata.shared)
 
 
 def row(launch: Launch, architecture: int, resources: Resources) -> str:

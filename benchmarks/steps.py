@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEma, ModelEmaV3
@@ -32,23 +34,110 @@ from torch import nn
 
 import skd
 import skd_kernels
-from benchmarks import memory, published, sliced
-from benchmarks.compiled import Compiled
-from benchmarks.networks import Network, deit, dropout_list, gradient
-from benchmarks.operations import COMPILED
-from benchmarks.sizes import BACKEND, SIZES
-from benchmarks.timing import captured
+from benchmarks import contenders
+from benchmarks.contenders import COMPILED, PUBLISHED, SLICES, Compiled
+from benchmarks.timing import BACKEND, SIZES, captured, peak_resident
 from skd.training.step import eager_step
 from skd.training.trainer import by_hand
 from skd.vit import SuperBlock
 
+Layer = Callable[..., torch.Tensor]
+SMALLEST = 0.125  # of the MACs, as METHOD's lists end
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
 WARM_UP = 5  # steps; `ours, graph` is captured at the fourth
 OURS, OURS_COMPILED, OURS_GRAPH, OURS_SCORES = "ours", "ours, compiled", "ours, graph", "ours, scores"
-PUBLISHED, SLICES = "published", "slices"
+# The masked layers of a network: attention and MLP.
+PLAIN_LAYERS = {
+    PUBLISHED: (contenders.attention_published, contenders.mlp_published),
+    SLICES: (contenders.attention_slices, contenders.mlp_slices),
+}
 FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is captured for one entry
 SETTINGS: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": LR, "warmup_epochs": 0}
 SETTINGS |= {"smoothing": SMOOTHING, "model_ema_warmup": False, "model_ema_decay": DECAY}
+
+
+# Networks -------------------------------------------------------------------------------------------
+
+
+def deit(size: str, device: str) -> Any:
+    """A DeiT with random weights, the same each time; drawn on the device, which is faster there."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return timm.create_model(f"deit_{size}_patch16_224", img_size=SIZES.pixels, depth=SIZES.depth)
+
+
+def dropout_list(supernet: skd.SuperNet, smallest: float = SMALLEST) -> skd.DropoutList:
+    """A nested list down to `smallest` of the MACs: one group less per entry, the modules in a fixed random order.
+
+    As in a planned list widths are multiples of a group and differ between modules; all modules narrow alike.
+    """
+    infos = supernet.infos
+    order = np.repeat(np.arange(len(infos)), [-(-info.full_width // info.group_size) for info in infos])
+    np.random.default_rng(0).shuffle(order)
+    row = np.array(supernet.widths())
+    full, rows = supernet.costs.macs(row), [row.copy()]
+    for module in order:
+        if supernet.costs.macs(row) <= smallest * full:
+            break
+        group = infos[module].group_size
+        row[module] = (row[module] - 1) // group * group
+        rows.append(row.copy())
+    return skd.DropoutList(supernet.modules_in_order, rows)
+
+
+def entry_at(supernet: skd.SuperNet, fraction: float) -> int:
+    """The largest sub-network within a fraction of the MACs."""
+    macs = supernet.dropout_list.macs
+    return int(np.flatnonzero(macs <= fraction * macs[0])[0])
+
+
+def spread(supernet: skd.SuperNet, count: int) -> list[int]:
+    """Entries evenly over the list, both ends included: their mean stands for a uniform draw's."""
+    return np.linspace(0, len(supernet.dropout_list) - 1, count).round().astype(int).tolist()
+
+
+class Network(nn.Module):
+    """``network(images, widths)``: a DeiT whose blocks call `attention` and `mlp` on the widths, ints.
+
+    Args:
+        attention, mlp: as `contenders.attention_published` and `contenders.mlp_published`.
+        compiler: takes the function of one block, and returns what all blocks call in its place.
+    """
+
+    def __init__(self, model: Any, attention: Layer, mlp: Layer, compiler: Callable[[Layer], Layer] | None) -> None:
+        super().__init__()
+        self.model = model
+
+        def block(module: Any, x: torch.Tensor, k: int, m: int) -> torch.Tensor:
+            if k:
+                own = module.attn
+                weights = own.qkv.weight, own.qkv.bias, own.proj.weight, own.proj.bias
+                x = x + attention(module.norm1(x), *weights, k, own.num_heads)
+            if m:
+                fc1, fc2 = module.mlp.fc1, module.mlp.fc2
+                x = x + mlp(module.norm2(x), fc1.weight, fc1.bias, fc2.weight, fc2.bias, m)
+            return x
+
+        self.block = block if compiler is None else compiler(block)
+
+    def forward(self, images: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+        model = self.model
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        for index, module in enumerate(model.blocks):
+            x = self.block(module, x, widths[2 * index], widths[2 * index + 1])
+        return model.forward_head(model.norm(x))
+
+
+def gradient(network: nn.Module, forward: Callable[[], torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """The gradient of the true classes' logits at all parameters, as one vector."""
+    parameters = list(network.parameters())
+    chosen = forward().float().gather(1, labels[:, None])
+    found = torch.autograd.grad(chosen.sum(), parameters, allow_unused=True)
+    zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))
+    return torch.cat([part.flatten().double() for part in zeros])
+
+
+# Contenders -----------------------------------------------------------------------------------------
 
 
 class Step:
@@ -85,15 +174,13 @@ class PlainStep(Step):
 
     def __init__(self, name: str, model: str, batch: Any, device: str, backend: str) -> None:
         super().__init__(model, batch, device)
-        layers: Any = published if name == PUBLISHED else sliced
+        layers = PLAIN_LAYERS[PUBLISHED if name == PUBLISHED else SLICES]
 
         def compiler(block: Callable[..., torch.Tensor]) -> Compiled:
             self.compiled = Compiled(block, backend=backend)
             return self.compiled
 
-        self.plain = Network(
-            deit(model, device), layers.masked_attention, layers.masked_mlp, compiler if name == COMPILED else None
-        ).train()
+        self.plain = Network(deit(model, device), *layers, compiler if name == COMPILED else None).train()
         fused = name != PUBLISHED
         settings: dict[str, Any] = {"fused": True, "capturable": device == "cuda"} if fused else {}
         self.optimizer = torch.optim.AdamW(self.plain.parameters(), lr=LR, weight_decay=0.05, **settings)
@@ -231,7 +318,7 @@ def main() -> int:
     step = make(args.contender, args.model, images_and_labels(args.batch, args.device), args.device)
     for _ in range(2):
         step(0)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else memory.peak_resident()
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_resident()
     print(json.dumps(round(peak / 1e6, 1)))
     return 0
 

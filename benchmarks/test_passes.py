@@ -1,4 +1,4 @@
-"""Passes of the method on DeiT: calibration, sensitivities, extraction; each against the plain way."""
+"""Passes of the method on DeiT, each against the plain way: calibration, sensitivities, extraction, training loop."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from rich.console import Console
 
 import skd
-from benchmarks import memory, networks, published, published_conversion
-from benchmarks.steps import images_and_labels
-from benchmarks.timing import report
+from benchmarks import calibration, steps
+from benchmarks.contenders import PUBLISHED
+from benchmarks.steps import PLAIN_LAYERS, Network, images_and_labels
+from benchmarks.timing import Call, report
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, score_buffers
 from skd.taps import frozen, total_cost
+from skd.training.screen import Screen, Seconds
+from skd.training.trainer import Trainer
 
 BATCH = 16
+STEPS = 3  # of the training loop
+BARE: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "drop_path": 0.0, "model_ema": False}
 
 
 def deit(size: str, device: str) -> Any:
-    return networks.deit(size, device).eval()
+    return steps.deit(size, device).eval()
 
 
 def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,9 +38,8 @@ def describe(benchmark: Any, name: str, size: str) -> None:
     benchmark.extra_info.update({"pass": name, "model": size, "batch": BATCH})
 
 
-def published_network(size: str, device: str) -> networks.Network:
-    layers = published.masked_attention, published.masked_mlp
-    return networks.Network(deit(size, device), *layers, compiler=None).eval()
+def published_network(size: str, device: str) -> Network:
+    return Network(deit(size, device), *PLAIN_LAYERS[PUBLISHED], compiler=None).eval()
 
 
 def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -47,13 +53,13 @@ def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) 
 def test_calibration(benchmark: Any, device: str, size: str) -> None:
     """`skd.convert` of one batch, against the published way; and the peak memory of both."""
     model, batches = deit(size, device), [batch(device)]
-    contenders = {
+    contenders: dict[str, Call] = {
         "streamed": lambda: skd.convert(model, batches, centering="batch"),
-        "published": lambda: published_conversion.convert(model, batches),
+        "published": lambda: calibration.convert(model, batches),
     }
     describe(benchmark, "`skd.convert` as a whole", size)
     report(benchmark, contenders, rounds=3)
-    peaks = memory.peaks(f"deit_{size}_patch16_224", BATCH, device)
+    peaks = calibration.peaks(f"deit_{size}_patch16_224", BATCH, device)
     benchmark.extra_info["peak_mb_over_loading"] = {way: round(peaks[way] - peaks["load"]) for way in contenders}
 
 
@@ -129,7 +135,11 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
         return counted(top1)
 
     assert prefix_reuse() == whole_passes() == published_passes()
-    contenders = {"prefix reuse": prefix_reuse, "whole passes": whole_passes, "published": published_passes}
+    contenders: dict[str, Call] = {
+        "prefix reuse": prefix_reuse,
+        "whole passes": whole_passes,
+        "published": published_passes,
+    }
     describe(benchmark, "sensitivities, each from its module on", size)
     report(benchmark, contenders, rounds=3)
 
@@ -144,9 +154,40 @@ def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> 
         supernet.modules_in_order, [full, [int(width * fraction) for width in full]]
     )
     parameters = [torch.rand(p.shape, device=device) for p in skd.extract(supernet, entry=1).parameters()]
-    contenders = {
+    contenders: dict[str, Call] = {
         "extract": lambda: skd.extract(supernet, entry=1),
         "copy": lambda: [parameter.clone() for parameter in parameters],
     }
     describe(benchmark, f"`skd.extract`, {fraction:.0%} of the widths", size)
     report(benchmark, contenders, rounds=15)
+
+
+def trainer(device: str, batches: list[Any], **settings: Any) -> Trainer:
+    config = skd.TrainConfig(batch_size=len(batches[0][1]), amp_dtype="float32", **settings)
+    network = skd.SuperNet(deit("tiny", device))
+    return Trainer(network, batches, None, config, (), None, Screen(Console(quiet=True)))
+
+
+def test_training_loop(benchmark: Any, device: str) -> None:
+    """Three steps of DeiT-Tiny: the loop, the bare steps, and the loop with the whole recipe."""
+    batches = [batch(device)] * STEPS
+    loop, recipe = trainer(device, batches, **BARE), trainer(device, batches)
+    network = skd.SuperNet(deit("tiny", device)).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=0.05)
+
+    def bare_steps() -> None:
+        for images, labels in batches:
+            F.cross_entropy(network(images, entry=0), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def epoch(run: Trainer) -> None:
+        run.step_in_epoch = 0
+        run._train_epoch(Seconds())
+
+    contenders: dict[str, Call] = {
+        "loop": lambda: epoch(loop),
+        "bare steps": bare_steps,
+        "loop with Mixup, label smoothing and the average of the weights": lambda: epoch(recipe),
+    }
+    report(benchmark, contenders, rounds=7)

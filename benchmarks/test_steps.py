@@ -10,18 +10,29 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import skd
-from benchmarks import ceilings, steps
-from benchmarks.networks import dropout_list, entry_at, spread
+from benchmarks import steps
 from benchmarks.profile import device_ms
-from benchmarks.sizes import DEVICE, GPU, REHEARSAL, SIZES
-from benchmarks.timing import Call, record, side_by_side, synchronize, time_limit, warm_up
+from benchmarks.steps import dropout_list, entry_at, spread
+from benchmarks.timing import (
+    DEVICE,
+    GPU,
+    REHEARSAL,
+    ROOT,
+    SIZES,
+    Call,
+    matmul_ceiling,
+    record,
+    side_by_side,
+    synchronize,
+    time_limit,
+    warm_up,
+)
 
 # Of a whole gradient after 12 blocks; bfloat16 rounds every activation to 2^-9.
 TOLERANCE = 0.1 if GPU else 1e-3
@@ -121,7 +132,7 @@ class Steps:
 
     def info(self, model: str, seconds: dict[str, float], flops: float) -> dict[str, Any]:
         ours, *others = seconds
-        peak = ceilings.matmul(DEVICE, torch.bfloat16 if GPU else torch.float32)
+        peak = matmul_ceiling(DEVICE, torch.bfloat16 if GPU else torch.float32)
         compiled = {name: step.compiled for name, step in self.all.items() if step.compiled is not None}
         return {
             "step": model,
@@ -159,7 +170,11 @@ def test_mean_step(benchmark: Any, model: Any) -> None:
     entries = spread(found.supernet, SIZES.averaged)
 
     def over_all(step: steps.Step) -> Call:
-        return lambda: [step(entry) for entry in entries]
+        def call() -> None:
+            for entry in entries:
+                step(entry)
+
+        return call
 
     calls = {contender: over_all(step) for contender, step in found.all.items()}
     seconds = {key: value / len(entries) for key, value in side_by_side(calls, min(3, SIZES.rounds)).items()}
@@ -215,7 +230,7 @@ def test_peak_memory(benchmark: Any) -> None:
         command = [sys.executable, "-m", "benchmarks.steps", "--model", "tiny", "--batch", str(SIZES.batch)]
         done = subprocess.run(
             [*command, "--contender", name],
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,

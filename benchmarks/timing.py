@@ -1,27 +1,110 @@
-"""Ratios that survive a noisy machine: contenders take turns in random order, medians are compared."""
+"""How it is measured: the sizes of a run, contenders that take turns, the limits of the device, where it was.
+
+Contenders take turns in random order and medians are compared: such ratios survive a noisy machine.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import functools
+import json
+import os
 import random
+import re
+import resource
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.sizes import GPU
+import skd_kernels
 
+ROOT = Path(__file__).parent.parent
 Call = Callable[[], object]
 
 QUEUE_CYCLES = 4_000_000  # about 2 ms at 1.98 GHz: longer than the launches of most contenders take the host
 MOST_ROUNDS = 60
+CEILING_TIMES = 20
+
+# The sizes of a run ---------------------------------------------------------------------------------
+
+REHEARSAL = os.environ.get("SKD_REHEARSAL") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not REHEARSAL else "cpu"
+GPU = DEVICE == "cuda"
+BACKEND = "eager" if REHEARSAL else "inductor"  # of torch.compile
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one run of the benchmarks.
+
+    Attributes:
+        models: the DeiTs whose layers are timed.
+        step_models: the DeiTs whose training steps are timed.
+        batch: images of a masked layer and of a training step.
+        statistics: (images, threads) of the statistics; "gpu" for threads leaves PyTorch's setting alone.
+        pixels: height and width of the images of a step.
+        depth: blocks of the network of a step.
+        fractions: shares of the full width of a masked layer.
+        step_fractions: shares of the MACs of a step.
+        rounds: turns that each contender of a layer or a step has at least.
+        averaged: entries that stand for a whole dropout list.
+        ready: seconds that a contender of a step may take until it is ready, its compilations included.
+        budget: seconds that the contenders of a statistic take turns for.
+    """
+
+    models: tuple[str, ...] = ("tiny", "small", "base")
+    step_models: tuple[str, ...] = ("tiny", "small", "base")
+    batch: int = 128
+    statistics: tuple[tuple[int, int | str], ...] = ((128, "gpu"),)
+    pixels: int = 224
+    depth: int = 12
+    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
+    step_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
+    rounds: int = 7
+    averaged: int = 4
+    ready: float = 600.0
+    budget: float = 2.0
+
+
+# A rented GPU is dear: a model's steps take less than a minute.
+ON_GPU = Sizes(
+    fractions=(1.0, 0.5, 0.25), step_fractions=(1.0, 0.5, 0.25), rounds=5, averaged=7, ready=30.0, budget=0.5
+)
+# The statistics of a small batch, where the cost of a call shows, and of the one that `skd convert` takes.
+ON_CPU = Sizes(step_models=("tiny",), batch=16, statistics=((16, 1), (16, 2), (128, 2)))
+IN_REHEARSAL = Sizes(
+    models=("tiny",),
+    step_models=("tiny",),
+    batch=2,
+    statistics=((1, 1),),
+    pixels=32,
+    depth=2,
+    fractions=(0.5,),
+    step_fractions=(1.0, 0.5),
+    rounds=1,
+    averaged=2,
+    budget=0.0,
+)
+SIZES = IN_REHEARSAL if REHEARSAL else ON_GPU if GPU else ON_CPU
+
+
+# Clocks ---------------------------------------------------------------------------------------------
 
 
 def side_by_side(
-    contenders: dict[str, Call], rounds: int, *, budget: float = 0.0, clock: Callable[[Call], float] | None = None
+    contenders: Mapping[str, Call], rounds: int, *, budget: float = 0.0, clock: Callable[[Call], float] | None = None
 ) -> dict[str, float]:
     """Median seconds of each contender over rounds of one call each, in turn, after one warm-up.
 
@@ -90,6 +173,11 @@ def captured(call: Call, warm_up: int = 1) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def clock_of(device: str) -> Callable[[Call], float]:
+    """The clock of a device: on a GPU that of the device itself, so that launches are hidden."""
+    return on_device if torch.device(device).type == "cuda" else wall
+
+
 class _TimeOver(BaseException):
     """No Exception: compilers catch those, and go on."""
 
@@ -117,7 +205,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def report(benchmark: Any, contenders: dict[str, Call], rounds: int = 5) -> None:
+def report(benchmark: Any, contenders: Mapping[str, Call], rounds: int = 5) -> None:
     """Time the first contender for the JSON, and keep its ratio to each other one beside it."""
     medians = side_by_side(contenders, rounds)
     ours, *others = contenders
@@ -134,3 +222,117 @@ def record(benchmark: Any, call: Call, rounds: int = 5) -> None:
         synchronize()
 
     benchmark.pedantic(complete, rounds=rounds, warmup_rounds=1)
+
+
+# Ceilings and memory -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
+    """FLOP per second of a product of two large square matrices."""
+    size = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(device, lambda: a @ b)
+
+
+@functools.cache
+def copy_ceiling(device: str) -> float:
+    """Bytes read and written per second by a copy between buffers that no cache holds."""
+    source = torch.ones((1 << 30) if device == "cuda" else (128 << 20), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _seconds(device, lambda: target.copy_(source))
+
+
+def _seconds(device: str, call: Call) -> float:
+    """The shortest of several: what others on the machine take away is none of its limits."""
+    clock = clock_of(device)
+    call()
+    return min(clock(call) for _ in range(CEILING_TIMES))
+
+
+def peak_of_call(call: Callable[[], object], device: str) -> float:
+    """MB that PyTorch's allocator holds for a call at most, beyond what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    held = accumulate(event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    return round(max(held, default=0) / 1e6, 1)
+
+
+def peak_resident() -> int:
+    """Bytes. The kernel's count comes first: getrusage reports the peak of the parent where that was larger."""
+    status = Path("/proc/self/status")
+    match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return 1024 * int(match[1]) if match else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# Where a figure comes from --------------------------------------------------------------------------
+
+
+def provenance() -> dict[str, Any]:
+    """Device, cores, versions, commit and date; no name of host or folder."""
+    info = skd_kernels.build_info()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "cores": os.cpu_count(),
+        "versions": {name: info[name] for name in ("skd", "python", "torch", "triton", "timm")},
+        "commit": printed("git", "rev-parse", "HEAD") or "unknown",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    """The name of the CPU, where the package cpuinfo is, which comes with pytest-benchmark."""
+    try:
+        from cpuinfo import get_cpu_info
+    except ImportError:
+        return "CPU"
+    return str(get_cpu_info().get("brand_raw", "CPU"))
+
+
+def printed(*command: str) -> str:
+    """What a command prints, its first line; empty where it is not there."""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.partition("\n")[0].strip()
+    return ""
+
+
+def machine() -> dict[str, Any]:
+    """The same with every GPU that PyTorch sees, the driver, what is compiled, and why skd cannot be imported."""
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gigabytes": round(properties.total_memory / 1e9, 1),
+            }
+        )
+    driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    info = skd_kernels.build_info()
+    compiled = {name: info.get(name) for name in ("compiled", "reason", "built_with_torch", "cuda", "cuda_toolkit")}
+    compiled["cuda_architectures"] = info.get("cuda_architectures")
+    return {**provenance(), "devices": devices, "driver": driver, "build": compiled, "skd": refusal_of_skd()}
+
+
+def refusal_of_skd() -> str:
+    """Why skd cannot be imported, in one line; empty where it can."""
+    try:
+        import skd  # noqa: F401
+    except ImportError as error:
+        return str(error).partition("\n")[0]
+    return ""

@@ -16,31 +16,42 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import (
-    compare,
-    fashion_mnist,
-    gpu_table,
-    memory,
-    op,
-    profile,
-    published_conversion,
-    runs,
-    steps,
-    table,
-    test_steps,
-)
-from benchmarks import input as input_pipeline
-from benchmarks.masked import MASKED, Case
-from benchmarks.measure import check
-from benchmarks.operations import COMPILED, OPERATIONS, inputs
-from benchmarks.timing import side_by_side
+from benchmarks import calibration, compare, op, profile, steps, table, test_steps
+from benchmarks.contenders import COMPILED
+from benchmarks.measure import OURS, Case
+from benchmarks.registry import LAYERS, MASKED, OPERATIONS, STATISTICS
+from benchmarks.table import __main__ as table_command
+from benchmarks.table import gpu, runs
+from benchmarks.timing import peak_of_call, side_by_side
+from benchmarks.training import fashion_mnist
+from benchmarks.training import input as input_pipeline
 from skd.convert import convert
 from skd.data import data_config
+from skd_kernels import _dispatch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PLAIN = ["ours", "eager", "blocked", "published"]  # torch.compile takes seconds
-SHAPES = {"token_moments": (700, 3, 8), "taylor_scores": (5000, 40)}
+SHAPES = {
+    "token_moments": (700, 3, 8),
+    "taylor_scores": (5000, 40),
+    "masked_mlp": (2, 7, 24, 50, 33),
+    "masked_attention": (2, 7, 3, 8, 5),
+    "residual_norm": (2, 7, 24),
+}
+
+
+def plain(name: str) -> list[str]:
+    """Ours and the contenders that are not compiled, which takes seconds."""
+    return [OURS, *OPERATIONS[name].ways]
+
+
+def case_of(name: str, dtype: torch.dtype = torch.float32, total_bytes: int = 0) -> Case:
+    return Case(OPERATIONS[name], SHAPES[name], dtype, "cpu", total_bytes)
+
+
+def test_every_operation_of_the_library_is_in_the_registry() -> None:
+    """Whoever adds one is told here that it is not measured."""
+    assert set(OPERATIONS) == set(_dispatch._operations)
 
 
 def written(path: Path, device: str = "A", **medians: float) -> str:
@@ -53,36 +64,60 @@ def written(path: Path, device: str = "A", **medians: float) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_contenders_agree(name: str, dtype: torch.dtype) -> None:
-    names = ["ours"] if dtype == torch.float64 else PLAIN  # the others sum in float32
-    pair = inputs(SHAPES[name], dtype, "cpu", 0)[0]
-    errors = check(OPERATIONS[name], OPERATIONS[name].contenders(pair[0], names), pair)
-    assert set(errors) == set(names)
+    """Outputs and gradients."""
+    sums_in_float32 = name in STATISTICS and dtype == torch.float64
+    case = case_of(name, dtype)
+    contenders = case.contenders([OURS] if sums_in_float32 else plain(name))
+    assert set(case.check(contenders)) == set(contenders)
 
 
 def test_a_wrong_contender_is_caught() -> None:
-    operation = OPERATIONS["taylor_scores"]
-    pair = inputs((300, 8), torch.float32, "cpu", 0)[0]
-    with pytest.raises(RuntimeError, match="taylor_scores: signed is off by"):
-        check(operation, {"signed": lambda x, grad: (x * grad).sum(0)}, pair)
+    case = case_of("taylor_scores")
+    eager = case.operation.plain
+    with pytest.raises(RuntimeError, match="taylor_scores at 5000,40: signed is off by"):
+        case.check({"signed": lambda x, grad: (x * grad).sum(0)})
     with pytest.raises(RuntimeError, match="ours is off by"):
-        check(operation, {"ours": lambda x, grad: operation.eager(x, grad) * (1 + 1e-5)}, pair)
+        case.check({OURS: lambda x, grad: eager(x, grad) * (1 + 1e-5)})
     with pytest.raises(RuntimeError, match="nan is off by nan"):
-        check(operation, {"nan": lambda x, grad: grad[0] * float("nan")}, pair)
+        case.check({"nan": lambda x, grad: grad[0] * float("nan")})
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_contender_with_a_wrong_gradient_is_caught(name: str) -> None:
+    case = case_of(name)
+    right = case.contenders(plain(name)[1:2])
+
+    def wrong(x: torch.Tensor, *others: torch.Tensor) -> Any:
+        """Its value is right."""
+        return next(iter(right.values()))(2 * x - x.detach(), *others)
+
+    with pytest.raises(RuntimeError, match="wrong is off by"):
+        case.check({"wrong": wrong})
 
 
 def test_inputs_take_turns_and_outgrow_the_cache() -> None:
-    pairs = inputs((64, 16), torch.bfloat16, "cpu", total_bytes=20 * 4096)
-    assert len(pairs) == 20 and len({x.data_ptr() for x, _ in pairs}) == 20
-    assert all(torch.equal(x, pairs[0][0]) for x, _ in pairs)
+    rotated = Case(OPERATIONS["taylor_scores"], (64, 16), torch.bfloat16, "cpu", total_bytes=20 * 4096).rotated
+    assert len(rotated) == 20 and len({x.data_ptr() for x, _ in rotated}) == 20
+    assert all(torch.equal(x, rotated[0][0]) for x, _ in rotated)
+
+
+def test_another_width_shares_inputs_and_compilations() -> None:
+    case = case_of("masked_mlp")
+    other = case.at(7)
+    assert other.shape == (2, 7, 24, 50, 7) and case.shape[-1] == 33
+    assert other.inputs is case.inputs and other.compiled is case.compiled
 
 
 def test_work_counts_inputs_and_outputs_once() -> None:
     shape = OPERATIONS["token_moments"].shape("base", 128)
     assert shape == (25216, 36, 64)
-    found = OPERATIONS["token_moments"].work(shape, torch.bfloat16)
+    found = OPERATIONS["token_moments"].work(shape, torch.bfloat16, False)
     assert found.bytes == 2 * 25216 * 36 * 64 * 2 + 8 * (36 * 64 + 36 * (1 + 64 + 64 + 64 * 64))
-    scores = OPERATIONS["taylor_scores"].work((10, 8), torch.float32)
+    scores = OPERATIONS["taylor_scores"].work((10, 8), torch.float32, False)
     assert (scores.bytes, scores.flops) == (2 * 80 * 4 + 64, 160)
+    norm = OPERATIONS["residual_norm"].work
+    assert norm((1, 1, 1), torch.bfloat16, False).bytes == 4 + 2 + 4 + 2
+    assert norm((1, 1, 1), torch.bfloat16, True).bytes == 12 + (4 + 2 + 4) + (4 + 2)
 
 
 def test_side_by_side_calls_in_turn_and_in_every_order() -> None:
@@ -99,11 +134,11 @@ def test_op_prints_a_table(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     shape = ",".join(str(size) for size in SHAPES[name])
     before = torch.get_num_threads()
     arguments = [name, "--shape", shape, "--dtype", "bfloat16", "--device", "cpu", "--threads", "1"]
-    arguments += ["--contenders", ",".join(PLAIN), "--rounds", "1", "--seconds", "0", "--megabytes", "1"]
+    arguments += ["--contenders", ",".join(plain(name)), "--rounds", "1", "--seconds", "0", "--megabytes", "1"]
     assert op.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{name} {shape} bfloat16 on cpu, threads: 1; ours: ")
-    assert [line.split()[0] for line in lines[2:]] == ["contender", *PLAIN]
+    assert [line.split()[0] for line in lines[2:]] == ["contender", *plain(name)]
     assert torch.get_num_threads() == before
 
 
@@ -171,7 +206,7 @@ def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
     result, readme = tmp_path / "a.json", tmp_path / "README.md"
     result.write_text(json.dumps(run_of({"eager": 4.25, COMPILED: 3.0})))
     readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert table.main([str(result), "--write", str(readme)]) == 0
+    assert table_command.main([str(result), "--write", str(readme)]) == 0
     before, inside, after = table.split(readme.read_text())
     assert (before, after) == ("before\n", "\nafter\n")
     assert (
@@ -179,7 +214,7 @@ def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
         == "| `taylor_scores` | Tiny | float32 | 16 | 1 | compiled | 1.5 | 12 | 97 | 4.25x | 3.00x |"
     )
     readme.write_text("no markers")
-    assert table.main([str(result), "--write", str(readme)]) == 1
+    assert table_command.main([str(result), "--write", str(readme)]) == 1
     assert readme.read_text() == "no markers"
 
 
@@ -254,7 +289,7 @@ def test_the_time_of_a_step_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     found = profile.kernel_times(lambda: x @ x + x, rounds=2)
     assert found["aten::mm"][1] == 1.0 and found["aten::add"][1] == 1.0 and found["aten::mm"][0] > 0
     results = {"ours": {"1.0": {"step_ms": 1.0, "kernel_ms_per_step": found}}}
-    assert gpu_table.kind({"results": results}) == gpu_table.PROFILE
+    assert gpu.kind({"results": results}) == gpu.PROFILE
     assert "aten::mm" in profile.summary(results)
 
 
@@ -266,7 +301,7 @@ def test_the_peak_memory_of_a_call() -> None:
         (x + 1) + 1  # 4 MB twice, then one of them is free
         x.double()  # 8 MB
 
-    assert memory.peak_of_call(call, "cpu") == 8.0
+    assert peak_of_call(call, "cpu") == 8.0
 
 
 @pytest.mark.parametrize(
@@ -283,7 +318,7 @@ def test_committed_results_name_no_machine(path: Path) -> None:
 def test_the_published_conversion_is_ours() -> None:
     batches = random_batches()
     found, expected = (
-        published_conversion.convert(tiny_vit(), batches),
+        calibration.convert(tiny_vit(), batches),
         convert(tiny_vit(), batches, centering="batch"),
     )
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
@@ -291,23 +326,26 @@ def test_the_published_conversion_is_ours() -> None:
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_contenders_of_the_masked_layers_agree(name: str) -> None:
-    """Output and gradients, at an odd width too; a wrong one is caught."""
-    case = Case(name, "tiny", 1, "cpu", torch.float32)
-    case.compiled = case.operation.slices  # torch.compile takes seconds
-    for width in (5, case.width(0.5), case.width(1.0)):
-        assert len(case.check(width, 1e-4)) == 5
-    case.compiled = lambda *arguments, **named: case.operation.slices(*arguments, **named) * 1.01
-    with pytest.raises(RuntimeError, match=f"{name} at width 5: torch.compile is off by"):
-        case.check(5, 1e-4)
+def test_all_contenders_of_the_masked_layers_agree(name: str) -> None:
+    """At an odd width too; a wrong one is caught."""
+    operation = OPERATIONS[name]
+    full = Case(operation, operation.shape("tiny", 1), torch.float32, "cpu")
+    full.compiled = operation.plain  # type: ignore[assignment]  # torch.compile takes seconds
+    for width in (5, full.shape[-1] // 2, full.shape[-1]):
+        case = full.at(width)
+        assert len(case.check(case.contenders())) == 5
+    full.compiled = lambda *arguments, **named: operation.plain(*arguments, **named) * 1.01  # type: ignore[assignment]
+    case = full.at(5)
+    with pytest.raises(RuntimeError, match=f"{name} at .*,5: torch.compile is off by"):
+        case.check(case.contenders())
 
 
-def test_work_of_the_masked_layers_follows_the_width() -> None:
-    for operation in MASKED.values():
-        full = operation.full(12)
-        whole, half = (operation.work(25216, 12, width, torch.bfloat16, True) for width in (full, full // 2))
-        assert half.flops == whole.flops // 2 and whole.bytes // 2 < half.bytes < whole.bytes
-    flops = MASKED["masked_mlp"].work(10, 3, 5, torch.float32, False).flops
+@pytest.mark.parametrize("name", MASKED)
+def test_work_of_the_masked_layers_follows_the_width(name: str) -> None:
+    operation = OPERATIONS[name]
+    whole, half = (operation.work(operation.shape("base", 128, share), torch.bfloat16, True) for share in (1.0, 0.5))
+    assert half.flops == whole.flops // 2 and whole.bytes // 2 < half.bytes < whole.bytes
+    flops = OPERATIONS["masked_mlp"].work((2, 5, 192, 768, 5), torch.float32, False).flops
     assert flops == 2 * 10 * 192 * 5 * 2
 
 
@@ -349,7 +387,34 @@ def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytes
     assert input_pipeline.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "benchmarks")))
 def test_every_benchmark_can_be_imported(path: Path) -> None:
     """What they use of the library's inside may get another name; pytest does not collect them here."""
-    importlib.import_module(f"benchmarks.{path.stem}")
+    importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
+def test_each_folder_says_what_its_files_are(folder: Path) -> None:
+    """The docstring of `__init__.py` names every file and folder in it."""
+    text = importlib.import_module(".".join(folder.relative_to(ROOT).parts)).__doc__ or ""
+    named = {line.split()[0].rstrip("/") for line in text.splitlines() if line.startswith("    ")}
+    there = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"__pycache__", "README.md"}
+    assert named | {"__init__.py"} == there
+
+
+def test_the_readme_of_the_benchmarks_names_every_command() -> None:
+    """And no command that is not there."""
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    named = set(re.findall(r"python -m ([\w.]+)", text))
+    commands = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        for path in FILES
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    started_by_others = {"benchmarks.gpu_run.on_gpu", "benchmarks.gpu_run.small", "benchmarks.steps"}
+    assert named == commands - started_by_others
+    for path in re.findall(r"pytest (benchmarks/\S+\.py)", text):
+        assert (ROOT / path).is_file(), path

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_table, kernel_classes, runs, sentences, short_table, table
+from benchmarks import table
+from benchmarks.table import __main__ as table_command
+from benchmarks.table import gpu, runs, short
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,11 +36,9 @@ def named_in(text: str, pattern: str) -> list[Path]:
 
 def test_the_short_tables_are_fresh() -> None:
     """They are those of the committed results that they name."""
-    paths = named_in(inside(*table.SHORT), r"`([\w-]+\.json)`")
+    paths = named_in(inside(*runs.SHORT), r"`([\w-]+\.json)`")
     assert len(paths) >= 8
-    assert inside(*table.SHORT) == short_table.section(paths), (
-        f"{COMMAND} RESULTS --short --write docs/PERFORMANCE.md"
-    )
+    assert inside(*runs.SHORT) == short.section(paths), f"{COMMAND} RESULTS --short --write docs/PERFORMANCE.md"
 
 
 def test_all_tables_are_fresh() -> None:
@@ -48,7 +48,7 @@ def test_all_tables_are_fresh() -> None:
 
 
 def test_the_short_tables_are_of_the_same_results() -> None:
-    short = set(named_in(inside(*table.SHORT), r"`([\w-]+\.json)`"))
+    short = set(named_in(inside(*runs.SHORT), r"`([\w-]+\.json)`"))
     assert short == set(named_in(inside(), r"^`(\S+\.json)`: "))
 
 
@@ -69,27 +69,25 @@ def test_results_of_a_gpu_say_where_they_come_from(path: Path) -> None:
 def test_no_kernel_is_dropped_from_its_class(contender: str, fraction: str) -> None:
     """The classes add up to the kernels; hardly any kernel has none."""
     kernels = measured("profile-base")[contender][fraction]["kernel_ms_per_step"]
-    found = kernel_classes.grouped(kernels)
+    found = gpu.grouped(kernels)
     total = sum(milliseconds for milliseconds, _ in kernels.values())
     assert sum(found.values()) == pytest.approx(total, rel=1e-9)
-    assert found.get(kernel_classes.OTHER, 0.0) < 0.001 * total
-    assert set(found) <= {*kernel_classes.CLASSES, kernel_classes.OTHER}
+    assert found.get(gpu.OTHER, 0.0) < 0.001 * total
+    assert set(found) <= {*gpu.CLASSES, gpu.OTHER}
 
 
 def test_kernels_of_one_kind_share_a_class() -> None:
     """Names that hold each other's do not mix, and an unknown kernel is listed as such."""
-    classes = [
-        kernel_classes.class_of(name) for name in ("weight_gradient_kernel", "weight_gradient", "hidden_kernel")
-    ]
+    classes = [gpu.class_of(name) for name in ("weight_gradient_kernel", "weight_gradient", "hidden_kernel")]
     assert len(set(classes)) == 3
-    assert kernel_classes.class_of("finish_kernel") == classes[0]
-    assert kernel_classes.class_of("void at::native::reduce_kernel<512, 1>") == "sums over rows"
-    assert kernel_classes.grouped({"made_up": [2.0, 1], "also_made_up": [1.0, 3]}) == {kernel_classes.OTHER: 3.0}
+    assert gpu.class_of("finish_kernel") == classes[0]
+    assert gpu.class_of("void at::native::reduce_kernel<512, 1>") == "sums over rows"
+    assert gpu.grouped({"made_up": [2.0, 1], "also_made_up": [1.0, 3]}) == {gpu.OTHER: 3.0}
 
 
 def test_a_profile_is_shown_whole() -> None:
     """Each column's classes add up to the sum below them, to rounding."""
-    lines = gpu_table.profile_table(measured("profile-base"))
+    lines = gpu.profile_table(measured("profile-base"))
     cells = [line.strip("| ").split(" | ") for line in lines[2:]]
     classes, sums = cells[:-2], cells[-2]
     assert sums[0] == "sum of the kernels listed" and len(classes) > 10
@@ -99,7 +97,7 @@ def test_a_profile_is_shown_whole() -> None:
 
 
 def test_mean_steps_and_their_ratios() -> None:
-    lines = gpu_table.mean_table(measured("steps-mean"))
+    lines = gpu.mean_table(measured("steps-mean"))
     assert lines[0] == "| DeiT | MACs | ours, graph, ms | slices, ms | torch.compile, ms | published, ms |"
     assert [line.split(" | ")[0] for line in lines[2::4]] == ["| Tiny", "| Small", "| Base"]
     assert "| Base | 100 % | 53.7 | 53.9 (1.00x) | 47 (0.88x) | 138 (2.57x) |" in lines
@@ -107,7 +105,7 @@ def test_mean_steps_and_their_ratios() -> None:
 
 
 def test_kernels_against_the_library() -> None:
-    lines = gpu_table.products_table(measured("quick"))
+    lines = gpu.products_table(measured("quick"))
     assert "| fc1 + GELU | Base | 0.435 | 274 | 35 | 0.174 | 683 | 87 | 0.40x |" in lines
     assert "| masked_mlp, replayed | Small | 0.837 | 0.643 | 0.476 | 0.291 | 0.211 |" in lines
 
@@ -116,9 +114,9 @@ def test_norms_are_shown_beside_the_kernels() -> None:
     found = measured("quick")
     times, shares = {"ours": 0.0832, "eager": 0.205}, {"ours": 93.2, "eager": 37.9}
     found["base"].append({"question": "residual_norm, forward", "norm_ms": times, "percent_of_copy": shares})
-    lines = gpu_table.products_table(found)
+    lines = gpu.products_table(found)
     assert "| residual_norm, forward | Base | 0.0832 (93 %) | 0.205 (38 %) |" in lines
-    assert set(gpu_table.products_table(measured("quick"))) < set(lines)
+    assert set(gpu.products_table(measured("quick"))) < set(lines)
 
 
 def test_the_statistics_have_their_share_of_the_copy_bandwidth() -> None:
@@ -129,34 +127,34 @@ def test_the_statistics_have_their_share_of_the_copy_bandwidth() -> None:
 
 def test_gpu_time_comes_from_the_step_or_else_from_a_profile() -> None:
     rows = [{"step": "base", "fraction": 1.0}, {"step": "base", "fraction": 0.75}]
-    profiled = gpu_table.gpu_times([committed("profile-base"), committed("quick"), committed("statistics")])
-    lines = gpu_table.gpu_time_table(rows, profiled)
+    profiled = gpu.gpu_times([committed("profile-base"), committed("quick"), committed("statistics")])
+    lines = gpu.gpu_time_table(rows, profiled)
     assert lines[-1] == "| Base | 100 % | 53.3 | 52.1 |" and len(lines) == 4
     own = [info | {"gpu_ms": {"ours, graph": 40.04, "torch.compile": 41.0}} for info in rows]
-    assert gpu_table.gpu_time_table(own, profiled)[-2:] == [
+    assert gpu.gpu_time_table(own, profiled)[-2:] == [
         "| Base | 100 % | 40.0 | 41.0 |",
         "| Base | 75 % | 40.0 | 41.0 |",
     ]
-    assert gpu_table.gpu_time_table(rows, {}) == []
+    assert gpu.gpu_time_table(rows, {}) == []
 
 
 def test_a_result_without_provenance_has_its_table_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The output of benchmarks.quick as it is."""
     path = tmp_path / "quick.json"
     path.write_text(json.dumps(measured("quick")))
-    assert table.main([str(path)]) == 0
+    assert table_command.main([str(path)]) == 0
     shown = capsys.readouterr().out
     assert "`quick.json`: where it was measured is not recorded." in shown and "| fc2 | Base |" in shown
 
 
 def test_a_result_that_no_table_shows_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert table.main([str(RESULTS / "h100-sweep.json")]) == 1
+    assert table_command.main([str(RESULTS / "h100-sweep.json")]) == 1
     assert "h100-sweep.json is not a result" in capsys.readouterr().err
 
 
 def said(*names: str, **changed: dict[str, Any]) -> str:
     documents = [changed.get(name.replace("-", "_")) or committed(name) for name in names]
-    return re.sub(r"\s+", " ", " ".join(sentences.of(documents)))
+    return re.sub(r"\s+", " ", " ".join(short.sentences(documents)))
 
 
 def test_what_is_slower_than_the_library_is_said() -> None:
@@ -171,7 +169,7 @@ def test_what_is_slower_than_the_library_is_said() -> None:
         "10.1 GB of memory at most, with slices 10.4 GB, in the published way 14.7 GB",
     ):
         assert sentence in found, sentence
-        assert sentence in re.sub(r"\s+", " ", inside(*table.SHORT)), sentence
+        assert sentence in re.sub(r"\s+", " ", inside(*runs.SHORT)), sentence
 
 
 def test_a_sentence_follows_its_figures() -> None:
@@ -188,7 +186,7 @@ def test_a_sentence_follows_its_figures() -> None:
     assert "or longer" not in text and "20.0 against 52.1 ms at 100 %" in text
     quick = committed("quick")
     quick["results"]["base"] = [row for row in quick["results"]["base"] if row["question"] == "fc2"]
-    assert said("quick", quick=quick) == "" and sentences.of([]) == []
+    assert said("quick", quick=quick) == "" and short.sentences([]) == []
 
 
 def test_figures_of_a_gpu_in_the_page_on_training() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ("op", "quick", "small", "masked", "measure", "registers", "compare", "table", "conftest", "norm")
-BENCHMARKS += ("test_operations", "test_masked")
+BENCHMARKS = ("op", "quick", "registry", "measure", "registers", "compare", "table", "conftest", "test_operations")
+BENCHMARKS += ("gpu_run.on_gpu", "gpu_run.small")
 FORBID = """
 import importlib.abc, sys
 

@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import limited, on_gpu, prebuilt, precompile
-from benchmarks.limited import Command, Run
+from benchmarks import precompile
+from benchmarks.gpu_run import limited, on_gpu, prebuilt
+from benchmarks.gpu_run.limited import Command, Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def test_no_command_outlives_the_script(tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys, time
 from pathlib import Path
-from benchmarks.limited import Command, Run
+from benchmarks.gpu_run.limited import Command, Run
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 run = Run(Path({str(tmp_path)!r}), time.monotonic() + 600, dict(os.environ), {{}})

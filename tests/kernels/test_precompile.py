@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 from mlp_checks import check
 
 import skd_kernels as kernels
-from benchmarks import prebuilt, precompile
+from benchmarks import precompile
+from benchmarks.gpu_run import prebuilt
 from skd_kernels.gpu import mlp
 from skd_kernels.gpu.launch import Launch, _describe, record
 

@@ -197,17 +197,6 @@ def test_interpreted() -> None:
     run_interpreted("interpreted_norm.py")
 
 
-def test_the_benchmark_counts_every_stream_once_and_checks_its_contenders() -> None:
-    from benchmarks.norm import Case, eager, norm_bytes
-
-    assert norm_bytes(1, torch.bfloat16, backward=False) == 4 + 2 + 4 + 2
-    assert norm_bytes(1, torch.bfloat16, backward=True) == 12 + (4 + 2 + 4) + (4 + 2)
-    case = Case((2, 3, 8), "cpu", torch.float32)
-    case.check({"eager": eager}, 1e-5)
-    with pytest.raises(RuntimeError, match="no bias is off by"):
-        case.check({"no bias": lambda x, branch, weight, bias: eager(x, branch, weight, 0 * bias)}, 1e-5)
-
-
 def compiled_launches(architecture: int) -> list[Any]:
     from skd_kernels.gpu import norm
     from skd_kernels.gpu.launch import record

@@ -1,10 +1,13 @@
-"""Reading the JSON of a benchmark run, and of other committed results."""
+"""What tables are made of: the JSON of a run, the cells of a Markdown table, the markers of its page."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
+SHORT = "<!-- summary:begin -->", "<!-- summary:end -->"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -76,3 +79,43 @@ def changes(found: dict[str, Any]) -> str:
 
 def date(found: dict[str, Any]) -> str:
     return str(found["datetime"] if is_run(found) else found.get("date", "an unknown date"))[:10]
+
+
+# Markdown -------------------------------------------------------------------------------------------
+
+
+def three_digits(value: float) -> str:
+    """Or whole numbers, however large."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def listed(values: dict[str, float]) -> str:
+    return "; ".join(f"{name}: {three_digits(value)}" for name, value in values.items())
+
+
+def share(fraction: float | str) -> str:
+    """Of the MACs or the width, in percent; 'mean' is that over a dropout list."""
+    return "mean over a list" if fraction == "mean" else f"{100 * float(fraction):.3g} %"
+
+
+def rows_of(columns: list[str], rows: list[list[str]], words: int) -> list[str]:
+    """The lines of a table; its first `words` columns are text, the others are numbers."""
+    lines = [columns, *rows]
+    ruler = "|---" * words + "|--:" * (len(columns) - words) + "|"
+    texts = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return [texts[0], ruler, *texts[1:]]
+
+
+def split(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
+    """The text before the table between two markers, the table, and the text after it."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the table belongs between the lines {begin} and {end}; each must be there once, in order")
+    before, rest = text.split(begin)
+    inside, after = rest.split(end)
+    return before, inside.strip(), after
+
+
+def rewrite(path: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put `table` between the markers of a file."""
+    before, _, after = split(path.read_text(), begin, end)
+    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.gpu_run import ROOT
+
 MANIFEST, ARCHIVE = "manifest.json", "triton.tar.gz"
 SITE = '''"""Makes the part of Triton's cache keys that names its installation that of a cache made elsewhere."""
 

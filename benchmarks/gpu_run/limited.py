@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.prebuilt import ROOT
+from benchmarks.gpu_run import ROOT
 
 GRACE = 8.0  # seconds from the interrupt, after which pytest writes what it has, to the end
 FEWEST = 5.0  # seconds that a command is worth starting for

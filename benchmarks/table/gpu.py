@@ -1,20 +1,23 @@
 """Tables of what was measured on a GPU beside the runs of pytest-benchmark: steps, kernels, where the time goes.
 
-A document of each kind is known by what it holds. `results` may stand in it with their provenance, or alone.
+The kernels of a profile are grouped by what they do, since a table of forty long names says little. A document of
+each kind is known by what it holds. `results` may stand in it with their provenance, or alone.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from benchmarks import kernel_classes, runs
-from benchmarks.cells import rows_of, share, three_digits
-from benchmarks.operations import HEADS
+from benchmarks.registry import HEADS
+from benchmarks.table import runs
+from benchmarks.table.runs import rows_of, share, three_digits
 
 # Milliseconds that the GPU works for a step, by model and share of the MACs, then by contender.
 GpuTimes = dict[tuple[str, float], dict[str, float]]
 
 MEAN, PRODUCTS, PROFILE = "mean", "products", "profile"
+OTHER = "other"  # kernels of no class
 
 
 def kind(found: dict[str, Any]) -> str | None:
@@ -96,10 +99,10 @@ def profile_table(results: dict[str, Any]) -> list[str]:
         for fraction, entry in shares.items()
         if "kernel_ms_per_step" in entry
     }
-    classes = {name: kernel_classes.grouped(entry["kernel_ms_per_step"]) for name, entry in profiled.items()}
+    classes = {name: grouped(entry["kernel_ms_per_step"]) for name, entry in profiled.items()}
     rows = [
         [kind_of_work, *(f"{found[kind_of_work]:.2f}" if kind_of_work in found else "" for found in classes.values())]
-        for kind_of_work in [*kernel_classes.CLASSES, kernel_classes.OTHER]
+        for kind_of_work in [*CLASSES, OTHER]
         if any(kind_of_work in found for found in classes.values())
     ]
     rows.append(["sum of the kernels listed", *(f"{sum(found.values()):.2f}" for found in classes.values())])
@@ -135,3 +138,45 @@ def gpu_time_table(rows: list[dict[str, Any]], profiled: GpuTimes) -> list[str]:
         if found
     ]
     return ["", *rows_of(["DeiT", "MACs", *(f"{name}, GPU ms" for name in names)], cells, 2)] if cells else []
+
+
+# Kinds of kernels -----------------------------------------------------------------------------------
+
+# The first pattern that a name matches decides. The project's own kernels stand first, by their whole names.
+CLASSES: dict[str, str] = {
+    "fc1 with its activation: `hidden_kernel`": r"hidden_kernel$",
+    "dZ with its sums: `gradient_kernel`": r"gradient_kernel$",
+    "fc2, dX: `output_kernel`, `input_gradient_kernel`": r"(output|input_gradient)_kernel$",
+    "weight gradients of the MLP: `weight_gradient_kernel`, `finish_kernel`": r"(weight_gradient|finish)_kernel$",
+    "projections: `into_heads`, `out_of_heads`, `transpose_kept`": r"(into_heads|out_of_heads|transpose_kept)$",
+    "weight gradients of the projections: `weight_gradient`, `finish_weight_gradient`": r"(finish_)?weight_gradient$",
+    "attention core: `flash_forward`, `flash_backward`, `add_terms`; the library's": (
+        r"(flash_forward|flash_backward|add_terms)$|.*(sdpa|compute_dot_do_o|convert_dq)"
+    ),
+    "patch embedding, by cuDNN": r".*(cutlass\w*cudnn|nchwToNhwc|nhwcToNchw)",
+    "matrix products of the library": r"nvjet|.*(splitKreduce|gemm)",
+    "activation, a kernel of its own": r".*Gelu",
+    "layer norms": r"residual_norm|.*(layer_norm|GammaBeta)",
+    "additions, most of them residual sums": r".*CUDAFunctor_add",
+    "conversions between float32 and bfloat16": r".*(bfloat16_copy|unrolled_elementwise_kernel.*direct_copy)",
+    "sums over rows": r"(column_)?sums_kernel$|.*reduce_kernel",
+    "AdamW, average of the weights": r".*multi_tensor_apply",
+    "copies, concatenations, zeros": r".*(CatArray|direct_copy|FillFunctor|Mem(cpy|set)|memset)",
+}
+
+
+def class_of(kernel: str) -> str:
+    return next((name for name, pattern in CLASSES.items() if re.match(pattern, kernel)), OTHER)
+
+
+def grouped(kernels: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds by class, of the classes that occur.
+
+    Args:
+        kernels: milliseconds and launches of a step by the kernel's name.
+    """
+    found: dict[str, float] = {}
+    for kernel, (milliseconds, _) in kernels.items():
+        name = class_of(kernel)
+        found[name] = found.get(name, 0.0) + milliseconds
+    return found

@@ -34,9 +34,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prebuilt
-from benchmarks.limited import Command, Run
-from benchmarks.prebuilt import ROOT
+from benchmarks.gpu_run import ROOT, prebuilt
+from benchmarks.gpu_run.limited import Command, Run
 
 SECONDS = 525  # of all commands together: with what comes before and after them, nine minutes
 PARTS = ("correctness", "steps", "profile", "operations", "statistics", "sanitizers")
@@ -89,7 +88,7 @@ def architecture(environment: dict[str, str]) -> tuple[int | None, str]:
 
 def describe(run: Run) -> None:
     """Note versions, devices and what is missing."""
-    found, error = asked("from benchmarks.provenance import machine; print(json.dumps(machine()))", run.environment)
+    found, error = asked("from benchmarks.timing import machine; print(json.dumps(machine()))", run.environment)
     found = {"error": error} if found is None else found
     if refusal := found.get("skd", error):
         run.missing["skd"] = refusal
@@ -148,18 +147,18 @@ def operations(output: Path, rehearse: bool) -> list[Command]:
     if rehearse:
         sizes = "--device cpu --model tiny --batch 1 --tokens 20"
     quick = [*module("benchmarks.quick", f"{sizes} --json"), str(output / "gpu-quick.json")]
-    masked = tests("benchmarks/test_masked.py", output / "gpu-masked.json")
+    masked = tests("benchmarks/test_operations.py::test_masked", output / "gpu-masked.json")
     return [Command("quick", quick, 40), Command("masked", masked, 75, ("pytest_benchmark",))]
 
 
 def statistics(output: Path) -> list[Command]:
-    words = tests("benchmarks/test_operations.py", output / "gpu-statistics.json")
+    words = tests("benchmarks/test_operations.py::test_operation", output / "gpu-statistics.json")
     return [Command("statistics", words, 60, ("pytest_benchmark",))]
 
 
 def sanitizers(rehearse: bool) -> list[Command]:
     """Under memcheck and racecheck; a rehearsal runs one of the programs without."""
-    from benchmarks.small import CASES
+    from benchmarks.gpu_run.small import CASES
 
     once = "--contenders ours --rounds 1 --seconds 0 --megabytes 1"
     programs = {
@@ -170,7 +169,9 @@ def sanitizers(rehearse: bool) -> list[Command]:
         for dtype in ("float32", "bfloat16")
     }
     programs |= {
-        f"{operation}-{sizes}-{dtype}": module("benchmarks.small", f"{operation} --sizes {sizes} --dtype {dtype}")
+        f"{operation}-{sizes}-{dtype}": module(
+            "benchmarks.gpu_run.small", f"{operation} --sizes {sizes} --dtype {dtype}"
+        )
         for operation, sizes, dtype in CASES
         if dtype != "float16"
     }

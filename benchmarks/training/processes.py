@@ -1,6 +1,6 @@
 """Images per second of the training loop on one and on several processes, with the whole published recipe.
 
-python -m benchmarks.processes --json FILE    random images, so that nothing but the steps is timed
+python -m benchmarks.training.processes --json FILE    random images, so that nothing but the steps is timed
 
 On a CPU one process with all threads stands beside as many processes of one thread; on GPUs each process has one.
 """
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 import skd
-from benchmarks.provenance import provenance
+from benchmarks.timing import provenance
 from skd.training.trainer import by_hand
 
 
@@ -70,9 +70,14 @@ def measure(models: list[str], batch: int, number: int, rounds: int) -> dict[str
         for model in models:
             for processes, threads in dict.fromkeys(contenders):
                 with tempfile.TemporaryDirectory() as folder:
-                    setup = {"model": model, "processes": processes, "threads": threads, "batch": batch}
+                    setup: dict[str, Any] = {
+                        "model": model,
+                        "processes": processes,
+                        "threads": threads,
+                        "batch": batch,
+                    }
                     setup |= {"steps": number, "file": f"{folder}/seconds", "device": "cuda" if on_gpu else "cpu"}
-                    mp.spawn(steps, (setup,), nprocs=processes)
+                    spawn(steps, (setup,), nprocs=processes)
                     found = json.loads(Path(setup["file"]).read_text())
                 turns.setdefault((model, processes, threads), []).extend(found)
     rows = [
@@ -89,7 +94,7 @@ def measure(models: list[str], batch: int, number: int, rounds: int) -> dict[str
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.processes", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.training.processes", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--models", nargs="+", default=["deit_tiny_patch16_224"])
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together")

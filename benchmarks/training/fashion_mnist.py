@@ -1,8 +1,8 @@
 """A mid-size real run by the command line: Fashion-MNIST's 70,000 images, a small ViT, under 40 minutes on a CPU.
 
-python -m benchmarks.fashion_mnist --data DIR --out DIR --json FILE    run it: DIR has the data set's idx files
-python -m benchmarks.fashion_mnist --table FILE --write docs/ACCURACY.md      the page's table from the result
-python -m benchmarks.fashion_mnist --table FILE --plot docs/fashion-mnist.png
+python -m benchmarks.training.fashion_mnist --data DIR --out DIR --json FILE    run it: DIR has the idx files
+python -m benchmarks.training.fashion_mnist --table FILE --write docs/ACCURACY.md    the page's table from it
+python -m benchmarks.training.fashion_mnist --table FILE --plot docs/fashion-mnist.png
 
 On Debian the images are in the package dataset-fashion-mnist (/usr/share/datasets/fashion-mnist).
 """
@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import provenance
 from benchmarks.table import rewrite
+from benchmarks.timing import provenance
 
 BEGIN, END = "<!-- fashion-mnist:begin -->", "<!-- fashion-mnist:end -->"
 MODEL = {
@@ -128,7 +128,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fashion_mnist", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.training.fashion_mnist", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data", metavar="DIR", help="folder with the idx files")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for networks and reports")

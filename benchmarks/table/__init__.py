@@ -1,8 +1,10 @@
-"""The tables of performance, made from committed results.
+"""The tables of performance, made from committed results: `python -m benchmarks.table RESULT.json ...`.
 
-python -m benchmarks.table RESULT.json ...                              print them
-python -m benchmarks.table RESULT.json ... --write docs/PERFORMANCE.md  put them between the file's two marker lines
-python -m benchmarks.table RESULT.json ... --short                      one short table for each device instead
+    __init__.py   all tables, one part per file: what docs/PERFORMANCE.md has
+    __main__.py   the command
+    gpu.py        the results that no run of pytest-benchmark made: steps, kernels, profiles
+    short.py      the short tables: the most telling rows of each device, and sentences on them
+    runs.py       reading the JSON, cells and rows of Markdown, the markers of a page
 
 A RESULT.json is a run of pytest-benchmark, the output of benchmarks.quick, or one of the other results that
 benchmarks/results has for a GPU. A profile among them gives the table of steps their GPU time.
@@ -10,24 +12,21 @@ benchmarks/results has for a GPU. A profile among them gives the table of steps 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table, runs, short_table
-from benchmarks.cells import listed, three_digits
-from benchmarks.gpu_table import GpuTimes
+from benchmarks.table import gpu, runs
+from benchmarks.table.gpu import GpuTimes
+from benchmarks.table.runs import BEGIN, END, listed, rewrite, split, three_digits
 
-BEGIN, END = "<!-- performance:begin -->", "<!-- performance:end -->"
-SHORT = "<!-- summary:begin -->", "<!-- summary:end -->"
+__all__ = ["BEGIN", "END", "rewrite", "section", "split"]
 OTHERS = ("eager", "blocked", "torch.compile", "published")
 
 
 def section(paths: list[Path]) -> str:
     """The text between the markers: one part per file, under the name of the device where that changes."""
     documents = {path: document(path) for path in paths}
-    profiled = gpu_table.gpu_times(list(documents.values()))
+    profiled = gpu.gpu_times(list(documents.values()))
     parts, device = [], None
     for path, found in documents.items():
         if runs.device(found) != device:
@@ -40,11 +39,11 @@ def section(paths: list[Path]) -> str:
 def document(path: Path) -> dict[str, Any]:
     """ValueError where it is neither a run of pytest-benchmark nor a result that has a table."""
     found = runs.document(path)
-    return found if not runs.is_run(found) and gpu_table.kind(found) else runs.read(path)
+    return found if not runs.is_run(found) and gpu.kind(found) else runs.read(path)
 
 
 def other_part(path: Path, found: dict[str, Any]) -> str:
-    return "\n".join([other_heading(path, found), "", *gpu_table.tables(found)])
+    return "\n".join([other_heading(path, found), "", *gpu.tables(found)])
 
 
 def part(path: Path, run: dict[str, Any], profiled: GpuTimes | None = None) -> str:
@@ -54,7 +53,7 @@ def part(path: Path, run: dict[str, Any], profiled: GpuTimes | None = None) -> s
         for rows, make in (
             ("operation", operation_table),
             ("masked", masked_table),
-            ("step", lambda rows: [*step_table(rows), *gpu_table.gpu_time_table(rows, profiled or {})]),
+            ("step", lambda rows: [*step_table(rows), *gpu.gpu_time_table(rows, profiled or {})]),
             ("pass", pass_table),
         )
         if any(rows in info for info in entries)
@@ -212,40 +211,3 @@ def operation_table(operations: list[dict[str, Any]]) -> list[str]:
         cells += [f"{info['ratio'][name]:.2f}x" if name in info["ratio"] else "" for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def split(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
-    """The text before the table between two markers, the table, and the text after it."""
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"the table belongs between the lines {begin} and {end}; each must be there once, in order")
-    before, rest = text.split(begin)
-    inside, after = rest.split(end)
-    return before, inside.strip(), after
-
-
-def rewrite(path: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put `table` between the markers of a file."""
-    before, _, after = split(path.read_text(), begin, end)
-    path.write_text(f"{before}{begin}\n{table}\n{end}{after}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Make the tables of performance.")
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
-    parser.add_argument("--short", action="store_true", help="a short table for each device")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="rewrite the table between FILE's markers")
-    args = parser.parse_args(arguments)
-    try:
-        text = short_table.section(args.results) if args.short else section(args.results)
-        if args.write is None:
-            print(text)
-        else:
-            rewrite(args.write, text, *(SHORT if args.short else (BEGIN, END)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

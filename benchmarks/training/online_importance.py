@@ -1,6 +1,6 @@
 """``importance="online"`` against passes over calibration images: do they agree, what is saved, what is the curve.
 
-python -m benchmarks.online_importance --json FILE    a small ViT on digits, minutes on a CPU
+python -m benchmarks.training.online_importance --json FILE    a small ViT on digits, minutes on a CPU
 
 The same pre-trained and converted network is trained by PIAD twice. In the online run, whenever the list grows, the
 passes are made as well, at the same weights and widths, and the two orders compared; their time is not counted.
@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 import skd
-from benchmarks.provenance import provenance
+from benchmarks.timing import provenance
 from skd import demo
 from skd.planning import Proposal, propose
 from skd.training.online import OnlineImportance
@@ -34,7 +34,8 @@ class Compared:
     """Stands in front of `OnlineImportance.propose` and makes the passes too."""
 
     def __init__(self, calibration: Any) -> None:
-        self.calibration, self.rounds, self.seconds = calibration, [], 0.0
+        self.calibration, self.seconds = calibration, 0.0
+        self.rounds: list[dict[str, float]] = []
         self.own = OnlineImportance.propose
 
     def __call__(self, online: OnlineImportance, convention: str) -> Proposal:

@@ -22,8 +22,7 @@ import torch
 from PIL import Image
 
 import skd
-from benchmarks.provenance import provenance
-from benchmarks.timing import synchronize
+from benchmarks.timing import provenance, synchronize
 from skd.data import data_config, open_source, train_loader, train_transform
 from skd.data.pixels import Prepared
 from skd.training.trainer import by_hand
@@ -209,7 +208,9 @@ def spread(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.input", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training.input", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
