@@ -19,8 +19,7 @@ from skd.data import (
     eval_loader,
     open_source,
 )
-from skd.data.classes import agree, name_classes
-from skd.data.scanning import shown
+from skd.data.source import agree, name_classes, shown
 from skd.devices import usable_device
 from skd.files import load
 from skd.ranks import everyone, rank_of, size_of, together

@@ -12,7 +12,7 @@ from skd.commands.train import CONVERTED
 from skd.commands.work import common, models
 from skd.convert import convert
 from skd.data import Loaders, Sources, loaders, seeded
-from skd.data.from_config import calibration
+from skd.data.building import calibration
 from skd.files import save
 from skd.outputs import output_folder
 from skd.ranks import check_same, rank_of, spread, together
