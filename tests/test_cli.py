@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,9 @@ import torch
 
 import skd
 import skd.cli
-import skd.commands.work.info
 import skd.demo
 import skd_kernels
+from skd import commands
 from skd.cli import main
 from skd.outputs import replacing
 from skd.training import Diverged
@@ -35,6 +38,10 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("training started")
 
     monkeypatch.setattr(skd.demo, "train_stand_in", fail)
+
+
+def instead_of_info(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
+    monkeypatch.setitem(commands.COMMANDS, "info", replace(commands.COMMANDS["info"], run=run))
 
 
 def exit_status(*argv: str) -> Any:
@@ -78,7 +85,7 @@ def test_sigterm_ends_a_command_as_an_exception_does(tmp_path: Path, monkeypatch
             time.sleep(10)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(skd.commands.work.info, "run", killed)
+    instead_of_info(monkeypatch, killed)
     assert exit_status("info") == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
@@ -101,7 +108,7 @@ def test_no_error_is_a_traceback(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(skd.commands.work.info, "run", fail)
+    instead_of_info(monkeypatch, fail)
     assert main(["info"]) == status
     assert capsys.readouterr().err == f"{line}\n"
 
@@ -110,7 +117,7 @@ def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> None:
         raise TypeError("a fault")
 
-    monkeypatch.setattr(skd.commands.work.info, "run", fail)
+    instead_of_info(monkeypatch, fail)
     monkeypatch.setenv("SKD_TRACEBACK", "1")
     with pytest.raises(TypeError, match="a fault"):
         main(["info"])
@@ -118,9 +125,9 @@ def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_advice_on_memory_names_options_that_the_command_has(command: str) -> None:
-    _, commands = skd.cli._parser(argparse.ArgumentParser)
-    own = skd.commands.COMMANDS[command].add(commands)
-    known = {word for action in own._actions for word in action.option_strings}
+    own = argparse.ArgumentParser()
+    commands.COMMANDS[command].arguments(own)
+    known = set(re.findall(r"--[a-z0-9-]+", own.format_help()))
     advice = own.get_default("saves_memory")
     assert (advice is not None) == ("--data" in known)
     assert {word.strip(",") for word in (advice or "").split() if word.startswith("--")} <= known

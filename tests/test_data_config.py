@@ -18,7 +18,7 @@ from test_data_streams import write_shards
 
 import skd
 from skd.cli import parsed
-from skd.commands.work import train as command
+from skd.commands import train as command
 from skd.data import Augmentation, Sources, data_config, loaders, open_source, train_loader
 from skd.data.pixels import AUGMENTATION
 
@@ -46,7 +46,7 @@ def test_what_the_command_line_uses(tmp_path: Path) -> None:
     config = training_config(batch_size=8, grad_accum_steps=2, calibration_images=10, aug_repeats=2, seed=5)
     arguments = parsed(["train", "--data", str(tmp_path / "images"), "--supernet", "x"])
     arguments.group = None
-    theirs = command._loaders(arguments, model, config)
+    theirs = command.loaders(arguments, model, config)
     ours = skd.data.loaders(tmp_path / "images", skd.SuperNet(model), config)
     for one, other in zip(ours, theirs, strict=True):
         assert same(one, other) and len(one) > 0
