@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import digit_net
 
 import skd
 import skd.cli
@@ -212,3 +214,35 @@ def test_a_link_does_not_hide_that_two_files_are_one(tmp_path: Path, capsys: pyt
         argv = ["demo", "--out", str(tmp_path / "run"), "--json", str(tmp_path / name)]
         assert main(argv) == 2
         assert f"--json is {str(tmp_path / name)!r}, a file of --out" in capsys.readouterr().err
+
+
+def test_a_file_in_the_package_is_all_that_a_command_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one in CONTRIBUTING.md: help, files and --json know it, and nothing else was touched."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- snippet: command -->\n *```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    (tmp_path / "modules.py").write_text(textwrap.dedent(found[1]))
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    try:
+        commands_now = commands.find_commands()
+        assert list(commands_now) == [*COMMANDS, "modules"]
+        monkeypatch.setitem(commands.COMMANDS, "modules", commands_now["modules"])
+        assert exit_status("--help") == 0 and exit_status("modules", "--help") == 0
+        assert "the modules of a super-network" in capsys.readouterr().out
+        network = digit_net()
+        skd.save(network, tmp_path / "net.safetensors")
+        given = ["modules", "--supernet", str(tmp_path / "net.safetensors")]
+        assert main([*given, "--json", str(tmp_path / "found.json")]) == 0
+        widths = json.loads((tmp_path / "found.json").read_text())["widths"]
+        assert list(widths.values()) == network.dropout_list.widths[0].tolist()
+        assert main([*given, "--json", str(tmp_path / "net.safetensors")]) == 2
+        assert "the same file" in capsys.readouterr().err
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        assert main(given) == 2 and "skd modules runs in one process" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("skd.commands.modules", None)
+        vars(commands).pop("modules", None)

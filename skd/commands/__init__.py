@@ -47,10 +47,11 @@ class Command:
     order: int = 100
 
 
-def _found() -> dict[str, Command]:
+def find_commands() -> dict[str, Command]:
+    """Those in the files of this package, by name, in the order of the list that is printed."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     commands: dict[str, Command] = {name: import_module(f"{__name__}.{name}").COMMAND for name in names}
     return dict(sorted(commands.items(), key=lambda item: (item[1].order, item[0])))
 
 
-COMMANDS = _found()
+COMMANDS = find_commands()
