@@ -22,7 +22,7 @@ from skd.data.indexed import IndexedSource
 from skd.data.iteration import IndexedLoader, Loader, StreamLoader
 from skd.data.loading import FixedPlan, Loading, TrainPlan
 from skd.data.opening import open_source
-from skd.data.pixels import AUGMENTATION, Normalisation, chosen_augmentation, data_config
+from skd.data.pixels import AUGMENTATION, DataConfig, Normalisation, chosen_augmentation, data_config
 from skd.data.source import Source, agree, name_classes
 from skd.data.streams import StreamSource
 from skd.data.workers import IndexedBatches, Preparation
@@ -35,7 +35,7 @@ from skd.supernet import SuperNet
 
 def train_loader(
     source: Source,
-    config: dict[str, Any],
+    config: DataConfig,
     *,
     batch_size: int,
     seed: int,
@@ -94,7 +94,7 @@ def train_loader(
 
 def eval_loader(
     source: Source,
-    config: dict[str, Any],
+    config: DataConfig,
     *,
     batch_size: int,
     workers: int = 0,
@@ -139,7 +139,7 @@ def eval_loader(
 
 def calibration_loader(
     source: Source,
-    config: dict[str, Any],
+    config: DataConfig,
     *,
     images: int = 1024,
     seed: int = 0,
@@ -175,9 +175,7 @@ def calibration_loader(
     return loader_of(source, config, loading)
 
 
-def loader_of(
-    source: Source, config: dict[str, Any], loading: Loading, indices: Sequence[int] | None = None
-) -> Loader:
+def loader_of(source: Source, config: DataConfig, loading: Loading, indices: Sequence[int] | None = None) -> Loader:
     """The loader that `loading` describes, which says whether it is one to train, to evaluate or to calibrate.
 
     Args:
@@ -333,7 +331,7 @@ def warn_of_ignored(config: TrainConfig, **given: Any) -> None:
             )
 
 
-def _shared(images: dict[str, Any], model: Any, config: TrainConfig, group: Any) -> Loading:
+def _shared(images: DataConfig, model: Any, config: TrainConfig, group: Any) -> Loading:
     """What the three loaders have in common: the one to validate with has no more."""
     device = next(model.parameters()).device
     return Loading(

@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
 from skd.data.indexed import ReaderSource
 from skd.data.pixels import extensions
-from skd.data.source import ClassMap, LeftOut, names_of, shown
+from skd.data.source import About, ClassMap, LeftOut, names_of, shown
 
 TRAIN = ("train", "training")
 # timm's names; "test" last, so that a folder with train and test has something to evaluate on.
@@ -238,19 +238,20 @@ def open_folder(
     mode: str,
     class_map: ClassMap | None,
     require_split: bool,
-    labelled: bool = True,
-    **options: Any,
+    labelled: bool,
+    exif_orientation: bool,
 ) -> ReaderSource:
-    """One split of a folder; arguments and errors as in `open_source`, options those of `Source`."""
+    """One split of a folder; arguments and errors as in `open_source`."""
     place = split_folder(folder, split, require_split, labelled)
     left_out = LeftOut()
+    about: About = {"root": place, "left_out": left_out, "exif_orientation": exif_orientation}
     images = search(place, left_out)
     mapped = class_map is not None
     if not labelled:
         if not images:
             raise _nothing(folder, place, left_out, mapped=False)
         files = FolderImages([(image.path, -1) for image in images])
-        return ReaderSource(files, str(place), mode, root=place, labelled=False, left_out=left_out, **options)
+        return ReaderSource(files, str(place), mode, **about | {"labelled": False})
     if class_map is not None:
         class_to_index = _class_map(class_map, place)
         images = list(_of_classes(images, class_to_index, left_out))
@@ -264,13 +265,11 @@ def open_folder(
         _check_undivided(folder, images)
     files = FolderImages([(image.path, class_to_index[_class_of(image)]) for image in images])
     classes = names_of(class_to_index)
-    return ReaderSource(
-        files, str(place), mode, classes=classes, root=place, mapped=mapped, left_out=left_out, **options
-    )
+    return ReaderSource(files, str(place), mode, **about | {"classes": classes, "mapped": mapped})
 
 
 def open_image_folder(
-    folder: Path, split: str, mode: str, require_split: bool, labelled: bool = True, **options: Any
+    folder: Path, split: str, mode: str, require_split: bool, labelled: bool, exif_orientation: bool
 ) -> ReaderSource:
     """The same as torchvision's ImageFolder has it: the sub-folders are the classes, however deep their images lie.
 
@@ -278,6 +277,7 @@ def open_image_folder(
     """
     place = split_folder(folder, split, require_split, labelled)
     left_out = LeftOut()
+    about: About = {"root": place, "left_out": left_out, "exif_orientation": exif_orientation}
     images = []
     for image in search(place, left_out):
         if image.parent or not labelled:
@@ -291,9 +291,7 @@ def open_image_folder(
     classes = sorted({_top(image) for image in images}) if labelled else None
     labels = {name: label for label, name in enumerate(classes or ())}
     files = FolderImages([(image.path, labels.get(_top(image), -1)) for image in images])
-    return ReaderSource(
-        files, str(place), mode, classes=classes, root=place, labelled=labelled, left_out=left_out, **options
-    )
+    return ReaderSource(files, str(place), mode, **about | {"classes": classes, "labelled": labelled})
 
 
 class FolderImages:
@@ -305,11 +303,11 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int, /) -> tuple[IO[bytes], int]:
         path, label = self.samples[index]
         return open(path, "rb"), label
 
-    def filename(self, index: int, absolute: bool = True) -> str:
+    def filename(self, index: int, /, *, absolute: bool) -> str:
         return self.samples[index][0]
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol, Unpack
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from skd.data.source import LabelError, Source, opened
+from skd.data.source import About, LabelError, Source, opened
 
 FASHION = [
     "T-shirt/top",
@@ -30,9 +31,28 @@ _PARTS = {"train": "train", "validation": "t10k"}
 _UNSIGNED_BYTE = 8  # the type code in a header
 
 
+class Pairs(Protocol):
+    """A map-style data set of PIL images and labels, such as torchvision's."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
+
+
+class Reader(Protocol):
+    """One of timm's readers: files with labels, opened but not decoded."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[IO[bytes], Any]: ...
+
+    def filename(self, index: int, /, *, absolute: bool) -> str | None: ...
+
+
 class IndexedSource(Source):
     """Images with the numbers 0..len - 1."""
 
+    @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int]:
         """One image, decoded, in `mode`, and its label.
 
@@ -40,7 +60,6 @@ class IndexedSource(Source):
             BadImage: the file cannot be read.
             LabelError: the label is not one integer.
         """
-        raise NotImplementedError
 
     def vanished(self) -> bool:
         """The folder is no longer there, or can no longer be asked."""
@@ -50,8 +69,8 @@ class IndexedSource(Source):
 class PairSource(IndexedSource):
     """A map-style data set of (PIL image, label)."""
 
-    def __init__(self, dataset: Any, name: str, mode: str, **options: Any) -> None:
-        super().__init__(name, mode, **options)
+    def __init__(self, dataset: Pairs, name: str, mode: str, **about: Unpack[About]) -> None:
+        super().__init__(name, mode, **about)
         self._dataset = dataset
 
     def __len__(self) -> int:
@@ -71,8 +90,8 @@ class PairSource(IndexedSource):
 class ReaderSource(IndexedSource):
     """One of timm's readers of files: class folders, Hugging Face data sets."""
 
-    def __init__(self, reader: Any, name: str, mode: str, **options: Any) -> None:
-        super().__init__(name, mode, **options)
+    def __init__(self, reader: Reader, name: str, mode: str, **about: Unpack[About]) -> None:
+        super().__init__(name, mode, **about)
         self._reader = reader
 
     def __len__(self) -> int:

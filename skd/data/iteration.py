@@ -180,8 +180,9 @@ class StreamLoader(Loader):
         """Batches until there are this many images; the last is cut."""
         for loaded in start(self._workers()):
             if loaded.images is not None and loaded.labels is not None:
-                loaded = loaded._replace(images=loaded.images[:images], labels=loaded.labels[:images])
-                images -= len(loaded.images)
+                kept = loaded.images[:images]
+                loaded = loaded._replace(images=kept, labels=loaded.labels[:images])
+                images -= len(kept)
             yield loaded
             if images <= 0:
                 return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +17,7 @@ from timm.data import create_dataset
 from skd.data.digits import PREPROCESSING, pixels
 from skd.data.folders import EVALUATION, TRAIN, existing_folder, open_folder, open_image_folder
 from skd.data.indexed import ArrayImages, IdxImages, PairSource, ReaderSource, idx_folder
-from skd.data.source import ClassMap, Source, names_of, opened
+from skd.data.source import About, ClassMap, Source, names_of, opened
 from skd.data.streams import STREAMS
 
 MODES = {1: "L", 3: "RGB"}
@@ -105,7 +105,7 @@ def open_source(
     folder = existing_folder(data)
     idx = idx_folder(folder)
     if idx is None:
-        return open_folder(folder, split, mode, class_map, require_split, labelled, exif_orientation=exif_orientation)
+        return open_folder(folder, split, mode, class_map, require_split, labelled, exif_orientation)
     _refuse(class_map, folder)
     images = IdxImages(idx, _part(split, str(folder)))
     return PairSource(images, str(folder), mode, classes=images.classes, labelled=labelled)
@@ -154,7 +154,7 @@ class _Request:
     exif_orientation: bool
 
     @property
-    def reading(self) -> dict[str, bool]:
+    def reading(self) -> About:
         """Those of `Source`."""
         return {"labelled": self.labelled, "exif_orientation": self.exif_orientation}
 
@@ -187,9 +187,13 @@ def _named(request: _Request) -> Source:
         classes = _names(getattr(dataset, "classes", None))
         if hasattr(dataset, "loader"):  # of files; torchvision's own makes 8-bit RGB of them
             dataset.loader = _loaded
-        root = Path(arguments["root"])
-        return PairSource(dataset, request.data, request.mode, classes=classes, root=root, **request.reading)
-    described = {"classes": names_of(reader.class_to_idx), "mapped": request.class_map is not None, **request.reading}
+        pairs: About = {"classes": classes, "root": Path(arguments["root"]), **request.reading}
+        return PairSource(dataset, request.data, request.mode, **pairs)
+    described: About = {
+        "classes": names_of(reader.class_to_idx),
+        "mapped": request.class_map is not None,
+        **request.reading,
+    }
     if prefix in STREAMS:
         return STREAMS[prefix](reader, request.data, request.mode, training=request.training, **described)
     _check_columns(reader, request)
@@ -213,7 +217,9 @@ def _torch_folder(request: _Request) -> Source:
         raise ValueError(f"{', '.join(request.options)} is given, but data {request.data!r} takes no options")
     assert request.data_dir is not None
     folder = existing_folder(request.data_dir)
-    return open_image_folder(folder, request.split, request.mode, request.require_split, **request.reading)
+    return open_image_folder(
+        folder, request.split, request.mode, request.require_split, request.labelled, request.exif_orientation
+    )
 
 
 def _check_columns(reader: Any, request: _Request) -> None:
@@ -279,5 +285,5 @@ def _loaded(file: str) -> Image.Image:
         return opened(content)
 
 
-def _names(classes: Any) -> list[str] | None:
+def _names(classes: Iterable[object] | None) -> list[str] | None:
     return None if classes is None else [str(name) for name in classes]

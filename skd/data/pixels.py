@@ -9,11 +9,11 @@ The rest is what the two need: which files are pictures, a model's data configur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -115,29 +115,49 @@ def upright(image: Image.Image) -> Image.Image:
 # A model's preprocessing
 
 
-def data_config(model: Any) -> dict[str, Any]:
+class DataConfig(TypedDict):
+    """How images are prepared for a model, in timm's names; each has one value, or one per channel.
+
+    Attributes:
+        input_size: (channels, height, width).
+        num_classes: of the head; 0 or missing: labels are not checked.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    num_classes: NotRequired[int]
+
+
+def data_config(model: Any) -> DataConfig:
     """How images have to be prepared for a model.
 
     Args:
         model: a timm model, or a `SuperNet`.
 
     Returns:
-        timm's data configuration (mean, std, interpolation, crop_pct, crop_mode) with "input_size" as the model was
-        really built, (channels, height, width), mean and std one per channel, and "num_classes" of its head.
+        timm's data configuration with "input_size" as the model was really built, mean and std one per channel, and
+        "num_classes" of its head.
     """
     model = unwrapped(model)
     model = model.model if isinstance(model, SuperNet) else model
     config = resolve_model_data_config(model)
+    height, width = image_size(model)
     return {
-        **config,
-        "input_size": (model.in_chans, *image_size(model)),
+        "input_size": (model.in_chans, height, width),
         "mean": _per_channel(config["mean"], model.in_chans),
         "std": _per_channel(config["std"], model.in_chans),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
         "num_classes": model.num_classes,
     }
 
 
-def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
+def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
     """One value per channel: the average where their number differs, as for a colour model built for grey images."""
     values = tuple(float(value) for value in values)
     return values if len(values) == channels else (sum(values) / len(values),) * channels
@@ -155,7 +175,7 @@ def chosen_augmentation(fields: Mapping[str, Any]) -> Augmentation:
     return Augmentation(**fields)
 
 
-def train_transform(config: dict[str, Any], **augmentation: Any) -> Transform:
+def train_transform(config: DataConfig, **augmentation: Any) -> Transform:
     """timm's training transform; it draws from the global generators of Python, NumPy and PyTorch.
 
     Args:
@@ -210,10 +230,17 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
     return auto_augment.posterize(image, bits_to_keep, **options)
 
 
-def eval_transform(config: dict[str, Any]) -> Transform:
+def eval_transform(config: DataConfig) -> Transform:
     """timm's evaluation transform: resize and crop by interpolation, crop_pct and crop_mode; nothing random."""
-    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return create_transform(config["input_size"], is_training=False, **{key: config[key] for key in keys})
+    return create_transform(
+        config["input_size"],
+        is_training=False,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
 
 
 # Batches of 8 bits
@@ -298,11 +325,11 @@ def packed(images: list[list[Patch]]) -> Patches | None:
 class Normalisation:
     """8-bit batches to normalised float32 on a device: (x - 255 mean) / (255 std), as timm's prefetcher does."""
 
-    def __init__(self, config: dict[str, Any], device: torch.device | str | None = None) -> None:
+    def __init__(self, config: DataConfig, device: torch.device | str | None = None) -> None:
         self.device = torch.device("cpu" if device is None else device)
         self.mean, self.std = (
-            torch.tensor([255 * value for value in config[name]], device=self.device).view(-1, 1, 1)
-            for name in ("mean", "std")
+            torch.tensor([255 * value for value in values], device=self.device).view(-1, 1, 1)
+            for values in (config["mean"], config["std"])
         )
 
     def __call__(self, pixels: torch.Tensor, patches: Patches | None) -> torch.Tensor:

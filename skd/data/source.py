@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -60,7 +61,7 @@ class LeftOut:
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def to_dict(self) -> dict[str, dict[str, int | list[str]]]:
         """JSON values by reason."""
         found = sorted(self._found.items())
         return {reason: {"count": count, "such_as": list(names)} for reason, (count, names) in found}
@@ -82,7 +83,18 @@ def shown(names: Iterable[str], most: int = _SHOWN) -> str:
 # Sources
 
 
-class Source:
+class About(TypedDict, total=False):
+    """What a source may say of itself besides its name and mode: attributes of `Source`, by their names."""
+
+    classes: list[str] | None
+    root: Path | None
+    mapped: bool
+    labelled: bool
+    left_out: LeftOut
+    exif_orientation: bool
+
+
+class Source(ABC):
     """Images and labels of one split of a data set: what is the same of both kinds.
 
     `skd.data.indexed.IndexedSource` has images with numbers, of which `read` gives any;
@@ -105,31 +117,20 @@ class Source:
     iterable = False
     _new_labels: list[int] | None = None
 
-    def __init__(
-        self,
-        name: str,
-        mode: str,
-        *,
-        classes: list[str] | None = None,
-        root: Path | None = None,
-        mapped: bool = False,
-        labelled: bool = True,
-        left_out: LeftOut | None = None,
-        exif_orientation: bool = False,
-    ) -> None:
-        self.labelled = labelled
-        self.left_out = LeftOut() if left_out is None else left_out
-        self.exif_orientation = exif_orientation
-        self.turned: list[str] = []
+    def __init__(self, name: str, mode: str, **about: Unpack[About]) -> None:
         self.name = name
         self.mode = mode
-        self.classes = classes
-        self.root = root
-        self.mapped = mapped
+        self.classes = about.get("classes")
+        self.root = about.get("root")
+        self.mapped = about.get("mapped", False)
+        self.labelled = about.get("labelled", True)
+        self.left_out = about.get("left_out", LeftOut())
+        self.exif_orientation = about.get("exif_orientation", False)
+        self.turned: list[str] = []
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of images."""
-        raise NotImplementedError
 
     def file(self, index: int) -> str:
         """What to call an image in messages: its file, or its number. It may take as long as reading the image."""
@@ -174,7 +175,7 @@ class Source:
         return number if renumbered is None or not 0 <= number < len(renumbered) else renumbered[number]
 
 
-def opened(file: Any) -> Image.Image:
+def opened(file: IO[bytes]) -> Image.Image:
     """Decoded by Pillow, in its own mode."""
     image = Image.open(file)
     image.load()  # some formats have their EXIF block after the pixels

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import io
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from PIL import Image
 from torch.utils.data import get_worker_info
 
 from skd.data.pixels import extensions
-from skd.data.source import BadImage, LabelError, Source, opened
+from skd.data.source import About, BadImage, LabelError, Source, opened
 
 _FIRST = ("jpg", "png", "webp")  # timm's order, where a sample of a shard has several images
 
@@ -29,7 +30,7 @@ class Item(NamedTuple):
     `missing` says why there is no image.
     """
 
-    content: Any
+    content: bytes | Image.Image | None
     name: str | None = None
     missing: str = ""
 
@@ -40,7 +41,7 @@ class StreamSource(Source):
     Args:
         reader: from `reader_of`.
         training: shuffled, and cut into whole batches of the same number in every worker.
-        options: of `Source`.
+        about: of `Source`.
 
     Attributes:
         training: as given.
@@ -49,27 +50,27 @@ class StreamSource(Source):
 
     iterable = True
 
-    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **options: Any) -> None:
-        super().__init__(name, mode, **options)
+    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
+        super().__init__(name, mode, **about)
         self._reader = reader
         self.training = training
         self.samples = int(getattr(reader, "num_samples", 0) or 0)
         self.unread: list[tuple[str, str]] = []
 
     @staticmethod
+    @abstractmethod
     def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
-        """timm's reader; its library is imported.
+        """timm's reader, whose library is imported.
 
         Args:
             name: what follows the prefix.
             labelled: False: the label of every image is of no use.
             arguments: of timm's reader.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _undecoded(self) -> Iterator[tuple[Item, Any]]:
         """This worker's images, and their labels as they are."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return self.samples
@@ -141,10 +142,10 @@ class StreamSource(Source):
     def _decoded(self, item: Item, position: int) -> Image.Image:
         """Raises BadImage: it cannot be read."""
         name = item.name or self.file(position)
-        if item.missing:
+        content = item.content
+        if content is None:
             raise BadImage(name, item.missing)
         with self._decoding(position, name):
-            content = item.content
             image = opened(io.BytesIO(content)) if isinstance(content, bytes) else content
             return self._prepared(image, position, name)
 
@@ -157,8 +158,8 @@ class StreamSource(Source):
 class WebSource(StreamSource):
     """wds/FOLDER: web data sets, which are shards in tar format."""
 
-    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **options: Any) -> None:
-        super().__init__(reader, name, mode, training=training, **options)
+    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
+        super().__init__(reader, name, mode, training=training, **about)
         self._maps, reader.remap_class = reader.remap_class, False  # here, where the image has a name
 
     @staticmethod

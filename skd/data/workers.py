@@ -19,7 +19,8 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from skd.data.counted import seeded
 from skd.data.indexed import IndexedSource
 from skd.data.loading import Key, Loading
-from skd.data.pixels import Patches, Pixels, Prepared, eval_transform, packed, train_transform
+from skd.data.pixels import DataConfig, Patches, Pixels, Prepared, eval_transform, packed, train_transform
 from skd.data.source import BadImage, LabelError, Source
 from skd.data.streams import StreamSource
 
@@ -77,7 +78,7 @@ class Preparation:
         loading: how it is augmented, and which labels there may be.
     """
 
-    def __init__(self, data: dict[str, Any], loading: Loading) -> None:
+    def __init__(self, data: DataConfig, loading: Loading) -> None:
         augmentation = loading.augmentation
         self.transform = Pixels(
             eval_transform(data) if augmentation is None else train_transform(data, **asdict(augmentation))
@@ -217,7 +218,7 @@ class StreamBatches(IterableDataset[Loaded]):
 _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
-def start(loader: DataLoader[Any]) -> Iterator[Any]:
+def start(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
     """``iter(loader)``, whose processes end with this one at the latest."""
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
@@ -232,7 +233,7 @@ def be_patient(worker: int) -> None:
     its step and write a checkpoint. It ends them itself, if need be by one SIGTERM and then another.
     """
 
-    def obey_the_next(number: int, frame: Any) -> None:
+    def obey_the_next(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, obey_the_next)
