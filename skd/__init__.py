@@ -7,6 +7,44 @@ After Li, Qi, Geng, "Stratified Knowledge-Density Super-Network for Scalable Vis
 
 Importing skd is quick: each public name is imported, and torch and timm with it, when it is first asked for. Not even
 `typing` is imported here: until `skd.process` runs, Ctrl-C would be a traceback.
+
+The method, in the order of its steps:
+
+    supernet        the super-network, which runs at the widths of any entry of its dropout list
+    dropout_list    the nested sub-networks, from the full one to the smallest
+    convert         weights rotated and reordered, so that leading coordinates know the most
+    taps            features and gradients at the places where the method reads them
+    importance      what modules and coordinates are worth to the smallest sub-network
+    planning        rounds of a planner, without any training
+    planners/       who decides what becomes narrower
+    training/       the training of a super-network, and of what is cut out of it
+    extract         a sub-network as a plain timm model
+    evaluate        top-1 of a model and of many sub-networks
+    curve           accuracy over MACs
+    cost, prices    MACs and parameters, at any widths
+    baselines       simpler orders of the coordinates, to compare with
+
+Around it:
+
+    vit/            the only code that names timm's classes and fields
+    data/           images, loaders
+    files           networks as safetensors files
+    settings        every setting of a training run
+    recipes/        published runs, by name
+    ranks           the processes of a torch.distributed group
+    devices         devices by their names
+    outputs         results that are written whole or not at all
+    plots           figures of networks and runs
+
+The command line:
+
+    process         the process, from its first import to its last
+    cli             arguments, files and errors, of all commands alike
+    commands/       one file for each command
+    demo            the whole method in minutes
+    demo_report     what that shows
+    __main__        ``python -m skd``
+    _requirements   what is missing, said in one line
 """
 
 from __future__ import annotations

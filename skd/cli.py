@@ -1,6 +1,6 @@
-"""The command ``skd``. Of its subcommands it knows what `skd.commands` says of them all, and no more.
+"""The command ``skd``. Of its subcommands it knows what each declares (`skd.commands.Command`), and no more.
 
-Nothing is imported before it is needed: ``skd --version`` and the help of every command do without torch.
+Torch is not imported before it is needed: ``skd --version`` and the help of every command do without.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from importlib import import_module
 from typing import Any
 
 from skd import __version__
-from skd.commands import COMMANDS, world_size
+from skd.commands import COMMANDS
 from skd.outputs import check_files, output_file, write_json
-from skd.process import INTERRUPTED, rank
+from skd.process import INTERRUPTED, rank, world_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +42,10 @@ def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments = parsed(argv)
-            work = _imported(arguments.run)
+            _import_all()
             with _ended_by_sigterm():
                 begin()
-                _run(arguments, work)
+                _run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
@@ -54,7 +54,7 @@ def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments. Of the commands only the one that they name is imported, without what does its work.
+    """The arguments, and as `command` the name of what they are for.
 
     Raises:
         SystemExit: --help, --version, or arguments that the command does not have.
@@ -62,10 +62,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     overview, commands = _parser(_AllWords)
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.help)
-    name = overview.parse_args(argv).command
+    return parser_of(overview.parse_args(argv).command).parse_args(argv)
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of one command, with all of its arguments."""
     parser, commands = _parser(argparse.ArgumentParser)
-    COMMANDS[name].add(commands).add_argument("--json", metavar="FILE", help="write what was printed to FILE as JSON")
-    return parser.parse_args(argv)
+    own = commands.add_parser(name, description=COMMANDS[name].description)
+    COMMANDS[name].arguments(own)
+    own.add_argument("--json", metavar="FILE", help="write what was printed to FILE as JSON")
+    return parser
 
 
 def _parser(kind: type[argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, Any]:
@@ -104,24 +110,26 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _imported(place: str) -> Callable[[argparse.Namespace], Any]:
-    """The function that does a command's work; what it needs is imported, torch among it."""
-    file, function = place.split(".")
-    import_module("skd.commands.processes")
-    work: Callable[[argparse.Namespace], Any] = getattr(import_module(f"skd.commands.work.{file}"), function)
-    return work
+def _import_all() -> None:
+    """What the commands have in common, torch among it.
+
+    Until then Ctrl-C ends the process on the spot: a module that is being imported may catch an exception.
+    """
+    for name in ("_torchrun", "_work"):
+        import_module(f"skd.commands.{name}")
 
 
-def _run(arguments: argparse.Namespace, work: Callable[[argparse.Namespace], Any]) -> None:
-    from skd.commands.processes import processes
+def _run(arguments: argparse.Namespace) -> None:
+    from skd.commands._torchrun import processes
     from skd.ranks import rank_of, together
 
+    command = COMMANDS[arguments.command]
     if arguments.json is not None:
         output_file(arguments.json, "--json")
-    files = arguments.files(arguments)
+    files = command.files(arguments)
     check_files(replace(files, writes={**files.writes, "--json": arguments.json}))
     with processes(arguments.command, getattr(arguments, "device", None)) as arguments.group:
-        document = work(arguments)
+        document = command.run(arguments)
         with together(arguments.group):
             if arguments.json is not None and rank_of(arguments.group) == 0:
                 write_json(arguments.json, document)

@@ -56,6 +56,14 @@ def rank() -> str:
     return "" if alone else f"rank {os.environ['RANK']}: "
 
 
+def world_size() -> int:
+    """The number of processes, as torchrun tells it; 1 without torchrun."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or text == "0":
+        raise ValueError(f"WORLD_SIZE is {text!r}; it must be the number of processes, as torchrun sets it")
+    return int(text)
+
+
 def _flush() -> None:
     """Nobody may be reading any more, as after ``skd --help | head -1``; the interpreter would complain."""
     try:

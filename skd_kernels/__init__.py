@@ -6,6 +6,11 @@
     masked_attention                       attention on the first k coordinates of a head  attention.py
     residual_norm                          residual sum and norm in one pass               residual_norm.py
 
+    gpu/         the Triton kernels
+    _dispatch    how a call finds its implementation
+    _native      the compiled extension
+    _checks      arguments that are wrong, refused
+
 `explain` says which implementation a call gets and why the others were refused, `use` forces one,
 `build_info` says what was compiled. Nothing here imports `skd`.
 """

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import digit_net
 
 import skd
 import skd.cli
-import skd.commands.work.info
 import skd.demo
 import skd_kernels
+from skd import commands
 from skd.cli import main
 from skd.outputs import replacing
 from skd.training import Diverged
@@ -35,6 +40,10 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("training started")
 
     monkeypatch.setattr(skd.demo, "train_stand_in", fail)
+
+
+def instead_of_info(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
+    monkeypatch.setitem(commands.COMMANDS, "info", replace(commands.COMMANDS["info"], run=run))
 
 
 def exit_status(*argv: str) -> Any:
@@ -78,7 +87,7 @@ def test_sigterm_ends_a_command_as_an_exception_does(tmp_path: Path, monkeypatch
             time.sleep(10)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(skd.commands.work.info, "run", killed)
+    instead_of_info(monkeypatch, killed)
     assert exit_status("info") == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
@@ -101,7 +110,7 @@ def test_no_error_is_a_traceback(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(skd.commands.work.info, "run", fail)
+    instead_of_info(monkeypatch, fail)
     assert main(["info"]) == status
     assert capsys.readouterr().err == f"{line}\n"
 
@@ -110,7 +119,7 @@ def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch
     def fail(*_: Any) -> None:
         raise TypeError("a fault")
 
-    monkeypatch.setattr(skd.commands.work.info, "run", fail)
+    instead_of_info(monkeypatch, fail)
     monkeypatch.setenv("SKD_TRACEBACK", "1")
     with pytest.raises(TypeError, match="a fault"):
         main(["info"])
@@ -118,9 +127,9 @@ def test_a_fault_shows_its_traceback_where_asked(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_advice_on_memory_names_options_that_the_command_has(command: str) -> None:
-    _, commands = skd.cli._parser(argparse.ArgumentParser)
-    own = skd.commands.COMMANDS[command].add(commands)
-    known = {word for action in own._actions for word in action.option_strings}
+    own = argparse.ArgumentParser()
+    commands.COMMANDS[command].arguments(own)
+    known = set(re.findall(r"--[a-z0-9-]+", own.format_help()))
     advice = own.get_default("saves_memory")
     assert (advice is not None) == ("--data" in known)
     assert {word.strip(",") for word in (advice or "").split() if word.startswith("--")} <= known
@@ -205,3 +214,35 @@ def test_a_link_does_not_hide_that_two_files_are_one(tmp_path: Path, capsys: pyt
         argv = ["demo", "--out", str(tmp_path / "run"), "--json", str(tmp_path / name)]
         assert main(argv) == 2
         assert f"--json is {str(tmp_path / name)!r}, a file of --out" in capsys.readouterr().err
+
+
+def test_a_file_in_the_package_is_all_that_a_command_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one in CONTRIBUTING.md: help, files and --json know it, and nothing else was touched."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- snippet: command -->\n *```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    (tmp_path / "modules.py").write_text(textwrap.dedent(found[1]))
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    try:
+        commands_now = commands.find_commands()
+        assert list(commands_now) == [*COMMANDS, "modules"]
+        monkeypatch.setitem(commands.COMMANDS, "modules", commands_now["modules"])
+        assert exit_status("--help") == 0 and exit_status("modules", "--help") == 0
+        assert "the modules of a super-network" in capsys.readouterr().out
+        network = digit_net()
+        skd.save(network, tmp_path / "net.safetensors")
+        given = ["modules", "--supernet", str(tmp_path / "net.safetensors")]
+        assert main([*given, "--json", str(tmp_path / "found.json")]) == 0
+        widths = json.loads((tmp_path / "found.json").read_text())["widths"]
+        assert list(widths.values()) == network.dropout_list.widths[0].tolist()
+        assert main([*given, "--json", str(tmp_path / "net.safetensors")]) == 2
+        assert "the same file" in capsys.readouterr().err
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        assert main(given) == 2 and "skd modules runs in one process" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("skd.commands.modules", None)
+        vars(commands).pop("modules", None)

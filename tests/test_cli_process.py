@@ -104,7 +104,8 @@ def test_ctrl_c_at_any_moment() -> None:
 # ``skd info`` that is interrupted while it writes a file, and perhaps again while it puts things away.
 WORKING = """
 import os, runpy, signal, time
-import skd.commands.work.info
+from dataclasses import replace
+from skd.commands import COMMANDS
 from skd.outputs import replacing
 
 def interrupt():
@@ -119,7 +120,7 @@ def run(arguments):
     finally:
         AGAIN
 
-skd.commands.work.info.run = run
+COMMANDS["info"] = replace(COMMANDS["info"], run=run)
 runpy.run_module("skd", run_name="__main__", alter_sys=True)
 """
 

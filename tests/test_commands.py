@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 import skd
 from skd.cli import main
-from skd.commands.arguments import size
+from skd.commands._arguments import size
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs"]
 KWARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 import skd
 from skd.cli import main, parsed
-from skd.commands.work.models import with_new_head
+from skd.commands._work import with_new_head
 from skd.extract import choose_entry
 
 LOADING = ["--workers", 0, "--calibration-images", 24]

@@ -19,7 +19,7 @@ from skd.data import (
     open_source,
     train_loader,
 )
-from skd.data.readers import ArrayImages, PairSource
+from skd.data.indexed import ArrayImages, PairSource
 
 
 def folder(root: Path, *classes: str) -> Path:

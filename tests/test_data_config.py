@@ -18,9 +18,9 @@ from test_data_streams import write_shards
 
 import skd
 from skd.cli import parsed
-from skd.commands.work import train as command
+from skd.commands import train as command
 from skd.data import Augmentation, Sources, data_config, loaders, open_source, train_loader
-from skd.data.transforms import AUGMENTATION
+from skd.data.pixels import AUGMENTATION
 
 
 def batches(config: skd.TrainConfig, model: Any = None, data: Any = "digits", **options: Any) -> Any:
@@ -46,7 +46,7 @@ def test_what_the_command_line_uses(tmp_path: Path) -> None:
     config = training_config(batch_size=8, grad_accum_steps=2, calibration_images=10, aug_repeats=2, seed=5)
     arguments = parsed(["train", "--data", str(tmp_path / "images"), "--supernet", "x"])
     arguments.group = None
-    theirs = command._loaders(arguments, model, config)
+    theirs = command.loaders(arguments, model, config)
     ours = skd.data.loaders(tmp_path / "images", skd.SuperNet(model), config)
     for one, other in zip(ours, theirs, strict=True):
         assert same(one, other) and len(one) > 0
@@ -91,7 +91,7 @@ def test_other_settings(tmp_path: Path) -> None:
     train, validation, calibration = batches(config)
     assert len(next(iter(validation))[1]) == 7
     assert sum(len(labels) for _, labels in calibration) == calibration.read == 9
-    assert train._processes == 1
+    assert train.loading.workers == 1
     assert batches(training_config(progressive_epochs=0)).calibration is None
     divided(tmp_path, "train", "val")
     (tmp_path / "val" / "cat" / "0.png").write_bytes(b"no picture")
@@ -104,8 +104,8 @@ def test_other_settings(tmp_path: Path) -> None:
 def test_ranks_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of every batch each."""
     whole = batches(training_config())
-    monkeypatch.setattr("skd.data.from_config.size_of", lambda group: 2)
-    monkeypatch.setattr("skd.data.from_config.rank_of", lambda group: 1)
+    monkeypatch.setattr("skd.data.building.size_of", lambda group: 2)
+    monkeypatch.setattr("skd.data.building.rank_of", lambda group: 1)
     half = batches(training_config(), group="both")
     for one, other in ((whole.train, half.train), (whole.calibration, half.calibration)):
         (images, _), (part, _) = next(iter(one)), next(iter(other))

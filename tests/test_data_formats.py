@@ -16,8 +16,9 @@ from test_data_loaders import config
 from test_data_sources import png_folder, refusal
 
 from skd.data import calibration_loader, eval_loader, open_source
-from skd.data.modes import extensions, in_mode, is_turned, upright
-from skd.data.readers import BadImage, LabelError, PairSource, ReaderSource
+from skd.data.indexed import PairSource, ReaderSource
+from skd.data.pixels import extensions, in_mode, is_turned, upright
+from skd.data.source import BadImage, LabelError
 
 GREY = np.arange(0, 256, 5, dtype=np.uint8)[None].repeat(8, 0)
 ORIENTATION = 0x0112

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from skd.data import open_source
-from skd.data.idx import FASHION
+from skd.data.indexed import FASHION
 
 FILES = {"train": "train", "validation": "t10k"}
 

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from test_data_loaders import config
 
-from skd.data import eval_loader, open_source, seeded, train_loader, train_transform
+from skd.data import Loading, open_source, seeded, train_loader, train_transform
+from skd.data.loading import TrainPlan
 from skd.data.pixels import Normalisation, Pixels, packed
+from skd.data.workers import IndexedBatches, Preparation
 
 MEANS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 # x / 255, minus the mean, over the deviation: three roundings of values up to 1, then divided by 0.22.
@@ -43,7 +45,7 @@ def test_training_images_are_those_of_timms_transform(source: Any, erasing: dict
     loader = train_loader(source, given, batch_size=6, seed=4, **augmentation)
     ((images, labels),) = loader
     assert images.dtype == torch.float32 and images.is_contiguous()
-    ((keys),) = loader._plan  # type: ignore[attr-defined]
+    ((keys),) = TrainPlan(len(source), loader.loading)
     for found, label, key in zip(images, labels.tolist(), keys, strict=True):
         image, expected_label = source.read(key[1])
         with seeded(4, "augment", *key):
@@ -75,8 +77,9 @@ def test_later_rectangles_lie_over_earlier_ones() -> None:
 
 def test_workers_send_bytes(source: Any) -> None:
     """A quarter of what float32 images take; without random erasing nothing else."""
-    loader = eval_loader(source, config(3, 24), batch_size=4)
-    loaded = loader._dataset[[(0, index, 0) for index in range(4)]]  # type: ignore[attr-defined]
+    batches = IndexedBatches(source, Preparation(config(3, 24), Loading(batch_size=4)))
+    loaded = batches[[(0, index, 0) for index in range(4)]]
+    assert loaded.images is not None
     assert loaded.images.dtype == torch.uint8 and loaded.images.shape == (4, 3, 24, 24) and loaded.patches is None
     assert packed([[], []]) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from skd.data import check_classes, digits, open_source
-from skd.data import named as named_module
 
 CLASSES = ("cat", "dog", "eel")
 
@@ -134,9 +134,10 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Unknown torchvision dataset cifra10" in refusal("torch/cifra10", data_dir=tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: pytest.fail("looked for the network"))
     assert "download=True" in refusal("torch/cifar10", "train", data_dir=tmp_path)
-    monkeypatch.setattr(named_module, "find_spec", lambda name: None)
     for name, package in (("hfds/x", "datasets"), ("hfids/x", "datasets"), ("wds/x", "webdataset")):
+        monkeypatch.setitem(sys.modules, package, None)
         assert refusal(name).endswith(f"pip install {package}")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert refusal("tfds/x").endswith("pip install tensorflow-datasets tensorflow")
 
 

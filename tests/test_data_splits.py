@@ -9,7 +9,7 @@ from PIL import Image
 from test_data_sources import CLASSES, divided, png_folder, refusal
 
 from skd.data import open_source
-from skd.data.splits import split_folder
+from skd.data.folders import split_folder
 
 
 @pytest.mark.parametrize(

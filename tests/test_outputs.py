@@ -137,7 +137,7 @@ LOST = {
 
 def declared(command: str, more: str = "") -> Files:
     arguments: argparse.Namespace = parsed([command, *LEAST[command].split(), *more.split()])
-    files: Files = arguments.files(arguments)
+    files = COMMANDS[command].files(arguments)
     return Files(files.reads, {**files.writes, "--json": arguments.json}, files.folders, files.in_place)
 
 

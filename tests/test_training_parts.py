@@ -19,7 +19,7 @@ import skd
 from skd.curve import area, measure_curve
 from skd.data import Loader, data_config, generator, seeded, train_loader
 from skd.data.digits import pixels
-from skd.data.readers import ArrayImages, PairSource
+from skd.data.indexed import ArrayImages, PairSource
 from skd.training.batches import start_epoch
 from skd.training.decay import ExpectedDecay, inclusion
 from skd.training.dropping import CountedDropPath, DropPaths, drop_paths

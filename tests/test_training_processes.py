@@ -33,7 +33,7 @@ from helpers import (
 import skd
 from skd.data import calibration_loader, data_config, eval_loader, train_loader
 from skd.data.digits import pixels
-from skd.data.readers import ArrayImages, PairSource
+from skd.data.indexed import ArrayImages, PairSource
 from skd.training import Stopped, checkpoints
 
 FINISHED, STOPPED, FAILED = 0, 3, 4  # exit codes

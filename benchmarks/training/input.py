@@ -24,7 +24,7 @@ from PIL import Image
 import skd
 from benchmarks.timing import provenance, synchronize
 from skd.data import data_config, open_source, train_loader, train_transform
-from skd.data.pixels import Prepared
+from skd.data.pixels import DataConfig, Prepared
 from skd.training.trainer import by_hand
 
 SIZE = (500, 375)
@@ -81,7 +81,7 @@ def write(folder: Path, images: int) -> dict[str, str]:
     return {"folder": str(folder / "folder"), "shards": f"wds/{shards}"}
 
 
-def make_loader(data: str, config: dict[str, Any], workers: int, sent: str, batch: int, device: str) -> Any:
+def make_loader(data: str, config: DataConfig, workers: int, sent: str, batch: int, device: str) -> Any:
     source = open_source(data, "train", training=True)
     loader: Any = train_loader(
         source,
@@ -133,7 +133,8 @@ def measure(images: int, batch: int, rounds: int, workers: list[int], models: li
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         data = write(Path(folder), images)
-        config = data_config(skd.create_model(models[0])) | {"num_classes": 2}
+        config = data_config(skd.create_model(models[0]))
+        config["num_classes"] = 2
         size = statistics.mean(file.stat().st_size for file in Path(folder).rglob("*.jpg"))
         contenders: dict[tuple[Any, ...], Any] = {}
         for kind, name in data.items():

@@ -1,55 +1,57 @@
-"""The subcommands of ``skd``: here what each takes and writes, in `skd.commands.work` what it does.
+"""The subcommands of ``skd``: one file for each, found here without being listed anywhere.
 
-One file of each for a command. Those here do not import torch, for the sake of ``skd COMMAND --help``; the others are
-imported when there is work to do. The function `Command.add` describes the arguments and says by ``set_defaults``
+A command is a `Command` called COMMAND in a file with its name: what it takes, reads, writes and shares, and the
+function that does its work. Of all of them `skd.cli` knows no more than that. CONTRIBUTING.md says how to add one. To
+import the files is cheap, for the sake of ``skd COMMAND --help``: what needs torch is imported by `Command.run`.
 
-    run      "FILE.FUNCTION" in `skd.commands.work`, which does the work; what it returns is what ``--json`` writes
-    files    the `skd.outputs.Files` that the command reads and writes with these arguments
+    demo, convert, plan, train, extract, evaluate, finetune, info     the commands
+    _arguments    arguments that several commands share, and the files that they name
+    _work         what several commands do: open images, make models, print tables, write files
+    _torchrun     several processes for one command
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
+
+from skd.outputs import Files
 
 
-class Command(NamedTuple):
-    """One subcommand, as much of it as is known without importing it.
+@dataclass(frozen=True)
+class Command:
+    """What a command declares of itself.
 
     Attributes:
-        place: "FILE.FUNCTION" in this package; the function adds its parser to those of the others.
-        help: one line.
-        shares: whether torchrun's processes share its images; else it is for one process.
+        help: one line in the list of commands.
+        description: what its own help begins with.
+        arguments: adds its arguments to its parser.
+        files: what it reads and writes with these arguments. No output may take the place of another file.
+        run: does the work; what it returns is what ``--json`` writes. The arguments have two more: `command`, the
+            name, and `group`, the processes of torchrun, None if there is one.
+        shares: whether the processes of torchrun share its images. Then all of them run it, and what it prints and
+            writes is printed and written by the first, with `skd.commands._work.write`. Else it is for one process.
+        order: its place in the list of commands; of those in the same place the names decide.
     """
 
-    place: str
     help: str
+    description: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    files: Callable[[argparse.Namespace], Files]
+    run: Callable[[argparse.Namespace], dict[str, Any]]
     shares: bool = False
-
-    def add(self, commands: Any) -> argparse.ArgumentParser:
-        """Its parser, with all arguments; imports it."""
-        file, function = self.place.split(".")
-        parser: argparse.ArgumentParser = getattr(import_module(f"{__name__}.{file}"), function)(commands)
-        return parser
+    order: int = 100
 
 
-COMMANDS = {
-    "demo": Command("demo.add", "the whole method on real data in minutes, on a CPU"),
-    "convert": Command("convert.add", "a timm model to a super-network, its function unchanged", shares=True),
-    "plan": Command("plan.add", "nested sub-networks of every size, without any training", shares=True),
-    "train": Command("train.add_train", "train a super-network by progressive importance-aware dropout", shares=True),
-    "extract": Command("extract.add", "a sub-network of any size as a plain timm model"),
-    "evaluate": Command("evaluate.add", "top-1 of a model, a sub-network, or the whole curve", shares=True),
-    "finetune": Command("train.add_finetune", "train a plain model, such as an extracted sub-network", shares=True),
-    "info": Command("info.add", "versions and what is compiled; or what is in a file"),
-}
+def find_commands() -> dict[str, Command]:
+    """Those in the files of this package, by name, in the order of the list that is printed."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    commands: dict[str, Command] = {name: import_module(f"{__name__}.{name}").COMMAND for name in names}
+    return dict(sorted(commands.items(), key=lambda item: (item[1].order, item[0])))
 
 
-def world_size() -> int:
-    """The number of processes, as torchrun tells it; 1 without torchrun."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or text == "0":
-        raise ValueError(f"WORLD_SIZE is {text!r}; it must be the number of processes, as torchrun sets it")
-    return int(text)
+COMMANDS = find_commands()

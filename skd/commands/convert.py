@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from skd.commands import arguments as options
+import skd
+from skd.commands import Command
+from skd.commands import _arguments as options
 from skd.outputs import Files
 from skd.settings import CENTERINGS
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        description="Rotate and reorder the weights of a timm Vision Transformer so that leading coordinates know "
-        "the most (WPAC), by one pass over some training images. Its function does not change.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(
         parser,
         "name in timm, such as deit_small_patch16_224, hf-hub:USER/MODEL or local-dir:FOLDER; not needed for skd's "
@@ -28,12 +25,56 @@ def add(commands: Any) -> argparse.ArgumentParser:
     options.add_calibration(parser)
     parser.add_argument("--centering", choices=CENTERINGS, default="dataset", help="'batch' is the published way")
     options.add_device(parser)
-    parser.set_defaults(run="convert.run", files=files)
-    return parser
 
 
-def files(arguments: argparse.Namespace) -> Files:
+def files(given: argparse.Namespace) -> Files:
     return Files(
-        reads=options.model_read(arguments) | options.data_read(arguments),
-        writes=options.options(arguments, "out"),
+        reads=options.model_read(given) | options.data_read(given),
+        writes=options.options(given, "out"),
     )
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    from skd.commands import _work as work
+    from skd.ranks import spread
+
+    work.model_file(given.out)
+    model = work.build_model(given).to(work.device(given))
+    spread(model, given.group)  # random weights, and dropped-in layers, differ from process to process
+    work.warn_if_random(given)
+    batches = work.calibration(given, model)
+    supernet = skd.convert(
+        model,
+        batches,
+        centering=given.centering,
+        labels=given.labels,
+        progress=work.progress("Converting"),
+        group=given.group,
+    )
+    work.write(supernet, given.out, given.group)
+    full, linear = skd.cost(supernet), skd.cost(supernet, convention="linear")
+    images = work.images_read(given, calibration=batches)
+    print(
+        f"{given.out}: {full.params:,} parameters, {work.count(full.macs)} MACs (full), "
+        f"{work.count(linear.macs)} (linear); next: skd train, or skd plan"
+    )
+    return {
+        "out": given.out,
+        **work.weights_taken(given),
+        "macs": full.macs,
+        "macs_linear": linear.macs,
+        "params": full.params,
+        **images,
+    }
+
+
+COMMAND = Command(
+    help="a timm model to a super-network, its function unchanged",
+    description="Rotate and reorder the weights of a timm Vision Transformer so that leading coordinates know the "
+    "most (WPAC), by one pass over some training images. Its function does not change.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    shares=True,
+    order=2,
+)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from skd.commands import arguments as options
+from skd.commands import Command
+from skd.commands import _arguments as options
 from skd.outputs import Files
 from skd.settings import DEMO_EPOCHS
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "demo",
-        description="Train a small Vision Transformer on scikit-learn's digits, convert it, train it as a "
-        "super-network, extract and evaluate sub-networks. Needs no download and no GPU.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="skd-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
     )
@@ -23,11 +19,26 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs", type=options.whole, default=DEMO_EPOCHS, help="of the stand-in's training (default: %(default)s)"
     )
-    parser.set_defaults(run="demo.run", files=files)
-    return parser
 
 
-def files(arguments: argparse.Namespace) -> Files:
-    from skd.demo import FILES  # and with it torch
+def files(given: argparse.Namespace) -> Files:
+    from skd.demo import FILES
 
-    return Files(folders={"--out": (arguments.out, FILES)})
+    return Files(folders={"--out": (given.out, FILES)})
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    from skd import demo
+
+    return demo.run_demo(given.out, seed=given.seed, epochs=given.epochs)
+
+
+COMMAND = Command(
+    help="the whole method on real data in minutes, on a CPU",
+    description="Train a small Vision Transformer on scikit-learn's digits, convert it, train it as a super-network, "
+    "extract and evaluate sub-networks. Needs no download and no GPU.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    order=1,
+)

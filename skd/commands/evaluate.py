@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from skd.commands import arguments as options
+import skd
+from skd.commands import Command
+from skd.commands import _arguments as options
 from skd.outputs import Files
-from skd.settings import CONVENTIONS
+from skd.settings import CONVENTIONS, TrainConfig
+
+if TYPE_CHECKING:
+    from skd.data import Loader
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "evaluate",
-        description="Top-1 accuracy on validation images. Of a super-network: all sub-networks on a grid of budgets "
-        "in one pass, or the one that --entry, --macs or --params names.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     network = parser.add_mutually_exclusive_group(required=True)
     network.add_argument("--supernet", metavar="FILE", help="what skd convert, plan or train wrote")
     network.add_argument(
@@ -39,11 +39,90 @@ def add(commands: Any) -> argparse.ArgumentParser:
     options.add_weights(parser)
     options.add_data(parser)
     options.add_device(parser)
-    parser.set_defaults(run="evaluate.run", files=files)
-    return parser
 
 
-def files(arguments: argparse.Namespace) -> Files:
-    return Files(
-        reads=options.model_read(arguments) | options.options(arguments, "supernet") | options.data_read(arguments)
+def files(given: argparse.Namespace) -> Files:
+    return Files(reads=options.model_read(given) | options.options(given, "supernet") | options.data_read(given))
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    from skd.commands import _work as work
+    from skd.curve import sizes_of
+    from skd.extract import choose_entry
+
+    where = work.device(given)
+    if given.model is not None:
+        return _plain(given, where)
+    work.check_no_weights(given)
+    supernet = work.supernet(given.supernet, where)
+    batches = work.validation(given, supernet.model)
+    if given.entry is None and given.macs is None and given.params is None:
+        return _curve(given, supernet, batches)
+    entry = choose_entry(
+        supernet, entry=given.entry, macs=given.macs, params=given.params, convention=given.convention
     )
+    (top1,) = skd.evaluate(
+        supernet, batches, entries=[entry], progress=work.progress("Evaluating"), group=given.group
+    )
+    row = {**sizes_of(supernet, [entry])[0], "top1": top1}
+    work.print_sizes([row], given.supernet)
+    return {"supernet": given.supernet, **row, **work.images_read(given, validation=batches)}
+
+
+def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> dict[str, Any]:
+    from skd.commands import _work as work
+    from skd.curve import area, measure_curve
+
+    budgets = tuple(given.budgets or TrainConfig().budgets)
+    if not all(0 < budget <= 1 for budget in budgets):
+        raise ValueError(f"--budgets is {budgets}; they must be shares above 0 and at most 1")
+    rows = measure_curve(
+        supernet,
+        batches,
+        budgets,
+        convention=given.convention,
+        progress=work.progress("Evaluating"),
+        group=given.group,
+    )
+    work.print_sizes(rows, f"{given.supernet}: the largest sub-network within each budget")
+    score = area(rows, budgets)
+    print(f"area under the curve: {score:.2f} %")
+    return {
+        "supernet": given.supernet,
+        "curve": rows,
+        "area": score,
+        **work.images_read(given, validation=batches),
+    }
+
+
+def _plain(given: argparse.Namespace, where: Any) -> dict[str, Any]:
+    from skd.commands import _work as work
+
+    chosen = [name for name in ("entry", "macs", "params", "budgets") if getattr(given, name) is not None]
+    if chosen:
+        raise ValueError(f"--{chosen[0]} is given with --model; only a super-network has sub-networks")
+    if given.convention != "full":
+        raise ValueError("--convention is given with --model; only a super-network has sub-networks")
+    model = work.plain_model(given, instead="give it as --supernet").to(where)
+    work.warn_if_random(given)
+    batches = work.validation(given, model)
+    top1 = skd.evaluate(model, batches, progress=work.progress("Evaluating"), group=given.group)
+    print(f"{given.model}: {top1:.2f} % top-1")
+    return {
+        "model": given.model,
+        **work.weights_taken(given),
+        "top1": top1,
+        **work.images_read(given, validation=batches),
+    }
+
+
+COMMAND = Command(
+    help="top-1 of a model, a sub-network, or the whole curve",
+    description="Top-1 accuracy on validation images. Of a super-network: all sub-networks on a grid of budgets in "
+    "one pass, or the one that --entry, --macs or --params names.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    shares=True,
+    order=6,
+)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from skd.commands import arguments as options
+import skd
+from skd.commands import Command
+from skd.commands import _arguments as options
 from skd.outputs import Files
 from skd.settings import CONVENTIONS
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "extract",
-        description="Cut the largest sub-network within a budget out of a super-network.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd plan or train wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument(
@@ -24,9 +22,35 @@ def add(commands: Any) -> argparse.ArgumentParser:
     budget.add_argument("--entry", type=options.whole, metavar="I", help="index into the dropout list")
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
-    parser.set_defaults(run="extract.run", files=files)
-    return parser
 
 
-def files(arguments: argparse.Namespace) -> Files:
-    return Files(reads=options.options(arguments, "supernet"), writes=options.options(arguments, "out"))
+def files(given: argparse.Namespace) -> Files:
+    return Files(reads=options.options(given, "supernet"), writes=options.options(given, "out"))
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from skd.commands import _work as work
+    from skd.curve import sizes_of
+    from skd.extract import choose_entry
+
+    work.model_file(given.out)
+    supernet = work.supernet(given.supernet, torch.device("cpu"))
+    entry = choose_entry(
+        supernet, macs=given.macs, params=given.params, entry=given.entry, convention=given.convention
+    )
+    work.write(skd.extract(supernet, entry=entry), given.out, given.group)
+    rows = sizes_of(supernet, [entry])
+    work.print_sizes(rows, given.out)
+    return {"out": given.out, **rows[0]}
+
+
+COMMAND = Command(
+    help="a sub-network of any size as a plain timm model",
+    description="Cut the largest sub-network within a budget out of a super-network.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    order=5,
+)

@@ -5,19 +5,86 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import skd
+from skd.commands import Command
 from skd.outputs import Files
+from skd.settings import TrainConfig
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "info",
-        description="Without FILE: the versions in use, what is compiled, and each operation's implementations. With "
-        "FILE: the architecture, size and sub-networks of a super-network or model that skd wrote.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a .safetensors file of skd's")
-    parser.set_defaults(run="info.run", files=files)
-    return parser
 
 
-def files(arguments: argparse.Namespace) -> Files:
-    return Files(reads={"FILE": arguments.file})
+def files(given: argparse.Namespace) -> Files:
+    return Files(reads={"FILE": given.file})
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    return _installation() if given.file is None else _file(given.file)
+
+
+def _installation() -> dict[str, Any]:
+    from rich.console import Console
+    from rich.table import Table
+
+    from skd_kernels import build_info
+
+    document = build_info()
+    table = Table(show_header=False, box=None)
+    for name, value in document.items():
+        if name != "implementations":
+            table.add_row(name.replace("_", " "), _readable(value))
+    operations = Table("operation", "implementations, best first", title="skd_kernels", title_justify="left")
+    for name, implementations in document["implementations"].items():
+        operations.add_row(name, ", ".join(implementations))
+    Console().print(table, "", operations, sep="\n")
+    return document
+
+
+def _file(path: str) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.table import Table
+
+    from skd.commands import _work as work
+    from skd.curve import entries_within, sizes_of
+
+    network = skd.load(path)
+    model = network.model if isinstance(network, skd.SuperNet) else network
+    full, linear = skd.cost(network), skd.cost(network, convention="linear")
+    document: dict[str, Any] = {
+        "file": path,
+        "kind": "supernet" if isinstance(network, skd.SuperNet) else "model",
+        "architecture": model.pretrained_cfg.get("architecture"),
+        "classes": model.num_classes,
+        "input_size": list(model.pretrained_cfg["input_size"]),
+        "params": full.params,
+        "macs": full.macs,
+        "macs_linear": linear.macs,
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in document.items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else _readable(value))
+    Console().print(table)
+    if isinstance(network, skd.SuperNet):
+        last = len(network.dropout_list) - 1
+        entries = list(dict.fromkeys([*entries_within(network, TrainConfig().budgets).values(), last]))
+        document |= {"entries": last + 1, "subnetworks": sizes_of(network, entries)}
+        work.print_sizes(document["subnetworks"], f"{last + 1} sub-networks, some of them")
+    return document
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
+COMMAND = Command(
+    help="versions and what is compiled; or what is in a file",
+    description="Without FILE: the versions in use, what is compiled, and each operation's implementations. With "
+    "FILE: the architecture, size and sub-networks of a super-network or model that skd wrote.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    order=8,
+)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import skd
 from skd import planners
-from skd.commands import arguments as options
+from skd.commands import Command
+from skd.commands import _arguments as options
 from skd.outputs import Files
-from skd.settings import CONVENTIONS
+from skd.settings import CONVENTIONS, TrainConfig
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "plan",
-        description="Measure importance on training images and give the super-network its dropout list.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd convert wrote")
     parser.add_argument("--out", metavar="FILE", required=True, help="super-network to write; may be the same file")
     options.add_data(parser)
@@ -31,13 +29,49 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of MACs (default: %(default)s)")
     options.add_device(parser)
-    parser.set_defaults(run="plan.run", files=files)
-    return parser
 
 
-def files(arguments: argparse.Namespace) -> Files:
+def files(given: argparse.Namespace) -> Files:
     return Files(
-        reads=options.options(arguments, "supernet") | options.data_read(arguments),
-        writes=options.options(arguments, "out"),
+        reads=options.options(given, "supernet") | options.data_read(given),
+        writes=options.options(given, "out"),
         in_place=[("--out", "--supernet")],  # it only adds to it
     )
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    from skd.commands import _work as work
+    from skd.curve import entries_within, sizes_of
+
+    work.model_file(given.out)
+    supernet = work.supernet(given.supernet, work.device(given))
+    batches = work.calibration(given, supernet.model)
+    supernet.dropout_list = skd.plan(
+        supernet,
+        batches,
+        target=given.target,
+        rounds=given.rounds,
+        convention=given.convention,
+        progress=work.progress("Planning"),
+        group=given.group,
+        planner=given.planner,
+    )
+    work.write(supernet, given.out, given.group)
+    entries = list(
+        dict.fromkeys([*entries_within(supernet, TrainConfig().budgets).values(), len(supernet.dropout_list) - 1])
+    )
+    rows = sizes_of(supernet, entries)
+    images = work.images_read(given, calibration=batches)
+    work.print_sizes(rows, f"{given.out}: {len(supernet.dropout_list)} sub-networks, some of them")
+    return {"out": given.out, "entries": len(supernet.dropout_list), "subnetworks": rows, **images}
+
+
+COMMAND = Command(
+    help="nested sub-networks of every size, without any training",
+    description="Measure importance on training images and give the super-network its dropout list.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    shares=True,
+    order=3,
+)

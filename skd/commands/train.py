@@ -1,26 +1,30 @@
-"""``skd train`` and ``skd finetune``: a training run on the user's own images."""
+"""``skd train``: a training run of a super-network; and what ``skd finetune`` has in common with it."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from skd.commands import arguments as options
-from skd.outputs import Files
-from skd.settings import RESUME, TrainConfig, finetune_config
+import skd
+from skd.commands import Command
+from skd.commands import _arguments as options
+from skd.outputs import Files, output_folder
+from skd.settings import RESUME, TrainConfig
 
+if TYPE_CHECKING:
+    import torch
+
+    from skd.data import Loaders
+
+PRODUCT = "supernet.safetensors"
 CONVERTED = "converted.safetensors"  # what --model becomes, in --out
 # What both commands write to --out besides their networks.
 RECORDS = ("history.jsonl", "run.json", "report.md", "report/*", "checkpoints/*")
 
 
-def add_train(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "train",
-        description="PIAD training: the list of nested sub-networks grows by importance, every step trains one. "
-        "Writes supernet.safetensors (the best weights so far), dropout_list.json, history.jsonl, report.md and "
-        "checkpoints/ to --out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--supernet", metavar="FILE", help="what skd convert wrote")
     options.add_model(
         parser,
@@ -31,26 +35,114 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="build all, run a few steps on synthetic images, report"
     )
-    _add_run(parser, TrainConfig())
-    parser.set_defaults(run="train.run_train", files=train_files)
-    return parser
+    add_run(parser, TrainConfig())
 
 
-def add_finetune(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "finetune",
-        description="Fine-tune an extracted sub-network, or train any timm Vision Transformer; the same recipe with "
-        "nothing dropped. Writes model.safetensors, history.jsonl, report.md and checkpoints/ to --out.",
+def files(given: argparse.Namespace) -> Files:
+    products = [PRODUCT, "dropout_list.json", *RECORDS]
+    if given.supernet is None:  # else that one may be an earlier run's
+        products.append(CONVERTED)
+    return Files(
+        reads=options.model_read(given) | options.options(given, "supernet", "config") | options.data_read(given),
+        folders={"--out": (None if given.dry_run else given.out, products)},
     )
-    options.add_model(
-        parser, "file of skd extract, or a name in timm (with --model-kwargs and the like)", required=True
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    config, about = options.settings(given, TrainConfig())
+    if given.supernet is None and given.model is None and "model" in about:
+        given.model = about["model"]
+        given.pretrained = given.checkpoint is None
+    if given.dry_run:
+        if given.group is not None:
+            raise ValueError("--dry-run measures one process; run it without torchrun")
+        return _dry_run(given, config, about)
+    check_given(given)
+    supernet, conversion = _supernet(given, config)
+    batches = loaders(given, supernet.model, config)
+    history = skd.train(
+        supernet,
+        batches.train,
+        batches.validation,
+        config,
+        calibration=batches.calibration,
+        out=given.out,
+        resume=given.resume,
+        group=given.group,
     )
-    _add_run(parser, finetune_config())
-    parser.set_defaults(run="train.run_finetune", files=finetune_files)
-    return parser
+    return finish(given, history, supernet, config, batches, PRODUCT, conversion)
 
 
-def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.SuperNet, dict[str, Any]]:
+    """--supernet, or --model converted on the images that importance is measured on, and kept in --out; and what was
+    read of them."""
+    from skd.commands import _work as work
+    from skd.data.building import calibration
+    from skd.ranks import check_same, spread
+
+    where = work.device(given)
+    if given.supernet is not None:
+        if given.model is not None:
+            raise ValueError("--supernet and --model are both given; it may be only one of them")
+        return _given_supernet(given, where), {}
+    if given.model is None:
+        raise ValueError("--supernet is not given (nor --model, nor as --config a recipe that names a model)")
+    file = output_folder(given.out) / CONVERTED
+    check_same(file.exists(), f"the presence of {CONVERTED} in --out", given.group)
+    if file.exists() and given.resume is None:
+        raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
+    if file.exists():
+        return work.supernet(str(file), where), {}
+    model = work.build_model(given).to(where)
+    work.warn_if_random(given)
+    spread(model, given.group)  # random weights differ from process to process
+    images = work.source(given, model, given.train_split, trained=True, training=True, require_split=True)
+    batches = calibration(images, model, config, given.group)
+    supernet = skd.convert(model, batches, progress=work.progress("Converting"), group=given.group)
+    conversion = work.images_read(given, conversion=batches)["images"]
+    work.write(supernet, file, given.group)
+    return supernet, conversion
+
+
+def _given_supernet(given: argparse.Namespace, where: torch.device) -> skd.SuperNet:
+    """--supernet, with the head that --num-classes asks for."""
+    from skd.commands import _work as work
+
+    work.check_no_weights(given)
+    supernet: skd.SuperNet = work.with_new_head(work.supernet(given.supernet, where), given)
+    return supernet
+
+
+def _dry_run(given: argparse.Namespace, config: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
+    from skd.commands import _work as work
+    from skd.training.dry_run import dry_run
+
+    if (given.supernet is None) == (given.model is None):
+        raise ValueError("--dry-run needs exactly one of --supernet and --model (or a recipe that names a model)")
+    where = work.device(given)
+    if given.supernet is not None:
+        supernet = _given_supernet(given, where)
+    else:
+        given.pretrained = False  # what the weights are makes no difference
+        supernet = skd.SuperNet(work.build_model(given).to(where), copy=False)
+    images, left_out = None, {}
+    if given.data is not None:
+        training = work.source(given, supernet.model, given.train_split, trained=True, training=True)
+        images, left_out = len(training), training.left_out.to_dict()
+        if left_out:
+            print(f"{training.name}: left out: {training.left_out}")
+    document = dry_run(supernet, config, images) | {"left_out": left_out}
+    if "expected" in about:
+        work.print_expected(about)
+        document["expected"] = about["expected"]
+    return document
+
+
+# What skd finetune has in common
+
+
+def add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+    """The arguments of a run, all but its network."""
     parser.add_argument("--out", metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--resume", choices=[name for name in RESUME if name], help="go on where a run in --out stopped"
@@ -61,20 +153,73 @@ def _add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     options.add_settings(parser, defaults)
 
 
-def train_files(arguments: argparse.Namespace) -> Files:
-    products = ["supernet.safetensors", "dropout_list.json", *RECORDS]
-    if arguments.supernet is None:  # else that one may be an earlier run's
-        products.append(CONVERTED)
-    return Files(
-        reads=options.model_read(arguments)
-        | options.options(arguments, "supernet", "config")
-        | options.data_read(arguments),
-        folders={"--out": (None if arguments.dry_run else arguments.out, products)},
-    )
+def check_given(given: argparse.Namespace) -> None:
+    """Raises ValueError: without --dry-run there is no --data or no --out."""
+    for name in ("data", "out"):
+        if getattr(given, name) is None:
+            raise ValueError(f"--{name} is not given")
 
 
-def finetune_files(arguments: argparse.Namespace) -> Files:
-    return Files(
-        reads=options.model_read(arguments) | options.options(arguments, "config") | options.data_read(arguments),
-        folders={"--out": (arguments.out, ["model.safetensors", *RECORDS])},
+def loaders(given: argparse.Namespace, model: Any, config: TrainConfig) -> Loaders:
+    """Training, validation and calibration batches, as the model wants its images."""
+    from skd import data
+    from skd.commands import _work as work
+
+    opened = partial(work.open_split, given, model, require_split=True)
+    training = opened(given.train_split, training=True)
+    validation = opened(given.val_split, training=False)
+    # A stream can only be read once at a time.
+    again = opened(given.train_split, training=True) if training.iterable else training
+    return data.loaders(data.Sources(training, validation, again), model, config, group=given.group)
+
+
+def finish(
+    given: argparse.Namespace,
+    history: skd.History,
+    supernet: skd.SuperNet,
+    config: TrainConfig,
+    batches: Loaders,
+    product: str,
+    conversion: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The report, the table, and what --json writes."""
+    from skd.commands import _work as work
+    from skd.ranks import rank_of, together
+    from skd.training.report import write_report  # and with it matplotlib
+
+    folder = Path(given.out)
+    with together(given.group):
+        if rank_of(given.group) == 0:
+            write_report(folder, history, supernet, config)
+    if history.curve:
+        work.print_sizes(history.curve, f"{folder / product}: best epoch {(history.best_epoch or 0) + 1}")
+    images = work.images_read(
+        given, training=batches.train, validation=batches.validation, calibration=batches.calibration
     )
+    images["images"] = (conversion or {}) | images["images"]
+    print(f"wrote {folder / product} and {folder / 'report.md'}")
+    return {
+        "out": str(folder),
+        "file": str(folder / product),
+        "original_top1": history.original_top1,
+        "best_epoch": history.best_epoch,
+        "area": history.area,
+        "curve": history.curve,
+        "entries": len(supernet.dropout_list),
+        **work.weights_taken(given),
+        **images,
+        "config": config.to_dict(),
+    }
+
+
+COMMAND = Command(
+    help="train a super-network by progressive importance-aware dropout",
+    description="PIAD training: the list of nested sub-networks grows by importance, every step trains one. Writes "
+    "supernet.safetensors (the best weights so far), dropout_list.json, history.jsonl, report.md and checkpoints/ to "
+    "--out. SIGTERM or Ctrl-C: a checkpoint, then a clean end.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    shares=True,
+    order=4,
+)

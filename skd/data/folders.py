@@ -1,24 +1,222 @@
-"""Folders of images: one sub-folder per class, as timm reads them, or images without labels."""
+"""Folders of images: which sub-folder is a split, which files are images, and which folder of them is a class.
+
+`split_folder` finds the split, `search` its files; `open_folder` (a sub-folder per class, as timm reads them, or
+images without labels) and `open_image_folder` (as torchvision reads them) make a `ReaderSource` of them.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, NamedTuple
 
 from timm.data.readers.class_map import load_class_map
 from timm.utils.misc import natural_key
 
-from skd.data.readers import ReaderSource, Source, names_of
-from skd.data.scanning import Found, LeftOut, search, shown
-from skd.data.splits import EVALUATION, TRAIN, is_plain, kinds, split_folder
+from skd.data.indexed import ReaderSource
+from skd.data.pixels import extensions
+from skd.data.source import About, ClassMap, LeftOut, names_of, shown
 
-__all__ = ["EVALUATION", "TRAIN", "ClassMap", "existing_folder", "open_folder", "split_folder"]
+TRAIN = ("train", "training")
+# timm's names; "test" last, so that a folder with train and test has something to evaluate on.
+EVALUATION = ("validation", "val", "valid", "eval", "evaluation", "dev", "test", "testing")
 
-ClassMap = str | os.PathLike[str] | Mapping[str, int]
+_DEPTH = 6  # folders with nothing but one folder in them; links may go round in circles
+_OF_THE_SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # folders with copies or previews, not with images
+
+# What is in a folder
+
+
+class Found(NamedTuple):
+    """One image file.
+
+    Attributes:
+        path: where it is.
+        parent: its folder, relative to the one that was searched; "" for that itself.
+    """
+
+    path: str
+    parent: str
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _OF_THE_SYSTEM
+
+
+def sub_folders(folder: Path) -> list[str]:
+    """Names of the sub-folders that are not hidden, sorted; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir())
+
+
+def has_folders(folder: Path) -> bool:
+    """Whether there is a sub-folder that is not hidden."""
+    if not folder.is_dir():
+        return False
+    with os.scandir(folder) as entries:
+        return any(not is_hidden(entry.name) and entry.is_dir() for entry in entries)
+
+
+def search(folder: Path, left_out: LeftOut) -> list[Found]:
+    """All images below a folder, in timm's order; what else is there goes to `left_out`."""
+    images: list[Found] = []
+    for parent, files in _walk(folder, left_out):
+        place = os.path.join(folder, parent)
+        for file in files:
+            ending = os.path.splitext(file)[1].lower()
+            if is_hidden(file):
+                left_out.add("hidden", os.path.join(parent, file))
+            elif ending in extensions():
+                images.append(Found(os.path.join(place, file), parent))
+            else:
+                left_out.add(f"no image by its name ({ending or 'without ending'})", os.path.join(parent, file))
+    return sorted(images, key=lambda image: natural_key(image.path))
+
+
+def _walk(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+    """(folder relative to `folder`, names of its files); links are followed, but not in circles."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        parent = os.path.relpath(root, folder)
+        parent = "" if parent == "." else parent
+        real = os.path.realpath(root)
+        if any(os.path.islink(os.path.join(root, name)) for name in folders) or real in seen:
+            folders[:] = [name for name in folders if not _circular(os.path.join(root, name), real)]
+        seen.add(real)
+        for name in folders:
+            if is_hidden(name):
+                left_out.add("hidden", os.path.join(parent, name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        if not folders and not files and parent:
+            left_out.add("empty folder", parent)
+        yield parent, sorted(files)
+
+
+def _circular(link: str, root: str) -> bool:
+    """Whether a link leads to a folder that it is in."""
+    target = os.path.realpath(link)
+    return root == target or root.startswith(target + os.sep)
+
+
+# Its splits
+
+
+def split_folder(folder: Path, split: str, required: bool = False, labelled: bool = True) -> Path:
+    """The sub-folder of a split; `folder` itself if it is not divided into splits.
+
+    It is found by its name or a synonym, whatever the case (Train), or where that is one word of several (seg_train,
+    train_images, val2017); in `folder`, or in the one sub-folder of it that is divided (data/train).
+
+    Args:
+        folder: of a data set.
+        split: "train", "validation", or the name of a sub-folder. What follows a "[" is ignored.
+        required: a folder that is not divided is an error.
+        labelled: a split holds folders of classes; otherwise it may hold images, if there is another split.
+
+    Raises:
+        ValueError: the name leads out of `folder`; or it is divided, but does not have this split, or two that may be
+            it; or it is not, and that is `required`.
+    """
+    name = split.split("[")[0]
+    if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
+        raise ValueError(f"data is {str(folder)!r}, split {split!r}; that must be the name of one of its sub-folders")
+    if has_folders(folder / name) and name:
+        return folder / name
+    synonyms = next((names for names in (TRAIN, EVALUATION) if name.lower() in names), ())
+    tried = list(dict.fromkeys((name, *synonyms)))
+    place = _divided(folder, labelled)
+    found = _splits(place, labelled)
+    for wanted in tried:
+        candidates = _called(wanted, found)
+        if len(candidates) > 1:
+            raise ValueError(
+                f"data is {str(folder)!r}, split {split!r}; that may be any of {', '.join(candidates)}: name one"
+            )
+        if candidates:
+            return place / candidates[0]
+    if not synonyms and name in sub_folders(place) and not labelled:
+        return place / name
+    if found or not synonyms:
+        has = f"it has {', '.join(found)}, but " if found else "it has "
+        raise ValueError(
+            f"data is {str(folder)!r}; {has}no sub-folder {' or '.join(tried)} with sub-folders of classes in it"
+        )
+    if required:
+        raise ValueError(
+            f"data is {str(folder)!r}; training needs images to train and others to validate with, in sub-folders "
+            f"named {TRAIN[0]} and {EVALUATION[0]} (or {', '.join(TRAIN[1:] + EVALUATION[1:])})"
+        )
+    return folder
+
+
+def kinds(name: str) -> set[str]:
+    """ "train" and "evaluation": what the words of a folder's name say that it is."""
+    words = _words(name)
+    return {kind for kind, names in (("train", TRAIN), ("evaluation", EVALUATION)) if words & set(names)}
+
+
+def _words(name: str) -> set[str]:
+    """In lower case, without digits: GTSRB_Final_TrainingImages2 has gtsrb, final, training, images."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    return words | {word.removesuffix("set") for word in words}
+
+
+def is_plain(name: str) -> bool:
+    """The name of a split and nothing else, so that it is one even without a counterpart."""
+    return name.lower() in TRAIN + EVALUATION
+
+
+def _called(wanted: str, found: list[str]) -> list[str]:
+    """Those of the splits that go by a name: exactly, or in another case, or among other words."""
+    exact = [name for name in found if name == wanted]
+    alike = [name for name in found if name.lower() == wanted.lower()]
+    among = [name for name in found if wanted in _words(name) and wanted in TRAIN + EVALUATION]
+    return exact or alike or among
+
+
+def _splits(place: Path, labelled: bool) -> list[str]:
+    """Names of the sub-folders that are splits; a class that happens to be called "train" is none."""
+    named = [name for name in sub_folders(place) if len(kinds(name)) == 1]
+    nested = [name for name in named if has_folders(place / name)]
+    both = nested if labelled else named
+    if {"train", "evaluation"} <= set().union(*map(kinds, both)):
+        return both
+    return [name for name in nested if is_plain(name)]
+
+
+def _divided(folder: Path, labelled: bool) -> Path:
+    """The folder whose sub-folders are the splits: `folder`, or one below; `folder` if there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    place = folder
+    for _ in range(_DEPTH):
+        if _splits(place, labelled):
+            return place
+        names = sub_folders(place)
+        divided = [name for name in names if len(set().union(*map(kinds, _splits(place / name, labelled)))) == 2]
+        if len(divided) > 1:
+            raise ValueError(
+                f"data is {str(folder)!r}; several of its sub-folders have a split for training and one for "
+                f"evaluation ({shown(divided)}): give one of them"
+            )
+        if divided:
+            return place / divided[0]
+        nested = [name for name in names if has_folders(place / name)]
+        if len(nested) != 1 and len(names) != 1:
+            return folder
+        place = place / (nested or names)[0]
+    return folder
+
+
+# Its classes
 
 
 def existing_folder(data: str | os.PathLike[str]) -> Path:
@@ -40,19 +238,20 @@ def open_folder(
     mode: str,
     class_map: ClassMap | None,
     require_split: bool,
-    labelled: bool = True,
-    **options: Any,
-) -> Source:
-    """One split of a folder; arguments and errors as in `open_source`, options those of `Source`."""
+    labelled: bool,
+    exif_orientation: bool,
+) -> ReaderSource:
+    """One split of a folder; arguments and errors as in `open_source`."""
     place = split_folder(folder, split, require_split, labelled)
     left_out = LeftOut()
+    about: About = {"root": place, "left_out": left_out, "exif_orientation": exif_orientation}
     images = search(place, left_out)
     mapped = class_map is not None
     if not labelled:
         if not images:
             raise _nothing(folder, place, left_out, mapped=False)
         files = FolderImages([(image.path, -1) for image in images])
-        return ReaderSource(files, str(place), mode, root=place, labelled=False, left_out=left_out, **options)
+        return ReaderSource(files, str(place), mode, **about | {"labelled": False})
     if class_map is not None:
         class_to_index = _class_map(class_map, place)
         images = list(_of_classes(images, class_to_index, left_out))
@@ -66,20 +265,19 @@ def open_folder(
         _check_undivided(folder, images)
     files = FolderImages([(image.path, class_to_index[_class_of(image)]) for image in images])
     classes = names_of(class_to_index)
-    return ReaderSource(
-        files, str(place), mode, classes=classes, root=place, mapped=mapped, left_out=left_out, **options
-    )
+    return ReaderSource(files, str(place), mode, **about | {"classes": classes, "mapped": mapped})
 
 
 def open_image_folder(
-    folder: Path, split: str, mode: str, require_split: bool, labelled: bool = True, **options: Any
-) -> Source:
+    folder: Path, split: str, mode: str, require_split: bool, labelled: bool, exif_orientation: bool
+) -> ReaderSource:
     """The same as torchvision's ImageFolder has it: the sub-folders are the classes, however deep their images lie.
 
     They are in the order of their names as strings ("10" before "2"), which is torchvision's.
     """
     place = split_folder(folder, split, require_split, labelled)
     left_out = LeftOut()
+    about: About = {"root": place, "left_out": left_out, "exif_orientation": exif_orientation}
     images = []
     for image in search(place, left_out):
         if image.parent or not labelled:
@@ -93,9 +291,7 @@ def open_image_folder(
     classes = sorted({_top(image) for image in images}) if labelled else None
     labels = {name: label for label, name in enumerate(classes or ())}
     files = FolderImages([(image.path, labels.get(_top(image), -1)) for image in images])
-    return ReaderSource(
-        files, str(place), mode, classes=classes, root=place, labelled=labelled, left_out=left_out, **options
-    )
+    return ReaderSource(files, str(place), mode, **about | {"classes": classes, "labelled": labelled})
 
 
 class FolderImages:
@@ -107,11 +303,11 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int, /) -> tuple[IO[bytes], int]:
         path, label = self.samples[index]
         return open(path, "rb"), label
 
-    def filename(self, index: int, absolute: bool = True) -> str:
+    def filename(self, index: int, /, *, absolute: bool) -> str:
         return self.samples[index][0]
 
 

@@ -11,14 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from skd.data.counted import generator
+from skd.data.loading import FixedPlan, Loading, TrainPlan
 from skd.data.pixels import Normalisation
-from skd.data.plans import FixedPlan, TrainPlan
-from skd.data.processes import be_patient, start
-from skd.data.readers import Source, StreamSource
-from skd.data.scanning import shown
-from skd.data.workers import Loaded, MapBatches, Preparation, StreamBatches, UnreadableData
+from skd.data.source import Source, shown
+from skd.data.streams import StreamSource
+from skd.data.workers import IndexedBatches, Loaded, Preparation, StreamBatches, UnreadableData, be_patient, start
 
-Batch = tuple[torch.Tensor, Any]  # the labels are a tensor, or None
+Batch = tuple[torch.Tensor, torch.Tensor | None]  # images and labels
 
 
 class Loader:
@@ -33,19 +32,19 @@ class Loader:
 
     Attributes:
         source: where the images come from.
+        loading: how batches are made of them.
         reasons: why images could not be read, by their names, of all iterations so far.
         turned: names of the images that EXIF says are not upright, and which were read as they are stored.
-        settings: those of its own that `TrainConfig` has too, by their names there.
         read: images that the latest iteration has given so far.
     """
 
-    def __init__(self, source: Source, normalise: Normalisation) -> None:
+    def __init__(self, source: Source, loading: Loading, normalise: Normalisation) -> None:
         self.source = source
+        self.loading = loading
         self.name = source.name
         self.normalise = normalise
         self.reasons: dict[str, str] = {}
         self.turned: set[str] = set()
-        self.settings: dict[str, Any] = {}
         self.read = 0
         self.epoch = 0
         self.start_batch = 0
@@ -110,22 +109,13 @@ class Loader:
         raise NotImplementedError
 
 
-class MapLoader(Loader):
+class IndexedLoader(Loader):
     """Over images that have numbers, by a plan. Its workers stay alive between iterations: keys tell them all."""
 
-    def __init__(
-        self,
-        dataset: MapBatches,
-        normalise: Normalisation,
-        plan: TrainPlan | FixedPlan,
-        workers: int = 0,
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(dataset.source, normalise)
-        self._dataset = dataset
+    def __init__(self, batches: IndexedBatches, normalise: Normalisation, plan: TrainPlan | FixedPlan) -> None:
+        super().__init__(batches.source, batches.preparation.loading, normalise)
+        self._batches = batches
         self._plan = plan
-        self._processes = workers
-        self._pin_memory = pin_memory
         self._loader: DataLoader[Loaded] | None = None
 
     def __len__(self) -> int:
@@ -138,13 +128,13 @@ class MapLoader(Loader):
         self._plan.epoch, self._plan.start_batch = self.epoch, self.start_batch
         if self._loader is None:
             self._loader = DataLoader(
-                self._dataset,
+                self._batches,
                 sampler=self._plan,
                 batch_size=None,  # a key is a whole batch
-                num_workers=self._processes,
+                num_workers=self.loading.workers,
                 collate_fn=_unchanged,
-                pin_memory=self._pin_memory,
-                persistent_workers=self._processes > 0,
+                pin_memory=self.loading.pin_memory,
+                persistent_workers=self.loading.workers > 0,
                 worker_init_fn=be_patient,
                 generator=torch.Generator(),  # else every iteration would draw from the global one
             )
@@ -154,43 +144,24 @@ class MapLoader(Loader):
 class StreamLoader(Loader):
     """Over a stream. Every iteration starts workers of its own: their readers remember how far they have come."""
 
-    def __init__(
-        self,
-        source: StreamSource,
-        preparation: Preparation,
-        normalise: Normalisation,
-        batch_size: int,
-        seed: int,
-        workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        pin_memory: bool = False,
-        limit: int | None = None,
-    ) -> None:
-        super().__init__(source, normalise)
+    def __init__(self, source: StreamSource, preparation: Preparation, normalise: Normalisation) -> None:
+        super().__init__(source, preparation.loading, normalise)
         self._source = source
         self._preparation = preparation
-        self._rows = max(1, batch_size // world)
-        self._seed = seed
-        self._processes = workers
-        self._rank, self._world = rank, world
-        self._pin_memory = pin_memory
-        self._images = len(source) if limit is None else limit
-        self._limit = limit
+        # To calibrate, the first of the stream's images.
+        self._limit = preparation.loading.calibration_images
+        self._images = len(source) if self._limit is None else self._limit
 
     def __len__(self) -> int:
         """In training exact; otherwise an estimate: every worker may have a smaller last batch."""
-        share = -(-self._images // self._world)
-        return self._images // (self._rows * self._world) if self._training else -(-share // self._rows)
-
-    @property
-    def _training(self) -> bool:
-        return self._preparation.seed is not None
+        rows, world = self.loading.rows, self.loading.world
+        share = -(-self._images // world)
+        return self._images // (rows * world) if self.loading.training else -(-share // rows)
 
     def _loaded(self) -> Iterator[Loaded]:
-        if self._training:
+        if self.loading.training:
             return self._exactly(len(self))
-        return start(self._workers()) if self._limit is None else self._first(-(-self._limit // self._world))
+        return start(self._workers()) if self._limit is None else self._first(-(-self._limit // self.loading.world))
 
     def _exactly(self, batches: int) -> Iterator[Loaded]:
         """As many batches on every rank, or an error: a rank that stops earlier would leave the others waiting."""
@@ -201,15 +172,17 @@ class StreamLoader(Loader):
         if count < batches:
             raise UnreadableData(
                 f"the stream {self.name} ended after {count} of {batches} batches; it needs a shard for each of "
-                f"{max(1, self._processes)} workers on {self._world} ranks, and as many images as it says it has"
+                f"{max(1, self.loading.workers)} workers on {self.loading.world} ranks, and as many images as "
+                "it says it has"
             )
 
     def _first(self, images: int) -> Iterator[Loaded]:
         """Batches until there are this many images; the last is cut."""
         for loaded in start(self._workers()):
             if loaded.images is not None and loaded.labels is not None:
-                loaded = loaded._replace(images=loaded.images[:images], labels=loaded.labels[:images])
-                images -= len(loaded.images)
+                kept = loaded.images[:images]
+                loaded = loaded._replace(images=kept, labels=loaded.labels[:images])
+                images -= len(kept)
             yield loaded
             if images <= 0:
                 return
@@ -218,28 +191,28 @@ class StreamLoader(Loader):
         """What the readers draw from: the same on all ranks for the shards, one of its own for a worker's images."""
         # To evaluate, every rank reads all and keeps its part: the readers' own division may leave out images of one
         # shard and read those of another twice.
-        whole = not self._training and self._limit is None
-        rank, world = (0, 1) if whole else (self._rank, self._world)
-        shards = int(generator(self._seed, "shards").integers(2**31))
-        images = int(generator(self._seed, "stream", self.epoch, self._rank).integers(2**31))
+        loading = self.loading
+        whole = not loading.training and self._limit is None
+        rank, world = (0, 1) if whole else (loading.rank, loading.world)
+        shards = int(generator(loading.seed, "shards").integers(2**31))
+        images = int(generator(loading.seed, "stream", self.epoch, loading.rank).integers(2**31))
         self._source.prepare(
             seed=shards,
             worker_seed=images,
             epoch=self.epoch,
-            workers=self._processes,
+            workers=loading.workers,
             rank=rank,
             world=world,
-            rows=self._rows,
+            rows=loading.rows,
         )
-        counters = (self.epoch, self._rank)
-        keep = (self._rank, self._world) if whole else (0, 1)
-        dataset = StreamBatches(self._source, self._preparation, self._rows, counters, self.start_batch, keep)
+        counters = (self.epoch, loading.rank)
+        keep = (loading.rank, loading.world) if whole else (0, 1)
         return DataLoader(
-            dataset,
+            StreamBatches(self._source, self._preparation, counters, self.start_batch, keep),
             batch_size=None,
-            num_workers=self._processes,
+            num_workers=loading.workers,
             collate_fn=_unchanged,
-            pin_memory=self._pin_memory,
+            pin_memory=loading.pin_memory,
             worker_init_fn=be_patient,
             generator=torch.Generator().manual_seed(images),  # from which the readers' worker seeds come
         )

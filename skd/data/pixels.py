@@ -1,18 +1,249 @@
-"""What the workers send: 8-bit images, a quarter of the bytes; and how the main process makes model input of them.
+"""What happens to one picture: from what Pillow opens to 8-bit pixels, and from a batch of those to a model's input.
 
-worker: PIL image -> Pixels -> uint8 (C, H, W), and the rectangles that random erasing draws
-main process: uint8 batch -> device -> normalised float32, rectangles over it
+    worker         any bit depth and mode -> `in_mode`, 8-bit "L" or "RGB" -> timm's transform -> `Pixels`, uint8
+                   (C, H, W), a quarter of the bytes of float32; and the rectangles that random erasing draws
+    main process   uint8 batch -> device -> `Normalisation`, float32, the rectangles over it
+
+The rest is what the two need: which files are pictures, a model's data configuration, timm's transforms.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.transforms import MaybePILToTensor, MaybeToTensor
 from torchvision.transforms import Compose, Normalize
+
+from skd.settings import Augmentation
+from skd.supernet import SuperNet
+from skd.vit import image_size, unwrapped
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+AUGMENTATION = tuple(field.name for field in fields(Augmentation))
+_ORIENTATION = 0x0112  # EXIF's tag
+_BITS = 258  # TIFF's tag: bits per sample
+# Formats that Pillow recognises by their first bytes, but whose pixels it cannot give.
+_WITHOUT_PIXELS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+
+# Pictures
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Endings of the files that Pillow (with its registered plugins) and timm take for images, in lower case."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    # MPO is a JPEG file with more than one picture, which the plugin of JPEG opens.
+    readable = {
+        ending for ending, name in known if (name in Image.OPEN or name == "MPO") and name not in _WITHOUT_PIXELS
+    }
+    return frozenset(readable | get_img_extensions(as_set=True))
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image (of several, the first) with 8 bits per channel, in `mode`, "L" or "RGB".
+
+    16-bit grey is divided by 257 (12-bit grey of TIFF accordingly), so that white stays white (Pillow would cut it
+    off at 255). 32-bit integers and floats have no white of their own: it is 1 for floats from 0 to 1, else 255, else
+    65535, the smallest that no value of the image exceeds; an image with other values is stretched from its lowest to
+    its highest. Values that are not finite are black. An alpha channel is dropped, as timm does it.
+    """
+    image.load()  # TIFF files are turned upright and may change their mode
+    if image.mode.startswith("I;16"):
+        image = _of(np.asarray(image).astype(np.float64) * (255 / _white(image)))
+    elif image.mode in ("I", "F"):
+        image = _of(_scaled(np.asarray(image).astype(np.float64), image))
+    elif image.mode == "LAB":
+        image = image.convert("RGB")
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    elif image.mode == "P" and "transparency" in image.info:  # one alpha for each colour: Pillow warns without RGBA
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def _white(image: Image.Image) -> int:
+    """The largest value of a picture of 16 bits; in TIFF files fewer of them may be in use."""
+    tags = getattr(image, "tag_v2", {})  # TIFF files have them
+    bits = tags.get(_BITS, (16,))[0]
+    return int(2**bits - 1) if 8 < bits < 16 else 65535
+
+
+def _of(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _scaled(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """32-bit values to 0..255."""
+    values = np.where(np.isfinite(values), values, 0.0)
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        return (values - low) * (255 / max(high - low, 1e-300))
+    if image.mode == "F" and high <= 1:
+        return values * 255
+    # So Pillow opens portable grey maps of 16 bits, and older versions of it PNG files.
+    sixteen_bits = high > 255 or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    return values / 257 if sixteen_bits else values
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether EXIF says that the stored picture is not upright (TIFF files are, as soon as they are loaded)."""
+    if "exif" not in image.info and "xmp" not in image.info:
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # whatever a broken block of EXIF leads to: the picture itself can be read
+        return False
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned and mirrored as its EXIF block says."""
+    return ImageOps.exif_transpose(image) if is_turned(image) else image
+
+
+# A model's preprocessing
+
+
+class DataConfig(TypedDict):
+    """How images are prepared for a model, in timm's names; each has one value, or one per channel.
+
+    Attributes:
+        input_size: (channels, height, width).
+        num_classes: of the head; 0 or missing: labels are not checked.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    num_classes: NotRequired[int]
+
+
+def data_config(model: Any) -> DataConfig:
+    """How images have to be prepared for a model.
+
+    Args:
+        model: a timm model, or a `SuperNet`.
+
+    Returns:
+        timm's data configuration with "input_size" as the model was really built, mean and std one per channel, and
+        "num_classes" of its head.
+    """
+    model = unwrapped(model)
+    model = model.model if isinstance(model, SuperNet) else model
+    config = resolve_model_data_config(model)
+    height, width = image_size(model)
+    return {
+        "input_size": (model.in_chans, height, width),
+        "mean": _per_channel(config["mean"], model.in_chans),
+        "std": _per_channel(config["std"], model.in_chans),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
+        "num_classes": model.num_classes,
+    }
+
+
+def _per_channel(values: Iterable[float], channels: int) -> tuple[float, ...]:
+    """One value per channel: the average where their number differs, as for a colour model built for grey images."""
+    values = tuple(float(value) for value in values)
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def chosen_augmentation(fields: Mapping[str, Any]) -> Augmentation:
+    """An `Augmentation` of some of its fields.
+
+    Raises:
+        ValueError: an unknown name or a value out of range.
+    """
+    unknown = sorted(fields.keys() - set(AUGMENTATION))
+    if unknown:
+        raise ValueError(f"augmentation has {', '.join(unknown)}; it may have {', '.join(AUGMENTATION)}")
+    return Augmentation(**fields)
+
+
+def train_transform(config: DataConfig, **augmentation: Any) -> Transform:
+    """timm's training transform; it draws from the global generators of Python, NumPy and PyTorch.
+
+    Args:
+        config: from `data_config`.
+        augmentation: fields of `Augmentation`.
+
+    Raises:
+        ValueError: an unknown name or a value out of range.
+    """
+    chosen = chosen_augmentation(augmentation)
+    try:
+        transform = create_transform(
+            config["input_size"],
+            is_training=True,
+            scale=chosen.scale,
+            ratio=chosen.ratio,
+            hflip=chosen.hflip,
+            vflip=chosen.vflip,
+            color_jitter=chosen.color_jitter,
+            auto_augment=chosen.aa or None,
+            interpolation=chosen.train_interpolation,
+            mean=config["mean"],
+            std=config["std"],
+            re_prob=chosen.reprob,
+            re_mode=chosen.remode,
+            re_count=chosen.recount,
+        )
+    except (AssertionError, KeyError, ValueError, TypeError) as error:  # timm's parsing of the two strings
+        raise ValueError(
+            f"aa is {chosen.aa!r}, train_interpolation {chosen.train_interpolation!r}, color_jitter "
+            f"{chosen.color_jitter!r}; timm does not know one of them: {error}"
+        ) from None
+    for operation in _operations(transform):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _operations(transform: Any) -> Iterator[Any]:
+    """timm's `AugmentOp`s in a training transform."""
+    for step in transform.transforms:
+        if isinstance(step, auto_augment.AutoAugment):
+            yield from chain.from_iterable(step.policy)
+        elif isinstance(step, auto_augment.RandAugment | auto_augment.AugMixAugment):
+            yield from step.ops
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's asks for 0 bits at the highest magnitude: black, but an error in newer versions of Pillow."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **options)
+
+
+def eval_transform(config: DataConfig) -> Transform:
+    """timm's evaluation transform: resize and crop by interpolation, crop_pct and crop_mode; nothing random."""
+    return create_transform(
+        config["input_size"],
+        is_training=False,
+        mean=config["mean"],
+        std=config["std"],
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+# Batches of 8 bits
 
 
 class Patch(NamedTuple):
@@ -94,11 +325,11 @@ def packed(images: list[list[Patch]]) -> Patches | None:
 class Normalisation:
     """8-bit batches to normalised float32 on a device: (x - 255 mean) / (255 std), as timm's prefetcher does."""
 
-    def __init__(self, config: dict[str, Any], device: torch.device | str | None = None) -> None:
+    def __init__(self, config: DataConfig, device: torch.device | str | None = None) -> None:
         self.device = torch.device("cpu" if device is None else device)
         self.mean, self.std = (
-            torch.tensor([255 * value for value in config[name]], device=self.device).view(-1, 1, 1)
-            for name in ("mean", "std")
+            torch.tensor([255 * value for value in values], device=self.device).view(-1, 1, 1)
+            for values in (config["mean"], config["std"])
         )
 
     def __call__(self, pixels: torch.Tensor, patches: Patches | None) -> torch.Tensor:

@@ -2,22 +2,36 @@
 
 Errors that concern the data are not raised here: an exception that leaves a worker arrives as a traceback in text.
 They travel in the batch (`Loaded.failure`), as do the names of unreadable images, and the main process raises them.
+
+At the end is how the processes begin and end: they outlive the signals of a run that is being stopped, but not the
+run.
 """
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
+import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from skd.data.counted import seeded
-from skd.data.pixels import Patches, Pixels, Prepared, packed
-from skd.data.plans import Key
-from skd.data.readers import BadImage, LabelError, Source, StreamSource
+from skd.data.indexed import IndexedSource
+from skd.data.loading import Key, Loading
+from skd.data.pixels import DataConfig, Patches, Pixels, Prepared, eval_transform, packed, train_transform
+from skd.data.source import BadImage, LabelError, Source
+from skd.data.streams import StreamSource
 
 RETRIES = 10  # unreadable images in a row before training gives up, as in timm
 
@@ -56,41 +70,43 @@ def _stacked(samples: list[Sample], bad: Bad, source: Source) -> Loaded:
     return Loaded(images, labels, bad, patches=packed([image.patches for image, _ in samples]), turned=turned)
 
 
-class Preparation(NamedTuple):
+class Preparation:
     """What happens to an image between its source and the batch.
 
-    Attributes:
-        transform: PIL image to 8-bit pixels.
-        seed: of the augmentation; None: nothing is random.
-        num_classes: labels are 0..num_classes - 1; 0: they are not checked.
-        fail: an unreadable image is an error.
+    Args:
+        data: the model's data configuration.
+        loading: how it is augmented, and which labels there may be.
     """
 
-    transform: Pixels
-    seed: int | None
-    num_classes: int
-    fail: bool
+    def __init__(self, data: DataConfig, loading: Loading) -> None:
+        augmentation = loading.augmentation
+        self.transform = Pixels(
+            eval_transform(data) if augmentation is None else train_transform(data, **asdict(augmentation))
+        )
+        self.loading = loading
 
-    def prepare(self, image: Any, label: int, counters: tuple[int, ...], file: Callable[[], str]) -> Sample:
+    def __call__(self, image: Image.Image, label: int, counters: tuple[int, ...], file: Callable[[], str]) -> Sample:
         """Raises LabelError: the label is out of range, of the image that `file` names."""
-        if self.num_classes and not 0 <= label < self.num_classes:
-            raise LabelError(f"{file()} has the label {label}; the head has the classes 0..{self.num_classes - 1}")
-        if self.seed is None:
+        loading = self.loading
+        if loading.num_classes and not 0 <= label < loading.num_classes:
+            raise LabelError(f"{file()} has the label {label}; the head has the classes 0..{loading.num_classes - 1}")
+        if not loading.training:
             return self.transform(image), label
-        with seeded(self.seed, "augment", *counters):
+        with seeded(loading.seed, "augment", *counters):
             return self.transform(image), label
 
 
-class MapBatches(Dataset[Loaded]):
+class IndexedBatches(Dataset[Loaded]):
     """Batches by their keys: ``self[keys]``. Its content depends on the keys alone."""
 
-    def __init__(self, source: Source, preparation: Preparation) -> None:
+    def __init__(self, source: IndexedSource, preparation: Preparation) -> None:
         self.source = source
         self.preparation = preparation
         self._missing = 0  # files in a row that are not there
 
     def __getitem__(self, keys: Sequence[Key]) -> Loaded:
-        sample = self._evaluation_sample if self.preparation.seed is None else self._training_sample
+        training = self.preparation.loading.training
+        sample = self._training_sample if training else self._evaluation_sample
         bad: Bad = []
         try:
             samples = [sample(key, bad) for key in keys]
@@ -121,14 +137,14 @@ class MapBatches(Dataset[Loaded]):
             return None
         self._missing = 0
         # The key's own counters: a stand-in may be in the same epoch for itself.
-        return self.preparation.prepare(image, label, key, partial(self.source.file, index))
+        return self.preparation(image, label, key, partial(self.source.file, index))
 
     def _judge(self, error: BadImage) -> None:
         """Raise if an unreadable image is the end."""
         self._missing = self._missing + 1 if error.missing else 0
         if self.source.vanished() or self._missing >= RETRIES:
             raise UnreadableData(f"the data set {self.source.name} has vanished: {error}") from error
-        if self.preparation.fail:
+        if self.preparation.loading.fails:
             raise UnreadableImage(str(error)) from error
 
 
@@ -138,7 +154,6 @@ class StreamBatches(IterableDataset[Loaded]):
     Args:
         source: prepared for the epoch.
         preparation: what happens to each image.
-        rows: images in a batch.
         counters: of the augmentation, before the worker and the position in its part of the stream.
         start_batch: batches before it are read, since a stream cannot do otherwise, but not prepared: they are empty.
         keep: (rank, world): of this worker's part only the images rank, rank + world, ...
@@ -148,7 +163,6 @@ class StreamBatches(IterableDataset[Loaded]):
         self,
         source: StreamSource,
         preparation: Preparation,
-        rows: int,
         counters: tuple[int, ...],
         start_batch: int = 0,
         keep: tuple[int, int] = (0, 1),
@@ -156,7 +170,7 @@ class StreamBatches(IterableDataset[Loaded]):
         self.keep = keep
         self.source = source
         self.preparation = preparation
-        self.rows = rows
+        self.rows = preparation.loading.rows
         self.counters = counters
         self.start_batch = start_batch
 
@@ -179,18 +193,18 @@ class StreamBatches(IterableDataset[Loaded]):
             if batch >= self.start_batch:
                 counters = (*self.counters, worker, count - 1)
                 file = partial(self.source.file, count - 1)
-                samples.append(self.preparation.prepare(image, label, counters, file))
+                samples.append(self.preparation(image, label, counters, file))
             if count % self.rows == 0:
                 yield _stacked(samples, self._unread(), self.source)
                 samples = []
         self._judge()
         # Training takes whole batches, and none of another pass's images is read after its last.
-        if self.preparation.seed is None and (count % self.rows or self.source.unread):
+        if not self.preparation.loading.training and (count % self.rows or self.source.unread):
             yield _stacked(samples, self._unread(), self.source)
 
     def _judge(self) -> None:
         """Raise if an image that could not be read is the end."""
-        if self.preparation.fail and self.source.unread:
+        if self.preparation.loading.fails and self.source.unread:
             file, reason = self.source.unread[0]
             raise UnreadableImage(f"{file} cannot be read: {reason}")
 
@@ -199,3 +213,40 @@ class StreamBatches(IterableDataset[Loaded]):
         unread = list(self.source.unread)
         self.source.unread.clear()
         return unread
+
+
+_started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def start(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
+    """``iter(loader)``, whose processes end with this one at the latest."""
+    before = set(multiprocessing.active_children())
+    iterator = iter(loader)
+    _started.update(set(multiprocessing.active_children()) - before)
+    return iterator
+
+
+def be_patient(worker: int) -> None:
+    """Runs in each worker: it survives Ctrl-C and its first SIGTERM, and obeys the second.
+
+    A signal to a whole job reaches the workers too. If they died of it at once, the main process could not finish
+    its step and write a checkpoint. It ends them itself, if need be by one SIGTERM and then another.
+    """
+
+    def obey_the_next(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, obey_the_next)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end(owner: int = os.getpid()) -> None:
+    """At exit multiprocessing would send each process one SIGTERM, and wait for it."""
+    alive = [process for process in list(_started) if os.getpid() == owner and process.is_alive()]
+    if alive:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes every end for a failure
+    for process in alive:
+        process.kill()
+
+
+atexit.register(_end)

@@ -2,6 +2,9 @@
 
 A planner is one file of this package, registered under the name of its file, and found here without being listed
 anywhere. CONTRIBUTING.md says how to add one. Importing this package imports none of them.
+
+    paper    the published planner: operations ranked by importance for what they save
+    loss     the rise of the loss, measured at several widths of each module, for what it saves
 """
 
 from __future__ import annotations

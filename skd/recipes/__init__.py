@@ -1,4 +1,8 @@
-"""Settings that come with skd: published runs as YAML files, chosen by name (``skd train --config deit_base``)."""
+"""Settings that come with skd: published runs as YAML files, chosen by name (``skd train --config deit_base``).
+
+deit_tiny, deit_small, deit_base    the super-networks of the paper, from timm's DeiT
+deit_finetune                       a sub-network cut out of one, fine-tuned
+"""
 
 from __future__ import annotations
 

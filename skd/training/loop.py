@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from skd.data.from_config import warn_of_ignored
+from skd.data.building import warn_of_ignored
 from skd.outputs import output_folder, remove_leftovers, write_json
 from skd.ranks import check_group, check_same, rank_of, together
 from skd.settings import RESUME, TrainConfig, finetune_config

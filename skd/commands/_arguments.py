@@ -198,10 +198,9 @@ def _or_none(base: Callable[[str], Any], text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def settings(
-    arguments: argparse.Namespace, defaults: TrainConfig, command: str
-) -> tuple[TrainConfig, dict[str, Any]]:
+def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
     """`defaults`, changed by --config, changed by the options given; and what a recipe says of itself."""
+    command = arguments.command
     recipe = recipes.Recipe({}, {}) if arguments.config is None else recipes.read_recipe(arguments.config)
     meant = recipe.about.get("command", command)
     if meant != command:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from skd.commands import COMMANDS, world_size
+from skd.commands import COMMANDS
+from skd.process import world_size
 from skd.training.stopping import Stopped
 
 

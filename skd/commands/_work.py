@@ -1,0 +1,369 @@
+"""What several commands do: open their images, make their models, print tables, write files. It imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from skd.cost import cost
+from skd.data import Loader, Loading, Source, data_config, open_source
+from skd.data.building import loader_of, usable_workers
+from skd.data.source import agree, name_classes, shown
+from skd.devices import usable_device
+from skd.files import load, save
+from skd.outputs import output_file
+from skd.ranks import everyone, rank_of, size_of, together
+from skd.supernet import SuperNet
+from skd.training.screen import Screen
+from skd.vit import MODEL_SOURCES, create_model, describe
+from skd.vit.weights import load_weights, new_head
+
+# Names of files that hold weights; and of those that no safetensors file should have.
+_OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
+_WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
+
+# Data
+
+
+def source(arguments: argparse.Namespace, model: Any, split: str, *, trained: bool = False, **options: Any) -> Source:
+    """One split of --data, its classes in agreement with the model's.
+
+    Where the model has other names, a warning has the first that differs, and labels stay what they are. A model that
+    has no names of its classes takes those of the images it is calibrated on; one to be `trained` takes them anyhow.
+    """
+    opened = open_split(arguments, model, split, **options)
+    agree(opened, model)
+    if opened.labelled and options.get("training"):
+        name_classes(model, opened, trained=trained)
+    return opened
+
+
+def open_split(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
+    """One split of --data, with the labels that it has itself."""
+    options |= {
+        "in_chans": model.in_chans,
+        "data_dir": arguments.data_dir,
+        "class_map": arguments.class_map,
+        "download": arguments.download,
+        "labelled": _reads_labels(arguments),
+        "exif_orientation": arguments.exif_orientation,
+    }
+    keys = {name: getattr(arguments, name) for name in ("input_key", "target_key")}
+    options |= {name: key for name, key in keys.items() if key is not None}
+    if arguments.download:  # one process of a node writes the files, the others find them
+        with together(arguments.group):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                open_source(arguments.data, split, **options)
+    return open_source(arguments.data, split, **options)
+
+
+def _reads_labels(arguments: argparse.Namespace) -> bool:
+    """All commands do but convert and plan with ``--labels predicted``: then images may be of other classes than the
+    model's, or of none."""
+    return getattr(arguments, "labels", "given") == "given"
+
+
+def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
+    """The un-augmented training images of convert and plan."""
+    if arguments.calibration_images < 1:
+        raise ValueError(f"--calibration-images is {arguments.calibration_images}; it must be at least 1")
+    images = source(arguments, model, arguments.train_split, training=True)
+    loading = replace(
+        _loading(arguments, model), seed=arguments.seed, calibration_images=arguments.calibration_images
+    )
+    return loader_of(images, data_config(model), loading)
+
+
+def validation(arguments: argparse.Namespace, model: Any) -> Loader:
+    """The validation images of evaluate."""
+    images = source(arguments, model, arguments.val_split)
+    return loader_of(images, data_config(model), _loading(arguments, model))
+
+
+def _loading(arguments: argparse.Namespace, model: Any) -> Loading:
+    """By the options of `add_data`: on the model's device, this process's share of every batch."""
+    device = next(model.parameters()).device
+    return Loading(
+        arguments.batch_size,
+        num_classes=model.num_classes if _reads_labels(arguments) else 0,
+        bad_images=arguments.bad_images,
+        workers=usable_workers(arguments.workers),
+        rank=rank_of(arguments.group),
+        world=size_of(arguments.group),
+        pin_memory=device.type == "cuda",
+        device=device,
+    )
+
+
+def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> dict[str, Any]:
+    """Prints what was read of each data set and what was not, of all ranks; the same for --json."""
+    used = {name: loader for name, loader in loaders.items() if loader is not None}
+    mine = {name: (loader.read, loader.reasons, loader.turned) for name, loader in used.items()}
+    all_ranks = everyone(mine, arguments.group)
+    documents: dict[str, dict[str, Any]] = {}
+    for name, loader in used.items():
+        parts = [ranks[name] for ranks in all_ranks]
+        if not any(read or reasons for read, reasons, _ in parts):
+            continue  # a finished run that is resumed reads nothing
+        reasons = dict(sorted((file, reason) for _, found, _ in parts for file, reason in found.items()))
+        documents[name] = {
+            "data": loader.name,
+            "images": len(loader.source),
+            "read": sum(read for read, _, _ in parts),
+            "skipped": reasons,
+            "not_upright": len(set().union(*(turned for _, _, turned in parts))),
+            "left_out": loader.source.left_out.to_dict(),
+        }
+        print(_read_of(name, documents[name], str(loader.source.left_out)))
+    skipped = sorted({file for document in documents.values() for file in document["skipped"]})
+    return {"images": documents, "skipped_images": skipped}
+
+
+def _read_of(name: str, document: dict[str, Any], left_out: str) -> str:
+    """One line: validation: 29 of 30 images read; skipped: 1 (...); left out: 2 hidden: ..."""
+    of = f" of {document['images']:,}" if document["images"] else ""
+    line = f"{name}: {document['read']:,}{of} images read"
+    if document["skipped"]:
+        named = [f"{file} ({reason})" for file, reason in document["skipped"].items()]
+        line += f"; skipped: {len(named)}, {shown(named)}"
+    if document["not_upright"]:
+        line += f"; not turned as EXIF says: {document['not_upright']:,}"
+    return line + (f"; left out: {left_out}" if left_out else "")
+
+
+# Models
+
+
+def device(arguments: argparse.Namespace) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if arguments.device is None else arguments.device
+    return usable_device(name, "--device", torch.float64)  # statistics are float64
+
+
+def supernet(path: str, where: torch.device) -> SuperNet:
+    """The super-network in a file."""
+    found = load(path, device=where)
+    if not isinstance(found, SuperNet):
+        raise ValueError(f"--supernet is {path!r}, a plain model; it must be what skd convert, plan or train wrote")
+    return found
+
+
+def check_no_weights(arguments: argparse.Namespace) -> None:
+    """Raises ValueError: --supernet is given together with what `add_weights` adds."""
+    if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
+        raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
+
+
+def model_file(path: str, option: str = "--out") -> None:
+    """`path` can be written, and is not called what it will not be.
+
+    Raises:
+        ValueError: it cannot, or it has the ending of another format.
+    """
+    output_file(path, option)
+    ending = Path(path).suffix
+    if ending.lower() in _OTHER_FORMATS:
+        raise ValueError(f"{option} is {path!r}; what is written is a safetensors file: call it .safetensors")
+
+
+def is_file(name: str) -> bool:
+    """--model is a file, or is called like one, and not a name in timm."""
+    if name.partition(":")[0].lower() in MODEL_SOURCES:
+        return False
+    return (
+        Path(name).is_file() or Path(name).suffix.lower() in _WEIGHT_FILES or name.startswith((os.sep, "." + os.sep))
+    )
+
+
+def build_model(arguments: argparse.Namespace) -> Any:
+    """The plain model that --model, --model-kwargs, --pretrained or --checkpoint, and --num-classes describe."""
+    name = arguments.model
+    if name is None:
+        if arguments.checkpoint is None:
+            raise ValueError("neither --model nor --checkpoint is given")
+        return _own_file(arguments, arguments.checkpoint, "--checkpoint without --model")
+    if is_file(name):
+        missing = "" if Path(name).is_file() else " (which is not there)"
+        raise ValueError(
+            f"--model is {name!r}, a file{missing}; here it is a name in timm: give skd's file as --checkpoint "
+            "alone, other weights as --model NAME --checkpoint FILE"
+        )
+    return _named(arguments)
+
+
+def plain_model(arguments: argparse.Namespace, instead: str) -> Any:
+    """The same where --model may also be a file of skd's; `instead`: what to do with one of a super-network."""
+    if not is_file(arguments.model):
+        return build_model(arguments)
+    if arguments.pretrained or arguments.checkpoint:
+        raise ValueError(f"--model is {arguments.model!r}, a file; it has its own architecture and weights")
+    return _own_file(arguments, arguments.model, "--model", instead)
+
+
+def warn_if_random(arguments: argparse.Namespace) -> None:
+    """Nothing has given the model its weights: seldom what is meant."""
+    loaded = arguments.pretrained or arguments.checkpoint or arguments.model_kwargs.get("checkpoint_path")
+    if not loaded and not is_file(arguments.model) and rank_of(arguments.group) == 0:
+        print(
+            f"warning: the weights of {arguments.model} are random (no --pretrained, no --checkpoint)",
+            file=sys.stderr,
+        )
+
+
+def weights_taken(arguments: argparse.Namespace) -> dict[str, Any]:
+    """For --json: which of a checkpoint's weights the model has, such as "model_ema"; None: it has no choice of them.
+
+    Nothing, where no checkpoint was read.
+    """
+    taken: dict[str, Any] = getattr(arguments, "taken", {})
+    return taken
+
+
+def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
+    """`network`, a plain model or a super-network, with the head that --num-classes asks for, if it does."""
+    classes = _num_classes(arguments)
+    model = network.model if isinstance(network, SuperNet) else network
+    # The number that a file's head has, as an argument of its architecture, asks for no other head.
+    if classes is not None and (getattr(arguments, "num_classes", None) or classes != model.num_classes):
+        try:
+            new_head(model, classes, _seed(arguments))
+        except (RuntimeError, MemoryError) as error:  # of PyTorch's allocator, in many lines
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"--num-classes is {classes}; such a head cannot be made: {reason}") from None
+    return network
+
+
+def _named(arguments: argparse.Namespace) -> Any:
+    """A model of timm's, with its weights."""
+    name, file, kwargs = arguments.model, arguments.checkpoint, dict(arguments.model_kwargs)
+    if file is None and not arguments.pretrained:
+        file = kwargs.pop("checkpoint_path", None)  # of timm.create_model, which does not say what it takes
+    loads = arguments.pretrained or file is not None or "checkpoint_path" in kwargs
+    if not loads and _num_classes(arguments) is not None:
+        kwargs["num_classes"] = _num_classes(arguments)
+    try:
+        model = create_model(name, pretrained=arguments.pretrained, **kwargs)
+        if any(tensor.is_meta for tensor in model.parameters()):
+            raise ValueError(f"model {name} has no data in its tensors, on the device meta")
+    except TypeError as error:  # an argument given twice
+        raise ValueError(f"--model-kwargs is {json.dumps(kwargs)}: {error}") from None
+    describe(model)
+    try:
+        cost(model)  # everything but the blocks runs, without data
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--model-kwargs is {json.dumps(kwargs)}; such a model takes no image: {reason}") from None
+    if file is not None:
+        _load(model, arguments, file)
+    if loads:
+        with_new_head(model, arguments)
+    return model.eval()
+
+
+def _load(model: Any, arguments: argparse.Namespace, file: str) -> None:
+    """A file of weights into a model of timm's; says what was taken from a file that has more than one."""
+    option = "--checkpoint" if arguments.checkpoint is not None else "checkpoint_path"
+    classes = _num_classes(arguments)
+    if not isinstance(file, str) or not Path(file).is_file():
+        raise ValueError(f"{option} is {file!r}; there is no such file")
+    try:
+        key = load_weights(model, file, take=arguments.checkpoint_weights, any_head=classes is not None)
+    except ValueError as error:
+        hint = "" if classes or "head." not in str(error) else "; --num-classes N makes a new head"
+        raise ValueError(f"{option} {file} does not fit {arguments.model}: {error}{hint}") from None
+    arguments.taken = {"checkpoint": file, "checkpoint_weights": key or None}
+    if key:
+        print(f"{file}: the weights are those of {key!r} (see --checkpoint-weights)")
+
+
+def _own_file(
+    arguments: argparse.Namespace, file: str, option: str, instead: str = "it must be a plain model"
+) -> Any:
+    """A plain model that skd wrote."""
+    others = sorted(arguments.model_kwargs.keys() - {"num_classes"})
+    if others or arguments.checkpoint_weights:
+        given = f"--model-kwargs has {others[0]}" if others else "--checkpoint-weights is given"
+        raise ValueError(f"{given}, but {file!r} is a file, with its own architecture and weights")
+    try:
+        model = load(file)
+    except ValueError as error:
+        other = "; weights of another kind need --model NAME --checkpoint FILE" if Path(file).is_file() else ""
+        raise ValueError(f"{option} must be a file of skd's: {error}{other}") from None
+    if isinstance(model, SuperNet):
+        raise ValueError(f"{option} is {file!r}, a super-network; {instead}")
+    return with_new_head(model, arguments)
+
+
+def _num_classes(arguments: argparse.Namespace) -> int | None:
+    """--num-classes; for a file, which has an architecture already, --model-kwargs may say it too."""
+    wanted: int | None = getattr(arguments, "num_classes", None)
+    also = arguments.model_kwargs.get("num_classes")
+    of_a_file = arguments.model is None or is_file(arguments.model)
+    if of_a_file and also is not None and not hasattr(arguments, "num_classes"):
+        raise ValueError("--model-kwargs has num_classes, but a file is evaluated with the head that it has")
+    if wanted is None:
+        wanted = also if of_a_file else None
+    elif also is not None and also != wanted:
+        raise ValueError(f"--num-classes is {wanted}, but --model-kwargs has num_classes {also}; give one of them")
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
+        raise ValueError(f"--num-classes is {wanted!r}; it must be a whole number, at least 1")
+    return wanted
+
+
+def _seed(arguments: argparse.Namespace) -> int:
+    """A new head is the same in every process, and when a run is resumed."""
+    return int(getattr(arguments, "seed", None) or 0)
+
+
+# Output
+
+
+def write(network: Any, path: str | os.PathLike[str], group: Any) -> None:
+    """A super-network or a plain model to a file: by the first of the processes, while the others wait."""
+    with together(group):
+        if rank_of(group) == 0:
+            save(network, path)
+
+
+def progress(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A bar for what takes `progress=`."""
+    return lambda items: Screen(None).bar(items, description)
+
+
+def print_sizes(rows: list[dict[str, Any]], title: str) -> None:
+    """A table of sub-networks: rows of `skd.curve`."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters"):
+        table.add_column(heading, justify="right")
+    measured = bool(rows) and "top1" in rows[0]
+    if measured:
+        table.add_column("top-1 (%)", justify="right")
+    for row in rows:
+        cells = [str(row["entry"]), count(row["macs"]), f"{row['macs_fraction']:.1%}", count(row["macs_linear"])]
+        cells += [f"{row['params']:,}", *([f"{row['top1']:.2f}"] if measured else [])]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def print_expected(about: dict[str, Any]) -> None:
+    """The published table of a recipe."""
+    headings = list(dict.fromkeys(key for row in about["expected"] for key in row))
+    table = Table(*headings)
+    for row in about["expected"]:
+        table.add_row(*(str(row.get(heading, "")) for heading in headings))
+    Console().print(f"\nPublished: {about.get('source', '')}", table, sep="\n")
+
+
+def count(number: int) -> str:
+    """MACs for people: 4.62 G, 35.1 M."""
+    unit, name = (1e9, "G") if number >= 1e9 else (1e6, "M")
+    return f"{number / unit:.2f} {name}"

@@ -1,0 +1,303 @@
+"""What every source of images has: a name, labels and their classes, and one way to say what cannot be read.
+
+After `Source` come the classes of data and of a model, matched by name: labels are only numbers, in an order of their
+own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypedDict, Unpack
+
+from PIL import Image
+
+from skd.data.pixels import in_mode, is_turned, upright
+
+ClassMap = str | os.PathLike[str] | Mapping[str, int]
+
+_SHOWN = 3
+
+# What cannot be read, and what is not
+
+
+class BadImage(Exception):
+    """One image that cannot be read.
+
+    Attributes:
+        file: its name.
+        reason: why, on one line.
+        missing: the file is not there, rather than broken.
+    """
+
+    def __init__(self, file: str, reason: BaseException | str) -> None:
+        self.file = file
+        words = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
+        # Pillow names the file object, too: a file that has been named, or an address in memory.
+        self.reason = " ".join(re.sub(r" <_io\.[^>]*>", "", words).split())
+        super().__init__(f"{file} cannot be read: {self.reason}")
+        self.missing = isinstance(reason, FileNotFoundError)
+
+
+class LabelError(ValueError):
+    """A label that is not one class of the head."""
+
+
+class LeftOut:
+    """Files and folders that are not read: how many for which reason, and the names of the first few."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, list[str]]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        count, names = self._found.get(reason, (0, []))
+        self._found[reason] = (count + 1, names if count >= _SHOWN else [*names, name])
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def to_dict(self) -> dict[str, dict[str, int | list[str]]]:
+        """JSON values by reason."""
+        found = sorted(self._found.items())
+        return {reason: {"count": count, "such_as": list(names)} for reason, (count, names) in found}
+
+    def __str__(self) -> str:
+        """On one line: 2 no image by its name (.txt): a/x.txt, a/y.txt; ..."""
+        parts = []
+        for reason, (count, names) in sorted(self._found.items()):
+            parts.append(f"{count} {reason}: {', '.join(names)}{', ...' if count > len(names) else ''}")
+        return "; ".join(parts)
+
+
+def shown(names: Iterable[str], most: int = _SHOWN) -> str:
+    """The first few of several names."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+# Sources
+
+
+class About(TypedDict, total=False):
+    """What a source may say of itself besides its name and mode: attributes of `Source`, by their names."""
+
+    classes: list[str] | None
+    root: Path | None
+    mapped: bool
+    labelled: bool
+    left_out: LeftOut
+    exif_orientation: bool
+
+
+class Source(ABC):
+    """Images and labels of one split of a data set: what is the same of both kinds.
+
+    `skd.data.indexed.IndexedSource` has images with numbers, of which `read` gives any;
+    `skd.data.streams.StreamSource` has an order of its own, of which `stream` gives a worker's part.
+    `skd.data.opening.open_source` opens both.
+
+    Attributes:
+        name: for messages.
+        classes: class names by label; None: unknown.
+        mode: of the images, "L" or "RGB".
+        root: the folder that the images are read from; None: there is none.
+        mapped: labels come from a class map, so the number of classes need not be the head's.
+        labelled: labels mean something; otherwise the loaders give None in their place.
+        left_out: what is in the folder and not read.
+        exif_orientation: pictures are turned as EXIF says. timm does not, so models are evaluated without.
+        turned: names of pictures that EXIF says are not upright and were not turned, since it was last emptied.
+        iterable: it is a stream.
+    """
+
+    iterable = False
+    _new_labels: list[int] | None = None
+
+    def __init__(self, name: str, mode: str, **about: Unpack[About]) -> None:
+        self.name = name
+        self.mode = mode
+        self.classes = about.get("classes")
+        self.root = about.get("root")
+        self.mapped = about.get("mapped", False)
+        self.labelled = about.get("labelled", True)
+        self.left_out = about.get("left_out", LeftOut())
+        self.exif_orientation = about.get("exif_orientation", False)
+        self.turned: list[str] = []
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def file(self, index: int) -> str:
+        """What to call an image in messages: its file, or its number. It may take as long as reading the image."""
+        return f"{self.name}[{index}]"
+
+    @contextmanager
+    def _decoding(self, index: int, name: str | None = None) -> Iterator[None]:
+        """Inside the block whatever Pillow (or the library in front of it) makes of a broken file is a `BadImage`.
+
+        Its plugins raise all kinds of errors: OSError, SyntaxError, KeyError, IndexError, struct.error, ...
+        """
+        try:
+            yield
+        except (BadImage, LabelError, MemoryError):
+            raise
+        except Exception as reason:
+            raise BadImage(name or self.file(index), reason) from reason
+
+    def _prepared(self, image: Image.Image, index: int, name: str | None = None) -> Image.Image:
+        """The picture in `mode`, upright if that is wanted, else noted in `turned` if it is not."""
+        if is_turned(image):
+            if self.exif_orientation:
+                image = upright(image)
+            else:
+                self.turned.append(name or self.file(index))
+        return in_mode(image, self.mode)
+
+    def renumber(self, new_labels: list[int]) -> None:
+        """From now on what was label i is label ``new_labels[i]``; other labels stay, for the loaders to refuse."""
+        old = self._new_labels
+        self._new_labels = new_labels if old is None else [new_labels[label] for label in old]
+
+    def _label(self, label: Any, index: int) -> int:
+        """Raises LabelError: it is not one integer."""
+        if not self.labelled:
+            return -1
+        try:
+            number = int(label)
+        except (TypeError, ValueError):
+            raise LabelError(f"{self.file(index)} has the label {label!r}; it must be one integer") from None
+        renumbered = self._new_labels
+        return number if renumbered is None or not 0 <= number < len(renumbered) else renumbered[number]
+
+
+def opened(file: IO[bytes]) -> Image.Image:
+    """Decoded by Pillow, in its own mode."""
+    image = Image.open(file)
+    image.load()  # some formats have their EXIF block after the pixels
+    return image
+
+
+def names_of(class_to_index: Mapping[str, int]) -> list[str] | None:
+    """Class names by label; None if the labels are not 0..n-1, each once."""
+    names = {index: name for name, index in class_to_index.items()}
+    if not names or len(names) < len(class_to_index) or sorted(names) != list(range(len(names))):
+        return None
+    return [str(names[index]) for index in range(len(names))]
+
+
+# Classes
+
+
+def label_names(model: Any) -> list[str] | None:
+    """Names of the classes of a timm model's head, by label; None: unknown (or of another head than it has)."""
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    if not isinstance(names, list | tuple) or len(names) != model.num_classes:
+        return None
+    return [str(name) for name in names]
+
+
+def match_classes(source: Source, names: Sequence[str] | None) -> str | None:
+    """Give the images of `source` the labels that `names` has for their classes.
+
+    Nothing is changed where the names are unknown, where a class map decides, or where they are not the same set:
+    then labels stay the numbers that they are.
+
+    Args:
+        source: from `open_source`; its labels and `classes` change.
+        names: class names by label, such as those of a model (`label_names`).
+
+    Returns:
+        None, or if both are known and differ: the first label at which they do, in words.
+    """
+    found = source.classes
+    if names is None or found is None or source.mapped or found == list(names):
+        return None
+    if len(set(names)) == len(names) and sorted(found) == sorted(names):
+        places = {name: label for label, name in enumerate(names)}
+        source.renumber([places[name] for name in found])
+        source.classes = list(names)
+        return None
+    label = next(
+        (i for i, (a, b) in enumerate(zip(found, names, strict=False)) if a != b), min(len(found), len(names))
+    )
+    here, there = (repr(of[label]) if label < len(of) else "none" for of in (found, names))
+    return f"label {label} is {here} in the data, {there} in the model"
+
+
+def match_model(source: Source, model: Any) -> None:
+    """`match_classes` with those that `model` knows; a warning has the first difference."""
+    difference = match_classes(source, label_names(model))
+    if difference is not None:
+        warnings.warn(
+            f"{source.name} has other classes than the model, labels are taken as they are: {difference}",
+            stacklevel=3,
+        )
+
+
+def agree(source: Source, model: Any, like: Source | None = None) -> None:
+    """Give the images of `source` the labels that the model has for their classes, or `like`, another split.
+
+    Raises:
+        ValueError: the two splits, or the images and the model's head, do not have the same classes.
+    """
+    if like is not None:
+        match_classes(source, like.classes)
+        check_same_classes(like, source)
+    if model.num_classes and source.labelled:
+        check_classes(source, model.num_classes)
+        if like is None:
+            match_model(source, model)
+
+
+def name_classes(model: Any, images: Source, trained: bool) -> None:
+    """Give the model the names of the classes of its images, for the files that it is saved to.
+
+    The names it has stay, unless they are not of its head or it is `trained` anew. By a class map labels may have
+    other names than the model knew, or names of which not all are known: then the trained model has none.
+    """
+    known, names = getattr(model, "pretrained_cfg", {}), images.classes
+    if not model.num_classes or (images.mapped and not trained):
+        return
+    if images.mapped and (names is None or len(names) != model.num_classes):
+        model.pretrained_cfg = {key: value for key, value in known.items() if key != "label_names"}
+    elif names and (trained or label_names(model) is None):
+        model.pretrained_cfg = {**known, "label_names": names}
+
+
+def check_classes(source: Source, num_classes: int) -> None:
+    """Compare the classes of a data set with a head's: their number must be the same.
+
+    Nothing is compared for a headless model (0 classes), where a class map decides, or where the classes are unknown;
+    labels are checked as they come in any case.
+
+    Raises:
+        ValueError: the numbers differ; the message says how to make a head that fits.
+    """
+    found = source.classes
+    if not num_classes or source.mapped or found is None or len(found) == num_classes:
+        return
+    count = len(found)
+    shown = ", ".join(found[:5]) + (", ..." if count > 5 else "")
+    raise ValueError(
+        f"{source.name} has {count} classes ({shown}), the model's head has {num_classes}; give a class map, or make "
+        f"a head that fits: model.reset_classifier({count}), or --num-classes {count} (convert, train, finetune); "
+        "--labels predicted (convert, plan) takes images of any classes"
+    )
+
+
+def check_same_classes(training: Source, other: Source) -> None:
+    """Raises ValueError: two splits of a data set have different classes, as far as they are known."""
+    if not training.classes or not other.classes or other.mapped or training.classes == other.classes:
+        return
+    names = sorted(set(training.classes) ^ set(other.classes))
+    if not names:
+        raise ValueError(f"{training.name} and {other.name} have the same classes in another order")
+    raise ValueError(
+        f"{training.name} and {other.name} have different classes, so their labels differ: only in one is {names[0]}"
+        + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
+    )

@@ -1,0 +1,315 @@
+"""Sources that are streams: timm's readers of shards in tar format, of Hugging Face's streams and of TensorFlow's.
+
+`StreamSource` is what they have in common. Each of its three kinds makes timm's reader, so that the library it reads
+with is imported only then, and takes every image from it undecoded, as an `Item`. timm's own decode on the way: to 8
+bits (Pillow cuts 16 off at 255), upright or not, and without those that fail. Here all is decoded by the rules of all
+other sources, and nothing that fails is hidden.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Unpack
+
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from skd.data.pixels import extensions
+from skd.data.source import About, BadImage, LabelError, Source, opened
+
+_FIRST = ("jpg", "png", "webp")  # timm's order, where a sample of a shard has several images
+
+
+class Item(NamedTuple):
+    """An image of a stream that is not decoded yet: its bytes or PIL image, and its name where it has one.
+
+    `missing` says why there is no image.
+    """
+
+    content: bytes | Image.Image | None
+    name: str | None = None
+    missing: str = ""
+
+
+class StreamSource(Source):
+    """Images in an order of the stream's own: no index, and each worker has a part of them.
+
+    Args:
+        reader: from `reader_of`.
+        training: shuffled, and cut into whole batches of the same number in every worker.
+        about: of `Source`.
+
+    Attributes:
+        training: as given.
+        unread: names of images that could not be read and why, since it was last emptied.
+    """
+
+    iterable = True
+
+    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
+        super().__init__(name, mode, **about)
+        self._reader = reader
+        self.training = training
+        self.samples = int(getattr(reader, "num_samples", 0) or 0)
+        self.unread: list[tuple[str, str]] = []
+
+    @staticmethod
+    @abstractmethod
+    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+        """timm's reader, whose library is imported.
+
+        Args:
+            name: what follows the prefix.
+            labelled: False: the label of every image is of no use.
+            arguments: of timm's reader.
+        """
+
+    @abstractmethod
+    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+        """This worker's images, and their labels as they are."""
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def prepare(
+        self, *, seed: int, worker_seed: int, epoch: int, workers: int, rank: int, world: int, rows: int
+    ) -> None:
+        """Set the order of an epoch, and this rank's share; before the workers start.
+
+        The readers keep a pipeline once it is built, with generators that have moved on: it is built anew, so that an
+        epoch is the same whether or not others came before it.
+        """
+        reader = self._reader
+        reader.ds = None
+        reader.common_seed, reader.worker_seed = seed, worker_seed
+        reader.dist_rank, reader.dist_num_replicas = rank, world
+        reader.batch_size = rows
+        reader.set_epoch(epoch)
+        reader.set_loader_cfg(num_workers=workers)
+
+    def stream(self) -> Iterator[tuple[Image.Image, int]]:
+        """This worker's images and labels, those that cannot be read left out and noted in `unread`.
+
+        In training others take their place, of another pass over this worker's part: every worker gives as many
+        images as the reader counts.
+
+        Raises:
+            BadImage: the reader failed, or none of the images to train with can be read.
+            LabelError: a label is not one integer, or not in the class map.
+        """
+        owed = yield from self._pass(None)
+        while owed and self.training:
+            left = yield from self._pass(owed)
+            if left == owed:
+                raise BadImage(self.name, "no image of a worker's part can be read")
+            owed = left
+
+    def _pass(self, most: int | None) -> Generator[tuple[Image.Image, int], None, int]:
+        """One pass over this worker's part, until there are `most` images.
+
+        Returns:
+            How many images could not be read; with `most`, how many are missing.
+        """
+        bad = read = 0
+        for position, (item, label) in self._numbered():
+            try:
+                image = self._decoded(item, position)
+            except BadImage as error:
+                self.unread.append((error.file, error.reason))
+                bad += 1
+                continue
+            yield image, self._label(label, position)
+            read += 1
+            if read == most:
+                break
+        return bad if most is None else most - read
+
+    def _numbered(self) -> Iterator[tuple[int, tuple[Item, Any]]]:
+        """What the reader gives, numbered; its failures are those of the stream."""
+        try:
+            yield from enumerate(self._undecoded())
+        except KeyError as key:
+            raise LabelError(f"{self.name} has no such column, or its class map no such label: {key}") from None
+        except (MemoryError, BadImage, LabelError):
+            raise
+        except Exception as reason:
+            raise BadImage(self.name, reason) from reason
+
+    def _decoded(self, item: Item, position: int) -> Image.Image:
+        """Raises BadImage: it cannot be read."""
+        name = item.name or self.file(position)
+        content = item.content
+        if content is None:
+            raise BadImage(name, item.missing)
+        with self._decoding(position, name):
+            image = opened(io.BytesIO(content)) if isinstance(content, bytes) else content
+            return self._prepared(image, position, name)
+
+    def file(self, index: int) -> str:
+        """A worker's images have numbers of its own."""
+        worker = get_worker_info()
+        return f"{self.name}[{index if worker is None else f'{worker.id}:{index}'}]"
+
+
+class WebSource(StreamSource):
+    """wds/FOLDER: web data sets, which are shards in tar format."""
+
+    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
+        super().__init__(reader, name, mode, training=training, **about)
+        self._maps, reader.remap_class = reader.remap_class, False  # here, where the image has a name
+
+    @staticmethod
+    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+        from timm.data.readers.reader_wds import ReaderWds
+
+        others = sorted({ending[1:] for ending in extensions()} - {*_FIRST})
+        given = {key: value for key, value in arguments.items() if key != "download"}
+        return ReaderWds(name=name, **{"input_key": ";".join([*_FIRST, *others]), **given})
+
+    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+        if self._reader.ds is None:
+            self._build()
+        yield from self._reader
+
+    def _build(self) -> None:
+        """timm's pipeline, up to where it decodes a sample and renames its parts."""
+        from timm.data.readers.reader_wds import log_and_continue
+        from webdataset import DataPipeline
+
+        self._reader._lazy_init()
+        stages = self._reader.ds.pipeline[:-2]
+        for stage in stages:
+            filled = getattr(stage, "kw", {})
+            if filled.get("handler") is log_and_continue:
+                filled["handler"] = self._note
+        self._reader.ds = DataPipeline(*stages, self._items)
+
+    def _note(self, error: Exception) -> bool:
+        """A shard that is not there, or whose rest cannot be read, is left out; the others are read."""
+        named = [part for part in error.args[1:] if isinstance(part, str)]
+        reason = str(error.args[0]) if error.args else ""
+        self.unread.append((named[-1] if named else "a shard", f"{type(error).__name__}: {reason}"))
+        return True
+
+    def _items(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            name = os.path.join(str(sample["__url__"]), str(sample["__key__"]))
+            ending = next((key for key in self._reader.input_key.split(";") if key in sample), None)
+            if ending is None:
+                has = ", ".join(key for key in sample if not key.startswith("__"))
+                yield {"image": Item(None, name, f"no image by its name ({has})"), "target": None}
+                continue
+            yield self._item(sample, f"{name}.{ending}", sample[ending])
+
+    def _item(self, sample: dict[str, Any], name: str, content: bytes) -> dict[str, Any]:
+        """Raises LabelError: the sample has a label that is of no use."""
+        from timm.data.readers.class_map import remap_target
+        from timm.data.readers.reader_wds import _decode
+
+        if not self.labelled:
+            return {"image": Item(content, name), "target": None}
+        reader = self._reader
+        keys, field = reader.target_keys or reader.target_key, reader.split_info.alt_label
+        if not keys and not field and "cls" not in sample:
+            return {"image": Item(None, name, "it has no label (cls)"), "target": None}
+        try:
+            decoded = _decode({**sample, "jpg": _PIXEL}, "jpg", "", keys, field)
+        except (KeyError, TypeError, ValueError) as error:
+            raise LabelError(f"{name} has a label that cannot be used: {error}") from None
+        if decoded is None:
+            return {"image": Item(None, name, "its label is below 0"), "target": None}
+        target = decoded["target"]
+        if self._maps:
+            try:
+                target = remap_target(target, reader.class_to_idx, reader._source_names, reader.dense_target)
+            except KeyError as key:
+                raise LabelError(f"{name} has a label that the class map does not have: {key}") from None
+        return {"image": Item(content, name), "target": target}
+
+
+def _png() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    return file.getvalue()
+
+
+_PIXEL = _png()  # for timm's function, which wants an image beside the label
+
+
+class HubSource(StreamSource):
+    """hfids/NAME: data sets of Hugging Face as streams."""
+
+    @staticmethod
+    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+        from timm.data.readers.reader_hfids import ReaderHfids
+
+        return ReaderHfids(name=name, **_with_target(labelled, arguments))
+
+    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+        reader: Any = self._reader
+        if reader.ds is None:
+            import datasets
+
+            reader._lazy_init()
+            stream: Any = reader.ds
+            reader.ds = stream.cast_column(reader.input_key, datasets.Image(decode=False))
+        for image, target in reader:
+            yield _file_item(image), target
+
+
+def _with_target(labelled: bool, arguments: dict[str, Any]) -> dict[str, Any]:
+    """timm's reader wants a column of labels, also where there are none."""
+    return arguments if labelled else {**arguments, "target_key": arguments.get("input_key", "image")}
+
+
+def _file_item(image: dict[str, Any] | None) -> Item:
+    """The bytes of an image, or those of the file that it is."""
+    if image is None:
+        return Item(None, None, "the column has no image")
+    path = image["path"]
+    name = path if path and "/" in path else None  # the name alone may be that of many
+    if image["bytes"]:
+        return Item(image["bytes"], name)
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            return Item(file.read(), name)
+    except Exception as error:  # each file system has its own
+        return Item(None, name, f"{type(error).__name__}: {error}")
+
+
+class TensorFlowSource(StreamSource):
+    """tfds/NAME: TensorFlow's data sets."""
+
+    @staticmethod
+    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+        from timm.data.readers.reader_tfds import ReaderTfds
+
+        reader = ReaderTfds(name=name, **_with_target(labelled, arguments))
+        reader._input_decoders = partial(_without_decoders, reader._input_decoders)
+        return reader
+
+    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+        for image, target in self._reader:
+            yield Item(image), target
+
+
+def _without_decoders(decoders: Callable[[], Any]) -> Any:
+    """TensorFlow's decoder of the image, in a nest of names, gives way to none."""
+    from tensorflow_datasets import decode
+
+    def skipped(nest: Any) -> Any:
+        if isinstance(nest, dict):
+            return {name: skipped(decoder) for name, decoder in nest.items()}
+        return decode.SkipDecoding()
+
+    return skipped(decoders())
+
+
+# By the prefix of their names
+STREAMS: dict[str, type[StreamSource]] = {"wds": WebSource, "hfids": HubSource, "tfds": TensorFlowSource}
