@@ -37,8 +37,8 @@ import skd_kernels
 from benchmarks import contenders
 from benchmarks.contenders import COMPILED, PUBLISHED, SLICES, Compiled
 from benchmarks.timing import BACKEND, SIZES, captured, peak_resident
-from skd.training.step import eager_step
-from skd.training.trainer import by_hand
+from skd.training.online import OnlineImportance
+from skd.training.step import by_hand
 from skd.vit import SuperBlock
 
 Layer = Callable[..., torch.Tensor]
@@ -213,14 +213,13 @@ class OwnStep(Step):
         supernet = skd.SuperNet(deit(model, device)).train()
         supernet.dropout_list = dropout_list(supernet)
         graph = name == OURS_GRAPH or (name == OURS_SCORES and device == "cuda")
-        importance = "online" if name == OURS_SCORES else "passes"
-        config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=graph, importance=importance, **SETTINGS)
-        self.trainer = by_hand(supernet, config)
-        if self.trainer.online is not None:
-            self.trainer.online.follow(True)
+        config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=graph, **SETTINGS)
+        self.step = by_hand(supernet, config)
+        if name == OURS_SCORES:
+            OnlineImportance(supernet).follow(True)
         self.on_device = device == "cuda" or name == OURS_COMPILED
         self.entry = torch.zeros((), dtype=torch.int64, device=device)
-        if graph and self.trainer.graph is None:
+        if graph and self.step.capture is None:
             raise RuntimeError("skd refused to use a CUDA graph here")
         if name == OURS_COMPILED:
             self.compiled = Compiled(SuperBlock.forward, fullgraph=True, backend=backend)
@@ -229,22 +228,19 @@ class OwnStep(Step):
 
     @property
     def network(self) -> nn.Module:
-        return self.trainer.supernet.model
+        return self.step.state.supernet.model
 
     def logits(self, images: torch.Tensor, entry: int) -> torch.Tensor:
         with self.autocast():
-            return self.trainer.supernet(images, entry=self._at(entry))
+            return self.step.state.supernet(images, entry=self._at(entry))
 
     def _at(self, entry: int) -> Any:
         return self.entry.fill_(entry) if self.on_device else entry
 
     def __call__(self, entry: int) -> None:
-        if self.trainer.graph is not None:
-            self.trainer.graph({"images": self.images, "targets": self.labels, "entry": self.entry.fill_(entry)})
-            if self.trainer.graph.failed:
-                raise RuntimeError("the step could not be captured; a warning says why")
-        else:
-            eager_step(self.trainer, [(self.images, self.labels)], self._at(entry), None)
+        self.step([(self.images, self.labels)], self._at(entry))
+        if self.step.capture is not None and self.step.capture.failed:
+            raise RuntimeError("the step could not be captured; a warning says why")
 
 
 def names(device: str) -> list[str]:

@@ -17,8 +17,9 @@ from benchmarks.timing import Call, report
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, score_buffers
 from skd.taps import frozen, total_cost
+from skd.training.loop import train_epoch
+from skd.training.run import Run, make_run
 from skd.training.screen import Screen, Seconds
-from skd.training.trainer import Trainer
 
 BATCH = 16
 STEPS = 3  # of the training loop
@@ -162,16 +163,16 @@ def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> 
     report(benchmark, contenders, rounds=15)
 
 
-def trainer(device: str, batches: list[Any], **settings: Any) -> Trainer:
+def run_of(device: str, batches: list[Any], **settings: Any) -> Run:
     config = skd.TrainConfig(batch_size=len(batches[0][1]), amp_dtype="float32", **settings)
     network = skd.SuperNet(deit("tiny", device))
-    return Trainer(network, batches, None, config, (), None, Screen(Console(quiet=True)))
+    return make_run(network, batches, None, config, screen=Screen(Console(quiet=True)))
 
 
 def test_training_loop(benchmark: Any, device: str) -> None:
     """Three steps of DeiT-Tiny: the loop, the bare steps, and the loop with the whole recipe."""
     batches = [batch(device)] * STEPS
-    loop, recipe = trainer(device, batches, **BARE), trainer(device, batches)
+    loop, recipe = run_of(device, batches, **BARE), run_of(device, batches)
     network = skd.SuperNet(deit("tiny", device)).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=0.05)
 
@@ -181,9 +182,9 @@ def test_training_loop(benchmark: Any, device: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    def epoch(run: Trainer) -> None:
+    def epoch(run: Run) -> None:
         run.step_in_epoch = 0
-        run._train_epoch(Seconds())
+        train_epoch(run, Seconds())
 
     contenders: dict[str, Call] = {
         "loop": lambda: epoch(loop),

@@ -68,6 +68,63 @@ class Augmentation:
             raise ValueError(f"recount is {self.recount}; it must be at least 1")
 
 
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How weights are updated: `TrainConfig.optimizer`, and what its fields are called there.
+
+    Attributes:
+        name: `opt`.
+        peak_lr: `lr`, or what follows from `lr_base`.
+        eps: `opt_eps`.
+        weight_decay, decay, clip_grad: as there.
+    """
+
+    name: str
+    peak_lr: float
+    eps: float
+    weight_decay: float
+    decay: str
+    clip_grad: float | None
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """How the learning rate moves: `TrainConfig.schedule`.
+
+    Attributes:
+        epochs, min_lr, warmup_lr: as there.
+        peak_lr: after the warm-up.
+        warmup_epochs: `warmup_epochs`, or what follows from `epochs`.
+        by_step: `sched_on_updates`.
+    """
+
+    epochs: int
+    peak_lr: float
+    min_lr: float
+    warmup_lr: float
+    warmup_epochs: int
+    by_step: bool
+
+
+@dataclass(frozen=True)
+class MixingSettings:
+    """What images and targets are made of, and the loss: `TrainConfig.mixing`; prob and switch_prob are Mixup's."""
+
+    mixup: float
+    cutmix: float
+    prob: float
+    switch_prob: float
+    smoothing: float
+
+
+@dataclass(frozen=True)
+class AverageSettings:
+    """The moving average of the weights: `TrainConfig.average`; both are ``model_ema_...`` there."""
+
+    decay: float
+    warmup: bool
+
+
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -112,9 +169,9 @@ class TrainConfig:
     channels_last: bool = _option(False, "give the patch embedding its images in channels-last memory layout")
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     torchcompile: bool = _option(False, "compile the network with torch.compile, once for all sub-networks")
-    cuda_graph: bool = _option(
-        False,
-        "replay each step as one CUDA graph; wants no model_ema_warmup; falls back, saying why, where it cannot",
+    cuda_graph: bool | None = _option(
+        None,
+        "replay each step as one CUDA graph, or say why it cannot; unset: on a GPU, where nothing speaks against it",
     )
 
     # Regularisation
@@ -208,6 +265,25 @@ class TrainConfig:
         """Epochs during which the dropout list grows."""
         given = self.progressive_epochs
         return min(50, max(1, self.epochs // 3)) if given is None else given
+
+    @property
+    def optimizer(self) -> OptimizerSettings:
+        return OptimizerSettings(self.opt, self.peak_lr, self.opt_eps, self.weight_decay, self.decay, self.clip_grad)
+
+    @property
+    def schedule(self) -> ScheduleSettings:
+        return ScheduleSettings(
+            self.epochs, self.peak_lr, self.min_lr, self.warmup_lr, self.warmup, self.sched_on_updates
+        )
+
+    @property
+    def mixing(self) -> MixingSettings:
+        return MixingSettings(self.mixup, self.cutmix, self.mixup_prob, self.mixup_switch_prob, self.smoothing)
+
+    @property
+    def average(self) -> AverageSettings | None:
+        """None: there is none."""
+        return AverageSettings(self.model_ema_decay, self.model_ema_warmup) if self.model_ema else None
 
     def changed(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed.

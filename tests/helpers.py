@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,8 @@ def raw_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, 
 
 
 def timeless(value: Any) -> Any:
-    """A JSON value without the "seconds" in it."""
-    if isinstance(value, dict):
+    """A JSON value, or epochs of a history, without the "seconds" in it."""
+    if isinstance(value, Mapping):
         return {key: timeless(item) for key, item in value.items() if key != "seconds"}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 

@@ -357,7 +357,7 @@ def test_contenders_of_a_training_step_have_one_gradient() -> None:
     for step in made.values():
         assert steps.check(step, exact, 300, 1e-3) < 1e-3
     for name in ("ours", "ours, scores"):
-        scores = made[name].trainer.supernet.scores  # type: ignore[attr-defined]
+        scores = made[name].step.state.supernet.scores  # type: ignore[attr-defined]
         assert (scores is not None and all(bool(s.any()) for s in scores)) == (name == "ours, scores")
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    QUIET,
     digit_net,
     nested,
     noted,
@@ -23,16 +22,14 @@ from tolerances import kernel_tolerance
 
 import skd
 import skd_kernels
-from skd.training.graph import WARMUP, StepGraph
-from skd.training.screen import Screen
-from skd.training.step import eager_step
-from skd.training.trainer import Trainer
+from skd.training.capture import WARMUP, Capture
+from skd.training.step import Stepper, by_hand
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
 ]
-SETTINGS: dict[str, Any] = {"model_ema_warmup": False, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-3}
+SETTINGS: dict[str, Any] = {"model_ema_warmup": True, "mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +45,11 @@ def network(dtype: torch.dtype = torch.float32) -> skd.SuperNet:
     return nested(digit_net(dtype), *rows).cuda()
 
 
-def trainer(graph: bool, **changes: Any) -> Trainer:
+def stepper(graph: bool, **changes: Any) -> Stepper:
     config = training_config(**{**SETTINGS, "cuda_graph": graph, "batch_size": 64, **changes})
-    run = Trainer(network().train(), [], None, config, (), None, Screen(QUIET))
-    assert (run.graph is not None) == graph
-    return run
+    step = by_hand(network().train(), config)
+    assert (step.capture is not None) == graph
+    return step
 
 
 def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,49 +58,40 @@ def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, 
     return images.cuda().to(dtype), torch.randint(0, 10, (64,), generator=generator).cuda()
 
 
-def take(run: Trainer, entries: Any) -> list[torch.Tensor]:
+def take(step: Stepper, entries: Any) -> list[torch.Tensor]:
     """Steps of these entries; the losses."""
-    losses = []
-    for entry in entries:
-        images, labels = batch(run.step)
-        number = torch.tensor(int(entry), device="cuda")
-        if run.graph is None:
-            losses.append(eager_step(run, [(images, labels)], number, None))  # type: ignore[arg-type]
-        else:
-            losses.append(run.graph({"images": images, "targets": labels, "entry": number}))
-        run.step += 1
-    return losses
+    return [step([batch(step.step)], torch.tensor(int(entry), device="cuda")) for entry in entries]
 
 
 def test_a_thousand_steps_of_mixed_entries_stay_finite() -> None:
     """bfloat16, one graph; the capacity of the table is not passed, so one capture serves all."""
-    run = trainer(True, amp_dtype="bfloat16")
+    run = stepper(True, amp_dtype="bfloat16")
     losses = torch.stack(take(run, np.random.default_rng(0).integers(7, size=1000)))
-    assert run.graph is not None and run.graph.graph is not None and not run.graph.failed
+    assert run.capture is not None and run.capture.graph is not None and not run.capture.failed
     assert losses.isfinite().all()
-    for module in (run.supernet, run.averaged):
+    for module in (run.state.supernet, run.state.averaged):
         assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("changes", [{}, {"clip_grad": 0.1}, {"model_ema": False}])
 def test_replayed_steps_are_the_eager_ones(changes: dict[str, Any]) -> None:
     entries = np.random.default_rng(1).integers(7, size=WARMUP + 12)
-    runs = [trainer(graph, amp_dtype="float32", **changes) for graph in (False, True)]
+    runs = [stepper(graph, amp_dtype="float32", **changes) for graph in (False, True)]
     eager, replayed = (torch.stack(take(run, entries)) for run in runs)
     torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-5)
-    for found, expected in zip(runs[1].averaged.parameters(), runs[0].averaged.parameters(), strict=True):
+    for found, expected in zip(runs[1].state.averaged.parameters(), runs[0].state.averaged.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_replay_never_stops_the_host() -> None:
-    run = trainer(True, amp_dtype="bfloat16")
+    """Nor does what fills its inputs: learning rate, decay of the average and entry."""
+    run = stepper(True, amp_dtype="bfloat16")
     take(run, [0, 1, 2, 3, 4])
     images, labels = batch(0)
-    inputs = {"images": images, "targets": labels, "entry": torch.tensor(2, device="cuda")}
-    assert run.graph is not None
+    entry = torch.tensor(2, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.graph(inputs)
+        run([(images, labels)], entry)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -135,13 +123,13 @@ def test_deterministic_mode_repeats_a_run_to_the_bit() -> None:
     entries = np.random.default_rng(2).integers(7, size=20)
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [trainer(graph, amp_dtype="bfloat16") for graph in (False, False, True, True)]
+        runs = [stepper(graph, amp_dtype="bfloat16") for graph in (False, False, True, True)]
         for run in runs:
             take(run, entries)
     finally:
         torch.use_deterministic_algorithms(False)
     for first, again in ((runs[0], runs[1]), (runs[2], runs[3])):
-        for a, b in zip(first.supernet.parameters(), again.supernet.parameters(), strict=True):
+        for a, b in zip(first.state.supernet.parameters(), again.state.supernet.parameters(), strict=True):
             assert torch.equal(a, b)
 
 
@@ -150,17 +138,17 @@ def test_a_whole_run_replays_its_steps(importance: str, monkeypatch: pytest.Monk
     """Stochastic depth, Mixup and CutMix, a warm-up and a growing list, as the recipes have them."""
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     replayed = []
-    call = StepGraph.__call__
+    call = Capture.__call__
 
-    def noting(step: StepGraph, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def noting(step: Capture, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = call(step, inputs)
         replayed.append(step.graph is not None)
         return loss
 
-    monkeypatch.setattr(StepGraph, "__call__", noting)
+    monkeypatch.setattr(Capture, "__call__", noting)
     net = digit_net().cuda()
     config = training_config(
-        cuda_graph=True, importance=importance, drop_path=0.3, warmup_epochs=1, model_ema_warmup=False
+        cuda_graph=None, importance=importance, drop_path=0.3, warmup_epochs=1, model_ema_warmup=True
     )
     assert config.mixup and config.cutmix
     history = run_training(net, config)

@@ -230,7 +230,7 @@ OTHER = {
     "log_interval": 7,
     "seed": 1,
 }
-MAY_DIFFER = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1"}
+MAY_DIFFER = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1", "cuda_graph"}
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close, digit_net, run_training, training_config
 from torch._dynamo.utils import counters
 
-from skd.training.trainer import by_hand
+from skd.training.step import by_hand
 
 
 def test_a_cpu_is_warned() -> None:

@@ -29,7 +29,7 @@ from helpers import (
 import skd
 import skd.planners.paper as paper_module
 from skd.curve import area, measure_curve
-from skd.training import trainer as trainer_module
+from skd.training import evaluation
 from skd.training.batches import start_epoch
 
 # How the list grows
@@ -176,7 +176,7 @@ def scripted(monkeypatch, *areas):
         list(batches)
         return [{"budget": b, "entry": 0, "macs": 1, "macs_fraction": b, "top1": value} for b in budgets]
 
-    monkeypatch.setattr(trainer_module, "measure_curve", measure)
+    monkeypatch.setattr(evaluation, "measure_curve", measure)
 
 
 @pytest.mark.parametrize("areas, best", [((5, 9, 7, 3), 1), ((9, 5, 9, 7), 2), ((0, 0, 0, 0), 3)])

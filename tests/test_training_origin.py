@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import skd
 from skd.cli import main
 from skd.training import Stopped, checkpoints
-from skd.training.origin import _images, weights_hash
+from skd.training.origin import images_of, weights_hash
 
 
 class Loader(Hooked):
@@ -184,6 +184,6 @@ def test_of_the_data_only_what_all_ranks_share_is_compared() -> None:
     dataset = TensorDataset(torch.zeros(7, 1))
     dataset.classes = 3  # type: ignore[attr-defined]
     loader = DataLoader(dataset, batch_size=2)
-    assert _images(loader, None) == {"classes": None, "images": 7}
-    assert _images(loader, "a group") == {"classes": None, "images": None}
-    assert _images([(torch.zeros(2, 1), None), ()], None)["images"] == 2
+    assert images_of(loader, None) == {"classes": None, "images": 7}
+    assert images_of(loader, "a group") == {"classes": None, "images": None}
+    assert images_of([(torch.zeros(2, 1), None), ()], None)["images"] == 2

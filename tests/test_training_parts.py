@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import QUIET, Hooked, digit_data, digit_net, training_config
+from helpers import Hooked, digit_data, digit_net, training_config
 from rich.console import Console
 from timm.layers import DropPath, SwiGLU, SwiGLUPacked
 from torch import nn
@@ -23,11 +23,11 @@ from skd.data.indexed import ArrayImages, PairSource
 from skd.training.batches import start_epoch
 from skd.training.decay import ExpectedDecay, inclusion
 from skd.training.dropping import CountedDropPath, DropPaths, drop_paths
-from skd.training.history import History, StepLog, drawn_means
+from skd.training.history import Epoch, History, StepLog, drawn_means
 from skd.training.mixing import Mixing
 from skd.training.screen import Screen
+from skd.training.step import by_hand
 from skd.training.stopping import Stopped, stop_signals
-from skd.training.trainer import Trainer
 
 # Stochastic depth
 
@@ -90,7 +90,7 @@ LABELS = torch.tensor([0, 1, 2, 3, 4])
 
 def mixed(config, *counters):
     with seeded(0, *counters):
-        return Mixing(config, 10)(IMAGES, LABELS)
+        return Mixing(config.mixing, 10)(IMAGES, LABELS)
 
 
 @pytest.mark.parametrize("changes", [{"cutmix": 0.0}, {"mixup": 0.0}, {}])
@@ -143,7 +143,7 @@ def test_no_mixing(changes):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_label_smoothing_of_labels_and_of_mixed_targets(smoothing):
     """-sum of q log p with q = (1 - smoothing) * target + smoothing / classes."""
-    mixing = Mixing(training_config(smoothing=smoothing), 10)
+    mixing = Mixing(training_config(smoothing=smoothing).mixing, 10)
     logits = torch.randn(5, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     soft = mixed(training_config(), "step", 0)[1]
     for targets, dense in ((LABELS, F.one_hot(LABELS, 10).double()), (soft, soft.double())):
@@ -155,7 +155,7 @@ def test_label_smoothing_of_labels_and_of_mixed_targets(smoothing):
 def test_loss_of_half_precision_is_taken_in_float32():
     logits = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).half()
     labels = torch.arange(64) % 10
-    loss = Mixing(training_config(), 10).loss(logits, labels)
+    loss = Mixing(training_config().mixing, 10).loss(logits, labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels, label_smoothing=0.1))
 
@@ -165,9 +165,8 @@ def test_loss_of_half_precision_is_taken_in_float32():
 
 def decays(net, config):
     """{name: weight decay} of the optimizer's groups."""
-    trainer = Trainer(net, [], None, config, (), None, Screen(QUIET))
     names = {id(parameter): name for name, parameter in net.model.named_parameters()}
-    groups = trainer.optimizer.param_groups
+    groups = by_hand(net, config).state.optimizer.param_groups
     return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
 
 
@@ -346,10 +345,9 @@ def test_step_log_by_hand():
     """Sums over an interruption are those of an epoch in one piece, bit for bit."""
     dropout_list = skd.DropoutList(("0.attn", "0.mlp"), [[4, 4], [2, 2], [0, 0]], macs=[1000, 500, 30])
     steps = [(0, 2.3, 0.1), (1, 2.1, 0.2), (2, 0.7, 0.3), (1, 1.1, 0.4), (0, 1.7, 0.5)]
-    cpu = torch.device("cpu")
 
     def log(some, earlier=None):
-        record = StepLog(cpu, earlier)
+        record = StepLog(earlier)
         for entry, loss, seconds in some:
             record.add(entry, torch.tensor(loss, dtype=torch.float64), seconds, 16)
         return record.summary(dropout_list)
@@ -366,8 +364,12 @@ def test_step_log_by_hand():
     assert log([]) == {"count": 0, "loss": 0.0, "images": 0, "drawn": []}
 
 
+def epoch_of(number, **evaluated):
+    return Epoch(epoch=number, step=4, lr=0.1, loss=2.0, images=64, entries=1, macs_fraction=1.0, **evaluated)
+
+
 def test_history_knows_its_best_epoch():
-    epochs = [{"epoch": 0, "curve": None, "area": None}, {"epoch": 1, "curve": [{"top1": 5.0}], "area": 5.0}]
+    epochs = [epoch_of(0), epoch_of(1, curve=[{"top1": 5.0}], area=5.0)]
     history = History(None, epochs, 1)
     assert (history.best, history.curve, history.area) == (epochs[1], [{"top1": 5.0}], 5.0)
     assert [json.loads(line) for line in history.to_jsonl().splitlines()] == epochs
@@ -375,7 +377,18 @@ def test_history_knows_its_best_epoch():
 
 
 def test_a_history_without_evaluation_has_an_empty_curve():
-    assert History(None, [{"epoch": 0, "curve": None, "area": None}], 0).curve == []
+    assert History(None, [epoch_of(0)], 0).curve == []
+
+
+def test_an_epoch_is_the_mapping_that_its_line_is():
+    """So what reads the lines of history.jsonl reads what `skd.train` returns, and the other way round."""
+    row = epoch_of(3, area=5.0)
+    line = json.loads(History(None, [row]).to_jsonl())
+    assert line == row and Epoch(**line) == row
+    assert line["epoch"] == row["epoch"] == row.epoch == 3 and row["area"] == 5.0 and row.get("top1") is None
+    assert row != epoch_of(3) and list(row) == list(line)
+    with pytest.raises(KeyError):
+        row["to_jsonl"]
 
 
 # Signals

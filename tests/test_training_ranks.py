@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import skd
 from skd.training import checkpoints
-from skd.training.graph import average_gradients
 from skd.training.parallel import on_ranks
+from skd.training.step import average_gradients
 
 LOADERS = ("train_loader", "val_loader", "calibration")
 CHANGES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "accumulated": {"grad_accum_steps": 2, "clip_grad": 1.0, "decay": "expected"},
     "online": {"importance": "online", "progressive_epochs": 3},
     "checkpointing": {"grad_checkpointing": True, "model_ema": False},
-    "graph": {"cuda_graph": True, "model_ema_warmup": False, "clip_grad": 1.0},
+    "graph": {"cuda_graph": True, "clip_grad": 1.0},
 }
 ROUNDING = {"graph": 1e-6}  # of the learning rate, a float32 tensor there; otherwise of float64
 
@@ -102,7 +102,7 @@ def run_ranks(rank: int, folder: Path) -> None:
                 "wrapped": len(wrapped),
                 "replays": graphs.replays if graphs else 0,
                 "weights": net.state_dict(),
-                "history": history.epochs,
+                "history": [dict(row) for row in history.epochs],
                 "list": net.dropout_list.to_json(),
             }
         except Exception as error:

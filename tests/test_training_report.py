@@ -22,7 +22,7 @@ from skd.curve import area, entries_within, sizes_of
 from skd.dropout_list import DropoutList
 from skd.supernet import SuperNet
 from skd.training import report
-from skd.training.history import History
+from skd.training.history import Epoch, History
 from skd.training.report import PLOTS, write_report
 
 RUNS = {"short": (2, 1, 20, 2), "paper": (300, 50, 481, 12)}  # epochs, those that grow the list, entries, blocks
@@ -55,26 +55,24 @@ def history_of(supernet: SuperNet, config: skd.TrainConfig, growing: int) -> His
     for epoch in range(config.epochs):
         entries = math.ceil(len(dropout_list) * min(1, (epoch + 1) / growing))
         shares = [share for share in np.arange(15.5, 0, -1) / 16 if share > fraction[entries - 1]]
-        row = {
-            "epoch": epoch,
-            "step": 7 * (epoch + 1),
-            "lr": 1e-3 * (1 - epoch / config.epochs),
-            "loss": 2.5 + 1 / (epoch + 1),
-            "images": 1001,
-            "entries": entries,
-            "macs_fraction": float(fraction[entries - 1]),
-            "sensitivity": dict(zip(dropout_list.modules, sensitivity, strict=True)) if epoch < growing else None,
-            "drawn": [
-                {"macs_fraction": s, "count": 3, "loss": 3 - s, "seconds": 0.1 + 0.2 * s} for s in shares[::-1]
-            ],
-            "curve": None,
-            "area": None,
-            "best": False,
-            "seconds": {"importance": 1.0, "steps": 5.0, "evaluate": 2.0, "total": 8.25},
-        }
+        row = Epoch(
+            epoch=epoch,
+            step=7 * (epoch + 1),
+            lr=1e-3 * (1 - epoch / config.epochs),
+            loss=2.5 + 1 / (epoch + 1),
+            images=1001,
+            entries=entries,
+            macs_fraction=float(fraction[entries - 1]),
+            sensitivity=dict(zip(dropout_list.modules, sensitivity, strict=True)) if epoch < growing else None,
+            drawn=[{"macs_fraction": s, "count": 3, "loss": 3 - s, "seconds": 0.1 + 0.2 * s} for s in shares[::-1]],
+            curve=None,
+            area=None,
+            best=False,
+            seconds={"importance": 1.0, "steps": 5.0, "evaluate": 2.0, "total": 8.25},
+        )
         if (epoch + 1) % config.eval_every == 0 or epoch == config.epochs - 1:
-            row["curve"] = curve_of(supernet, entries, config.budgets, 78 - 10 / (epoch + 1))
-            row["area"] = area(row["curve"], config.budgets)
+            row.curve = curve_of(supernet, entries, config.budgets, 78 - 10 / (epoch + 1))
+            row.area = area(row.curve, config.budgets)
             history.best_epoch = epoch
         history.epochs.append(row)
     return history
@@ -181,7 +179,7 @@ def test_failed_write_leaves_the_old_report(
 def test_old_plots_go(short: Any, quick: None, tmp_path: Path) -> None:
     write_report(tmp_path, *short)
     (tmp_path / "report" / "mine.png").write_text("keep")
-    short[0].epochs[0]["sensitivity"] = None
+    short[0].epochs[0].sensitivity = None
     path = write_report(tmp_path, *short)
     assert set(contents(tmp_path)) == {"report.md", "report/mine.png", *referenced(path)}
     assert not (tmp_path / "report" / "importance.png").exists() and "Importance" not in path.read_text()
@@ -222,7 +220,7 @@ def test_numbers(run: Any, quick: None, tmp_path: Path) -> None:
 
 def test_compile_time(short: Any, quick: None, tmp_path: Path) -> None:
     history, supernet, config = copy.deepcopy(short)
-    history.epochs[0]["seconds"] = {"compile": 90.0, "steps": 0.12, "total": 91.0}
+    history.epochs[0].seconds = {"compile": 90.0, "steps": 0.12, "total": 91.0}
     summary = dict(table(write_report(tmp_path, history, supernet, config), "|  |"))
     assert summary["host time per step"].endswith(" ms, and 90.0 s to compile")
 
@@ -278,8 +276,8 @@ def test_trained(model: Any, batches: Any, tmp_path: Path) -> None:
 
 def test_without_seconds(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in short[0].epochs:
-        del row["seconds"]
-        for drawn in row["drawn"]:
+        row.seconds = {}
+        for drawn in row.drawn:
             del drawn["seconds"]
     figures = drawn_by(monkeypatch, tmp_path, *short)
     assert dict(table(tmp_path / "report.md", "|  |"))["wall time"] == "not recorded"
@@ -343,7 +341,7 @@ def test_importance(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_steps(short: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are means over the steps, not over the epochs; the line leads from 0 through the largest."""
     history = short[0]
-    history.epochs[1]["drawn"] = [
+    history.epochs[1].drawn = [
         {**row, "count": 9, "loss": row["loss"] - 1, "seconds": 2 * row["seconds"]}
         for row in history.epochs[1]["drawn"]
     ]

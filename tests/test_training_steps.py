@@ -171,7 +171,7 @@ def test_mixing_of_a_step_is_counted(monkeypatch):
     assert len(seen) == 8
     for step, images in enumerate(seen):
         with seeded(5, "step", step):
-            assert torch.equal(images, Mixing(config, 10)(*digit_data()[0][step % 4])[0])
+            assert torch.equal(images, Mixing(config.mixing, 10)(*digit_data()[0][step % 4])[0])
 
 
 def test_masks_of_a_step_are_counted(monkeypatch):

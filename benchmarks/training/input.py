@@ -25,7 +25,7 @@ import skd
 from benchmarks.timing import provenance, synchronize
 from skd.data import data_config, open_source, train_loader, train_transform
 from skd.data.pixels import DataConfig, Prepared
-from skd.training.trainer import by_hand
+from skd.training.step import by_hand
 
 SIZE = (500, 375)
 SHARDS = 4
@@ -115,13 +115,13 @@ def make_step(name: str, device: str) -> Any:
     supernet = skd.SuperNet(skd.create_model(name).to(device))
     images = STEP_IMAGES[device]
     config = skd.TrainConfig(batch_size=images)
-    trainer = by_hand(supernet.train(), config)
+    step = by_hand(supernet.train(), config)
     batch = (torch.randn(images, 3, 224, 224, device=device), torch.randint(1000, (images,), device=device))
 
     def call() -> tuple[float, float]:
         synchronize()
         start, used = time.perf_counter(), time.process_time()
-        trainer.train_step([batch], entry=0)
+        step([batch], entry=0)
         synchronize()
         return images / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / images
 

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import spawn
 
 import skd
 from benchmarks.timing import provenance
-from skd.training.trainer import by_hand
+from skd.training.step import by_hand
 
 
 def steps(rank: int, setup: dict[str, Any]) -> None:
@@ -43,14 +43,14 @@ def steps(rank: int, setup: dict[str, Any]) -> None:
     torch.manual_seed(0)
     supernet = skd.SuperNet(skd.create_model(setup["model"])).to(device).train()
     config = skd.TrainConfig(batch_size=setup["batch"])
-    trainer = by_hand(supernet, config, group)
+    step = by_hand(supernet, config, group)
     share = setup["batch"] // world
     images = torch.randn(share, 3, *supernet.model.patch_embed.img_size, device=device)
     labels = torch.arange(share, device=device)
     seconds = []
     for _ in range(setup["steps"] + 1):
         start = time.perf_counter()
-        trainer.train_step([(images, labels)], entry=0)
+        step([(images, labels)], entry=0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

@@ -181,7 +181,7 @@ def _kind(setting: Field[Any]) -> dict[str, Any]:
     annotation = str(setting.type)
     if "choices" in setting.metadata:
         return {"choices": setting.metadata["choices"]()}
-    if annotation == "bool":
+    if annotation.startswith("bool"):
         return {"action": argparse.BooleanOptionalAction}
     if annotation.startswith("tuple"):
         return {"type": float, "nargs": "+", "metavar": "X"}

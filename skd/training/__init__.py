@@ -1,30 +1,39 @@
 """Training a super-network (PIAD) and fine-tuning what was cut out of it.
 
-loop.py         `train` and `finetune`
-trainer.py      one run: epochs, steps, evaluation
-step.py         one optimizer step
-optimizer.py    the optimizer and the schedule, by timm's names
-precision.py    the precision and the memory layout of the steps
-parallel.py     the same step on several ranks
-graph.py        the same as one CUDA graph
+entry_points.py `train` and `finetune`
+run.py          one run: what it was given, where it stands, the files it leaves
+loop.py         its epochs, and the steps of an epoch
 batches.py      the batches of an epoch, from any place in it
-state.py        putting a run away, and taking it up
-origin.py       what a run began with: not gone on with from anything else
-checkpoints.py  files that appear whole or not at all
-dropping.py     stochastic depth with counted masks
+growing.py      how the dropout list grows
+evaluation.py   the curve, and by it which weights are kept
+
+step.py         the one function that takes a step, and who calls it for every batch
+state.py        all that a step reads and writes; what speaks against a CUDA graph
+capture.py      any function of tensors as a CUDA graph
+average.py      the moving average of the weights
 mixing.py       Mixup, CutMix and the loss
+dropping.py     stochastic depth with counted masks
 decay.py        weight decay by inclusion probability
-online.py       importance followed during training
+optimizer.py    the optimizer and the schedule, by timm's names
+precision.py    autocast, TF32 and memory layout
+parallel.py     the network on several ranks
+online.py       importance from the steps' own backward passes
+
+resume.py       putting a run away, and taking it up
+checkpoints.py  files that appear whole or not at all
+origin.py       what a run began with: not gone on with from anything else
+stopping.py     signals, and the ways a run ends early
+
 history.py      what happened, epoch by epoch
 report.py       the same for people: Markdown and plots
 screen.py       bars and lines
-stopping.py     signals, and the ways a run ends early
 dry_run.py      will it fit, how long will it take
+types.py        what these files hand to each other
 """
 
 from skd.settings import TrainConfig, finetune_config
-from skd.training.history import History
-from skd.training.loop import finetune, train
+from skd.training.entry_points import finetune, train
+from skd.training.history import Epoch, History
 from skd.training.stopping import Diverged, Stopped
 
-__all__ = ["Diverged", "History", "Stopped", "TrainConfig", "finetune", "finetune_config", "train"]
+__all__ = ["Diverged", "Epoch", "History", "Stopped", "TrainConfig", "finetune", "finetune_config", "train"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from skd.data.counted import seeded
+from skd.training.types import Batches
 
 
-def start_epoch(loader: Any, seed: int, epoch: int, start: int) -> Iterator[Any]:
+def start_epoch(loader: Batches, seed: int, epoch: int, start: int) -> Iterator[object]:
     """The batches of an epoch from number `start` on.
 
     A loader with ``set_epoch(epoch, start_batch)``, as skd's have, begins there. Of any other the first `start` are
@@ -21,7 +21,7 @@ def start_epoch(loader: Any, seed: int, epoch: int, start: int) -> Iterator[Any]
         yield from loader
         return
     for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        advance: Any = getattr(part, "set_epoch", None)
+        advance = getattr(part, "set_epoch", None)
         if advance is not None:
             advance(epoch)
     for index, batch in enumerate(repeatable(loader, seed, "loader", epoch)):
@@ -29,7 +29,7 @@ def start_epoch(loader: Any, seed: int, epoch: int, start: int) -> Iterator[Any]
             yield batch
 
 
-def repeatable(loader: Any, seed: int, *counters: int | str) -> Iterator[Any]:
+def repeatable(loader: Batches, seed: int, *counters: int | str) -> Iterator[object]:
     """The batches of `loader`; the global generators that it may draw from follow the seed, and stay as they were.
 
     PyTorch's DataLoader draws a number at every iteration, even in order and without workers.
@@ -50,8 +50,8 @@ def repeatable(loader: Any, seed: int, *counters: int | str) -> Iterator[Any]:
 class Anew:
     """The batches that `read` gives, from the first one again at every iteration."""
 
-    def __init__(self, read: Callable[[], Iterator[Any]]) -> None:
+    def __init__(self, read: Callable[[], Iterator[object]]) -> None:
         self.read = read
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return self.read()

@@ -11,17 +11,55 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from skd.outputs import replacing
+from skd.training.history import Summary
 
 KEY = "skd-checkpoint"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
+
+Tensors = dict[str, torch.Tensor]
+Numbers = dict[str, dict[str, Any]]  # plain numbers of an optimizer's state, by the name of the parameter
+
+
+class Images(TypedDict):
+    """What a loader says of its images: names of the classes in the order of their labels, and how many images."""
+
+    classes: list[str] | None
+    images: int | None
+
+
+class Origin(TypedDict):
+    """What a run began with: a hash of the network's weights, and the images of each loader that it has."""
+
+    weights: str
+    data: dict[str, Images]
+
+
+class Header(TypedDict):
+    """The JSON of a checkpoint. What an earlier version did not write need not be there."""
+
+    epoch: int
+    step_in_epoch: int
+    grown: bool
+    sensitivity: dict[str, float] | None
+    scored_steps: NotRequired[int]
+    config: dict[str, Any]
+    origin: NotRequired[Origin | None]
+    steps_per_epoch: int | None
+    dropout_list: str
+    history: list[Any]  # original_top1, epochs as in history.jsonl, best_epoch
+    partial: Summary
+    optimizer: Numbers
+    scaler: dict[str, Any]
+    format: NotRequired[int]
+    step: NotRequired[int]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -33,18 +71,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def write(folder: Path, step: int, tensors: dict[str, torch.Tensor], header: dict[str, Any], keep: int) -> Path:
+def write(folder: Path, step: int, tensors: Tensors, header: Header, keep: int) -> Path:
     """Write one checkpoint atomically, then delete all but the newest `keep`.
 
     Raises:
         OSError: it cannot be written (a full disk); the earlier checkpoints are untouched.
     """
     path = checkpoint_path(folder, step)
-    header = header | {"format": FORMAT, "step": step}
+    text = json.dumps({**header, "format": FORMAT, "step": step})
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(on_cpu, temporary, metadata={KEY: json.dumps(header)})
+            save_file(on_cpu, temporary, metadata={KEY: text})
     except (SafetensorError, OSError) as error:
         last = checkpoints(folder)
         whole = f"the last whole checkpoint is {last[0]}" if last else "there is no earlier checkpoint"
@@ -57,7 +95,7 @@ def write(folder: Path, step: int, tensors: dict[str, torch.Tensor], header: dic
     return path
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read(path: Path) -> tuple[Tensors, Header]:
     """(tensors, header) of one checkpoint.
 
     Raises:
@@ -66,7 +104,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            header = dict(json.loads(metadata[KEY]))
+            header = cast(Header, dict(json.loads(metadata[KEY])))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {error}") from None
@@ -75,7 +113,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def newest(folder: Path) -> tuple[Tensors, Header] | None:
     """The newest checkpoint that is whole, or None; a damaged one is passed over with a warning."""
     for path in checkpoints(folder):
         try:
@@ -85,15 +123,13 @@ def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | Non
     return None
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[int, str]
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> tuple[Tensors, Numbers]:
     """State of an optimizer by parameter name: its tensors, and its plain numbers.
 
     Some of timm's optimizers count their steps in the parameter groups: those are under the name "group N".
     """
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
+    tensors: Tensors = {}
+    numbers: Numbers = {}
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
         for key, value in state.items():
@@ -110,10 +146,7 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: dict[int, str],
-    tensors: dict[str, torch.Tensor],
-    numbers: dict[str, dict[str, Any]],
+    optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: Tensors, numbers: Numbers
 ) -> None:
     """The inverse of `optimizer_tensors`; settings of the parameter groups stay as they are."""
     state = optimizer.state_dict()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from skd.dropout_list import DropoutList
 from skd.supernet import SuperNet
@@ -45,7 +45,7 @@ class ExpectedDecay:
             parameter.mul_(1 - lr * self.weight_decay * share)
 
 
-def _by_parameter(model: Any, module: Module, share: torch.Tensor) -> dict[int, torch.Tensor]:
+def _by_parameter(model: nn.Module, module: Module, share: torch.Tensor) -> dict[int, torch.Tensor]:
     """`share` of each coordinate, laid out to multiply the parameters of `module` with more than one axis."""
     own, found = dict(module.of(model).named_parameters()), {}
     for name, (axis, index) in module.coordinates(model).items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ def drop_paths(supernet: SuperNet, rate: float, seed: int) -> Iterator[DropPaths
     """Inside the block the super-network's branches drop at `rate`; its own DropPath modules return after it."""
     blocks = supernet.network.blocks(supernet.model)
     places = [(blocks[info.block], info.place.drop_path) for info in supernet.infos]
-    own: list[Any] = [getattr(block, name) for block, name in places]
+    own: list[nn.Module] = [getattr(block, name) for block, name in places]
     paths = DropPaths(supernet, rate, seed) if rate else None
     replacements = [nn.Identity() for _ in own] if paths is None else paths.modules
     for (block, name), module in zip(places, replacements, strict=True):

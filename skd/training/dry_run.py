@@ -14,8 +14,10 @@ from rich.table import Table
 
 from skd.settings import TrainConfig
 from skd.supernet import SuperNet
+from skd.training.optimizer import Scheduler, make_scheduler
 from skd.training.precision import laid_out, tf32
-from skd.training.trainer import Trainer, by_hand
+from skd.training.state import StepState
+from skd.training.step import Stepper, by_hand
 from skd.vit import image_size
 
 IMAGENET = 1_281_167  # training images, assumed where no data set is given
@@ -50,17 +52,19 @@ def dry_run(
     if supernet.model.num_classes == 0:
         raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
     device = next(supernet.parameters()).device
-    # Without an epoch there are no updates to schedule by, and a graph is for one batch size.
-    trainer = by_hand(supernet, config.changed(sched_on_updates=False, cuda_graph=False))
+    # A graph is for one batch size; and without an epoch there are no updates to schedule by.
+    stepper = by_hand(supernet, config.changed(cuda_graph=False))
+    by_epoch = config.changed(sched_on_updates=False).schedule
+    scheduler = make_scheduler(stepper.state.optimizer, by_epoch, None)
     supernet.train()
     supernet.grad_checkpointing = config.grad_checkpointing
     total = IMAGENET if images is None else images
     if total < config.batch_size:
         raise ValueError(f"batch_size is {config.batch_size}, but there are only {total} training images")
-    _timed_step(trainer, 1)
+    _timed_step(stepper, config, 1)
     part = config.batch_size // config.grad_accum_steps
     largest = min(part, LARGEST.get(device.type, 8))
-    steps = [_measure(trainer, images) for images in (-(-largest // 2), largest)]
+    steps = [_measure(stepper, config, images) for images in (-(-largest // 2), largest)]
     sizes = [step["images"] for step in steps]
     per_image = (steps[1]["peak_bytes"] - steps[0]["peak_bytes"]) / max(sizes[1] - sizes[0], 1)
     per_step = steps[1]["seconds"] * config.batch_size / largest
@@ -70,7 +74,7 @@ def dry_run(
         "device": str(device),
         "measured": steps,
         "seconds_per_step": per_step,
-        "state_bytes": _state_bytes(trainer),
+        "state_bytes": _state_bytes(stepper.state),
         "peak_bytes": round(steps[1]["peak_bytes"] + per_image * (part - largest)),
         "images": total,
         "images_assumed": images is None,
@@ -78,18 +82,18 @@ def dry_run(
         "seconds_per_epoch": per_epoch,
         "hours": per_epoch * config.epochs / 3600,
         "bytes_per_image": round(per_image),
-        "schedule": schedule(config, trainer),
+        "schedule": schedule(config, scheduler),
     }
     document["processes"] = _divided(document, config)
     _print(Console() if console is None else console, document, config)
     return document
 
 
-def _measure(trainer: Trainer, images: int) -> dict[str, Any]:
+def _measure(stepper: Stepper, config: TrainConfig, images: int) -> dict[str, Any]:
     """The faster of two steps: the first may choose algorithms and compile, and other work may be in the way."""
-    with tf32(trainer.config.tf32):
-        seconds = min(_timed_step(trainer, images) for _ in range(2))
-    return {"images": images, "seconds": seconds, "peak_bytes": _peak_memory(trainer.device)}
+    with tf32(config.tf32):
+        seconds = min(_timed_step(stepper, config, images) for _ in range(2))
+    return {"images": images, "seconds": seconds, "peak_bytes": _peak_memory(stepper.state.device)}
 
 
 def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
@@ -110,7 +114,7 @@ def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, An
     return rows
 
 
-def schedule(config: TrainConfig, trainer: Trainer) -> list[dict[str, Any]]:
+def schedule(config: TrainConfig, scheduler: Scheduler) -> list[dict[str, Any]]:
     """Learning rate and share of MACs removed, at the epochs where something begins or ends."""
     growing, warmup = config.growing_epochs, config.warmup
     marks = {0: "start", config.epochs - 1: "last epoch", config.epochs // 2: "half"}
@@ -120,21 +124,21 @@ def schedule(config: TrainConfig, trainer: Trainer) -> list[dict[str, Any]]:
         marks[growing - 1] = "dropout list complete"
     rows = []
     for epoch in sorted(marks):
-        rates = trainer.scheduler._get_lr(epoch)
+        rates = scheduler._get_lr(epoch)
         removed = config.target * min(1.0, (epoch + 1) / growing) if growing else 0.0
         rows.append({"epoch": epoch + 1, "what": marks[epoch], "lr": float(rates[0]), "macs_removed": removed})
     return rows
 
 
-def _timed_step(trainer: Trainer, images: int) -> float:
-    model, device = trainer.supernet.model, trainer.device
+def _timed_step(stepper: Stepper, config: TrainConfig, images: int) -> float:
+    model, device = stepper.state.supernet.model, stepper.state.device
     dtype = next(model.parameters()).dtype
     batch = torch.randn(images, model.in_chans, *image_size(model), device=device, dtype=dtype)
-    batch = laid_out(batch, trainer.config)
+    batch = laid_out(batch, config)
     labels = torch.randint(model.num_classes, (images,), device=device)
     _wait(device)
     start = time.perf_counter()
-    trainer.train_step([(batch, labels)], entry=0)
+    stepper([(batch, labels)], entry=0)
     _wait(device)
     return time.perf_counter() - start
 
@@ -153,16 +157,16 @@ def _peak_memory(device: torch.device) -> int:
     return 1024 * (int(match[1]) if match else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def _state_bytes(trainer: Trainer) -> int:
+def _state_bytes(state: StepState) -> int:
     """Weights, gradients, optimizer state and average: what does not depend on the batch."""
-    weights = sum(p.numel() * p.element_size() for p in trainer.supernet.parameters())
-    state = sum(
+    weights = sum(p.numel() * p.element_size() for p in state.supernet.parameters())
+    of_optimizer = sum(
         value.numel() * value.element_size()
-        for values in trainer.optimizer.state.values()
+        for values in state.optimizer.state.values()
         for value in values.values()
         if isinstance(value, torch.Tensor)
     )
-    return 2 * weights + state + (weights if trainer.ema is not None else 0)
+    return 2 * weights + of_optimizer + (weights if state.average is not None else 0)
 
 
 def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> None:

@@ -1,202 +1,191 @@
-"""`skd.train` and `skd.finetune`: training runs from Python; the command line calls the same functions."""
+"""The epochs of a run, and the steps of an epoch."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sized
-from pathlib import Path
-from typing import Any
+import itertools
+import time
+import warnings
+from collections.abc import Iterator
 
 import torch
-from rich.console import Console
 
-from skd.data.building import warn_of_ignored
-from skd.outputs import output_folder, remove_leftovers, write_json
-from skd.ranks import check_group, check_same, rank_of, together
-from skd.settings import RESUME, TrainConfig, finetune_config
-from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
-from skd.training.checkpoints import checkpoints
-from skd.training.history import History
-from skd.training.screen import Screen
-from skd.training.trainer import Trainer
-from skd.vit import unwrapped
-from skd_kernels import build_info
-
-
-def train(
-    supernet: SuperNet,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any] | None,
-    config: TrainConfig | None = None,
-    *,
-    calibration: Iterable[Any] | None,
-    out: str | os.PathLike[str] | None = None,
-    resume: str | None = None,
-    console: Console | None = None,
-    verbose: bool = True,
-    group: Any = None,
-) -> History:
-    """Train a super-network by progressive importance-aware dropout (PIAD, METHOD 2), in place.
-
-    In each of the first epochs importance is measured on the calibration images and the dropout list grows; every
-    step draws one of its entries uniformly, the last included, and trains that sub-network.
-
-    Args:
-        supernet: from `skd.convert`. Its dropout list grows; at the end it holds the weights of the evaluated epoch
-            with the largest area under the accuracy-MACs curve (the average of the weights, where model_ema is on).
-        train_loader: batches (images (B, in_chans, H, W) float, labels (B,) int), augmented and preprocessed; Mixup
-            is applied here. Read once per epoch; ``set_epoch(epoch)`` is called where it exists. skd's own
-            (`skd.data.train_loader`) resume in the middle of an epoch without reading what was before; with those, or
-            a list, a run depends on the seed alone.
-        val_loader: batches to evaluate on; None: no evaluation, the last weights are kept.
-        config: settings; None: the paper's.
-        calibration: un-augmented batches of training images for importance (the paper: 1,024 images); read in each
-            epoch that grows the list, so not an iterator. May be None where progressive_epochs is 0.
-        out: folder for supernet.safetensors (the best so far), dropout_list.json, history.jsonl, run.json and
-            checkpoints/. None: nothing is written, and signals are left alone.
-        resume: "auto" goes on from the newest checkpoint in `out`, or starts where there is none. The run ends as if
-            it had never stopped: with the same weights, bit for bit, on a CPU. It goes on from the network that the
-            run began with, or any that it reached (this one, if it was stopped here), and on the same data: classes
-            and numbers of images are compared where the loaders say them (`source` or `dataset`; lists).
-        console: where lines and bars go; None: standard error.
-        verbose: a line per epoch; else only bars, in a terminal.
-        group: a torch.distributed group whose processes all call this, with the same network and settings and each
-            with its own share of every batch (rows rank, rank + world, ...: `rank` and `world` of skd's loaders); the
-            group has gloo for CPU tensors. Every rank trains the same entry and holds the same weights and list. Only
-            rank 0 writes, and the others read `out` to resume. None: this process alone.
-
-    Returns:
-        What happened in each epoch.
-
-    Raises:
-        ValueError: bad settings, batches or labels; a headless network; `out` holds a run already; a checkpoint of
-            another run: other settings, weights to begin with, or data; the message says which.
-        Diverged: the loss became NaN or infinite; names the last good checkpoint.
-        Stopped: SIGTERM or SIGINT, after a checkpoint was written.
-        OSError: something could not be written or read (full disk, vanished data set).
-        RankFailed: another process of the group failed, or died.
-    """
-    config = TrainConfig() if config is None else config
-    supernet = unwrapped(supernet)
-    _check(supernet, train_loader, val_loader, config, calibration, resume, group)
-    folder = None if out is None else _run_folder(out, resume, group)
-    screen = Screen(console, verbose)
-    trainer = Trainer(supernet, train_loader, val_loader, config, calibration or (), folder, screen, group=group)
-    return _run(trainer, resume)
+from skd.data.counted import generator
+from skd.ranks import StopAll, in_step
+from skd.taps import checked_batch
+from skd.training.batches import start_epoch
+from skd.training.dropping import drop_paths
+from skd.training.evaluation import evaluate_epoch, measure_original
+from skd.training.growing import grow
+from skd.training.history import Epoch, History, StepLog, Time, drawn_means
+from skd.training.precision import laid_out, tf32
+from skd.training.resume import write_checkpoint
+from skd.training.run import Run
+from skd.training.screen import Seconds, Steps
+from skd.training.step import images_in
+from skd.training.stopping import Stopped, stop_signals
+from skd.training.types import Batch
 
 
-def finetune(
-    model: Any,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any] | None,
-    config: TrainConfig | None = None,
-    *,
-    out: str | os.PathLike[str] | None = None,
-    resume: str | None = None,
-    console: Console | None = None,
-    verbose: bool = True,
-    group: Any = None,
-) -> History:
-    """Train a plain model, such as an extracted sub-network (METHOD 3), in place.
+def run_epochs(run: Run) -> History:
+    """All epochs from where the run stands; the super-network then holds the weights that were kept."""
+    supernet, config = run.supernet, run.config
+    training, checkpointing = supernet.training, supernet.grad_checkpointing
+    supernet.grad_checkpointing = checkpointing or config.grad_checkpointing
+    try:
+        with (
+            tf32(config.tf32),
+            drop_paths(supernet, config.drop_path, config.seed) as run.state.paths,
+            stop_signals(run.folder is not None) as run.stop,
+        ):
+            _remaining_epochs(run)
+    finally:
+        run.stepper.release()
+        supernet.scores = None
+        supernet.grad_checkpointing = checkpointing
+        supernet.train(training)
+    if run.best_state is not None:
+        supernet.load_state_dict(run.best_state)
+    return run.history
 
-    Args:
-        model: a timm model; also a freshly initialised one. At the end it holds the weights of the best
-            evaluated epoch.
-        train_loader, val_loader, out, resume, console, verbose, group: as for `train`; the best weights so far are in
-            model.safetensors. To resume, a model with random weights (a new head too) has to be made with the same
-            seed again.
-        config: settings; None: `finetune_config()`, the paper's 30 epochs at 5e-5.
 
-    Returns, Raises:
-        as `train`.
-    """
-    model = unwrapped(model)
-    if belongs_to_supernet(model):
-        raise ValueError("model belongs to a SuperNet; fine-tune what skd.extract gives")
-    supernet = SuperNet(model)
-    config = finetune_config() if config is None else config
-    if config.growing_epochs:
-        raise ValueError(
-            f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
+def _remaining_epochs(run: Run) -> None:
+    try:
+        if run.step == 0 and run.history.original_top1 is None:
+            measure_original(run)
+        while run.epoch < run.config.epochs:
+            _one_epoch(run)
+    except StopAll as stop:
+        raise Stopped(stop.signal, write_checkpoint(run)) from None
+
+
+def _one_epoch(run: Run) -> None:
+    """Grow the list, train, evaluate, write it all down."""
+    seconds, config = Seconds(), run.config
+    if run.epoch < config.growing_epochs and not run.grown:
+        with seconds("importance"):
+            grow(run)
+    if run.online is not None:
+        run.online.follow(run.epoch + 1 < config.growing_epochs)
+    train_epoch(run, seconds)
+    summary, dropout_list = run.log.summary(run.supernet.dropout_list), run.supernet.dropout_list
+    row = Epoch(
+        epoch=run.epoch,
+        step=run.step,
+        lr=float(run.state.optimizer.param_groups[0]["lr"]),
+        loss=summary["loss"] / max(summary["count"], 1),
+        images=summary["images"],
+        entries=len(dropout_list),
+        macs_fraction=float(dropout_list.macs[-1] / dropout_list.macs[0]),
+        sensitivity=run.sensitivity,
+        drawn=drawn_means(summary),
+    )
+    if run.epoch == config.epochs - 1 or (run.epoch + 1) % config.eval_every == 0:
+        with seconds("evaluate"):
+            evaluate_epoch(run, row)
+    run.history.epochs.append(row)
+    run.epoch, run.step_in_epoch, run.grown, run.sensitivity = run.epoch + 1, 0, False, None
+    run.log = StepLog(group=run.group)
+    row.seconds = seconds.all()
+    with seconds("checkpoint"):
+        write_checkpoint(run)
+    row.seconds = seconds.all()  # the copy in the checkpoint cannot know how long it took
+    run.write_records()
+    run.screen.epoch(row, config.epochs)
+
+
+def train_epoch(run: Run, seconds: Seconds) -> None:
+    """The steps of an epoch that are not yet done."""
+    config, stepper = run.config, run.stepper
+    run.supernet.train()
+    steps = iter(in_step(_batches(run), run.group, images_in))
+    if config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
+        stepper.set_learning_rate(run.scheduler.step_update, max(run.step - 1, 0))
+    else:
+        stepper.set_learning_rate(run.scheduler.step, run.epoch)
+    with run.screen.steps(run.epoch, config.epochs, run.steps_per_epoch, run.step_in_epoch) as bar:
+        while True:
+            with seconds("data"):
+                batch = next(steps, None)
+            if batch is None:
+                break
+            with seconds("compile" if run.compiles else "steps"):
+                _check_batch_size(run, batch)
+                if config.sched_on_updates:
+                    stepper.set_learning_rate(run.scheduler.step_update, run.step)
+                _one_step(run, batch)
+            run.compiles = False
+            _after_step(run, bar)
+    if run.step_in_epoch == 0:
+        raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
+    run.check_finite()
+
+
+def _batches(run: Run) -> Iterator[list[Batch]]:
+    """The batch of each step, in parts, from the first step on that is not done."""
+    parts = run.config.grad_accum_steps
+    start = run.step_in_epoch * parts
+    numbered = enumerate(start_epoch(run.train_loader, run.config.seed, run.epoch, start), start)
+    while True:
+        run.obey()
+        batch = [_checked(run, number, part) for number, part in itertools.islice(numbered, parts)]
+        if len(batch) < parts:
+            return
+        yield batch
+
+
+def _checked(run: Run, number: int, part: object) -> Batch:
+    name = f"train_loader[{number}] of epoch {run.epoch}"
+    images, labels = checked_batch(run.supernet.model, part, name)
+    if labels is None:
+        raise ValueError(f"{name}: labels is None; training needs labels")
+    return laid_out(images, run.config), labels
+
+
+def _one_step(run: Run, batch: list[Batch]) -> None:
+    """Train the entry that this step draws, uniformly from the list, the last one included; and log it."""
+    entry = int(generator(run.config.seed, "entry", run.step).integers(len(run.supernet.dropout_list)))
+    start = _now(run.state.device)
+    loss = run.stepper(batch, entry)
+    run.finite &= torch.isfinite(loss)
+    run.step_in_epoch += 1
+    if run.online is not None:
+        run.online.steps += 1
+    run.log.add(entry, loss, _since(start, run.state.device), images_in(batch) * run.state.world)
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _since(start: float | torch.cuda.Event, device: torch.device) -> Time:
+    end = _now(device)
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+    return start, end
+
+
+def _after_step(run: Run, bar: Steps) -> None:
+    # On a GPU reading the loss would wait for the step: look now and then.
+    if run.state.device.type != "cuda" or run.step % run.config.log_interval == 0:
+        run.check_finite()
+        bar.advance(run.log.last_loss())
+    else:
+        bar.advance(None)
+    if run.config.checkpoint_steps and run.step % run.config.checkpoint_steps == 0:
+        write_checkpoint(run)
+
+
+def _check_batch_size(run: Run, batch: list[Batch]) -> None:
+    """The learning rate is for a batch size, unless it was given."""
+    config, images = run.config, images_in(batch) * run.state.world
+    if run.step == 0 and run.state.rank == 0 and config.lr is None and images != config.batch_size:
+        warnings.warn(
+            f"train_loader gives {images} images per step, but batch_size is {config.batch_size}: "
+            f"the learning rate, {config.peak_lr:.1e}, is for the latter",
+            stacklevel=2,
         )
-    _check(supernet, train_loader, val_loader, config, None, resume, group)
-    folder = None if out is None else _run_folder(out, resume, group)
-    screen = Screen(console, verbose)
-    trainer = Trainer(supernet, train_loader, val_loader, config, (), folder, screen, plain=True, group=group)
-    history = _run(trainer, resume)
-    model.load_state_dict(supernet.state_dict())
-    return history
-
-
-def _run(trainer: Trainer, resume: str | None) -> History:
-    if resume is not None and trainer.folder is None:
-        raise ValueError(f"resume is {resume!r}, but there is no `out` to go on in")
-    if resume is not None and trainer.resume():
-        trainer.screen.line(f"going on after {trainer.epoch} epochs, {trainer.step} steps")
-    history = trainer.run()
-    with together(trainer.group):
-        if trainer.folder is not None and trainer.rank == 0:
-            write_json(trainer.folder / "run.json", _record(history, trainer.config))
-    return history
-
-
-def _check(
-    supernet: Any, train_loader: Any, val_loader: Any, config: Any, calibration: Any, resume: str | None, group: Any
-) -> None:
-    """What can be wrong before any work."""
-    check_supernet(supernet)
-    check_group(group)
-    if not isinstance(config, TrainConfig):
-        raise ValueError(f"config is a {type(config).__name__}; it must be a TrainConfig")
-    if supernet.model.num_classes == 0:
-        raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
-    dtype = next(supernet.parameters()).dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"supernet has {dtype} weights; train float32 weights, with amp_dtype for the arithmetic")
-    if config.expected_top1 is not None and val_loader is None:
-        raise ValueError("expected_top1 is given, but val_loader is None: there is nothing to measure it on")
-    if config.opt.startswith("lookahead"):
-        raise ValueError(f"opt is {config.opt!r}; Lookahead keeps state that a checkpoint cannot hold")
-    if resume not in RESUME:
-        raise ValueError(f"resume is {resume!r}; it may be one of {RESUME}")
-    loaders = {"train_loader": train_loader, "val_loader": val_loader, "calibration": calibration}
-    for name, batches in loaders.items():
-        if batches is not None and not isinstance(batches, Iterable):
-            raise ValueError(f"{name} is a {type(batches).__name__}; it must be batches of (images, labels)")
-        if isinstance(batches, Iterator):
-            raise ValueError(
-                f"{name} is an iterator, empty after one pass; it must be a list, a DataLoader or the like"
-            )
-    steps = len(train_loader) if isinstance(train_loader, Sized) else None
-    check_same([steps, config.to_dict()], "the batches of an epoch and the settings", group)
-    if calibration is None and config.growing_epochs:
-        raise ValueError("calibration is None; importance needs un-augmented batches of training images")
-    warn_of_ignored(config, **loaders)
-
-
-def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Any) -> Path:
-    folder = Path(out)
-    with together(group):
-        if rank_of(group) == 0:
-            output_folder(out)
-            output_folder(folder / "checkpoints")
-            remove_leftovers(folder, folder / "checkpoints")
-            if resume is None and checkpoints(folder / "checkpoints"):
-                raise ValueError(
-                    f"out is {str(folder)!r}, which holds a run already; resume it (--resume auto, in "
-                    "Python resume='auto'), or choose another folder"
-                )
-    return folder
-
-
-def _record(history: History, config: TrainConfig) -> dict[str, Any]:
-    info = build_info()
-    return {
-        "original_top1": history.original_top1,
-        "best_epoch": history.best_epoch,
-        "area": history.area,
-        "curve": history.curve,
-        "seconds": sum(row["seconds"]["total"] for row in history.epochs),
-        "config": config.to_dict(),
-        "versions": {name: info[name] for name in ("skd", "python", "torch", "timm")},
-    }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 
-from skd.settings import TrainConfig
+from skd.settings import MixingSettings
 
 
 class Mixing:
@@ -18,15 +16,15 @@ class Mixing:
     The caller seeds NumPy: then the draw is a function of what it was seeded with.
     """
 
-    def __init__(self, config: TrainConfig, classes: int) -> None:
-        self.classes, self.smoothing = classes, config.smoothing
-        self.mixup: Any = None
-        if config.mixup_prob and (config.mixup or config.cutmix):
+    def __init__(self, settings: MixingSettings, classes: int) -> None:
+        self.classes, self.smoothing = classes, settings.smoothing
+        self.mixup: Mixup | None = None
+        if settings.prob and (settings.mixup or settings.cutmix):
             self.mixup = Mixup(
-                mixup_alpha=config.mixup,
-                cutmix_alpha=config.cutmix,
-                prob=config.mixup_prob,
-                switch_prob=config.mixup_switch_prob,
+                mixup_alpha=settings.mixup,
+                cutmix_alpha=settings.cutmix,
+                prob=settings.prob,
+                switch_prob=settings.switch_prob,
                 num_classes=classes,
             )
 

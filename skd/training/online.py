@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -11,6 +9,7 @@ from skd.importance import read_scores, score_buffers
 from skd.planning import Proposal, ranked
 from skd.ranks import gathered, rank_of, size_of, summed
 from skd.supernet import SuperNet
+from skd.training.types import Group
 
 
 class OnlineImportance:
@@ -24,7 +23,7 @@ class OnlineImportance:
         steps: how many the sums are of.
     """
 
-    def __init__(self, supernet: SuperNet, group: Any = None) -> None:
+    def __init__(self, supernet: SuperNet, group: Group = None) -> None:
         binary = [info.name for info in supernet.infos if info.binary and info.full_width]
         if binary:
             raise ValueError(

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sized
-from typing import Any
+from collections.abc import Mapping, Sized
+from pathlib import Path
 
 import torch
 
 from skd.data.iteration import Loader
 from skd.files import load
+from skd.supernet import SuperNet
+from skd.training.checkpoints import Header, Images, Origin
+from skd.training.types import Batches, Group
 
 _SHOWN = 5  # names of classes in a message
 
 
-def origin(trainer: Any) -> dict[str, Any]:
-    """Of a `Trainer` that has not yet done anything: {weights, data}, JSON values.
-
-    weights: a hash of the network's weights.
-    data: per loader that it has, {classes (names in the order of their labels), images (their number)}; None for what
-    the loader does not say.
-    """
-    loaders = {"training": trainer.train_loader, "validation": trainer.val_loader, "calibration": trainer.calibration}
-    return {
-        "weights": weights_hash(trainer.supernet.state_dict()),
-        "data": {name: _images(loader, trainer.group) for name, loader in loaders.items() if loader is not None},
-    }
+def origin(supernet: SuperNet, loaders: Mapping[str, Batches | None], group: Group) -> Origin:
+    """Of a run that has not yet done anything, with its loaders by their names in messages."""
+    data = {name: images_of(loader, group) for name, loader in loaders.items() if loader is not None}
+    return Origin(weights=weights_hash(supernet.state_dict()), data=data)
 
 
 def weights_hash(state: Mapping[str, torch.Tensor]) -> str:
@@ -38,11 +33,14 @@ def weights_hash(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_origin(trainer: Any, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Compare what a `Trainer` was given with what the checkpoint (`tensors`, `header`) says of its run.
+def check_origin(mine: Origin, product: Path, tensors: Mapping[str, torch.Tensor], header: Header) -> None:
+    """Compare what a run was given with what the checkpoint (`tensors`, `header`) says of its own.
 
     The weights may also be some that the run has reached: a network that was stopped, or finished, in this process.
     A checkpoint of an earlier version of skd says nothing, and nothing is compared.
+
+    Args:
+        product: the file with the run's best weights, in its folder.
 
     Raises:
         ValueError: other weights, classes or numbers of images.
@@ -51,34 +49,39 @@ def check_origin(trainer: Any, tensors: Mapping[str, torch.Tensor], header: Mapp
     if known is None:
         return
     other = []
-    if not _of_the_run(trainer, known["weights"], tensors):
+    if not _of_the_run(mine["weights"], known["weights"], product, tensors):
         other.append(
             "of another network: the weights given are neither those that its run began with nor any that it reached "
             "(random weights are others every time, unless a seed is set)"
         )
-    data = _differences(trainer.origin["data"], known["data"])
+    data = _differences(mine["data"], known["data"])
     if data:
         other.append(f"of a run on other data: {'; '.join(data)}")
     if other:
         raise ValueError(
             f"resume: the checkpoint is {'; and '.join(other)}. Resume with what the run was given, or choose "
-            f"another folder than {str(trainer.folder)!r}"
+            f"another folder than {str(product.parent)!r}"
         )
 
 
-def merged(known: dict[str, Any] | None, mine: dict[str, Any]) -> dict[str, Any] | None:
+def merged(known: Origin | None, mine: Origin) -> Origin | None:
     """What the run began with, and of its data what only the loaders of now say."""
     if known is None:
         return None
-    data = {name: dict(images) for name, images in mine["data"].items()}
-    for name, images in known["data"].items():
-        data.setdefault(name, {}).update({key: value for key, value in images.items() if value is not None})
-    return {**known, "data": data}
+    nothing = Images(classes=None, images=None)
+    data = {}
+    for name in {**mine["data"], **known["data"]}:
+        now, was = mine["data"].get(name, nothing), known["data"].get(name, nothing)
+        data[name] = Images(
+            classes=now["classes"] if was["classes"] is None else was["classes"],
+            images=now["images"] if was["images"] is None else was["images"],
+        )
+    return Origin(weights=known["weights"], data=data)
 
 
-def _images(loader: Iterable[Any], group: Any) -> dict[str, Any]:
+def images_of(loader: Batches, group: Group) -> Images:
     """Of skd's loaders, of PyTorch's, and of lists of batches; those of a rank in a group are only its share."""
-    source: Any = getattr(loader, "source", None)
+    source = getattr(loader, "source", None)
     if source is None:
         source = getattr(loader, "dataset", None)
     classes, count = getattr(source, "classes", None), None
@@ -91,33 +94,32 @@ def _images(loader: Iterable[Any], group: Any) -> dict[str, Any]:
         count = sum(len(images) for images in firsts if isinstance(images, Sized))
     # Of some data sets it is the number of classes.
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
-    return {"classes": names, "images": count}
+    return Images(classes=names, images=count)
 
 
-def _of_the_run(trainer: Any, start: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    mine = trainer.origin["weights"]
+def _of_the_run(mine: str, start: str, product: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
     if mine == start:
         return True
     for prefix in ("model.", "ema."):
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if mine == weights_hash(state):
             return True
-    return trainer.product.is_file() and mine == weights_hash(load(trainer.product).state_dict())
+    return product.is_file() and mine == weights_hash(load(product).state_dict())
 
 
-def _differences(now: Mapping[str, Any], was: Mapping[str, Any]) -> list[str]:
+def _differences(now: Mapping[str, Images], was: Mapping[str, Images]) -> list[str]:
     """In words, each with all the loaders that it holds for; what one of the two does not say cannot differ."""
     found: dict[str, list[str]] = {}
     for name in [name for name in was if name in now]:
-        for key, words in (("classes", _classes), ("images", str)):
-            values = now[name][key], was[name][key]
-            if None not in values and values[0] != values[1]:
-                text = f"{'have' if key == 'classes' else 'are'} {words(values[0])}, not {words(values[1])}"
-                found.setdefault(text, []).append(name)
+        classes, known = now[name]["classes"], was[name]["classes"]
+        if classes is not None and known is not None and classes != known:
+            found.setdefault(f"have {_classes(classes)}, not {_classes(known)}", []).append(name)
+        images, number = now[name]["images"], was[name]["images"]
+        if images is not None and number is not None and images != number:
+            found.setdefault(f"are {images}, not {number}", []).append(name)
     return [f"the {' and '.join(names)} images {text}" for text, names in found.items()]
 
 
 def _classes(names: list[str]) -> str:
-    return f"the classes {', '.join(names[:_SHOWN])}" + (
-        f" (and {len(names) - _SHOWN} more)" if names[_SHOWN:] else ""
-    )
+    more = f" (and {len(names) - _SHOWN} more)" if names[_SHOWN:] else ""
+    return f"the classes {', '.join(names[:_SHOWN])}{more}"

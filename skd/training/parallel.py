@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from skd.ranks import check_same, others_alive, spread
 from skd.supernet import SuperNet
+from skd.training.types import Group, Network
 from skd.vit import probe
 
 
-def on_ranks(network: Any, supernet: SuperNet, group: Any, *, replayed: bool) -> Any:
+def on_ranks(network: Network, supernet: SuperNet, group: Group, *, replayed: bool) -> Network:
     """`network` (`supernet`, or it compiled) to be trained on every rank of `group`, from rank 0's weights on.
 
-    A step that is replayed as a CUDA graph averages the gradients itself; otherwise DistributedDataParallel does.
+    A step averages the gradients itself where it is replayed as a CUDA graph; otherwise DistributedDataParallel does.
 
     Raises:
         ValueError, RuntimeError: the ranks' networks are not alike.
@@ -29,7 +29,7 @@ def on_ranks(network: Any, supernet: SuperNet, group: Any, *, replayed: bool) ->
     return network
 
 
-def distributed(network: Any, supernet: SuperNet, group: Any) -> DistributedDataParallel:
+def distributed(network: Network, supernet: SuperNet, group: Group) -> DistributedDataParallel:
     """`network` in DistributedDataParallel: gradients are the mean over the ranks.
 
     Every rank gets rank 0's weights. Modules of width 0 have gradients of zero, so no parameter is ever unused.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skd import plots
+from skd.curve import Rows
 from skd.outputs import replacing
 from skd.settings import TrainConfig
 from skd.supernet import SuperNet
-from skd.training.history import BINS, History
+from skd.training.history import BINS, Epoch, History
 from skd_kernels import build_info
-
-Rows = list[dict[str, Any]]
 
 PLOTS = ("curve.png", "dropout_list.png", "importance.png", "steps.png", "epochs.png")
 _PARTS = ("importance", "data", "compile", "steps", "evaluate", "checkpoint")
@@ -99,8 +98,8 @@ def _summary(history: History, supernet: SuperNet, config: TrainConfig) -> list[
     planned = "" if len(rows) == config.epochs else f" of {config.epochs:,}"
     info = build_info()
     kept = "the last"
-    if best is not None and best["area"] is not None:
-        kept = f"of epoch {best['epoch'] + 1}, mean top-1 over the budgets (area) {best['area']:.2f} %"
+    if best is not None and best.area is not None:
+        kept = f"of epoch {best.epoch + 1}, mean top-1 over the budgets (area) {best['area']:.2f} %"
     lines = {
         "model": _model_text(supernet),
         "epochs": f"{len(rows):,}{planned}, {rows[-1]['step']:,} steps",
@@ -128,9 +127,9 @@ def _model_text(supernet: SuperNet) -> str:
     )
 
 
-def _time_text(rows: Rows) -> str:
+def _time_text(rows: Sequence[Epoch]) -> str:
     """In all, and the share of each part."""
-    known = [row["seconds"] for row in rows if row.get("seconds")]
+    known = [row.seconds for row in rows if row.seconds]
     total = sum(seconds["total"] for seconds in known)
     if not total:
         return "not recorded"
@@ -139,10 +138,10 @@ def _time_text(rows: Rows) -> str:
     return _duration(total) + (f" ({parts})" if parts else "")
 
 
-def _host_text(rows: Rows) -> str:
+def _host_text(rows: Sequence[Epoch]) -> str:
     """What the main process takes for a step: on a GPU to issue it, while the device computes."""
-    known = [row["seconds"] for row in rows if row.get("seconds")]
-    steps = rows[-1]["step"] - sum("compile" in seconds for seconds in known)
+    known = [row.seconds for row in rows if row.seconds]
+    steps = rows[-1].step - sum("compile" in seconds for seconds in known)
     text = f"{1e3 * sum(seconds.get('steps', 0.0) for seconds in known) / max(steps, 1):,.1f} ms"
     compiling = sum(seconds.get("compile", 0.0) for seconds in known)
     return text + (f", and {_duration(compiling)} to compile" if compiling else "")
@@ -197,7 +196,7 @@ def _table(heading: list[str], lines: Iterable[Iterable[str]], alignment: str) -
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in cells)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """One cell of a table; a bar or a line break would end it."""
     return " ".join(str(value).replace("|", r"\|").split())
 
@@ -207,12 +206,12 @@ def _cell(value: Any) -> str:
 
 def _curve(history: History, supernet: SuperNet, contrast: dict[str, Rows]) -> _Section | None:
     best = history.best
-    if best is None or not best["curve"] or (len(best["curve"]) == 1 and not contrast):
+    if best is None or not best.curve or (len(best.curve) == 1 and not contrast):
         return None
     first = _complete(history.epochs)[0]
-    curves = {f"epoch {best['epoch'] + 1}, the best": best["curve"]}
-    if first["epoch"] != best["epoch"]:
-        curves[f"epoch {first['epoch'] + 1}, the first evaluation with all budgets"] = first["curve"]
+    curves = {f"epoch {best.epoch + 1}, the best": best.curve}
+    if first.epoch != best.epoch and first.curve:
+        curves[f"epoch {first.epoch + 1}, the first evaluation with all budgets"] = first.curve
     widths = supernet.dropout_list.widths
     full, linear = supernet.costs.macs(widths), supernet.costs.macs(widths, "linear")
     figure = plots.accuracy_figure({**curves, **contrast}, history.original_top1, full, linear)
@@ -223,10 +222,10 @@ def _curve(history: History, supernet: SuperNet, contrast: dict[str, Rows]) -> _
     return _Section("curve.png", "Accuracy and MACs", figure, text)
 
 
-def _complete(rows: Rows) -> Rows:
+def _complete(rows: Sequence[Epoch]) -> list[Epoch]:
     """Epochs whose evaluation reached as many budgets as any did: the dropout list was long enough."""
-    most = max((len(row["curve"]) for row in rows if row["curve"]), default=0)
-    return [row for row in rows if row["curve"] and len(row["curve"]) == most]
+    most = max((len(row.curve) for row in rows if row.curve), default=0)
+    return [row for row in rows if row.curve and len(row.curve) == most]
 
 
 def _dropout_list(supernet: SuperNet) -> _Section | None:
@@ -243,16 +242,16 @@ def _dropout_list(supernet: SuperNet) -> _Section | None:
 
 
 def _importance(history: History, supernet: SuperNet) -> _Section | None:
-    rows = [row for row in history.epochs if row["sensitivity"]]
-    if not rows:
+    measured = {row.epoch: row.sensitivity for row in history.epochs if row.sensitivity}
+    if not measured:
         return None
     modules, widths = supernet.dropout_list.modules, supernet.dropout_list.widths
-    entries = {row["epoch"] + 1: row["entries"] for row in history.epochs}
-    values = np.array([[row["sensitivity"].get(name, np.nan) for name in modules] for row in rows], dtype=float)
-    for index, row in enumerate(rows):
-        smallest = widths[min(entries.get(row["epoch"], 1), len(widths)) - 1]  # before the list grew
+    entries = {row.epoch + 1: row.entries for row in history.epochs}
+    values = np.array([[found.get(name, np.nan) for name in modules] for found in measured.values()], dtype=float)
+    for index, epoch in enumerate(measured):
+        smallest = widths[min(entries.get(epoch, 1), len(widths)) - 1]  # before the list grew
         values[index, smallest == 0] = np.nan
-    figure = plots.importance_figure(modules, values, [row["epoch"] + 1 for row in rows])
+    figure = plots.importance_figure(modules, values, [epoch + 1 for epoch in measured])
     text = (
         "Sensitivity: the share of the correctly classified calibration images that is lost when the module is "
         "skipped, in the smallest sub-network of that time. Bright modules tend to be narrowed last; in the darkest "
@@ -263,10 +262,10 @@ def _importance(history: History, supernet: SuperNet) -> _Section | None:
 
 def _steps(history: History) -> _Section | None:
     """None where all steps are of one size."""
-    full = [row for row in history.epochs if row["entries"] == history.epochs[-1]["entries"] and row.get("drawn")]
-    if not full or full[-1]["entries"] < 2:
+    full = [row for row in history.epochs if row.entries == history.epochs[-1].entries and row.drawn]
+    if not full or full[-1].entries < 2:
         return None
-    losses = {f"epoch {row['epoch'] + 1}": row["drawn"] for row in (full[0], full[-1])}
+    losses = {f"epoch {row.epoch + 1}": row.drawn for row in (full[0], full[-1])}
     times = _mean_times(full)
     text = (
         "Left: the loss of the steps by the size of the sub-network they drew, in the first epoch with the whole "
@@ -279,10 +278,10 @@ def _steps(history: History) -> _Section | None:
     return _Section("steps.png", "Steps by size of the sub-network", plots.steps_figure(losses, times), text)
 
 
-def _mean_times(rows: Rows) -> Rows:
+def _mean_times(rows: Sequence[Epoch]) -> Rows:
     """Time per step by size, over all these epochs: [{macs_fraction, seconds}], the smallest first."""
     bins: dict[int, np.ndarray] = {}
-    for drawn in (drawn for row in rows for drawn in row["drawn"] if drawn.get("seconds") is not None):
+    for drawn in (drawn for row in rows for drawn in row.drawn if drawn.get("seconds") is not None):
         place = min(int(drawn["macs_fraction"] * BINS), BINS - 1)
         sums = np.array([1.0, drawn["macs_fraction"], drawn["seconds"]]) * drawn["count"]
         bins[place] = bins.get(place, 0.0) + sums
@@ -292,13 +291,13 @@ def _mean_times(rows: Rows) -> Rows:
 
 def _epochs(history: History) -> _Section:
     rows = history.epochs
-    series = {"mean loss": [(row["epoch"] + 1, row["loss"]) for row in rows]}
-    areas = [(row["epoch"] + 1, row["area"]) for row in _complete(rows)]
+    series = {"mean loss": [(row.epoch + 1, row.loss) for row in rows]}
+    areas = [(row.epoch + 1, row.area) for row in _complete(rows) if row.area is not None]
     several = bool(areas) and len(history.curve) > 1
     if areas:
         series["area (%)" if several else "top-1 (%)"] = areas
-    series["learning rate"] = [(row["epoch"] + 1, row["lr"]) for row in rows]
-    growing = max((row["epoch"] + 1 for row in rows if row["sensitivity"] is not None), default=0)
+    series["learning rate"] = [(row.epoch + 1, row.lr) for row in rows]
+    growing = max((row.epoch + 1 for row in rows if row.sensitivity is not None), default=0)
     text = "The loss is the mean over the sub-networks drawn, training images as augmented."
     if several:
         text += " The area is the mean top-1 over the budgets, of evaluations that reached all of them."

@@ -5,11 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from skd.training.history import Epoch
+
+_Item = TypeVar("_Item")
 
 
 class Seconds:
@@ -31,10 +43,10 @@ class Seconds:
         return {**self.parts, "total": time.perf_counter() - self.start}
 
 
-class _Steps:
+class Steps:
     """The bar of one epoch; its text shows the loss."""
 
-    def __init__(self, progress: Progress, task: Any, title: str) -> None:
+    def __init__(self, progress: Progress, task: TaskID, title: str) -> None:
         self.progress, self.task, self.title = progress, task, title
 
     def advance(self, loss: float | None) -> None:
@@ -55,13 +67,13 @@ class Screen:
         if self.verbose:
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def bar(self, items: Iterable[Any], description: str) -> Iterator[Any]:
+    def bar(self, items: Iterable[_Item], description: str) -> Iterator[_Item]:
         """`items`, with a bar that goes away when they are through."""
         total = len(items) if isinstance(items, Sized) else None
         with self._progress(BarColumn(), TimeRemainingColumn()) as progress:
             yield from progress.track(items, total=total, description=description)
 
-    def _progress(self, *columns: Any) -> Progress:
+    def _progress(self, *columns: ProgressColumn) -> Progress:
         # Not redirecting: a worker that is forked while rich holds its lock would wait for it at its first warning.
         return Progress(
             TextColumn("{task.description}"),
@@ -74,18 +86,18 @@ class Screen:
         )
 
     @contextmanager
-    def steps(self, epoch: int, epochs: int, total: int | None, done: int) -> Iterator[_Steps]:
+    def steps(self, epoch: int, epochs: int, total: int | None, done: int) -> Iterator[Steps]:
         title = f"Epoch {epoch + 1}/{epochs}"
         with self._progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-            yield _Steps(progress, progress.add_task(title, total=total, completed=done), title)
+            yield Steps(progress, progress.add_task(title, total=total, completed=done), title)
 
-    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+    def epoch(self, row: Epoch, epochs: int) -> None:
         """One line for a finished epoch."""
-        speed = row["images"] / max(row["seconds"]["total"], 1e-9)
-        text = f"epoch {row['epoch'] + 1}/{epochs}: loss {row['loss']:.3f}, lr {row['lr']:.2e}, {speed:.0f} images/s"
-        if row["entries"] > 1:
-            text += f", {row['entries']} sub-networks down to {row['macs_fraction']:.1%} of the MACs"
-        if row["curve"]:
-            points = "  ".join(f"{point['macs_fraction']:.0%}: {point['top1']:.1f}" for point in row["curve"])
-            text += f"\n  top-1 by MACs  {points};  area {row['area']:.2f}{' (best)' if row['best'] else ''}"
+        speed = row.images / max(row.seconds["total"], 1e-9)
+        text = f"epoch {row.epoch + 1}/{epochs}: loss {row.loss:.3f}, lr {row.lr:.2e}, {speed:.0f} images/s"
+        if row.entries > 1:
+            text += f", {row.entries} sub-networks down to {row.macs_fraction:.1%} of the MACs"
+        if row.curve:
+            points = "  ".join(f"{point['macs_fraction']:.0%}: {point['top1']:.1f}" for point in row.curve)
+            text += f"\n  top-1 by MACs  {points};  area {row.area:.2f}{' (best)' if row.best else ''}"
         self.line(text)

@@ -1,106 +1,150 @@
-"""Putting a training run away, and taking it up where it stood."""
+"""All that one training step reads and writes, and how it is put together."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
 from skd.dropout_list import DropoutList
-from skd.training.checkpoints import optimizer_tensors, restore_optimizer
-from skd.training.history import History, StepLog
-from skd.training.origin import check_origin, merged
-
-# Settings that do not change what a run computes, so a resumed run may have others.
-_OPERATIONAL = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1"}
-
-
-def capture(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and JSON values from which `restore` continues a `Trainer`."""
-    tensors = {f"model.{name}": tensor for name, tensor in trainer.supernet.state_dict().items()}
-    if trainer.ema is not None:
-        tensors |= {f"ema.{name}": tensor for name, tensor in trainer.ema.module.state_dict().items()}
-    if trainer.online is not None:
-        tensors |= {f"scores.{name}": tensor for name, tensor in trainer.online.state().items()}
-    state, numbers = optimizer_tensors(trainer.optimizer, trainer.names)
-    history = trainer.history
-    return tensors | state, {
-        "epoch": trainer.epoch,
-        "step_in_epoch": trainer.step_in_epoch,
-        "grown": trainer.grown,
-        "sensitivity": trainer.sensitivity,
-        "scored_steps": trainer.online.steps if trainer.online is not None else 0,
-        "config": trainer.config.to_dict(),
-        "origin": trainer.origin,
-        "steps_per_epoch": trainer.steps_per_epoch,
-        "dropout_list": trainer.supernet.dropout_list.to_json(),
-        "history": [history.original_top1, history.epochs, history.best_epoch],
-        "partial": trainer.log.summary(trainer.supernet.dropout_list),
-        "optimizer": numbers,
-        "scaler": trainer.scaler.state_dict(),
-    }
+from skd.ranks import check_same, rank_of, size_of
+from skd.settings import TrainConfig
+from skd.supernet import SuperNet
+from skd.training.average import Average, has_bfloat16
+from skd.training.decay import ExpectedDecay
+from skd.training.dropping import DropPaths
+from skd.training.mixing import Mixing
+from skd.training.optimizer import make_optimizer
+from skd.training.parallel import on_ranks
+from skd.training.precision import amp_dtype
+from skd.training.types import Group, Network, Refusal
 
 
-def check_same_run(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Raises ValueError: the run had other settings, weights to begin with, or data. No other rank is asked."""
-    _check_same_settings(trainer, header)
-    check_origin(trainer, tensors, header)
+@dataclass
+class StepState:
+    """What a step needs, and nothing of the run around it.
+
+    Attributes:
+        supernet: the network that is trained.
+        network: what is called to train it: the super-network, compiled where asked for, and on several ranks wrapped
+            in DistributedDataParallel, unless a CUDA graph averages the gradients.
+        average: of the weights; None: the weights themselves are evaluated and saved.
+        scaler: of the loss, in float16; otherwise it does nothing.
+        decay: where weight decay follows the dropout list; None: the optimizer does it.
+        precision: of autocast; float32: none.
+        clip_grad: the largest norm of the gradient.
+        one_by_one: why steps are not replayed as a CUDA graph; None: they are.
+        paths: stochastic depth, while it is in the network.
+    """
+
+    supernet: SuperNet
+    network: Network
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    scaler: torch.amp.GradScaler
+    decay: ExpectedDecay | None
+    mixing: Mixing
+    precision: torch.dtype
+    clip_grad: float | None
+    group: Group
+    one_by_one: Refusal | None
+    paths: DropPaths | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.supernet.parameters()).device
+
+    @property
+    def rank(self) -> int:
+        return rank_of(self.group)
+
+    @property
+    def world(self) -> int:
+        return size_of(self.group)
+
+    @property
+    def averaged(self) -> SuperNet:
+        """The network that is evaluated and saved."""
+        return self.supernet if self.average is None else self.average.module
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Of the trained parameters, by their `id`."""
+        return {id(parameter): name for name, parameter in self.supernet.model.named_parameters()}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Without a cache of casts, which a CUDA graph must not read; a weight is used once in a pass."""
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False)
+
+    def use(self, dropout_list: DropoutList) -> None:
+        """`dropout_list` from now on, in the trained network and in its average, on every rank."""
+        check_same(dropout_list.to_json(), "the dropout list", self.group)
+        self.supernet.dropout_list = dropout_list
+        if self.average is not None:
+            self.average.module.dropout_list = dropout_list
+        if self.decay is not None:
+            self.decay.update()
 
 
-def restore(trainer: Any, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
-    """Bring a fresh `Trainer` to where `capture` left one, after `check_same_run`.
+def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> StepState:
+    """The state before the first step; on several ranks all of them call it, and get rank 0's weights.
 
     Raises:
-        ValueError: the checkpoint is of another network.
+        ValueError: settings that do not go together, or networks that are not alike on all ranks.
     """
-    tensors, numbers = _without_skipped(tensors, header["optimizer"], set(trainer.names.values()))
-    try:
-        trainer.supernet.load_state_dict(_part(tensors, "model."))
-        if trainer.ema is not None:
-            trainer.ema.module.load_state_dict(_part(tensors, "ema."))
-        restore_optimizer(trainer.optimizer, trainer.names, tensors, numbers)
-        dropout_list = DropoutList.from_json(header["dropout_list"])
-        trainer.supernet.dropout_list = dropout_list
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"resume: the checkpoint is of another network: {error}") from None
-    trainer.use(dropout_list)
-    if trainer.online is not None:
-        trainer.online.load_state(_part(tensors, "scores."), header["scored_steps"])
-    trainer.scaler.load_state_dict(header["scaler"])
-    trainer.origin = merged(header.get("origin"), trainer.origin)
-    trainer.history = History(*header["history"])
-    trainer.epoch, trainer.step = header["epoch"], header["step"]
-    trainer.step_in_epoch = header["step_in_epoch"]
-    trainer.grown, trainer.sensitivity = header["grown"], header["sensitivity"]
-    trainer.log = StepLog(trainer.device, header["partial"], trainer.group)
+    device = next(supernet.parameters()).device
+    why = one_by_one(supernet, config, device, group)
+    if config.cuda_graph and why is not None:
+        warnings.warn(f"cuda_graph: the steps run one by one, because {why}", stacklevel=2)
+    network: Network = supernet
+    if config.torchcompile:
+        if device.type == "cpu":
+            warnings.warn("torchcompile: on a CPU each compiled step does the full network's work", stacklevel=2)
+        network = torch.compile(supernet)  # once for every entry: widths are looked up on the device
+    if group is not None:
+        network = on_ranks(network, supernet, group, replayed=why is None)
+    precision = amp_dtype(config.amp_dtype, device)
+    # Before stochastic depth is put in: the average is a super-network as convert made it.
+    average = None if config.average is None else Average(supernet, config.average)
+    optimizer, decay = make_optimizer(supernet, config.optimizer)
+    return StepState(
+        supernet=supernet,
+        network=network,
+        optimizer=optimizer,
+        average=average,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        decay=decay,
+        mixing=Mixing(config.mixing, supernet.model.num_classes),
+        precision=precision,
+        clip_grad=config.optimizer.clip_grad,
+        group=group,
+        one_by_one=why,
+    )
 
 
-def _without_skipped(
-    tensors: dict[str, torch.Tensor], numbers: dict[str, Any], names: set[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Less the optimizer's state of parameters of size 0, which earlier versions gave to skipped modules."""
-    empty = {name for name, tensor in _part(tensors, "model.").items() if not tensor.numel()} - names
-    kept = {
-        key: tensor
-        for key, tensor in tensors.items()
-        if not (key.startswith("optimizer.") and key.split(".", 2)[2] in empty)
+def one_by_one(supernet: SuperNet, config: TrainConfig, device: torch.device, group: Group) -> Refusal | None:
+    """Why a run on `device` does not replay its steps as a CUDA graph; None: it does."""
+    if config.cuda_graph is False:
+        return Refusal("cuda_graph is off")
+    if config.cuda_graph is None and group is not None:
+        # DistributedDataParallel adds up a part of the gradients while the next is computed; a graph, all at the end.
+        return Refusal("several ranks only do so if cuda_graph is on: which is faster depends on what connects them")
+    return refusal(supernet, config, device)
+
+
+def refusal(supernet: SuperNet, config: TrainConfig, device: torch.device) -> Refusal | None:
+    """Why the steps of a run on `device` cannot be replayed; None: they can."""
+    half = amp_dtype(config.amp_dtype, device) == torch.float16
+    reasons = {
+        "the network is not on a GPU": device.type != "cuda",
+        "float16 needs a gradient scaler, which reads the device in each step": half,
+        "grad_accum_steps is above 1": config.grad_accum_steps > 1,
+        "grad_checkpointing is on": config.grad_checkpointing,
+        "opt is not adamw": config.opt != "adamw",
+        "decay='expected' changes its factors as the list grows": config.decay == "expected",
+        "an average of bfloat16 weights is rounded at random": config.model_ema and has_bfloat16(supernet),
     }
-    return kept, {name: value for name, value in numbers.items() if name not in empty}
-
-
-def _check_same_settings(trainer: Any, header: dict[str, Any]) -> None:
-    mine = trainer.config.to_dict()
-    before = {"planner": "paper"} | header["config"]  # the only one there was, when it had no name
-    other = [
-        f"{name} is {mine.get(name)}, it was {value}"
-        for name, value in before.items()
-        if name not in _OPERATIONAL and mine.get(name) != value
-    ]
-    if header["steps_per_epoch"] != trainer.steps_per_epoch:
-        other.append(f"an epoch has {trainer.steps_per_epoch} steps, it had {header['steps_per_epoch']}")
-    if other:
-        raise ValueError(f"resume: the checkpoint is of a run with other settings: {'; '.join(other)}")
-
-
-def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return next((Refusal(reason) for reason, holds in reasons.items() if holds), None)

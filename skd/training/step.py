@@ -1,59 +1,191 @@
-"""One optimizer step on one batch: forward and backward in parts, clipping, decay, update, average."""
+"""A training step: one function takes it, for every run; and what counts the steps and what is random in them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from skd.data.counted import seeded
+from skd.ranks import others_alive
+from skd.settings import TrainConfig
+from skd.supernet import SuperNet
+from skd.training.capture import Capture
+from skd.training.optimizer import DeviceRates
+from skd.training.state import StepState, make_state
+from skd.training.types import Batch, Entry, Group
 
-def eager_step(trainer: Any, parts: list[Any], entry: int, masks: torch.Tensor | None) -> torch.Tensor:
-    """Train one entry on a batch given in parts of (images, labels).
+
+class Part(NamedTuple):
+    """Images of one backward pass: mixed, with their targets and (branches, images) masks of stochastic depth."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    masks: torch.Tensor | None
+
+
+def take_step(state: StepState, parts: Iterable[Part], images: int, entry: Entry) -> torch.Tensor:
+    """Train one entry on one batch: forward and backward in parts, clipping, decay, update, average of the weights.
+
+    Gradients are made and released inside of it, so none is left between steps. Nothing is read by the host, except
+    in float16, whose scaler does.
 
     Args:
-        trainer: a `Trainer`.
-        parts: on the device; their gradients are those of the whole batch.
+        state: what the step reads and writes.
+        parts: of the batch, on the device; their gradients are those of the whole.
+        images: in all parts.
         entry: index into the dropout list.
-        masks: (branches, batch) of stochastic depth, or None.
 
     Returns:
-        The mean loss of this rank's images, 0-d, not read by the host.
+        The mean loss of this rank's images, 0-d, float64.
     """
-    images = sum(len(part) for part, _ in parts)
-    loss, done = torch.zeros((), dtype=torch.float64, device=trainer.device), 0
-    # Compiled, the entry is read on the device: as an int each would be compiled anew.
-    chosen: Any = entry
-    if trainer.config.torchcompile:
-        chosen = torch.full((), int(entry), dtype=torch.int64, device=trainer.device)  # a copy would wait for the GPU
-    for number, (part, labels) in enumerate(parts, start=1):
-        if masks is not None:
-            trainer.paths.set(masks[:, done : done + len(part)])
-        done += len(part)
-        part, targets = trainer.mixing(part, labels)
-        with trainer.reducing(number == len(parts)):
-            with trainer.autocast():
-                logits = trainer.network(part, entry=chosen)
-                share = trainer.mixing.loss(logits, targets) * (len(targets) / images)
-            trainer.scaler.scale(share).backward()
-        loss += share.detach()
-    _update(trainer)
+    try:
+        loss = _passes(state, parts, images, entry)
+        _update(state)
+    finally:  # also those of a step, or a capture, that failed
+        state.optimizer.zero_grad(set_to_none=True)
+    if state.average is not None:
+        state.average.update(state.supernet)
     return loss
 
 
-def _update(trainer: Any) -> None:
-    if trainer.config.clip_grad is not None:
-        trainer.scaler.unscale_(trainer.optimizer)
-        clip_grad_norm_(trainer.supernet.parameters(), trainer.config.clip_grad)
-    scaled = trainer.scaler.is_enabled()
-    if trainer.decay is not None and not scaled:
-        trainer.decay.apply(trainer.optimizer.param_groups[0]["lr"])
-    scale = trainer.scaler.get_scale() if trainer.decay is not None else 1.0  # the host waits for it
-    trainer.scaler.step(trainer.optimizer)
-    trainer.scaler.update()
+def _passes(state: StepState, parts: Iterable[Part], images: int, entry: Entry) -> torch.Tensor:
+    """Forward and backward of all parts; the gradients are then the means over the ranks."""
+    loss, done = torch.zeros((), dtype=torch.float64, device=state.device), 0
+    wrapped = state.network if isinstance(state.network, DistributedDataParallel) else None
+    for part in parts:
+        done += len(part.images)
+        if state.paths is not None and part.masks is not None:
+            state.paths.set(part.masks)
+        # The ranks add up their gradients in the last part alone.
+        with nullcontext() if wrapped is None or done == images else wrapped.no_sync():
+            with state.autocast():
+                logits = state.network(part.images, entry=entry)
+                share = state.mixing.loss(logits, part.targets) * (len(part.targets) / images)
+            state.scaler.scale(share).backward()
+        loss += share.detach()
+    if state.group is not None and wrapped is None:
+        average_gradients(state.supernet, state.group)
+    return loss
+
+
+def _update(state: StepState) -> None:
+    """Clipping, weight decay and the optimizer."""
+    if state.clip_grad is not None:
+        state.scaler.unscale_(state.optimizer)
+        clip_grad_norm_(state.supernet.parameters(), state.clip_grad)
+    if state.decay is None:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        return
+    lr, scaled = state.optimizer.param_groups[0]["lr"], state.scaler.is_enabled()
+    if not scaled:
+        state.decay.apply(lr)
+    scale = state.scaler.get_scale()  # the host waits for it
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
     # float16: a scale that went down means that the gradients had overflowed and the step was left out.
-    if trainer.decay is not None and scaled and trainer.scaler.get_scale() >= scale:
-        trainer.decay.apply(trainer.optimizer.param_groups[0]["lr"])
-    trainer.optimizer.zero_grad(set_to_none=True)
-    if trainer.ema is not None:
-        trainer.ema.update(trainer.supernet, step=trainer.step + 1)
+    if scaled and state.scaler.get_scale() >= scale:
+        state.decay.apply(lr)
+
+
+@torch.no_grad()
+def average_gradients(network: torch.nn.Module, group: Group) -> None:
+    """The mean over the ranks, in one collective, where no DistributedDataParallel is around the network.
+
+    That ties every parameter to the stream on which it is made, which is not that of a capture.
+    """
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    parts = (flat / dist.get_world_size(group)).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+class Stepper:
+    """Takes the steps of a run, one after the other: what is random in each is a function of (seed, step).
+
+    Attributes:
+        step: how many are done.
+        capture: the step as a CUDA graph; None: steps run one by one.
+    """
+
+    def __init__(self, state: StepState, config: TrainConfig) -> None:
+        self.state, self.seed, self.step = state, config.seed, 0
+        self.capture: Capture | None = None
+        self._rates: DeviceRates | None = None
+        self._compiled = config.torchcompile
+        if state.one_by_one is None:
+            supernet = state.supernet
+            self._rates = DeviceRates(state.optimizer, state.device)
+            # Automatic: a batch of another size, such as an epoch's last, is a step by itself.
+            self.capture = Capture(
+                self._recorded,
+                state.device,
+                # A list longer than its table has a new one; with scores or without, other kernels take part.
+                reads=lambda: (supernet.width_table, supernet.scores),
+                fixed=config.cuda_graph is True,
+            )
+
+    def __call__(self, batch: Sequence[Batch], entry: Entry) -> torch.Tensor:
+        """Train one entry on one batch, given in parts: the loss, as of `take_step`."""
+        state, images, masks = self.state, images_in(batch), None
+        if state.paths is not None:  # of the whole batch; this rank has its rows rank, rank + world, ...
+            masks = state.paths.masks(self.step, images * state.world)[:, state.rank :: state.world]
+        if state.average is not None:
+            state.average.begin_step(self.step + 1)
+        with others_alive(state.group), seeded(self.seed, "step", self.step):
+            parts = self._mixed(batch, masks)
+            if self.capture is None:
+                # Compiled, an int would be compiled anew for each entry.
+                loss = take_step(state, parts, images, self._on_device(entry) if self._compiled else entry)
+            else:
+                (part,) = parts
+                inputs = {"images": part.images, "targets": part.targets, "entry": self._on_device(entry)}
+                loss = self.capture(inputs if part.masks is None else inputs | {"masks": part.masks})
+        self.step += 1
+        return loss
+
+    def _mixed(self, batch: Sequence[Batch], masks: torch.Tensor | None) -> Iterator[Part]:
+        """One part at a time: mixing copies the images."""
+        done = 0
+        for images, labels in batch:
+            own = None if masks is None else masks[:, done : done + len(images)]
+            done += len(images)
+            yield Part(*self.state.mixing(images, labels), own)
+
+    def _on_device(self, entry: Entry) -> torch.Tensor:
+        if isinstance(entry, torch.Tensor):
+            return entry
+        return torch.full((), entry, dtype=torch.int64, device=self.state.device)  # a copy would wait for the GPU
+
+    def _recorded(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        part = Part(inputs["images"], inputs["targets"], inputs.get("masks"))
+        return take_step(self.state, [part], len(part.images), inputs["entry"])
+
+    def set_learning_rate(self, schedule: Callable[[int], None], position: int) -> None:
+        """What a method of the scheduler says of `position`, an epoch or a step."""
+        schedule(position)
+        if self._rates is not None:
+            self._rates.take()
+
+    def release(self) -> None:
+        """Give the graph up. A group of processes cannot end while a graph holds its collectives."""
+        if self.capture is not None:
+            self.capture.release()
+
+
+def by_hand(supernet: SuperNet, config: TrainConfig, group: Group = None) -> Stepper:
+    """The steps of `skd.train` without its loop: no loaders, no files, and nothing is shown."""
+    return Stepper(make_state(supernet, config, group), config)
+
+
+def images_in(batch: Sequence[Batch]) -> int:
+    """Of a step's batch, given in parts."""
+    return sum(len(images) for images, _ in batch)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 
 class Diverged(RuntimeError):
@@ -35,7 +35,7 @@ class StopSignal:
 
     number: int | None = None
 
-    def remember(self, number: int, frame: Any) -> None:
+    def remember(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: now
         self.number = number

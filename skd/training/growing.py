@@ -1,0 +1,36 @@
+"""How the dropout list of a run grows: one round of the planner before an epoch's steps."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from skd import planners
+from skd.dropout_list import DropoutList
+from skd.ranks import everyone
+from skd.training.batches import Anew
+from skd.training.run import Run
+
+
+def grow(run: Run) -> None:
+    """One round, at the present raw weights; the list grows in place, the same on every rank."""
+    supernet, config = run.supernet, run.config
+    current = supernet.dropout_list
+    total = int(supernet.costs.macs(supernet.widths(), config.convention))
+    target = config.target * (run.epoch + 1) / config.growing_epochs * total
+    if run.online is not None and run.online.steps:  # of the planner "paper": its scores, by another way
+        proposal = run.online.propose(config.convention)
+        grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
+    else:
+        grown = planners.grow(
+            config.planner,
+            supernet,
+            Anew(partial(run.stoppable, run.calibration, "Measuring importance")),
+            target,
+            current=current,
+            convention=config.convention,
+            group=run.group,
+        )
+        sensitivity = dict(grown.sensitivity or {})
+    # Rank 0's: all have the same scores, but their processors need not sort or round alike.
+    run.state.use(DropoutList.from_json(everyone(grown.to_json(), run.group)[0]))
+    run.grown, run.sensitivity = True, sensitivity

@@ -1,0 +1,201 @@
+"""One training run: what it was given, what takes its steps, where it stands, and the files that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from skd.extract import extract
+from skd.files import save
+from skd.outputs import replacing
+from skd.ranks import StopAll, largest, together
+from skd.settings import TrainConfig
+from skd.supernet import SuperNet
+from skd.training import checkpoints
+from skd.training.batches import repeatable
+from skd.training.checkpoints import Origin
+from skd.training.history import History, StepLog
+from skd.training.online import OnlineImportance
+from skd.training.optimizer import Scheduler, make_scheduler
+from skd.training.origin import origin
+from skd.training.screen import Screen
+from skd.training.state import StepState, make_state
+from skd.training.step import Stepper
+from skd.training.stopping import Diverged, StopSignal
+from skd.training.types import Batches, Group
+
+
+@dataclass
+class Run:
+    """PIAD training of one super-network (METHOD 2); `skd.training.loop.run_epochs` does it.
+
+    Attributes:
+        plain: the network is a plain model in a super-network's clothes, and is saved as a plain model.
+        folder: of its files; None: it writes none.
+        scheduler: of the learning rate.
+        online: importance from the training steps themselves, where it is asked for.
+        steps_per_epoch: where the loader has a length.
+        origin: what the run began with, for those who resume it; without a folder nobody does.
+        epoch, step_in_epoch: the next step's epoch, and how many steps of it are done.
+        grown, sensitivity: the dropout list has been grown for this epoch, and by what.
+        log: of the steps of this epoch.
+        best_state: the weights of the best epoch so far, on the CPU.
+        compiles: the next step waits for the compiler.
+        finite: on the device, whether all losses, and the weights when they were looked at, were finite.
+    """
+
+    config: TrainConfig
+    train_loader: Batches
+    val_loader: Batches | None
+    calibration: Batches
+    folder: Path | None
+    screen: Screen
+    plain: bool
+    stepper: Stepper
+    scheduler: Scheduler
+    online: OnlineImportance | None
+    steps_per_epoch: int | None
+    origin: Origin | None
+    log: StepLog
+    finite: torch.Tensor
+    compiles: bool
+    history: History = field(default_factory=History)
+    epoch: int = 0
+    step_in_epoch: int = 0
+    grown: bool = False
+    sensitivity: dict[str, float] | None = None
+    best_state: dict[str, torch.Tensor] | None = None
+    stop: StopSignal = field(default_factory=StopSignal)
+
+    @property
+    def state(self) -> StepState:
+        return self.stepper.state
+
+    @property
+    def supernet(self) -> SuperNet:
+        return self.state.supernet
+
+    @property
+    def group(self) -> Group:
+        return self.state.group
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done in all."""
+        return self.stepper.step
+
+    @property
+    def product(self) -> Path:
+        """The file with the best weights so far."""
+        assert self.folder is not None
+        return self.folder / ("model.safetensors" if self.plain else "supernet.safetensors")
+
+    # What may end it
+
+    def stoppable(self, batches: Batches, description: str) -> Iterator[object]:
+        """`batches` with a bar; a signal ends the run between them."""
+        for batch in repeatable(self.screen.bar(batches, description), self.config.seed, description):
+            yield batch
+            self.obey()
+
+    def obey(self) -> None:
+        """A signal ends the run here, at a place where it can be put away."""
+        if self.stop.number is not None:
+            raise StopAll(self.stop.number)
+
+    def check_finite(self, weights: bool = False) -> None:
+        """Of the losses so far; before weights are kept or judged, of them too: a gradient alone may be NaN.
+
+        Raises:
+            Diverged: there is a NaN or an infinity, on some rank.
+        """
+        if weights:
+            for parameter in self.supernet.parameters():
+                self.finite &= torch.isfinite(parameter).all()
+        if largest(not bool(self.finite), self.group) == 0:
+            return
+        known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
+        # Later than this step are only damaged ones, which the run was taken up before.
+        known = [path for path in known if path <= checkpoints.checkpoint_path(path.parent, self.step)]
+        last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
+        raise Diverged(f"the loss or a weight is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
+
+    # Files: rank 0 writes them, and the others wait until it has
+
+    def keep_weights(self) -> None:
+        """Those that are evaluated are the best so far: remember them, and write them."""
+        averaged = self.state.averaged
+        self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in averaged.state_dict().items()}
+        with together(self.group):
+            if self.folder is not None and self.state.rank == 0:
+                save(extract(averaged, entry=0) if self.plain else averaged, self.product)
+
+    def write_records(self) -> None:
+        """history.jsonl, and dropout_list.json of a super-network; whole each time."""
+        texts = {"history.jsonl": self.history.to_jsonl()}
+        if not self.plain:
+            texts["dropout_list.json"] = self.supernet.dropout_list.to_json() + "\n"
+        with together(self.group):
+            if self.folder is None or self.state.rank > 0:
+                return
+            for name, text in texts.items():
+                with replacing(self.folder / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+
+
+def make_run(
+    supernet: SuperNet,
+    train_loader: Batches,
+    val_loader: Batches | None,
+    config: TrainConfig,
+    calibration: Batches = (),
+    *,
+    screen: Screen,
+    folder: Path | None = None,
+    plain: bool = False,
+    group: Group = None,
+) -> Run:
+    """A run before its first step; on several ranks all of them call it.
+
+    Raises:
+        ValueError: settings that do not go together, or networks that are not alike on all ranks.
+    """
+    state = make_state(supernet, config, group)
+    _tell_of_graph(state, config, screen)
+    loaders = {"training": train_loader, "validation": val_loader, "calibration": calibration}
+    steps_per_epoch = len(train_loader) // config.grad_accum_steps if isinstance(train_loader, Sized) else None
+    online = None
+    if config.importance == "online" and config.growing_epochs > 1:
+        if state.precision == torch.float16:
+            raise ValueError("importance is 'online'; float16's changing loss scale would be in the scores")
+        online = OnlineImportance(supernet, group)
+    return Run(
+        config=config,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        calibration=calibration,
+        folder=folder,
+        screen=screen,
+        plain=plain,
+        # Before the stepper, which may put the learning rate on the device: the scheduler wants a number.
+        scheduler=make_scheduler(state.optimizer, config.schedule, steps_per_epoch),
+        stepper=Stepper(state, config),
+        online=online,
+        steps_per_epoch=steps_per_epoch,
+        # On several ranks all have rank 0's weights by now.
+        origin=origin(supernet, loaders, group) if folder is not None else None,
+        log=StepLog(group=group),
+        finite=torch.ones((), dtype=torch.bool, device=state.device),
+        compiles=config.torchcompile,
+    )
+
+
+def _tell_of_graph(state: StepState, config: TrainConfig, screen: Screen) -> None:
+    """One line where there was something to decide: a run on a CPU has no graphs anyway."""
+    if state.one_by_one is None:
+        screen.line("cuda_graph: every step is a replay of one CUDA graph, once it is captured")
+    elif state.device.type == "cuda" and config.cuda_graph is None:
+        screen.line(f"cuda_graph: the steps run one by one, because {state.one_by_one}")
