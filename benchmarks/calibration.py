@@ -24,7 +24,7 @@ import skd
 from benchmarks.contenders import covariance_published
 from benchmarks.timing import ROOT, peak_resident
 from skd.convert import WpacStatistics, apply_transforms
-from skd.taps import checked, tapped, total_cost
+from skd.support.taps import checked, tapped, total_cost
 from skd.vit import Module, describe
 
 WAYS = ("load", "streamed", "published")

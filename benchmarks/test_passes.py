@@ -16,7 +16,7 @@ from benchmarks.steps import PLAIN_LAYERS, Network, images_and_labels
 from benchmarks.timing import Call, report
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, score_buffers
-from skd.taps import frozen, total_cost
+from skd.support.taps import frozen, total_cost
 from skd.training.loop import train_epoch
 from skd.training.run import Run, make_run
 from skd.training.screen import Screen, Seconds

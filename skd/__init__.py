@@ -6,45 +6,31 @@ After Li, Qi, Geng, "Stratified Knowledge-Density Super-Network for Scalable Vis
 (arXiv 2511.11683).
 
 Importing skd is quick: each public name is imported, and torch and timm with it, when it is first asked for. Not even
-`typing` is imported here: until `skd.process` runs, Ctrl-C would be a traceback.
+`typing` is imported here: until `skd.support.process` runs, Ctrl-C would be a traceback.
 
 The method, in the order of its steps:
 
     supernet        the super-network, which runs at the widths of any entry of its dropout list
     dropout_list    the nested sub-networks, from the full one to the smallest
     convert         weights rotated and reordered, so that leading coordinates know the most
-    taps            features and gradients at the places where the method reads them
     importance      what modules and coordinates are worth to the smallest sub-network
     planning        rounds of a planner, without any training
-    planners/       who decides what becomes narrower
-    training/       the training of a super-network, and of what is cut out of it
     extract         a sub-network as a plain timm model
     evaluate        top-1 of a model and of many sub-networks
-    curve           accuracy over MACs
-    cost, prices    MACs and parameters, at any widths
-    baselines       simpler orders of the coordinates, to compare with
+    cost            MACs and parameters, at any widths
+    files           networks as safetensors files
 
 Around it:
 
     vit/            the only code that names timm's classes and fields
+    planners/       who decides what becomes narrower
+    training/       the training of a super-network, and of what is cut out of it
     data/           images, loaders
-    files           networks as safetensors files
-    settings        every setting of a training run
     recipes/        published runs, by name
-    ranks           the processes of a torch.distributed group
-    devices         devices by their names
-    outputs         results that are written whole or not at all
-    plots           figures of networks and runs
-
-The command line:
-
-    process         the process, from its first import to its last
-    cli             arguments, files and errors, of all commands alike
-    commands/       one file for each command
-    demo            the whole method in minutes
-    demo_report     what that shows
+    commands/       the command line, one file for each command
+    demo/           the whole method in minutes
+    support/        what all of it stands on: settings, files that are written, processes, pictures
     __main__        ``python -m skd``
-    _requirements   what is missing, said in one line
 """
 
 from __future__ import annotations
@@ -53,7 +39,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-import skd._requirements  # noqa: F401  (before all else: it says what is missing)
+import skd.support.requirements  # noqa: F401  (before all else: it says what is missing)
 
 TYPE_CHECKING = False  # type checkers take it for true, as they do typing's
 
@@ -66,8 +52,8 @@ if TYPE_CHECKING:
     from skd.files import load, save
     from skd.importance import importance
     from skd.planning import plan, rank_operations
-    from skd.settings import TrainConfig, finetune_config
     from skd.supernet import SuperNet
+    from skd.support.settings import TrainConfig, finetune_config
     from skd.training import History, finetune, train
     from skd.vit import create_model
 
@@ -102,14 +88,14 @@ _MODULES = {
     "History": "skd.training",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
-    "TrainConfig": "skd.settings",
+    "TrainConfig": "skd.support.settings",
     "convert": "skd.convert",
     "cost": "skd.cost",
     "create_model": "skd.vit",
     "evaluate": "skd.evaluate",
     "extract": "skd.extract",
     "finetune": "skd.training",
-    "finetune_config": "skd.settings",
+    "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
     "plan": "skd.planning",

@@ -2,6 +2,6 @@
 
 import sys
 
-from skd.process import program
+from skd.support.process import program
 
 sys.exit(program())

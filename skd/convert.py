@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from skd.ranks import check_group, in_step, others_alive, summed, total
-from skd.settings import CENTERINGS, LABELS
 from skd.supernet import SuperNet, belongs_to_supernet
-from skd.taps import all_finite, checked, frozen, report_left_out, tapped, total_cost
+from skd.support.ranks import check_group, in_step, others_alive, summed, total
+from skd.support.settings import CENTERINGS, LABELS
+from skd.support.taps import all_finite, checked, frozen, report_left_out, tapped, total_cost
 from skd.vit import Module, Network, Transform, describe, probe, unwrapped
 from skd_kernels import Moments
 

@@ -1,13 +1,19 @@
-"""What a network costs to run: `skd.cost`, for any network by the price lists of `skd.prices`."""
+"""What a network costs to run: MACs and parameters at any widths, in two conventions (METHOD 4).
+
+Within a module both are affine in its width and vanish with it, so a whole dropout list is priced by two small
+integer tables.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from skd.prices import check_convention, cost_model
-from skd.supernet import SuperNet
-from skd.vit import describe, unwrapped
+import numpy as np
+
+from skd.support.settings import CONVENTIONS
+from skd.vit import Network, describe, unwrapped
+from skd.vit.protocol import Prices
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ def cost(model_or_supernet: Any, *, entry: int | None = None, convention: str = 
     Raises:
         ValueError: unsupported architecture, unknown convention, entry out of range, or an entry of a plain model.
     """
+    from skd.supernet import SuperNet  # which has prices itself
+
     check_convention(convention)
     model_or_supernet = unwrapped(model_or_supernet)
     if isinstance(model_or_supernet, SuperNet):
@@ -47,3 +55,80 @@ def cost(model_or_supernet: Any, *, entry: int | None = None, convention: str = 
         widths = [module.full_width for module in network.modules]
         costs = cost_model(model_or_supernet, network)
     return Cost(int(costs.macs(widths, convention)), int(costs.params(widths)))
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Integer price list of a network; row 0 of each MACs array is `full`, row 1 `linear`.
+
+    ``macs(widths) = base + sum over modules of [width > 0] * (per_unit * width + fixed)``, and likewise params, where
+    a module that is neither skipped nor whole has ``if_cut * width`` more.
+    """
+
+    base_macs: np.ndarray  # (2,)
+    macs_per_unit: np.ndarray  # (2, modules)
+    macs_fixed: np.ndarray  # (modules,)
+    base_params: int
+    params_per_unit: np.ndarray  # (modules,)
+    params_fixed: np.ndarray  # (modules,)
+    params_if_cut: np.ndarray  # (modules,)
+    full_widths: np.ndarray  # (modules,)
+    unplanned_per_unit: np.ndarray  # (modules,) of the MACs per unit, those that the planner does not count
+    unplanned_fixed: np.ndarray  # (modules,) of the fixed MACs, likewise
+
+    def macs(self, widths: Any, convention: str = "full") -> np.ndarray:
+        """MACs of each row of `widths`, (..., modules) int: (...) int64."""
+        row = CONVENTIONS.index(check_convention(convention))
+        return self._price(widths, self.base_macs[row], self.macs_per_unit[row], self.macs_fixed)
+
+    def params(self, widths: Any) -> np.ndarray:
+        """Parameters of each row of `widths`, (..., modules) int: (...) int64."""
+        widths = np.asarray(widths, dtype=np.int64)
+        per_unit = self.params_per_unit + self.params_if_cut * (widths < self.full_widths)
+        return self._price(widths, self.base_params, per_unit, self.params_fixed)
+
+    def planned_per_unit(self, convention: str = "full") -> list[float]:
+        """MACs that one unit of each module's width stands for in the planner: the whole module shared out evenly.
+
+        METHOD 4's per-module figures: N (4 d^2 + 4 d) + [2 N^2 H D] for attention, N (2 d h + 2 h + d) for an MLP; no
+        norm, and the activation once, where the whole-model figure counts it twice. 0 for a module that is skipped.
+        """
+        row = CONVENTIONS.index(check_convention(convention))
+        per_unit = (self.macs_per_unit[row] - self.unplanned_per_unit).tolist()
+        fixed = (self.macs_fixed - self.unplanned_fixed).tolist()
+        widths = self.full_widths.tolist()
+        return [(p * w + f) / w if w else 0.0 for p, f, w in zip(per_unit, fixed, widths, strict=True)]
+
+    @staticmethod
+    def _price(widths: Any, base: Any, per_unit: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+        widths = np.asarray(widths, dtype=np.int64)
+        priced: np.ndarray = base + ((widths > 0) * (widths * per_unit + fixed)).sum(-1)
+        return priced
+
+
+def check_convention(convention: str) -> str:
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention is {convention!r}; it may be one of {CONVENTIONS}")
+    return convention
+
+
+def cost_model(model: Any, network: Network) -> CostModel:
+    """The price list of a model at its present widths."""
+    tokens = network.tokens(model)
+    base_linear, base_full = network.outside_macs(model)
+    prices = [module.prices(model) for module in network.modules]
+    table = np.array(prices, dtype=np.int64).reshape(len(prices), len(Prices._fields))
+    column = dict(zip(Prices._fields, table.T, strict=True))
+    linear = column["macs_per_unit"] * tokens
+    return CostModel(
+        base_macs=np.array([base_full, base_linear], dtype=np.int64),
+        macs_per_unit=np.stack([linear + column["macs_per_pair"] * tokens * tokens, linear]),
+        macs_fixed=column["macs_fixed"] * tokens,
+        base_params=network.outside_params(model),
+        params_per_unit=column["params_per_unit"],
+        params_fixed=column["params_fixed"],
+        params_if_cut=column["params_if_cut"],
+        full_widths=np.array([module.full_width for module in network.modules], dtype=np.int64),
+        unplanned_per_unit=column["unplanned_per_unit"] * tokens,
+        unplanned_fixed=column["unplanned_fixed"] * tokens,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from skd.prices import CostModel
+from skd.cost import CostModel
 
 
 @dataclass(frozen=True)

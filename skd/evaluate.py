@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from skd.ranks import check_group, gathered, in_step, summed, total
 from skd.supernet import SuperNet
-from skd.taps import checked, frozen
+from skd.support.ranks import check_group, gathered, in_step, summed, total
+from skd.support.taps import checked, frozen
 from skd.vit import describe, unwrapped
 
 

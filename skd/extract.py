@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from skd.prices import check_convention
+from skd.cost import check_convention
 from skd.supernet import SuperNet, check_supernet
 from skd.vit import unwrapped
 

@@ -31,12 +31,12 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from skd import __version__
-from skd.devices import usable_device
 from skd.dropout_list import DropoutList
 from skd.extract import extract
-from skd.outputs import replacing
 from skd.supernet import SuperNet
-from skd.taps import frozen
+from skd.support.devices import usable_device
+from skd.support.outputs import replacing
+from skd.support.taps import frozen
 from skd.vit import Network, describe, image_size, probe, unwrapped
 from skd.vit.construction import build, construction
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from skd.evaluate import Top1
-from skd.ranks import check_group, in_step, summed, total
 from skd.supernet import SuperNet, check_supernet
-from skd.taps import all_finite, check_gradients_possible, checked, frozen, report_left_out, total_cost
+from skd.support.ranks import check_group, in_step, summed, total
+from skd.support.taps import all_finite, check_gradients_possible, checked, frozen, report_left_out, total_cost
 from skd.vit import Module, unwrapped
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skd import planners
+from skd.cost import check_convention
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
-from skd.prices import check_convention
 from skd.supernet import SuperNet, check_supernet
 from skd.vit import unwrapped
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
-from skd.prices import CostModel, cost_model
 from skd.vit import Network, SuperBlock, Width, describe, unwrapped
 from skd.vit.construction import remember_construction
 

@@ -11,7 +11,7 @@ from helpers import nested, random_batches, tiny_vit
 from timm.layers import SwiGLU, SwiGLUPacked
 
 import skd
-from skd.baselines import METHODS, coordinate_scores, reordered
+from skd.demo.baselines import METHODS, coordinate_scores, reordered
 
 SCORED = ("magnitude", "taylor", "hessian")
 VARIANTS = {

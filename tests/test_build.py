@@ -17,7 +17,7 @@ import pybind11
 import pytest
 import torch
 
-from skd._requirements import OLDEST_TIMM
+from skd.support.requirements import OLDEST_TIMM
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "skd", "skd_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")

@@ -21,12 +21,12 @@ import torch
 from helpers import digit_net
 
 import skd
-import skd.cli
-import skd.demo
+import skd.demo.running
+import skd.support.cli
 import skd_kernels
 from skd import commands
-from skd.cli import main
-from skd.outputs import replacing
+from skd.support.cli import main
+from skd.support.outputs import replacing
 from skd.training import Diverged
 
 COMMANDS = ("demo", "convert", "plan", "train", "extract", "evaluate", "finetune", "info")
@@ -39,7 +39,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("training started")
 
-    monkeypatch.setattr(skd.demo, "train_stand_in", fail)
+    monkeypatch.setattr(skd.demo.running, "train_stand_in", fail)
 
 
 def instead_of_info(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
@@ -148,7 +148,7 @@ def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def run_demo(out: str, **options: Any) -> dict[str, Any]:
         return {"out": out, **options}
 
-    monkeypatch.setattr(skd.demo, "run_demo", run_demo)
+    monkeypatch.setattr(skd.demo.running, "run_demo", run_demo)
     file = tmp_path / "demo.json"
     assert main(["demo", "--out", "there", "--seed", "7", "--epochs", "3", "--json", str(file)]) == 0
     assert json.loads(file.read_text()) == {"out": "there", "seed": 7, "epochs": 3}

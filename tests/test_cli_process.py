@@ -68,7 +68,7 @@ def listen(number, handler):
     raise SystemExit(0)
 signal.signal = listen
 before = {*sys.modules}
-from skd.process import program
+from skd.support.process import program
 program()
 """
 
@@ -77,7 +77,7 @@ def test_ctrl_c_is_listened_to_before_anything_else_is_imported() -> None:
     """Until then it is a traceback of Python's, which only the start of the interpreter should have time for."""
     child = process("-c", LISTENING)
     out, err = child.communicate(timeout=60)
-    own = {"skd", "skd._requirements", "skd.process"}
+    own = {"skd", "skd.support.requirements", "skd.support.process"}
     small = {"__future__", "importlib", "importlib._bootstrap", "importlib._bootstrap_external", "warnings", "types"}
     assert own <= set(out.split()) <= own | small and err == ""
 
@@ -97,7 +97,7 @@ def test_ctrl_c_at_any_moment() -> None:
             assert (out, child.returncode) == ("", 130)
         elif child.returncode:
             named = [line for line in err.splitlines() if "skd/" in line and "_requirements" not in line]
-            assert all("skd/__init__.py" in line or "skd/process.py" in line for line in named), err
+            assert all("skd/__init__.py" in line or "skd/support/process.py" in line for line in named), err
     assert lines > 5
 
 
@@ -106,7 +106,7 @@ WORKING = """
 import os, runpy, signal, time
 from dataclasses import replace
 from skd.commands import COMMANDS
-from skd.outputs import replacing
+from skd.support.outputs import replacing
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)

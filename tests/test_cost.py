@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import skd
-from skd.curve import entries_within
+from skd.support.curve import entries_within
 
 # Published whole-model MACs and the planner's per-module MACs (linear convention), N = 197.
 PUBLISHED = {

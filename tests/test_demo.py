@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 import skd
-from skd import demo
-from skd.baselines import METHODS
 from skd.data import MEAN, PREPROCESSING, STD, Split, batched, digits, shifted
-from skd.outputs import replacing, write_json
+from skd.demo import running as demo
+from skd.demo.baselines import METHODS
+from skd.support.outputs import replacing, write_json
 
 ROW = {"entry", "macs", "macs_fraction", "macs_linear", "params", "top1"}
 

@@ -21,7 +21,7 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention
 
 import skd
-from skd.baselines import METHODS, coordinate_scores, reordered
+from skd.demo.baselines import METHODS, coordinate_scores, reordered
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 MODELS: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from skd.cli import parsed
 from skd.commands import COMMANDS
-from skd.outputs import Files, check_files
+from skd.support.cli import parsed
+from skd.support.outputs import Files, check_files
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import skd
-from skd._requirements import OLDEST_TIMM, _release
+from skd.support.requirements import OLDEST_TIMM, _release
 
 HEAVY = ("torch", "timm", "numpy", "rich", "yaml", "PIL", "matplotlib", "skd_kernels")
 
@@ -75,7 +75,9 @@ def test_versions_are_compared_as_pip_compares_them(version: str, old: bool) -> 
     assert (_release(version) < _release(OLDEST_TIMM)) is old
 
 
-@pytest.mark.parametrize("code", ["import skd", "from skd import convert", "import skd.files", "import skd.cli"])
+@pytest.mark.parametrize(
+    "code", ["import skd", "from skd import convert", "import skd.files", "import skd.support.cli"]
+)
 def test_an_older_timm_is_refused_without_importing_it(tmp_path: Path, code: str) -> None:
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "__init__.py").write_text("raise AssertionError('imported')\n")

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from helpers import random_batches, tiny_vit
 
 import skd
-from skd.ranks import RankFailed, others_alive
+from skd.support.ranks import RankFailed, others_alive
 
 
 def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:

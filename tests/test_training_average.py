@@ -5,7 +5,7 @@ import torch
 from helpers import digit_net, raw_bytes
 from timm.utils import ModelEmaV3
 
-from skd.settings import AverageSettings
+from skd.support.settings import AverageSettings
 from skd.training.average import Average
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import skd
 from skd import TrainConfig, finetune_config
-from skd.settings import read_settings
+from skd.support.settings import read_settings
 
 FIELDS = [setting.name for setting in fields(TrainConfig)]
 

@@ -28,7 +28,7 @@ from helpers import (
 
 import skd
 import skd.planners.paper as paper_module
-from skd.curve import area, measure_curve
+from skd.support.curve import area, measure_curve
 from skd.training import evaluation
 from skd.training.batches import start_epoch
 

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import skd
-from skd.curve import area, measure_curve
 from skd.data import Loader, data_config, generator, seeded, train_loader
 from skd.data.digits import pixels
 from skd.data.indexed import ArrayImages, PairSource
+from skd.support.curve import area, measure_curve
 from skd.training.batches import start_epoch
 from skd.training.decay import ExpectedDecay, inclusion
 from skd.training.dropping import CountedDropPath, DropPaths, drop_paths

@@ -17,10 +17,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 import skd
-from skd import plots
-from skd.curve import area, entries_within, sizes_of
 from skd.dropout_list import DropoutList
 from skd.supernet import SuperNet
+from skd.support import plots
+from skd.support.curve import area, entries_within, sizes_of
 from skd.training import report
 from skd.training.history import Epoch, History
 from skd.training.report import PLOTS, write_report

@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 
 import skd
 from benchmarks.timing import provenance
-from skd import demo
+from skd.demo import running as demo
 from skd.planning import Proposal, propose
 from skd.training.online import OnlineImportance
 

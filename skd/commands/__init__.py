@@ -1,8 +1,9 @@
 """The subcommands of ``skd``: one file for each, found here without being listed anywhere.
 
 A command is a `Command` called COMMAND in a file with its name: what it takes, reads, writes and shares, and the
-function that does its work. Of all of them `skd.cli` knows no more than that. CONTRIBUTING.md says how to add one. To
-import the files is cheap, for the sake of ``skd COMMAND --help``: what needs torch is imported by `Command.run`.
+function that does its work. Of all of them `skd.support.cli` knows no more than that. CONTRIBUTING.md says how to add
+one. To import the files is cheap, for the sake of ``skd COMMAND --help``: what needs torch is imported by
+`Command.run`.
 
     demo, convert, plan, train, extract, evaluate, finetune, info     the commands
     _arguments    arguments that several commands share, and the files that they name
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from skd.outputs import Files
+from skd.support.outputs import Files
 
 
 @dataclass(frozen=True)

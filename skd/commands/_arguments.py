@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skd import recipes
-from skd.settings import BAD_IMAGES, CHECKPOINT_WEIGHTS, LABELS, TrainConfig
+from skd.support.settings import BAD_IMAGES, CHECKPOINT_WEIGHTS, LABELS, TrainConfig
 
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -21,12 +21,12 @@ _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
-    """Paths for `skd.outputs.Files`, by the options they were given as: class_map is --class-map."""
+    """Paths for `skd.support.outputs.Files`, by the options they were given as: class_map is --class-map."""
     return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
 
 
 def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """What of the data is in files, for `skd.outputs.Files`: also the folder in a name such as wds/FOLDER."""
+    """What of the data is in files, for `skd.support.outputs.Files`: also the folder in a name such as wds/FOLDER."""
     reads = options(arguments, "class_map", "data", "data_dir")
     if reads["--data"] is not None:
         reads["--data"] = re.sub(r"^(hfds|hfids|wds)/", "", reads["--data"], flags=re.IGNORECASE)
@@ -34,7 +34,7 @@ def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 
 def model_read(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """The files that a model is made of, for `skd.outputs.Files`."""
+    """The files that a model is made of, for `skd.support.outputs.Files`."""
     found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
     inside = arguments.model_kwargs.get("checkpoint_path")
     found["--model-kwargs (checkpoint_path)"] = inside if isinstance(inside, str) else None

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from skd.commands import COMMANDS
-from skd.process import world_size
+from skd.support.process import world_size
 from skd.training.stopping import Stopped
 
 

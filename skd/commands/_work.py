@@ -19,11 +19,11 @@ from skd.cost import cost
 from skd.data import Loader, Loading, Source, data_config, open_source
 from skd.data.building import loader_of, usable_workers
 from skd.data.source import agree, name_classes, shown
-from skd.devices import usable_device
 from skd.files import load, save
-from skd.outputs import output_file
-from skd.ranks import everyone, rank_of, size_of, together
 from skd.supernet import SuperNet
+from skd.support.devices import usable_device
+from skd.support.outputs import output_file
+from skd.support.ranks import everyone, rank_of, size_of, together
 from skd.training.screen import Screen
 from skd.vit import MODEL_SOURCES, create_model, describe
 from skd.vit.weights import load_weights, new_head
@@ -340,7 +340,7 @@ def progress(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
 
 def print_sizes(rows: list[dict[str, Any]], title: str) -> None:
-    """A table of sub-networks: rows of `skd.curve`."""
+    """A table of sub-networks: rows of `skd.support.curve`."""
     table = Table(title=title, title_justify="left")
     for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters"):
         table.add_column(heading, justify="right")

@@ -8,8 +8,8 @@ from typing import Any
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.outputs import Files
-from skd.settings import CENTERINGS
+from skd.support.outputs import Files
+from skd.support.settings import CENTERINGS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def files(given: argparse.Namespace) -> Files:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     from skd.commands import _work as work
-    from skd.ranks import spread
+    from skd.support.ranks import spread
 
     work.model_file(given.out)
     model = work.build_model(given).to(work.device(given))

@@ -7,8 +7,8 @@ from typing import Any
 
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.outputs import Files
-from skd.settings import DEMO_EPOCHS
+from skd.support.outputs import Files
+from skd.support.settings import DEMO_EPOCHS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +22,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(given: argparse.Namespace) -> Files:
-    from skd.demo import FILES
+    from skd.demo.running import FILES
 
     return Files(folders={"--out": (given.out, FILES)})
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    from skd import demo
+    from skd.demo import running
 
-    return demo.run_demo(given.out, seed=given.seed, epochs=given.epochs)
+    return running.run_demo(given.out, seed=given.seed, epochs=given.epochs)
 
 
 COMMAND = Command(

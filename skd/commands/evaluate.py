@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.outputs import Files
-from skd.settings import CONVENTIONS, TrainConfig
+from skd.support.outputs import Files
+from skd.support.settings import CONVENTIONS, TrainConfig
 
 if TYPE_CHECKING:
     from skd.data import Loader
@@ -47,8 +47,8 @@ def files(given: argparse.Namespace) -> Files:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     from skd.commands import _work as work
-    from skd.curve import sizes_of
     from skd.extract import choose_entry
+    from skd.support.curve import sizes_of
 
     where = work.device(given)
     if given.model is not None:
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> dict[str, Any]:
     from skd.commands import _work as work
-    from skd.curve import area, measure_curve
+    from skd.support.curve import area, measure_curve
 
     budgets = tuple(given.budgets or TrainConfig().budgets)
     if not all(0 < budget <= 1 for budget in budgets):

@@ -8,8 +8,8 @@ from typing import Any
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.outputs import Files
-from skd.settings import CONVENTIONS
+from skd.support.outputs import Files
+from skd.support.settings import CONVENTIONS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from skd.commands import _work as work
-    from skd.curve import sizes_of
     from skd.extract import choose_entry
+    from skd.support.curve import sizes_of
 
     work.model_file(given.out)
     supernet = work.supernet(given.supernet, torch.device("cpu"))

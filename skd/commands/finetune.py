@@ -9,8 +9,8 @@ import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.commands.train import RECORDS, add_run, check_given, finish, loaders
-from skd.outputs import Files
-from skd.settings import finetune_config
+from skd.support.outputs import Files
+from skd.support.settings import finetune_config
 
 PRODUCT = "model.safetensors"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import skd
 from skd.commands import Command
-from skd.outputs import Files
-from skd.settings import TrainConfig
+from skd.support.outputs import Files
+from skd.support.settings import TrainConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def _file(path: str) -> dict[str, Any]:
     from rich.table import Table
 
     from skd.commands import _work as work
-    from skd.curve import entries_within, sizes_of
+    from skd.support.curve import entries_within, sizes_of
 
     network = skd.load(path)
     model = network.model if isinstance(network, skd.SuperNet) else network

@@ -9,8 +9,8 @@ import skd
 from skd import planners
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.outputs import Files
-from skd.settings import CONVENTIONS, TrainConfig
+from skd.support.outputs import Files
+from skd.support.settings import CONVENTIONS, TrainConfig
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def files(given: argparse.Namespace) -> Files:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     from skd.commands import _work as work
-    from skd.curve import entries_within, sizes_of
+    from skd.support.curve import entries_within, sizes_of
 
     work.model_file(given.out)
     supernet = work.supernet(given.supernet, work.device(given))

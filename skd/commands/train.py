@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.outputs import Files, output_folder
-from skd.settings import RESUME, TrainConfig
+from skd.support.outputs import Files, output_folder
+from skd.support.settings import RESUME, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     read of them."""
     from skd.commands import _work as work
     from skd.data.building import calibration
-    from skd.ranks import check_same, spread
+    from skd.support.ranks import check_same, spread
 
     where = work.device(given)
     if given.supernet is not None:
@@ -184,7 +184,7 @@ def finish(
 ) -> dict[str, Any]:
     """The report, the table, and what --json writes."""
     from skd.commands import _work as work
-    from skd.ranks import rank_of, together
+    from skd.support.ranks import rank_of, together
     from skd.training.report import write_report  # and with it matplotlib
 
     folder = Path(given.out)

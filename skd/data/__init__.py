@@ -40,7 +40,7 @@ from skd.data.opening import open_source
 from skd.data.pixels import data_config, eval_transform, train_transform
 from skd.data.source import Source, check_classes, label_names, match_classes
 from skd.data.streams import StreamSource
-from skd.settings import Augmentation
+from skd.support.settings import Augmentation
 
 __all__ = [
     "MEAN",

@@ -26,9 +26,9 @@ from skd.data.pixels import AUGMENTATION, DataConfig, Normalisation, chosen_augm
 from skd.data.source import Source, agree, name_classes
 from skd.data.streams import StreamSource
 from skd.data.workers import IndexedBatches, Preparation
-from skd.ranks import rank_of, size_of
-from skd.settings import Augmentation, TrainConfig
 from skd.supernet import SuperNet
+from skd.support.ranks import rank_of, size_of
+from skd.support.settings import Augmentation, TrainConfig
 
 # One by one
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from skd.data.counted import generator
-from skd.settings import Augmentation
+from skd.support.settings import Augmentation
 
 Key = tuple[int, int, int]  # epoch, index of the image, which of its repetitions
 

@@ -24,8 +24,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.transforms import MaybePILToTensor, MaybeToTensor
 from torchvision.transforms import Compose, Normalize
 
-from skd.settings import Augmentation
 from skd.supernet import SuperNet
+from skd.support.settings import Augmentation
 from skd.vit import image_size, unwrapped
 
 Transform = Callable[[Image.Image], torch.Tensor]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from skd.dropout_list import DropoutList, Operation
 from skd.planners import register
-from skd.ranks import in_step, summed, total
 from skd.supernet import SuperNet
-from skd.taps import all_finite, checked, frozen, report_left_out
+from skd.support.ranks import in_step, summed, total
+from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.vit import Module
 
 Curve = list[tuple[int, float]]  # (width, rise of the loss per image), from the present width down

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skd.settings import read_settings
+from skd.support.settings import read_settings
 
 FOLDER = Path(__file__).parent
 

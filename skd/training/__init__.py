@@ -31,7 +31,7 @@ dry_run.py      will it fit, how long will it take
 types.py        what these files hand to each other
 """
 
-from skd.settings import TrainConfig, finetune_config
+from skd.support.settings import TrainConfig, finetune_config
 from skd.training.entry_points import finetune, train
 from skd.training.history import Epoch, History
 from skd.training.stopping import Diverged, Stopped

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from timm.utils import ModelEmaV3
 
-from skd.settings import AverageSettings
 from skd.supernet import SuperNet
+from skd.support.settings import AverageSettings
 
 
 class Average:

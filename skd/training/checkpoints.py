@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from skd.outputs import replacing
+from skd.support.outputs import replacing
 from skd.training.history import Summary
 
 KEY = "skd-checkpoint"

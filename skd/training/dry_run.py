@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from skd.settings import TrainConfig
 from skd.supernet import SuperNet
+from skd.support.settings import TrainConfig
 from skd.training.optimizer import Scheduler, make_scheduler
 from skd.training.precision import laid_out, tf32
 from skd.training.state import StepState

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 
 from skd.data.building import warn_of_ignored
-from skd.outputs import output_folder, remove_leftovers, write_json
-from skd.ranks import check_group, check_same, rank_of, together
-from skd.settings import RESUME, TrainConfig, finetune_config
 from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
+from skd.support.outputs import output_folder, remove_leftovers, write_json
+from skd.support.ranks import check_group, check_same, rank_of, together
+from skd.support.settings import RESUME, TrainConfig, finetune_config
 from skd.training.checkpoints import checkpoints
 from skd.training.history import History
 from skd.training.loop import run_epochs

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from skd.curve import Rows, area, measure_curve
 from skd.supernet import SuperNet
+from skd.support.curve import Rows, area, measure_curve
 from skd.training.history import Epoch
 from skd.training.run import Run
 from skd.training.types import Batches

@@ -6,7 +6,7 @@ from functools import partial
 
 from skd import planners
 from skd.dropout_list import DropoutList
-from skd.ranks import everyone
+from skd.support.ranks import everyone
 from skd.training.batches import Anew
 from skd.training.run import Run
 

@@ -9,9 +9,9 @@ from typing import Any, TypedDict
 
 import torch
 
-from skd.curve import Rows
 from skd.dropout_list import DropoutList
-from skd.ranks import size_of, summed
+from skd.support.curve import Rows
+from skd.support.ranks import size_of, summed
 from skd.training.types import Group
 
 BINS = 16  # of the sub-networks' MACs, in an epoch's record of its steps
@@ -41,7 +41,7 @@ class Epoch(Mapping[str, Any]):
         sensitivity: {module: gamma} in epochs that grew the list (with importance="online" its share of the scores;
             empty with a planner that does not measure it), else None.
         drawn: the steps by size of the sub-network.
-        curve: rows of `skd.curve.measure_curve`, where it was evaluated, else None.
+        curve: rows of `skd.support.curve.measure_curve`, where it was evaluated, else None.
         area: under that curve, percent, or None.
         best: the run's weights are of this epoch, so far.
         seconds: {importance, data, compile (the first step, with torchcompile), steps, evaluate, checkpoint, total};

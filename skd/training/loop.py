@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from skd.data.counted import generator
-from skd.ranks import StopAll, in_step
-from skd.taps import checked_batch
+from skd.support.ranks import StopAll, in_step
+from skd.support.taps import checked_batch
 from skd.training.batches import start_epoch
 from skd.training.dropping import drop_paths
 from skd.training.evaluation import evaluate_epoch, measure_original

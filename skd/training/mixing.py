@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 
-from skd.settings import MixingSettings
+from skd.support.settings import MixingSettings
 
 
 class Mixing:

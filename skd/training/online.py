@@ -7,8 +7,8 @@ import torch
 
 from skd.importance import read_scores, score_buffers
 from skd.planning import Proposal, ranked
-from skd.ranks import gathered, rank_of, size_of, summed
 from skd.supernet import SuperNet
+from skd.support.ranks import gathered, rank_of, size_of, summed
 from skd.training.types import Group
 
 

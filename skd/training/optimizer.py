@@ -8,8 +8,8 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
-from skd.settings import OptimizerSettings, ScheduleSettings
 from skd.supernet import SuperNet
+from skd.support.settings import OptimizerSettings, ScheduleSettings
 from skd.training.decay import ExpectedDecay
 
 

@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from skd.ranks import check_same, others_alive, spread
 from skd.supernet import SuperNet
+from skd.support.ranks import check_same, others_alive, spread
 from skd.training.types import Group, Network
 from skd.vit import probe
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from skd.settings import TrainConfig
+from skd.support.settings import TrainConfig
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype:

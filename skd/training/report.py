@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skd import plots
-from skd.curve import Rows
-from skd.outputs import replacing
-from skd.settings import TrainConfig
 from skd.supernet import SuperNet
+from skd.support import plots
+from skd.support.curve import Rows
+from skd.support.outputs import replacing
+from skd.support.settings import TrainConfig
 from skd.training.history import BINS, Epoch, History
 from skd_kernels import build_info
 
@@ -48,8 +48,8 @@ def write_report(
         history: what `skd.train` or `skd.finetune` returned.
         supernet: the network that was trained, with its dropout list; a fine-tuned model: `SuperNet` of it.
         config: the run's settings.
-        contrast: curves to compare with, rows of `skd.curve.measure_curve` by label; they are drawn, and have a
-            column in the table, where the budget is the same.
+        contrast: curves to compare with, rows of `skd.support.curve.measure_curve` by label; they are drawn, and
+            have a column in the table, where the budget is the same.
 
     Returns:
         The path of report.md.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from skd.dropout_list import DropoutList
 from skd.files import load
-from skd.ranks import check_same, together
+from skd.support.ranks import check_same, together
 from skd.training import checkpoints
 from skd.training.checkpoints import Header, Numbers, Tensors, optimizer_tensors, restore_optimizer
 from skd.training.history import Epoch, History, StepLog

@@ -10,10 +10,10 @@ import torch
 
 from skd.extract import extract
 from skd.files import save
-from skd.outputs import replacing
-from skd.ranks import StopAll, largest, together
-from skd.settings import TrainConfig
 from skd.supernet import SuperNet
+from skd.support.outputs import replacing
+from skd.support.ranks import StopAll, largest, together
+from skd.support.settings import TrainConfig
 from skd.training import checkpoints
 from skd.training.batches import repeatable
 from skd.training.checkpoints import Origin

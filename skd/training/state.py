@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from skd.dropout_list import DropoutList
-from skd.ranks import check_same, rank_of, size_of
-from skd.settings import TrainConfig
 from skd.supernet import SuperNet
+from skd.support.ranks import check_same, rank_of, size_of
+from skd.support.settings import TrainConfig
 from skd.training.average import Average, has_bfloat16
 from skd.training.decay import ExpectedDecay
 from skd.training.dropping import DropPaths

@@ -12,9 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from skd.data.counted import seeded
-from skd.ranks import others_alive
-from skd.settings import TrainConfig
 from skd.supernet import SuperNet
+from skd.support.ranks import others_alive
+from skd.support.settings import TrainConfig
 from skd.training.capture import Capture
 from skd.training.optimizer import DeviceRates
 from skd.training.state import StepState, make_state

@@ -50,7 +50,7 @@ class Coordinates(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What a module and its norm cost, for one token; the sums are those of `skd.prices.CostModel`.
+    """What a module and its norm cost, for one token; the sums are those of `skd.cost.CostModel`.
 
     Attributes:
         macs_per_unit: of one unit of width.

@@ -20,18 +20,18 @@ from rich.progress import track
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from skd import demo_report as report
-from skd.baselines import METHODS, reordered
 from skd.convert import convert
-from skd.curve import Rows, sizes_of
 from skd.data import PREPROCESSING, Batches, Split, batched, digits, generator, shifted
+from skd.demo import report
+from skd.demo.baselines import METHODS, reordered
 from skd.dropout_list import DropoutList
 from skd.evaluate import evaluate
 from skd.extract import choose_entry, extract
 from skd.files import save
-from skd.outputs import output_folder, replacing, write_json
-from skd.settings import DEMO_EPOCHS
 from skd.supernet import SuperNet
+from skd.support.curve import Rows, sizes_of
+from skd.support.outputs import output_folder, replacing, write_json
+from skd.support.settings import DEMO_EPOCHS
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd_kernels import build_info
 

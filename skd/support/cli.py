@@ -19,8 +19,8 @@ from typing import Any
 
 from skd import __version__
 from skd.commands import COMMANDS
-from skd.outputs import check_files, output_file, write_json
-from skd.process import INTERRUPTED, rank, world_size
+from skd.support.outputs import check_files, output_file, write_json
+from skd.support.process import INTERRUPTED, rank, world_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +121,7 @@ def _import_all() -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from skd.commands._torchrun import processes
-    from skd.ranks import rank_of, together
+    from skd.support.ranks import rank_of, together
 
     command = COMMANDS[arguments.command]
     if arguments.json is not None:
@@ -143,7 +143,7 @@ def _answer(error: Exception, arguments: argparse.Namespace) -> int:
         return _fail(error, 1)
     import torch
 
-    from skd.ranks import RankFailed
+    from skd.support.ranks import RankFailed
     from skd.training.stopping import Diverged, Stopped
 
     if isinstance(error, Stopped):

@@ -52,7 +52,7 @@ def accuracy_figure(curves: Mapping[str, Rows], reference: float | None, full: A
     """Top-1 against MACs, in both conventions; twice where other curves leave little room for the main one.
 
     Args:
-        curves: rows of `skd.curve.measure_curve` by label; the first is the main one.
+        curves: rows of `skd.support.curve.measure_curve` by label; the first is the main one.
         reference: top-1 of the original network, or None.
         full, linear: MACs of all sub-networks, as for `linear_axis`.
     """

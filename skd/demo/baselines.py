@@ -23,7 +23,7 @@ import torch
 
 from skd.convert import apply_transforms, collect, convert
 from skd.supernet import SuperNet
-from skd.taps import all_finite, report_left_out
+from skd.support.taps import all_finite, report_left_out
 from skd.vit import Module, Network, describe
 
 METHODS = ("random", "magnitude", "taylor", "hessian", "wpac")

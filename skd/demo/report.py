@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skd.cost import cost
-from skd.plots import linear_axis
+from skd.support.plots import linear_axis
 
 Rows = list[dict[str, Any]]
 _METHOD_NAMES = {
