@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,18 +16,21 @@ from skd.supernet import SuperNet, belongs_to_supernet
 from skd.support.ranks import check_group, in_step, others_alive, summed, total
 from skd.support.settings import CENTERINGS, LABELS
 from skd.support.taps import all_finite, checked, frozen, report_left_out, tapped, total_cost
-from skd.vit import Module, Network, Transform, describe, probe, unwrapped
+from skd.vit import Module, Network, TimmModel, Transform, describe, probe, unwrapped
 from skd_kernels import Moments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def convert(
-    model: Any,
+    model: TimmModel,
     batches: Iterable[Any],
     *,
     centering: str = "dataset",
     labels: str = "given",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> SuperNet:
     """Convert a timm Vision Transformer to a super-network, from one pass over calibration images.
 
@@ -77,7 +80,7 @@ def convert(
 
 
 @torch.no_grad()
-def _check_function(model: Any, supernet: SuperNet, transforms: dict[str, Transform]) -> None:
+def _check_function(model: TimmModel, supernet: SuperNet, transforms: dict[str, Transform]) -> None:
     """A model with a forward of its own (a subclass, a hook) is not what its modules say.
 
     What such a forward changes is far above rounding, but a head with large weights can make rounding as large (its
@@ -97,7 +100,7 @@ def _check_function(model: Any, supernet: SuperNet, transforms: dict[str, Transf
         )
 
 
-def _difference(model: Any, supernet: SuperNet) -> float:
+def _difference(model: TimmModel, supernet: SuperNet) -> float:
     """Relative, of the outputs for a random image."""
     image = probe(model)
     with frozen(model), frozen(supernet):
@@ -106,13 +109,13 @@ def _difference(model: Any, supernet: SuperNet) -> float:
 
 
 def collect(
-    model: Any,
+    model: TimmModel,
     modules: Iterable[Module],
     batches: Iterable[Any],
     consume: Callable[[Module, torch.Tensor, torch.Tensor], None],
     end_batch: Callable[[], None] = lambda: None,
     predicted: bool = False,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Forward and backward of the cost over `batches`, every (module, feature, gradient) to `consume`."""
     with tapped(model, modules, consume), torch.enable_grad():
@@ -165,7 +168,7 @@ class WpacStatistics:
             else:
                 self.moments[name] = self.moments[name] + part if name in self.moments else part
 
-    def all_reduce(self, group: Any) -> None:
+    def all_reduce(self, group: ProcessGroup | None) -> None:
         """Add up the statistics of all ranks; nothing without a group.
 
         Raises:
@@ -200,7 +203,7 @@ class WpacStatistics:
         return {module.name: self.transform(module) for module in network.modules if module.name in observed}
 
 
-def apply_transforms(model: Any, network: Network, transforms: dict[str, Transform]) -> None:
+def apply_transforms(model: TimmModel, network: Network, transforms: dict[str, Transform]) -> None:
     """Fold rotations and orders into the weights of `model`, in float64, in place."""
     for module in network.modules:
         if module.name in transforms:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from skd.support.settings import CONVENTIONS
-from skd.vit import Network, describe, unwrapped
+from skd.vit import Network, TimmModel, describe, unwrapped
 from skd.vit.protocol import Prices
 
 
@@ -112,7 +112,7 @@ def check_convention(convention: str) -> str:
     return convention
 
 
-def cost_model(model: Any, network: Network) -> CostModel:
+def cost_model(model: TimmModel, network: Network) -> CostModel:
     """The price list of a model at its present widths."""
     tokens = network.tokens(model)
     base_linear, base_full = network.outside_macs(model)

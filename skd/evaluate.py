@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skd.supernet import SuperNet
 from skd.support.ranks import check_group, gathered, in_step, summed, total
 from skd.support.taps import checked, frozen
-from skd.vit import describe, unwrapped
+from skd.vit import TimmModel, describe, unwrapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Top1:
@@ -69,7 +72,7 @@ class Top1:
             hits += int(((nearest == own) & ~part.isnan().any(1)).sum())
         return hits
 
-    def counts(self, variants: Sequence[Hashable], group: Any = None) -> dict[Hashable, int]:
+    def counts(self, variants: Sequence[Hashable], group: ProcessGroup | None = None) -> dict[Hashable, int]:
         """Correct images of several variants, over all ranks of a torch.distributed group."""
         if group is None:
             return {variant: self.correct(variant) for variant in variants}
@@ -81,7 +84,7 @@ class Top1:
         own = [torch.tensor(float(self._counts[name]), dtype=torch.float64, device=self._device) for name in variants]
         return {name: int(count) for name, count in zip(variants, summed(own, group), strict=True)}
 
-    def percents(self, variants: Sequence[Hashable], group: Any = None) -> list[float]:
+    def percents(self, variants: Sequence[Hashable], group: ProcessGroup | None = None) -> list[float]:
         """Of all images of all ranks, in percent."""
         counts, images = self.counts(variants, group), total(self.images, group, self._device)
         return [100.0 * counts[variant] / max(images, 1) for variant in variants]
@@ -94,12 +97,12 @@ def _predictions(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: Any,
+    model: TimmModel,
     batches: Iterable[Any],
     *,
     entries: Sequence[int] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> Any:
     """Top-1 in percent.
 

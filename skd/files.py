@@ -37,7 +37,7 @@ from skd.supernet import SuperNet
 from skd.support.devices import usable_device
 from skd.support.outputs import replacing
 from skd.support.taps import frozen
-from skd.vit import Network, describe, image_size, probe, unwrapped
+from skd.vit import Network, TimmModel, describe, image_size, probe, unwrapped
 from skd.vit.construction import build, construction
 
 KEY = "skd"
@@ -207,7 +207,7 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
     return model.eval()
 
 
-def _narrowed(model: Any, network: Network, widths: list[list[int]]) -> Any:
+def _narrowed(model: TimmModel, network: Network, widths: list[list[int]]) -> Any:
     """`model` cut to the widths of a file: the plain model itself, or what extraction makes of it."""
     flat = _flat(widths)
     full = [module.full_width for module in network.modules]
@@ -218,7 +218,7 @@ def _narrowed(model: Any, network: Network, widths: list[list[int]]) -> Any:
     return extract(supernet, entry=1)
 
 
-def _check_fit(model: Any, state: dict[str, torch.Tensor], placeholders: dict[str, tuple[int, ...]]) -> None:
+def _check_fit(model: TimmModel, state: dict[str, torch.Tensor], placeholders: dict[str, tuple[int, ...]]) -> None:
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} | placeholders
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     wrong = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from skd.support.ranks import check_group, in_step, summed, total
 from skd.support.taps import all_finite, check_gradients_possible, checked, frozen, report_left_out, total_cost
 from skd.vit import Module, unwrapped
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def importance(
     supernet: SuperNet,
@@ -22,7 +25,7 @@ def importance(
     *,
     widths: Sequence[int] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Taylor scores of every kept coordinate, and the sensitivity of every module, over a proxy set.
 

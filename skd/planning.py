@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
 from skd.supernet import SuperNet, check_supernet
 from skd.vit import unwrapped
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Two scores closer than this are equal: sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
@@ -121,7 +124,7 @@ def plan(
     rounds: int = 10,
     convention: str = "full",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
     planner: str | planners.Planner = "paper",
     **options: Any,
 ) -> DropoutList:
@@ -195,7 +198,12 @@ class Proposal(NamedTuple):
 
 
 def propose(
-    supernet: SuperNet, batches: Iterable[Any], current: DropoutList, *, convention: str = "full", group: Any = None
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    current: DropoutList,
+    *,
+    convention: str = "full",
+    group: ProcessGroup | None = None,
 ) -> Proposal:
     """One round: importance at the last entry of `current`, ranked into operations."""
     widths = current.entry(len(current) - 1)

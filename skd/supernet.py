@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
-from skd.vit import Network, SuperBlock, Width, describe, unwrapped
+from skd.vit import Network, SuperBlock, TimmModel, Width, describe, unwrapped
 from skd.vit.construction import remember_construction
 
 
@@ -38,12 +38,12 @@ class SuperNet(nn.Module):
     no other use for it. `network` is what ``skd.vit.describe(model)`` gave, where it is known already.
     """
 
-    model: Any
+    model: TimmModel
     width_table: torch.Tensor
 
     def __init__(
         self,
-        model: Any,
+        model: TimmModel,
         dropout_list: DropoutList | None = None,
         *,
         copy: bool = True,
@@ -215,7 +215,7 @@ class SuperNet(nn.Module):
         return self.network.head(self.model, x)
 
 
-def belongs_to_supernet(model: Any) -> bool:
+def belongs_to_supernet(model: TimmModel) -> bool:
     """Whether `model` is the model inside a super-network, whose blocks take widths."""
     return isinstance(model, nn.Module) and any(isinstance(module, SuperBlock) for module in model.modules())
 

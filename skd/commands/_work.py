@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -25,8 +25,11 @@ from skd.support.devices import usable_device
 from skd.support.outputs import output_file
 from skd.support.ranks import everyone, rank_of, size_of, together
 from skd.training.screen import Screen
-from skd.vit import MODEL_SOURCES, create_model, describe
+from skd.vit import MODEL_SOURCES, TimmModel, create_model, describe
 from skd.vit.weights import load_weights, new_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Names of files that hold weights; and of those that no safetensors file should have.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
@@ -35,7 +38,9 @@ _WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
 # Data
 
 
-def source(arguments: argparse.Namespace, model: Any, split: str, *, trained: bool = False, **options: Any) -> Source:
+def source(
+    arguments: argparse.Namespace, model: TimmModel, split: str, *, trained: bool = False, **options: Any
+) -> Source:
     """One split of --data, its classes in agreement with the model's.
 
     Where the model has other names, a warning has the first that differs, and labels stay what they are. A model that
@@ -48,7 +53,7 @@ def source(arguments: argparse.Namespace, model: Any, split: str, *, trained: bo
     return opened
 
 
-def open_split(arguments: argparse.Namespace, model: Any, split: str, **options: Any) -> Source:
+def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **options: Any) -> Source:
     """One split of --data, with the labels that it has itself."""
     options |= {
         "in_chans": model.in_chans,
@@ -73,7 +78,7 @@ def _reads_labels(arguments: argparse.Namespace) -> bool:
     return getattr(arguments, "labels", "given") == "given"
 
 
-def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
+def calibration(arguments: argparse.Namespace, model: TimmModel) -> Loader:
     """The un-augmented training images of convert and plan."""
     if arguments.calibration_images < 1:
         raise ValueError(f"--calibration-images is {arguments.calibration_images}; it must be at least 1")
@@ -84,13 +89,13 @@ def calibration(arguments: argparse.Namespace, model: Any) -> Loader:
     return loader_of(images, data_config(model), loading)
 
 
-def validation(arguments: argparse.Namespace, model: Any) -> Loader:
+def validation(arguments: argparse.Namespace, model: TimmModel) -> Loader:
     """The validation images of evaluate."""
     images = source(arguments, model, arguments.val_split)
     return loader_of(images, data_config(model), _loading(arguments, model))
 
 
-def _loading(arguments: argparse.Namespace, model: Any) -> Loading:
+def _loading(arguments: argparse.Namespace, model: TimmModel) -> Loading:
     """By the options of `add_data`: on the model's device, this process's share of every batch."""
     device = next(model.parameters()).device
     return Loading(
@@ -269,7 +274,7 @@ def _named(arguments: argparse.Namespace) -> Any:
     return model.eval()
 
 
-def _load(model: Any, arguments: argparse.Namespace, file: str) -> None:
+def _load(model: TimmModel, arguments: argparse.Namespace, file: str) -> None:
     """A file of weights into a model of timm's; says what was taken from a file that has more than one."""
     option = "--checkpoint" if arguments.checkpoint is not None else "checkpoint_path"
     classes = _num_classes(arguments)
@@ -327,7 +332,7 @@ def _seed(arguments: argparse.Namespace) -> int:
 # Output
 
 
-def write(network: Any, path: str | os.PathLike[str], group: Any) -> None:
+def write(network: Any, path: str | os.PathLike[str], group: ProcessGroup | None) -> None:
     """A super-network or a plain model to a file: by the first of the processes, while the others wait."""
     with together(group):
         if rank_of(group) == 0:

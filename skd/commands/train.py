@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from skd.data import Loaders
+    from skd.vit import TimmModel
 
 PRODUCT = "supernet.safetensors"
 CONVERTED = "converted.safetensors"  # what --model becomes, in --out
@@ -160,7 +161,7 @@ def check_given(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is not given")
 
 
-def loaders(given: argparse.Namespace, model: Any, config: TrainConfig) -> Loaders:
+def loaders(given: argparse.Namespace, model: TimmModel, config: TrainConfig) -> Loaders:
     """Training, validation and calibration batches, as the model wants its images."""
     from skd import data
     from skd.commands import _work as work

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,10 @@ from skd.data.workers import IndexedBatches, Preparation
 from skd.supernet import SuperNet
 from skd.support.ranks import rank_of, size_of
 from skd.support.settings import Augmentation, TrainConfig
+from skd.vit import TimmModel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # One by one
 
@@ -253,12 +257,12 @@ class Loaders(NamedTuple):
 
 def loaders(
     data: str | os.PathLike[str] | Sources,
-    model: Any,
+    model: TimmModel,
     config: TrainConfig,
     *,
     train_split: str = "train",
     val_split: str = "validation",
-    group: Any = None,
+    group: ProcessGroup | None = None,
     **options: Any,
 ) -> Loaders:
     """Training, validation and calibration batches for a model, with every setting of `config` that concerns them.
@@ -307,7 +311,7 @@ def loaders(
     return Loaders(train, validation, calibration(sources.calibration, model, config, group))
 
 
-def calibration(source: Source, model: Any, config: TrainConfig, group: Any = None) -> Loader:
+def calibration(source: Source, model: TimmModel, config: TrainConfig, group: ProcessGroup | None = None) -> Loader:
     """The un-augmented images that a model is converted on, and importance measured, by the settings of a run."""
     images = data_config(model)
     shared = _shared(images, model, config, group)
@@ -331,7 +335,7 @@ def warn_of_ignored(config: TrainConfig, **given: Any) -> None:
             )
 
 
-def _shared(images: DataConfig, model: Any, config: TrainConfig, group: Any) -> Loading:
+def _shared(images: DataConfig, model: TimmModel, config: TrainConfig, group: ProcessGroup | None) -> Loading:
     """What the three loaders have in common: the one to validate with has no more."""
     device = next(model.parameters()).device
     return Loading(
@@ -353,7 +357,7 @@ def usable_workers(wanted: int) -> int:
 
 
 def _opened(
-    data: str | os.PathLike[str], model: Any, train: str, validation: str, options: dict[str, Any]
+    data: str | os.PathLike[str], model: TimmModel, train: str, validation: str, options: dict[str, Any]
 ) -> Sources:
     options = {"in_chans": model.in_chans, "require_split": True, **options}
     training = open_source(data, train, training=True, **options)
@@ -362,7 +366,7 @@ def _opened(
     return Sources(training, others, again)
 
 
-def _match(sources: Sources, model: Any) -> None:
+def _match(sources: Sources, model: TimmModel) -> None:
     """Labels by the names that the model knows, the same in all, and the model's names by the labels."""
     agree(sources.train, model)
     for other in (sources.validation, sources.calibration):

@@ -26,7 +26,7 @@ from torchvision.transforms import Compose, Normalize
 
 from skd.supernet import SuperNet
 from skd.support.settings import Augmentation
-from skd.vit import image_size, unwrapped
+from skd.vit import TimmModel, image_size, unwrapped
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -132,7 +132,7 @@ class DataConfig(TypedDict):
     num_classes: NotRequired[int]
 
 
-def data_config(model: Any) -> DataConfig:
+def data_config(model: TimmModel) -> DataConfig:
     """How images have to be prepared for a model.
 
     Args:

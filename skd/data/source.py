@@ -18,6 +18,7 @@ from typing import IO, Any, TypedDict, Unpack
 from PIL import Image
 
 from skd.data.pixels import in_mode, is_turned, upright
+from skd.vit import TimmModel
 
 ClassMap = str | os.PathLike[str] | Mapping[str, int]
 
@@ -193,7 +194,7 @@ def names_of(class_to_index: Mapping[str, int]) -> list[str] | None:
 # Classes
 
 
-def label_names(model: Any) -> list[str] | None:
+def label_names(model: TimmModel) -> list[str] | None:
     """Names of the classes of a timm model's head, by label; None: unknown (or of another head than it has)."""
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     if not isinstance(names, list | tuple) or len(names) != model.num_classes:
@@ -229,7 +230,7 @@ def match_classes(source: Source, names: Sequence[str] | None) -> str | None:
     return f"label {label} is {here} in the data, {there} in the model"
 
 
-def match_model(source: Source, model: Any) -> None:
+def match_model(source: Source, model: TimmModel) -> None:
     """`match_classes` with those that `model` knows; a warning has the first difference."""
     difference = match_classes(source, label_names(model))
     if difference is not None:
@@ -239,7 +240,7 @@ def match_model(source: Source, model: Any) -> None:
         )
 
 
-def agree(source: Source, model: Any, like: Source | None = None) -> None:
+def agree(source: Source, model: TimmModel, like: Source | None = None) -> None:
     """Give the images of `source` the labels that the model has for their classes, or `like`, another split.
 
     Raises:
@@ -254,7 +255,7 @@ def agree(source: Source, model: Any, like: Source | None = None) -> None:
             match_model(source, model)
 
 
-def name_classes(model: Any, images: Source, trained: bool) -> None:
+def name_classes(model: TimmModel, images: Source, trained: bool) -> None:
     """Give the model the names of the classes of its images, for the files that it is saved to.
 
     The names it has stay, unless they are not of its head or it is `trained` anew. By a class map labels may have

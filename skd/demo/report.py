@@ -14,6 +14,7 @@ from rich.table import Table
 
 from skd.cost import cost
 from skd.support.plots import linear_axis
+from skd.vit import TimmModel
 
 Rows = list[dict[str, Any]]
 _METHOD_NAMES = {
@@ -49,7 +50,7 @@ class Clock:
         return round(sum(self.seconds.values()), 3)
 
 
-def print_conversion(console: Console, model: Any, top1: float, errors: dict[str, float]) -> None:
+def print_conversion(console: Console, model: TimmModel, top1: float, errors: dict[str, float]) -> None:
     full, linear = cost(model), cost(model, convention="linear")
     console.print(
         f"\nStand-in: {top1:.1f} % top-1 on test images, {full.params:,} parameters,\n"

@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from skd.dropout_list import DropoutList
     from skd.supernet import SuperNet
 
@@ -36,7 +38,7 @@ class Planner(Protocol):
         *,
         current: DropoutList,
         convention: str,
-        group: Any,
+        group: ProcessGroup | None,
     ) -> DropoutList:
         """The list grown towards the target.
 
@@ -105,7 +107,7 @@ def grow(
     *,
     current: DropoutList,
     convention: str,
-    group: Any,
+    group: ProcessGroup | None,
     options: Mapping[str, Any] | None = None,
 ) -> DropoutList:
     """One round of a planner, given by name or as a function; its arguments and its answer are checked.

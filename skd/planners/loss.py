@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from skd.supernet import SuperNet
 from skd.support.ranks import in_step, summed, total
 from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.vit import Module
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Curve = list[tuple[int, float]]  # (width, rise of the loss per image), from the present width down
 
@@ -28,7 +31,7 @@ def loss(
     *,
     current: DropoutList,
     convention: str,
-    group: Any,
+    group: ProcessGroup | None,
     points: int = 6,
 ) -> DropoutList:
     """The list grown by the operations with the smallest rise of the loss per MAC.
@@ -75,7 +78,11 @@ def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
 
 @torch.no_grad()
 def rises(
-    supernet: SuperNet, batches: Iterable[Any], widths: Sequence[int], measured: Sequence[Sequence[int]], group: Any
+    supernet: SuperNet,
+    batches: Iterable[Any],
+    widths: Sequence[int],
+    measured: Sequence[Sequence[int]],
+    group: ProcessGroup | None,
 ) -> list[Curve]:
     """For each module the rise of the loss per image, at its present width (0) and at those to be measured.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from skd.evaluate import evaluate
 from skd.extract import choose_entry
 from skd.supernet import SuperNet
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Rows = list[dict[str, Any]]
 
@@ -50,7 +53,7 @@ def measure_curve(
     *,
     convention: str = "full",
     progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
-    group: Any = None,
+    group: ProcessGroup | None = None,
 ) -> Rows:
     """Top-1 of the largest sub-network within each budget.
 

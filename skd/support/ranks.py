@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What a process brings to a turn; the largest decides.
 _GO, _END, _EMPTY, _STOP, _FAILED = 0, 1, 2, 100, 1000  # _STOP plus the number of the signal
@@ -36,7 +39,7 @@ class StopAll(Exception):
         self.signal = number
 
 
-def check_group(group: Any) -> None:
+def check_group(group: ProcessGroup | None) -> None:
     """`group` is None (this process alone) or a group of an initialised torch.distributed, with gloo for the CPU.
 
     Raises:
@@ -55,12 +58,12 @@ def check_group(group: Any) -> None:
         )
 
 
-def rank_of(group: Any) -> int:
+def rank_of(group: ProcessGroup | None) -> int:
     """This process's number in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 
-def size_of(group: Any) -> int:
+def size_of(group: ProcessGroup | None) -> int:
     """The number of processes."""
     return 1 if group is None else dist.get_world_size(group)
 
@@ -68,7 +71,7 @@ def size_of(group: Any) -> int:
 # Sums
 
 
-def summed(tensors: Sequence[torch.Tensor], group: Any) -> list[torch.Tensor]:
+def summed(tensors: Sequence[torch.Tensor], group: ProcessGroup | None) -> list[torch.Tensor]:
     """Each tensor added up over the group, float64, the same bits on every rank; as they are without a group."""
     if group is None or not tensors:
         return list(tensors)
@@ -79,20 +82,20 @@ def summed(tensors: Sequence[torch.Tensor], group: Any) -> list[torch.Tensor]:
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def total(number: int, group: Any, device: torch.device) -> int:
+def total(number: int, group: ProcessGroup | None, device: torch.device) -> int:
     """An integer (below 2**53) added up over the group."""
     (added,) = summed([torch.tensor(float(number), dtype=torch.float64, device=device)], group)
     return int(added)
 
 
-def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def gathered(tensor: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     """The rows of all ranks, in rank order; the numbers of rows may differ."""
     if group is None:
         return tensor
     return torch.cat(everyone(tensor.cpu(), group)).to(tensor.device)
 
 
-def spread(model: torch.nn.Module, group: Any) -> None:
+def spread(model: torch.nn.Module, group: ProcessGroup | None) -> None:
     """Give every rank rank 0's weights and buffers, in place."""
     if group is not None:
         with others_alive(group):
@@ -103,7 +106,7 @@ def spread(model: torch.nn.Module, group: Any) -> None:
 # Agreement
 
 
-def everyone(value: Any, group: Any) -> list[Any]:
+def everyone(value: Any, group: ProcessGroup | None) -> list[Any]:
     """One small picklable value of each rank, in rank order, on every rank."""
     if group is None:
         return [value]
@@ -113,12 +116,12 @@ def everyone(value: Any, group: Any) -> list[Any]:
     return values
 
 
-def largest(number: int, group: Any) -> int:
+def largest(number: int, group: ProcessGroup | None) -> int:
     """The largest of the ranks' integers."""
     return number if group is None else _extremes([number], group)[0][1]
 
 
-def check_same(value: Any, name: str, group: Any) -> None:
+def check_same(value: Any, name: str, group: ProcessGroup | None) -> None:
     """Raise ValueError on every rank unless all have an equal `value`."""
     values = everyone(value, group)
     other = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
@@ -129,7 +132,7 @@ def check_same(value: Any, name: str, group: Any) -> None:
 
 
 @contextmanager
-def together(group: Any) -> Iterator[None]:
+def together(group: ProcessGroup | None) -> Iterator[None]:
     """A block that each rank does by itself, all at the same time; if it fails on one, it fails on all.
 
     Raises:
@@ -147,7 +150,9 @@ def together(group: Any) -> Iterator[None]:
         _raise_for_all(error, group)
 
 
-def in_step(batches: Iterable[Any], group: Any, images: Callable[[Any], int] | None = None) -> Iterable[Any]:
+def in_step(
+    batches: Iterable[Any], group: ProcessGroup | None, images: Callable[[Any], int] | None = None
+) -> Iterable[Any]:
     """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
 
     Args:
@@ -162,7 +167,9 @@ def in_step(batches: Iterable[Any], group: Any, images: Callable[[Any], int] | N
     return batches if group is None else _in_step(batches, group, images)
 
 
-def _in_step(batches: Iterable[Any], group: Any, images: Callable[[Any], int] | None) -> Iterator[Any]:
+def _in_step(
+    batches: Iterable[Any], group: ProcessGroup | None, images: Callable[[Any], int] | None
+) -> Iterator[Any]:
     count = 0
     for item, error, code in _turns(batches):
         size = images(item) if images is not None and code == _GO else 0
@@ -197,7 +204,7 @@ def _turns(batches: Iterable[Any]) -> Iterator[tuple[Any, Exception | None, int]
         yield None, None, end
 
 
-def _raise_for_all(error: Exception | None, group: Any) -> None:
+def _raise_for_all(error: Exception | None, group: ProcessGroup | None) -> None:
     """This rank's own error, or the first one of the others."""
     said = everyone(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
@@ -206,7 +213,7 @@ def _raise_for_all(error: Exception | None, group: Any) -> None:
     raise RankFailed(f"rank {rank} failed: {said[rank]}")
 
 
-def _extremes(numbers: list[int], group: Any) -> list[tuple[int, int]]:
+def _extremes(numbers: list[int], group: ProcessGroup | None) -> list[tuple[int, int]]:
     """The smallest and the largest of each number over the ranks."""
     both = torch.tensor([[-number, number] for number in numbers])
     with others_alive(group):
@@ -215,7 +222,7 @@ def _extremes(numbers: list[int], group: Any) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def others_alive(group: Any) -> Iterator[None]:
+def others_alive(group: ProcessGroup | None) -> Iterator[None]:
     """Inside the block an error of the network between the ranks is a RankFailed; without a group there is none.
 
     The network's errors are torch.distributed's own classes, and those of gloo and NCCL that PyTorch passes on as a

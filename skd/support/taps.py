@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skd.vit import Module, check_images
+from skd.vit import Module, TimmModel, check_images
 from skd.vit.block import first_block
 from skd.vit.protocol import Consumer
 
@@ -18,7 +18,7 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @contextmanager
-def tapped(model: Any, modules: Iterable[Module], consume: Consumer) -> Iterator[None]:
+def tapped(model: TimmModel, modules: Iterable[Module], consume: Consumer) -> Iterator[None]:
     """Inside the block every backward pass calls ``consume(module, feature, gradient)`` once per module that
     WPAC rewrites.
 
@@ -62,7 +62,7 @@ def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
-def total_cost(model: Any, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+def total_cost(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """The cost whose gradients METHOD uses, summed over the batch.
 
     The logit of the true class; without labels, of the predicted class; for a headless model
@@ -76,7 +76,7 @@ def total_cost(model: Any, output: torch.Tensor, labels: torch.Tensor | None) ->
 
 
 def checked(
-    model: Any, batches: Iterable[Any], name: str = "batches", *, with_labels: bool = True
+    model: TimmModel, batches: Iterable[Any], name: str = "batches", *, with_labels: bool = True
 ) -> Iterator[Batch]:
     """The batches on the model's device and in its dtype, each checked; `with_labels` or with None in their place.
 
@@ -97,7 +97,7 @@ def checked(
         raise ValueError(f"{name} has no batch; it must yield at least one (images, labels)")
 
 
-def checked_batch(model: Any, batch: Any, name: str, with_labels: bool = True) -> Batch:
+def checked_batch(model: TimmModel, batch: Any, name: str, with_labels: bool = True) -> Batch:
     """One batch on the model's device and in its dtype; without its labels, which may then be anything.
 
     Raises:
@@ -141,7 +141,7 @@ def _usable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _check_labels(model: Any, labels: Any, count: int) -> torch.Tensor | None:
+def _check_labels(model: TimmModel, labels: Any, count: int) -> torch.Tensor | None:
     if labels is None or model.num_classes == 0:
         return None
     integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

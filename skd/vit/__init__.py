@@ -22,7 +22,7 @@ from skd.vit.block import SuperBlock
 from skd.vit.families import describe
 from skd.vit.images import check_images, image_size, probe
 from skd.vit.models import MODEL_SOURCES, create_model, unwrapped
-from skd.vit.protocol import Module, Network, Rotation, Transform, Width
+from skd.vit.protocol import Module, Network, Rotation, TimmLayer, TimmModel, Transform, Width
 
 __all__ = [
     "MODEL_SOURCES",
@@ -30,6 +30,8 @@ __all__ = [
     "Network",
     "Rotation",
     "SuperBlock",
+    "TimmLayer",
+    "TimmModel",
     "Transform",
     "Width",
     "check_images",

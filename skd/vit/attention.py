@@ -12,7 +12,18 @@ from timm.layers import Attention
 from torch import nn
 
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, require_linear
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Rotation, Transform, Width
+from skd.vit.protocol import (
+    Consumer,
+    Coordinates,
+    Module,
+    Place,
+    Prices,
+    Rotation,
+    TimmLayer,
+    TimmModel,
+    Transform,
+    Width,
+)
 from skd_kernels import Moments, masked_attention, taylor_scores, token_moments
 
 ATTENTION_GROUP = 8  # coordinates of a head (METHOD 2)
@@ -34,7 +45,7 @@ class RotatedAttention(Module):
     mixes_tokens: ClassVar[bool] = True
 
     @classmethod
-    def describe(cls, index: int, place: Place, attn: Any) -> RotatedAttention:
+    def describe(cls, index: int, place: Place, attn: TimmLayer) -> RotatedAttention:
         """Of the attention in block `index`.
 
         Raises:
@@ -72,7 +83,7 @@ class RotatedAttention(Module):
     def score_shape(self) -> tuple[int, ...]:
         return 3, self.num_heads, self.full_width
 
-    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         """The feature is the qkv projection's output, (B, N, 3, H, D)."""
 
         def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -93,7 +104,7 @@ class RotatedAttention(Module):
         """q + k + v, the mean over heads."""
         return scores.sum(0).mean(0)[:width]
 
-    def row_norms(self, model: Any) -> torch.Tensor:
+    def row_norms(self, model: TimmModel) -> torch.Tensor:
         norms: torch.Tensor = self.of(model).qkv.weight.double().norm(dim=1)
         return norms.reshape(self.score_shape)
 
@@ -114,7 +125,7 @@ class RotatedAttention(Module):
         )
 
     @torch.no_grad()
-    def apply(self, model: Any, transform: Transform) -> None:
+    def apply(self, model: TimmModel, transform: Transform) -> None:
         """W <- T^T W and b <- T^T b per head; W_proj <- W_proj T undoes V's."""
         assert isinstance(transform, Rotation)
         attn, parts = self.of(model), (transform.qk, transform.qk, transform.v)
@@ -130,7 +141,13 @@ class RotatedAttention(Module):
             weight.copy_((columns.transpose(0, 1) @ transform.v).transpose(0, 1).flatten(1))
 
     def forward(
-        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+        self,
+        block: TimmLayer,
+        x: torch.Tensor,
+        width: Width,
+        scores: torch.Tensor | None,
+        tokens: int | None,
+        shared: Any,
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
         if self.binary:
@@ -161,7 +178,7 @@ class RotatedAttention(Module):
         result: nn.Module = narrow
         return result
 
-    def prices(self, model: Any) -> Prices:
+    def prices(self, model: TimmModel) -> Prices:
         block, attn = model.blocks[self.block], self.of(model)
         dim, norms = attn.qkv.in_features, [attn.q_norm, attn.k_norm, attn.norm]
         per_head = 4 * dim + 3 * has_bias(attn.qkv) + sum(is_there(norm) for norm in norms)
@@ -178,14 +195,14 @@ class RotatedAttention(Module):
             unplanned_fixed=dim,
         )
 
-    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+    def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
         attn, width, device = self.of(model), self.full_width, self.of(model).qkv.weight.device
         rows = along(0, width, 3 * self.num_heads, device)
         bias = {"qkv.bias": rows} if attn.qkv.bias is not None else {}
         return {"qkv.weight": rows} | bias | {"proj.weight": along(1, width, self.num_heads, device)}
 
 
-def check_no_dropout(name: str, attn: Any) -> None:
+def check_no_dropout(name: str, attn: TimmLayer) -> None:
     """Raises ValueError: the attention drops some of its weights or outputs."""
     if attn.attn_drop.p > 0 or attn.proj_drop.p > 0:
         raise ValueError(
@@ -194,7 +211,7 @@ def check_no_dropout(name: str, attn: Any) -> None:
         )
 
 
-def around(block: Any, place: Place) -> tuple[Any, Any]:
+def around(block: TimmLayer, place: Place) -> tuple[Any, Any]:
     """The norm of a module in its block, and its layer scale (a layer, a parameter or None)."""
     return getattr(block, place.norm), getattr(block, place.scale, None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skd.vit.protocol import Module, Width
+from skd.vit.protocol import Module, TimmModel, Width
 from skd.vit.skipped import is_skipped, skipped_like
 
 # Fields of timm's blocks that are no layers: a layer scale that is not there, and what norms are initialised to.
@@ -126,7 +126,7 @@ class SuperBlock(nn.Module):
         return {place.module: skipped_like(whole)} | gone
 
 
-def first_block(model: Any) -> nn.Module:
+def first_block(model: TimmModel) -> nn.Module:
     """The block of a model that runs first: what enters it is where gradients of activations begin."""
     first: nn.Module = model.blocks[0]
     return first

@@ -15,13 +15,13 @@ from timm.models import get_model_args
 
 from skd.vit.families import family_named
 from skd.vit.models import create_model
-from skd.vit.protocol import Network
+from skd.vit.protocol import Network, TimmModel
 
 # Arguments of timm.create_model that read something other than the architecture.
 _NOT_ARCHITECTURE = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
-def remember_construction(model: Any, network: Network) -> None:
+def remember_construction(model: TimmModel, network: Network) -> None:
     """Record on `model`, where timm keeps them, the arguments that rebuild it, if timm has not and they show."""
     if _known_to_timm(model) or _remembered(model):
         return
@@ -30,7 +30,7 @@ def remember_construction(model: Any, network: Network) -> None:
         model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "architecture": None}
 
 
-def construction(model: Any, network: Network) -> dict[str, Any]:
+def construction(model: TimmModel, network: Network) -> dict[str, Any]:
     """JSON values for `build`: architecture (or None), model_class, model_args, norm_eps (or None).
 
     Raises:
@@ -63,7 +63,7 @@ def build(header: dict[str, Any]) -> Any:
     return family_named(name).construct(name, args, header["norm_eps"])
 
 
-def _known_to_timm(model: Any) -> bool:
+def _known_to_timm(model: TimmModel) -> bool:
     architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
     if not architecture or not timm.is_model(architecture):
         return False
@@ -74,5 +74,5 @@ def _known_to_timm(model: Any) -> bool:
     return True
 
 
-def _remembered(model: Any) -> bool:
+def _remembered(model: TimmModel) -> bool:
     return "norm_eps" in getattr(model, "_model_args", {})

@@ -18,7 +18,7 @@ from torch import nn
 
 from skd.vit.attention import around, check_no_dropout
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, TimmLayer, TimmModel, Transform, Width
 from skd_kernels import taylor_scores
 
 Watch = Callable[[torch.Tensor], torch.Tensor]
@@ -41,7 +41,7 @@ class HeadAttention(Module):
     mixes_tokens: ClassVar[bool] = True
 
     @classmethod
-    def describe(cls, index: int, place: Place, attn: Any, *, binary: bool = False) -> HeadAttention:
+    def describe(cls, index: int, place: Place, attn: TimmLayer, *, binary: bool = False) -> HeadAttention:
         """Of the attention in block `index`; `binary` if its heads cannot be told apart.
 
         Raises:
@@ -73,7 +73,7 @@ class HeadAttention(Module):
     def score_shape(self) -> tuple[int, ...]:
         return (self.full_width,)
 
-    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read.
 
         No layer of timm's has that as its output (biases are added apart, or there are three layers), so the
@@ -102,7 +102,7 @@ class HeadAttention(Module):
         return self.taylor(feature, grad)
 
     @torch.no_grad()
-    def row_norms(self, model: Any) -> torch.Tensor:
+    def row_norms(self, model: TimmModel) -> torch.Tensor:
         attn = self.of(model)
         if self.kv_heads < self.num_heads:
             return torch.ones(self.num_heads, dtype=torch.float64)  # heads share rows, and are not ordered
@@ -119,7 +119,7 @@ class HeadAttention(Module):
             return torch.arange(self.num_heads, device=scores.device)
         return scores.argsort(descending=True, stable=True)
 
-    def apply(self, model: Any, transform: Transform) -> None:
+    def apply(self, model: TimmModel, transform: Transform) -> None:
         """Permute whole heads: rows of the projections, their biases and the gate, columns of the output layer."""
         assert isinstance(transform, torch.Tensor)
         if self.binary:
@@ -131,7 +131,13 @@ class HeadAttention(Module):
             permute(own[name], order, axis)
 
     def forward(
-        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+        self,
+        block: TimmLayer,
+        x: torch.Tensor,
+        width: Width,
+        scores: torch.Tensor | None,
+        tokens: int | None,
+        shared: Any,
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
         plain = scores is None and tokens is None and isinstance(width, int) and width == self.full_width
@@ -143,7 +149,7 @@ class HeadAttention(Module):
 
     def _attend(
         self,
-        attn: Any,
+        attn: TimmLayer,
         x: torch.Tensor,
         width: Width,
         tokens: int | None,
@@ -166,7 +172,7 @@ class HeadAttention(Module):
         y = F.linear(out, attn.proj.weight[:, :size], attn.proj.bias)
         return torch.where(width > 0, y, 0.0) if isinstance(width, torch.Tensor) else y
 
-    def _projected(self, attn: Any, x: torch.Tensor, heads: int) -> torch.Tensor:
+    def _projected(self, attn: TimmLayer, x: torch.Tensor, heads: int) -> torch.Tensor:
         """q, k and v of the first `heads`: (B, N, 3, heads, D)."""
         shape = (self.num_heads, self.head_dim)
         if attn.qkv is not None:
@@ -205,7 +211,7 @@ class HeadAttention(Module):
         result: nn.Module = cut.train(module.training)
         return result
 
-    def prices(self, model: Any) -> Prices:
+    def prices(self, model: TimmModel) -> Prices:
         block, attn = model.blocks[self.block], self.of(model)
         own, dim = dict(attn.named_parameters()), attn.proj.out_features
         layers = [getattr(attn, name) for name in _inputs(attn)]
@@ -231,7 +237,7 @@ class HeadAttention(Module):
             unplanned_fixed=dim,
         )
 
-    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+    def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
         """The heads, along rows of the projections and the gate and along columns of the output layer."""
         attn, found = self.of(model), dict[str, Coordinates]()
         device = attn.proj.weight.device
@@ -281,13 +287,13 @@ class _AddScores(torch.autograd.Function):
         return grad, None, None
 
 
-def _inputs(attn: Any) -> Sequence[str]:
+def _inputs(attn: TimmLayer) -> Sequence[str]:
     """Names of the linear layers that read the tokens."""
     gate = ("gate",) if getattr(attn, "gate", None) is not None else ()
     return (*(("qkv",) if attn.qkv is not None else _PROJECTIONS), *gate)
 
 
-def _fused_bias(attn: Any) -> torch.Tensor | None:
+def _fused_bias(attn: TimmLayer) -> torch.Tensor | None:
     """The bias of q, k and v together; EvaAttention's and Beit's are in three pieces, K's of zeros."""
     if getattr(attn, "q_bias", None) is not None:
         return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -304,7 +310,7 @@ def _with_bias(layer: nn.Linear, bias: torch.Tensor | None, parts: int, full: in
     return layer
 
 
-def _rotated(attn: Any, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
+def _rotated(attn: TimmLayer, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
     """Queries or keys (B, heads, N, D) turned by the position of their patch; prefix tokens have none."""
     if rope is None:
         return heads

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from skd.vit.protocol import TimmModel
 
-def image_size(model: Any) -> tuple[int, int]:
+
+def image_size(model: TimmModel) -> tuple[int, int]:
     """(height, width) of the images that `model` was built for.
 
     With `dynamic_img_size` any multiple of the patch is taken, and nothing else: then the largest such size within
@@ -20,16 +22,16 @@ def image_size(model: Any) -> tuple[int, int]:
     return height, width
 
 
-def is_dynamic(model: Any) -> bool:
+def is_dynamic(model: TimmModel) -> bool:
     """Whether the model takes images of any size."""
     return bool(getattr(model, "dynamic_img_size", False))
 
 
-def _pads(model: Any) -> bool:
+def _pads(model: TimmModel) -> bool:
     return bool(getattr(model.patch_embed, "dynamic_img_pad", False))
 
 
-def check_images(model: Any, images: Any) -> None:
+def check_images(model: TimmModel, images: Any) -> None:
     """`images` are a batch that `model` takes; otherwise ValueError."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
@@ -47,7 +49,7 @@ def check_images(model: Any, images: Any) -> None:
         raise ValueError(f"images has dtype {images.dtype}; it must be a floating-point tensor")
 
 
-def probe(model: Any) -> torch.Tensor:
+def probe(model: TimmModel) -> torch.Tensor:
     """One random image, the same each time, as `model` takes it: to compare two networks by."""
     parameter = next(model.parameters())
     image = torch.rand(1, model.in_chans, *image_size(model), generator=torch.Generator().manual_seed(0))

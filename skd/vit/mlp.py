@@ -13,7 +13,7 @@ from torch import nn
 
 from skd.vit.attention import around
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, TimmLayer, TimmModel, Transform, Width
 from skd_kernels import masked_mlp, taylor_scores
 
 MLP_GROUPS = 32  # groups of neurons of an MLP (METHOD 2)
@@ -52,7 +52,7 @@ class SortedMlp(Module):
     output: str = ""
 
     @classmethod
-    def describe(cls, index: int, place: Place, mlp: Any) -> SortedMlp:
+    def describe(cls, index: int, place: Place, mlp: TimmLayer) -> SortedMlp:
         """Of the MLP in block `index`.
 
         Raises:
@@ -89,7 +89,7 @@ class SortedMlp(Module):
     def score_shape(self) -> tuple[int, ...]:
         return (self.full_width,)
 
-    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         """The feature is what enters the output layer, (B, N, F)."""
 
         def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -105,7 +105,7 @@ class SortedMlp(Module):
         return self.taylor(feature, grad, power=2)
 
     @torch.no_grad()
-    def row_norms(self, model: Any) -> torch.Tensor:
+    def row_norms(self, model: TimmModel) -> torch.Tensor:
         """Gate and value row together."""
         first = [getattr(self.of(model), name).weight for name in self.inputs]
         rows = torch.cat([weight.double().norm(dim=1).reshape(-1, self.full_width) for weight in first])
@@ -120,7 +120,7 @@ class SortedMlp(Module):
             return torch.arange(self.full_width, device=scores.device)
         return scores.argsort(descending=True, stable=True)
 
-    def apply(self, model: Any, transform: Transform) -> None:
+    def apply(self, model: TimmModel, transform: Transform) -> None:
         """Permute rows of the input layers (gate and value alike) and columns of the output layer."""
         assert isinstance(transform, torch.Tensor)
         mlp = self.of(model)
@@ -130,7 +130,13 @@ class SortedMlp(Module):
         permute(getattr(mlp, self.output).weight, transform, 1)
 
     def forward(
-        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+        self,
+        block: TimmLayer,
+        x: torch.Tensor,
+        width: Width,
+        scores: torch.Tensor | None,
+        tokens: int | None,
+        shared: Any,
     ) -> torch.Tensor:
         mlp = getattr(block, self.place.module)
         if self.binary:
@@ -153,7 +159,7 @@ class SortedMlp(Module):
         narrow: nn.Module = copy.deepcopy(module, memo | {id(output): first_columns(output, self.full_width, width)})
         return narrow
 
-    def prices(self, model: Any) -> Prices:
+    def prices(self, model: TimmModel) -> Prices:
         mlp, block = self.of(model), model.blocks[self.block]
         output, first = getattr(mlp, self.output), [getattr(mlp, name) for name in self.inputs]
         dim, inputs = output.out_features, 2 if self.gated else 1
@@ -175,7 +181,7 @@ class SortedMlp(Module):
             unplanned_fixed=dim,
         )
 
-    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+    def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
         mlp, found = self.of(model), dict[str, Coordinates]()
         for name in self.inputs:
             layer = getattr(mlp, name)
@@ -191,7 +197,7 @@ def mlp_group(hidden: int) -> int:
     return -(-group // 8) * 8 if hidden >= 512 else group
 
 
-def _activation(name: str, mlp: Any) -> str:
+def _activation(name: str, mlp: TimmLayer) -> str:
     act = _ACTIVATIONS.get(type(mlp.act).__name__)
     if act is None:
         raise ValueError(f"{name} has activation {type(mlp.act).__name__}; it may be one of {sorted(_ACTIVATIONS)}")

@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import nn
 
+from skd.vit.protocol import TimmModel
+
 MODEL_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # prefixes of names, as timm has them
 
 
@@ -83,7 +85,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: TimmModel) -> Any:
     """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers, however nested."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:

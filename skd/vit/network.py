@@ -13,7 +13,7 @@ from torch import nn
 
 from skd.vit.images import check_images
 from skd.vit.outside import outside_macs, pool_macs
-from skd.vit.protocol import Module, Network, Place
+from skd.vit.protocol import Module, Network, Place, TimmModel
 from skd.vit.skipped import SkippedModule, is_skipped
 
 # How a module in a block is described: (index of the block, its place, the module).
@@ -29,7 +29,7 @@ class BlockNetwork(Network):
     other_blocks: ClassVar[str] = "other blocks are not supported"
 
     @classmethod
-    def describe(cls, model: Any) -> Network:
+    def describe(cls, model: TimmModel) -> Network:
         _check_head(model)
         modules: list[Module] = []
         for index, block in enumerate(model.blocks):
@@ -49,10 +49,10 @@ class BlockNetwork(Network):
 
     @classmethod
     @abstractmethod
-    def describers(cls, model: Any) -> tuple[Describe, Describe]:
+    def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         """How the attentions and the MLPs of `model` are described."""
 
-    def checked(self, model: Any, images: Any) -> torch.Tensor:
+    def checked(self, model: TimmModel, images: Any) -> torch.Tensor:
         """`images` as the embedding takes them, or ValueError."""
         check_images(model, images)
         dtype = next(model.parameters()).dtype
@@ -61,59 +61,59 @@ class BlockNetwork(Network):
         checked: torch.Tensor = images
         return checked
 
-    def head(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+    def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = model.forward_head(model.norm(x))
         return logits
 
-    def tokens(self, model: Any) -> int:
+    def tokens(self, model: TimmModel) -> int:
         return int(model.patch_embed.num_patches + model.num_prefix_tokens)
 
-    def grid(self, model: Any) -> tuple[int, ...]:
+    def grid(self, model: TimmModel) -> tuple[int, ...]:
         return tuple(model.patch_embed.grid_size)
 
-    def tokens_read(self, model: Any) -> int | None:
+    def tokens_read(self, model: TimmModel) -> int | None:
         """With token pooling the prefix tokens only; what the head does not read has no gradient either."""
         pooled = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
         return int(model.num_prefix_tokens) if pooled else None
 
-    def blocks(self, model: Any) -> Sequence[Any]:
+    def blocks(self, model: TimmModel) -> Sequence[Any]:
         blocks: Sequence[Any] = model.blocks
         return blocks
 
-    def replace_blocks(self, model: Any, blocks: Sequence[nn.Module]) -> None:
+    def replace_blocks(self, model: TimmModel, blocks: Sequence[nn.Module]) -> None:
         """In a container of the same class."""
         in_list = isinstance(model.blocks, nn.ModuleList)
         container = nn.ModuleList(blocks) if in_list else nn.Sequential(*blocks)
         model.blocks = container.train(model.training)
 
-    def checkpoints(self, model: Any) -> bool:
+    def checkpoints(self, model: TimmModel) -> bool:
         return bool(model.grad_checkpointing)
 
-    def set_checkpoints(self, model: Any, on: bool) -> None:
+    def set_checkpoints(self, model: TimmModel, on: bool) -> None:
         model.set_grad_checkpointing(on)
 
-    def undecayed(self, model: Any) -> Collection[str]:
+    def undecayed(self, model: TimmModel) -> Collection[str]:
         names: Collection[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
         return names
 
-    def summary(self, model: Any) -> str:
+    def summary(self, model: TimmModel) -> str:
         return f"{len(model.blocks)} blocks of width {model.embed_dim}"
 
-    def outside_macs(self, model: Any) -> tuple[int, int]:
+    def outside_macs(self, model: TimmModel) -> tuple[int, int]:
         linear = outside_macs(model)
         return linear, linear + pool_macs(model, self.pooled_tokens(model))
 
-    def outside_params(self, model: Any) -> int:
+    def outside_params(self, model: TimmModel) -> int:
         """Counted without a walk through the blocks: it is asked at every step."""
         outside = [part for name, part in model.named_children() if name != "blocks"]
         parameters = chain(model.parameters(recurse=False), *(part.parameters() for part in outside))
         return sum(parameter.numel() for parameter in parameters)
 
-    def pooled_tokens(self, model: Any) -> int:
+    def pooled_tokens(self, model: TimmModel) -> int:
         """Tokens that an attention pool reads, where there is one."""
         return self.tokens(model)
 
-    def constructor_args(self, model: Any) -> dict[str, Any]:
+    def constructor_args(self, model: TimmModel) -> dict[str, Any]:
         raise ValueError(
             f"model is a {type(model).__name__} that was built without timm.create_model, so that nothing says how; "
             "build it by a name: timm.create_model(name, **arguments)"
@@ -124,7 +124,7 @@ class BlockNetwork(Network):
         raise ValueError(f"model_class is {name!r} without a name of timm's; it cannot be built")
 
 
-def _check_head(model: Any) -> None:
+def _check_head(model: TimmModel) -> None:
     if len(model.blocks) == 0:
         raise ValueError("model has no blocks; it must have at least one")
     if model.patch_embed.img_size is None:
@@ -137,6 +137,6 @@ def _check_head(model: Any) -> None:
         )
 
 
-def repeated(shared: Any, model: Any) -> Sequence[Any]:
+def repeated(shared: Any, model: TimmModel) -> Sequence[Any]:
     """The same for every block."""
     return (shared,) * len(model.blocks)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import nn
@@ -11,9 +9,10 @@ from torch.func import functional_call
 
 from skd.vit.images import image_size
 from skd.vit.layers import has_bias
+from skd.vit.protocol import TimmModel
 
 
-def outside_macs(model: Any) -> int:
+def outside_macs(model: TimmModel) -> int:
     """MACs of the layers outside of the blocks, for one image, from the shapes of their outputs."""
     total = 0
 
@@ -38,7 +37,7 @@ def outside_macs(model: Any) -> int:
     return total
 
 
-def pool_macs(model: Any, tokens: int) -> int:
+def pool_macs(model: TimmModel, tokens: int) -> int:
     """Q K^T and A V of an attention pool over `tokens`; 0 without one."""
     pool = getattr(model, "attn_pool", None)
     if pool is None:
@@ -47,7 +46,7 @@ def pool_macs(model: Any, tokens: int) -> int:
     return 2 * queries * tokens * int(model.embed_dim)
 
 
-def _meta_forward(model: Any) -> None:
+def _meta_forward(model: TimmModel) -> None:
     """Run everything but the blocks on tensors without data."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     outside = {name: torch.empty_like(t, device="meta") for name, t in tensors if not name.startswith("blocks.")}

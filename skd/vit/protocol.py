@@ -10,13 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from skd_kernels import Moments
 
+# A model of timm's, and a part of one. Which fields they have depends on timm's class, and torch.nn.Module promises a
+# type checker none of them: families and modules check them when they describe a model.
+TimmModel: TypeAlias = Any
+TimmLayer: TypeAlias = Any
 Width = int | torch.Tensor  # a 0-d integer tensor on the device is a width that the host does not know
 
 
@@ -133,14 +137,14 @@ class Module(ABC):
         """The prefix of its parameters' names in the model: "blocks.3.attn"."""
         return f"blocks.{self.block}.{self.place.module}"
 
-    def of(self, model: Any) -> Any:
+    def of(self, model: TimmModel) -> Any:
         """The module itself, in a model or a super-network's copy of one."""
         return getattr(model.blocks[self.block], self.place.module)
 
     # Reading features and gradients (METHOD 1 and 2)
 
     @abstractmethod
-    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         """Call ``consume(self, feature, gradient)`` in every backward pass; returns handles that undo it.
 
         A module that WPAC leaves alone need not be read: then there are no handles, and no calls.
@@ -159,7 +163,7 @@ class Module(ABC):
         return scores[:width]
 
     @abstractmethod
-    def row_norms(self, model: Any) -> torch.Tensor:
+    def row_norms(self, model: TimmModel) -> torch.Tensor:
         """L2 norm of the weights that compute each coordinate: `score_shape`, float64."""
 
     # Rewriting the weights (METHOD 1)
@@ -173,14 +177,20 @@ class Module(ABC):
         """The transform that puts the coordinates with the highest of `score_shape` scores first."""
 
     @abstractmethod
-    def apply(self, model: Any, transform: Transform) -> None:
+    def apply(self, model: TimmModel, transform: Transform) -> None:
         """Fold a transform into the weights, in float64, in place; the model's function stays."""
 
     # Running and cutting at a width (METHOD 3); the block is timm's, or the SuperBlock that was made from it
 
     @abstractmethod
     def forward(
-        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+        self,
+        block: TimmLayer,
+        x: torch.Tensor,
+        width: Width,
+        scores: torch.Tensor | None,
+        tokens: int | None,
+        shared: Any,
     ) -> torch.Tensor:
         """The module's function at a width above 0: (B, N, C) to the same, or of the first `tokens` only.
 
@@ -195,11 +205,11 @@ class Module(ABC):
     # Counting (METHOD 4)
 
     @abstractmethod
-    def prices(self, model: Any) -> Prices:
+    def prices(self, model: TimmModel) -> Prices:
         """What it costs, its norm and layer scale included."""
 
     @abstractmethod
-    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+    def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
         """Where its coordinates lie, by the name of the parameter within the module."""
 
 
@@ -219,7 +229,7 @@ class Network(ABC):
 
     @classmethod
     @abstractmethod
-    def describe(cls, model: Any) -> Network:
+    def describe(cls, model: TimmModel) -> Network:
         """The description of a model of `model_classes`.
 
         Raises:
@@ -227,23 +237,23 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def embed(self, model: Any, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
         """Images to the first block's input (B, N, C), and what each block shares with the others (or None)."""
 
     @abstractmethod
-    def head(self, model: Any, x: torch.Tensor) -> torch.Tensor:
+    def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
         """The last block's output to logits, or features of a headless model."""
 
     @abstractmethod
-    def tokens(self, model: Any) -> int:
+    def tokens(self, model: TimmModel) -> int:
         """Tokens in the blocks."""
 
     @abstractmethod
-    def grid(self, model: Any) -> tuple[int, ...]:
+    def grid(self, model: TimmModel) -> tuple[int, ...]:
         """Rows and columns of patches: another grid of as many may have other tables of positions."""
 
     @abstractmethod
-    def tokens_read(self, model: Any) -> int | None:
+    def tokens_read(self, model: TimmModel) -> int | None:
         """How many of the first tokens the head reads, None: all; the others end at the last attention."""
 
     @property
@@ -252,39 +262,39 @@ class Network(ABC):
         return tuple(tuple(group) for _, group in groupby(self.modules, key=lambda module: module.block))
 
     @abstractmethod
-    def blocks(self, model: Any) -> Sequence[Any]:
+    def blocks(self, model: TimmModel) -> Sequence[Any]:
         """The blocks of a model."""
 
     @abstractmethod
-    def replace_blocks(self, model: Any, blocks: Sequence[nn.Module]) -> None:
+    def replace_blocks(self, model: TimmModel, blocks: Sequence[nn.Module]) -> None:
         """Put other blocks in the place of the model's own."""
 
     @abstractmethod
-    def checkpoints(self, model: Any) -> bool:
+    def checkpoints(self, model: TimmModel) -> bool:
         """Whether activations are to be computed again in the backward pass, to save memory."""
 
     @abstractmethod
-    def set_checkpoints(self, model: Any, on: bool) -> None:
+    def set_checkpoints(self, model: TimmModel, on: bool) -> None:
         """Switch that on or off."""
 
     @abstractmethod
-    def undecayed(self, model: Any) -> Collection[str]:
+    def undecayed(self, model: TimmModel) -> Collection[str]:
         """Names of the parameters that weight decay leaves out, beside biases and norms."""
 
     @abstractmethod
-    def summary(self, model: Any) -> str:
+    def summary(self, model: TimmModel) -> str:
         """In words, such as "12 blocks of width 768"."""
 
     @abstractmethod
-    def outside_macs(self, model: Any) -> tuple[int, int]:
+    def outside_macs(self, model: TimmModel) -> tuple[int, int]:
         """(linear, full) MACs of all that is not in a block, for one image."""
 
     @abstractmethod
-    def outside_params(self, model: Any) -> int:
+    def outside_params(self, model: TimmModel) -> int:
         """Parameters of all that is not in a block."""
 
     @abstractmethod
-    def constructor_args(self, model: Any) -> dict[str, Any]:
+    def constructor_args(self, model: TimmModel) -> dict[str, Any]:
         """Keyword arguments of its class that build the model again, read off a whole one; and norm_eps.
 
         Raises:

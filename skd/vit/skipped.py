@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, Transform, Width
+from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, TimmLayer, TimmModel, Transform, Width
 
 
 def skipped_like(module: nn.Module) -> fx.GraphModule:
@@ -60,7 +60,7 @@ class SkippedModule(Module):
     def score_shape(self) -> tuple[int, ...]:
         return (0,)
 
-    def tap(self, model: Any, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         return []
 
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
@@ -69,7 +69,7 @@ class SkippedModule(Module):
     def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         return feature.new_zeros(0)
 
-    def row_norms(self, model: Any) -> torch.Tensor:
+    def row_norms(self, model: TimmModel) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
 
     def transform(self, statistic: torch.Tensor) -> torch.Tensor:
@@ -78,19 +78,25 @@ class SkippedModule(Module):
     def ordering(self, scores: torch.Tensor) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.int64)
 
-    def apply(self, model: Any, transform: Transform) -> None:
+    def apply(self, model: TimmModel, transform: Transform) -> None:
         pass
 
     def forward(
-        self, block: Any, x: torch.Tensor, width: Width, scores: torch.Tensor | None, tokens: int | None, shared: Any
+        self,
+        block: TimmLayer,
+        x: torch.Tensor,
+        width: Width,
+        scores: torch.Tensor | None,
+        tokens: int | None,
+        shared: Any,
     ) -> torch.Tensor:
         return torch.zeros_like(x)
 
     def narrowed(self, module: nn.Module, width: int) -> nn.Module:
         return module
 
-    def prices(self, model: Any) -> Prices:
+    def prices(self, model: TimmModel) -> Prices:
         return Prices(0, 0, 0, 0, 0)
 
-    def coordinates(self, model: Any) -> dict[str, Coordinates]:
+    def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
         return {}

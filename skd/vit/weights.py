@@ -16,11 +16,15 @@ import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict, vision_transformer
 
+from skd.vit.protocol import TimmModel
+
 # Keys of a training script's checkpoint that hold the weights, and their average (EMA), in timm's order.
 _WEIGHTS = {"ema": ("state_dict_ema", "model_ema"), "model": ("state_dict", "model")}
 
 
-def load_weights(model: Any, file: str | os.PathLike[str], *, take: str | None = None, any_head: bool = False) -> str:
+def load_weights(
+    model: TimmModel, file: str | os.PathLike[str], *, take: str | None = None, any_head: bool = False
+) -> str:
     """Load a file of weights into `model`, through timm's filter for its architecture.
 
     The filter resamples the position embedding and the patches of another image or patch size, and renames what
@@ -68,7 +72,7 @@ def load_weights(model: Any, file: str | os.PathLike[str], *, take: str | None =
     return key
 
 
-def new_head(model: Any, num_classes: int, seed: int = 0) -> None:
+def new_head(model: TimmModel, num_classes: int, seed: int = 0) -> None:
     """Replace the classifier of a timm model by a fresh one, the same for the same `seed`; in place.
 
     The names of the classes go with the old one.
@@ -122,7 +126,7 @@ def _unpickled(file: Path) -> Any:
         ) from None
 
 
-def _filter(model: Any) -> Callable[..., dict[str, Any]]:
+def _filter(model: TimmModel) -> Callable[..., dict[str, Any]]:
     """timm's filter of checkpoints for an architecture, with the options that its module calls it with."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
     known = timm.is_model(name)

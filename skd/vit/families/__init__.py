@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from skd.vit.protocol import Network
+from skd.vit.protocol import Network, TimmModel
 
 _FAMILIES: list[type[Network]] = []
 _Family = TypeVar("_Family", bound=type[Network])
@@ -32,7 +32,7 @@ def families() -> tuple[type[Network], ...]:
     return tuple(_FAMILIES)
 
 
-def family_of(model: Any) -> type[Network] | None:
+def family_of(model: TimmModel) -> type[Network] | None:
     """The family of a model, by its class; None where there is none."""
     return next((family for family in families() if isinstance(model, family.model_classes)), None)
 
@@ -49,7 +49,7 @@ def family_named(name: str) -> type[Network]:
     return known[name]
 
 
-def describe(model: Any) -> Network:
+def describe(model: TimmModel) -> Network:
     """The description of a timm model.
 
     Raises:

@@ -14,7 +14,7 @@ from skd.vit.families import register
 from skd.vit.heads import HeadAttention
 from skd.vit.mlp import SortedMlp
 from skd.vit.network import BlockNetwork, Describe, repeated
-from skd.vit.protocol import Module, Place
+from skd.vit.protocol import Module, Place, TimmLayer, TimmModel
 
 # timm's block takes the two scales together or none: a number stands in for one alone.
 _PLACES = (
@@ -32,10 +32,10 @@ class Beits(BlockNetwork):
     block_places: ClassVar[dict[type[nn.Module], tuple[Place, Place]]] = {Block: _PLACES}
 
     @classmethod
-    def describers(cls, model: Any) -> tuple[Describe, Describe]:
+    def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         return _describe_attention, SortedMlp.describe
 
-    def embed(self, model: Any, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
         """The blocks share a bias of positions, where the model has one outside of them."""
         x = model.patch_embed(self.checked(model, images))
         x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
@@ -45,7 +45,7 @@ class Beits(BlockNetwork):
         return model.pos_drop(x), repeated(bias, model)
 
 
-def _describe_attention(index: int, place: Place, attn: Any) -> Module:
+def _describe_attention(index: int, place: Place, attn: TimmLayer) -> Module:
     if type(attn) is not Attention:
         raise ValueError(f"blocks.{index}.{place.module} is a {type(attn).__name__}; it must be Beit's Attention")
     return HeadAttention.describe(index, place, attn, binary=True)

@@ -16,7 +16,7 @@ from skd.vit.families import register
 from skd.vit.heads import HeadAttention
 from skd.vit.mlp import SortedMlp
 from skd.vit.network import BlockNetwork, Describe, repeated
-from skd.vit.protocol import Module, Place
+from skd.vit.protocol import Module, Place, TimmLayer, TimmModel
 
 _PLACES = (
     Place("attn", "norm1", "gamma_1", "drop_path1", shared="rope"),
@@ -40,18 +40,18 @@ class Evas(BlockNetwork):
     }
 
     @classmethod
-    def describers(cls, model: Any) -> tuple[Describe, Describe]:
+    def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         """With mixed rotary positions every head of every block has angles of its own, outside of the blocks."""
         return partial(_describe_attention, binary=model.rope_mixed), SortedMlp.describe
 
-    def embed(self, model: Any, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
         """The blocks share the rotary embedding of the positions."""
         x, rope = model._pos_embed(model.patch_embed(self.checked(model, images)))
         per_block = model.rope_mixed and rope is not None
         return model.norm_pre(x), rope.unbind(0)[: len(model.blocks)] if per_block else repeated(rope, model)
 
 
-def _describe_attention(index: int, place: Place, attn: Any, *, binary: bool) -> Module:
+def _describe_attention(index: int, place: Place, attn: TimmLayer, *, binary: bool) -> Module:
     if type(attn) not in (EvaAttention, AttentionRope):
         raise ValueError(
             f"blocks.{index}.{place.module} is a {type(attn).__name__}; "

@@ -18,7 +18,7 @@ from skd.vit.families import register
 from skd.vit.layers import is_there
 from skd.vit.mlp import SortedMlp
 from skd.vit.network import BlockNetwork, Describe, repeated
-from skd.vit.protocol import Place
+from skd.vit.protocol import Place, TimmLayer, TimmModel
 
 _PLACES = Place("attn", "norm1", "ls1", "drop_path1"), Place("mlp", "norm2", "ls2", "drop_path2")
 _POST_NORM = (
@@ -44,18 +44,18 @@ class VisionTransformers(BlockNetwork):
     other_blocks = "parallel and differential blocks are not supported"
 
     @classmethod
-    def describers(cls, model: Any) -> tuple[Describe, Describe]:
+    def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         return RotatedAttention.describe, SortedMlp.describe
 
-    def embed(self, model: Any, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
         images = self.checked(model, images)
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return x, repeated(None, model)
 
-    def pooled_tokens(self, model: Any) -> int:
+    def pooled_tokens(self, model: TimmModel) -> int:
         return self.tokens(model) if model.pool_include_prefix else int(model.patch_embed.num_patches)
 
-    def constructor_args(self, model: Any) -> dict[str, Any]:
+    def constructor_args(self, model: TimmModel) -> dict[str, Any]:
         """What does not show (a layer put in by hand) is found when a saved file is compared with its model."""
         left = [module for module in self.modules if module.full_width]
         attn = next((module for module in left if isinstance(module, RotatedAttention)), None)
@@ -87,7 +87,7 @@ class VisionTransformers(BlockNetwork):
         return model
 
 
-def _outside(model: Any) -> dict[str, Any]:
+def _outside(model: TimmModel) -> dict[str, Any]:
     """Arguments that show around the blocks."""
     return {
         "img_size": list(model.patch_embed.img_size),
@@ -138,7 +138,7 @@ def _norm_name(norm: nn.Module) -> str:
     return "layernorm" if isinstance(norm, nn.LayerNorm) else type(norm).__name__.lower()
 
 
-def _class_names(block: Any) -> dict[str, str]:
+def _class_names(block: TimmLayer) -> dict[str, str]:
     """block_fn and mlp_layer, where they are not timm's defaults."""
     names = {}
     if getattr(block, "block_class", type(block)) is ResPostBlock:
