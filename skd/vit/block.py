@@ -29,7 +29,7 @@ class SuperBlock(nn.Module):
 
     def __init__(self, block: nn.Module, modules: Sequence[Module]) -> None:
         super().__init__()
-        self.block_class = type(block)
+        self.block_class = getattr(block, "block_class", type(block))
         self.modules_in_order = tuple(modules)
         self.settings = {name: value for name, value in vars(block).items() if name in _SETTINGS}
         for name, parameter in block._parameters.items():
