@@ -94,9 +94,8 @@ def make_loader(data: str, config: DataConfig, workers: int, sent: str, batch: i
         **PUBLISHED,
     )
     if sent == "float32":
-        holder, name = (loader, "_preparation") if source.iterable else (loader._batches, "preparation")
-        whole = WholeTransform(train_transform(config, **PUBLISHED))
-        setattr(holder, name, getattr(holder, name)._replace(transform=whole))
+        preparation = loader._preparation if source.iterable else loader._batches.preparation
+        preparation.transform = WholeTransform(train_transform(config, **PUBLISHED))
         loader.normalise = lambda images, patches: images.to(device, non_blocking=True)
     return loader
 
