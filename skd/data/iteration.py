@@ -91,7 +91,8 @@ class Loader:
                 yield self.normalise(loaded.images, loaded.patches), loaded.labels if self.source.labelled else None
         if bad and not self.read:
             file, reason = next(iter(bad.items()))
-            raise UnreadableData(f"none of the images of {self.name} can be read, such as {file} ({reason})")
+            share = "this process's share of " if self.loading.world > 1 else ""
+            raise UnreadableData(f"none of the images of {share}{self.name} can be read, such as {file} ({reason})")
         if bad:
             names = shown(bad)
             warnings.warn(f"{_images(len(bad))} of {self.name} cannot be read, skipped: {names}", stacklevel=2)

@@ -80,10 +80,14 @@ def open_source(
     if in_chans not in MODES:
         raise ValueError(f"in_chans is {in_chans}; images can be read with 1 (grey) or 3 (RGB)")
     mode = MODES[in_chans]
+    prefixed = isinstance(data, str) and data.partition("/")[0].lower() in PACKAGES and "/" in data
+    if not prefixed and (options or num_samples is not None):
+        given = ", ".join(options) or "num_samples"
+        raise ValueError(f"{given} is given, but data {str(data)!r} takes no options; data sets with a prefix do")
     if data == "digits":
         _refuse(class_map, data)
         return _digits(split, mode, labelled)
-    if isinstance(data, str) and data.partition("/")[0].lower() in PACKAGES and "/" in data:
+    if isinstance(data, str) and prefixed:
         request = _Request(
             data=data,
             split=split,
@@ -99,9 +103,6 @@ def open_source(
             exif_orientation=exif_orientation,
         )
         return _named(request)
-    if options or num_samples is not None:
-        given = ", ".join(options) or "num_samples"
-        raise ValueError(f"{given} is given, but data {str(data)!r} takes no options; data sets with a prefix do")
     folder = existing_folder(data)
     idx = idx_folder(folder)
     if idx is None:

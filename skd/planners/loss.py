@@ -147,7 +147,8 @@ def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:
     corners, group = _convex(curve), module.full_width if module.binary else module.group_size
     operations = []
     for (wide, low), (narrow, high) in pairwise(corners):
-        slope, end = (high - low) / ((wide - narrow) * price), wide
+        # Divided in this order, scores cannot be rounded into another order than the corners' slopes.
+        slope, end = _slope((wide, low), (narrow, high)) / price, wide
         for width in range((wide - 1) // group * group, narrow - 1, -group):
             operations.append(Operation(module.name, width, (end - width) * price, slope))
             end = width

@@ -59,6 +59,7 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a probability, 0..1")
         for name in ("scale", "ratio"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is {(low, high)}; it must be (low, high) with 0 < low <= high")

@@ -40,7 +40,8 @@ class Capture:
             device: where they are.
             reads: objects that the function looks up by itself: where one is another than before, the graph is made
                 anew, after a call without it.
-            fixed: inputs of another shape are an error; otherwise such a call runs by itself.
+            fixed: inputs of another shape are an error; otherwise such a call runs by itself, and the graph is made
+                for the first shape that comes often enough in a row.
         """
         self.function, self.device, self.reads, self.fixed = function, device, reads, fixed
         self.calls = 0
@@ -62,7 +63,11 @@ class Capture:
             if not self._inputs:
                 self._inputs = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
             if not self.fixed and any(not _alike(value, self._inputs[name]) for name, value in inputs.items()):
-                return self._on_the_side(inputs).clone()
+                if self.graph is not None or self.failed:
+                    return self._on_the_side(inputs).clone()
+                # No graph yet: this may be the usual shape, and the one before an odd batch.
+                self._inputs = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
+                self.calls = 0
             for name, value in inputs.items():
                 there = self._inputs[name]
                 if not _alike(value, there):
@@ -86,11 +91,12 @@ class Capture:
         return self._result
 
     def release(self) -> None:
-        """Give the graph up."""
+        """Give the graph up, and the tensors that it reads and writes."""
         if self.graph is not None:
             torch.cuda.synchronize(self.device)
             self.graph.reset()
             self.graph = None
+        self._inputs, self._result, self._read = {}, None, None
 
     def _capture(self) -> None:
         """Record a call, without its effects. Where that fails, calls run one by one from now on."""

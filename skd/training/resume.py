@@ -7,6 +7,7 @@ from pathlib import Path
 from skd.dropout_list import DropoutList
 from skd.files import load
 from skd.support.ranks import check_same, together
+from skd.support.settings import TrainConfig
 from skd.training import checkpoints
 from skd.training.checkpoints import Header, Numbers, Tensors, optimizer_tensors, restore_optimizer
 from skd.training.history import Epoch, History, StepLog
@@ -108,7 +109,7 @@ def take_up(run: Run, tensors: Tensors, header: Header) -> None:
         raise ValueError(f"resume: the checkpoint is of another network: {error}") from None
     state.use(dropout_list)
     if run.online is not None:
-        run.online.load_state(_part(tensors, "scores."), header["scored_steps"])
+        run.online.load_state(_part(tensors, "scores."), header.get("scored_steps", 0))
     state.scaler.load_state_dict(header["scaler"])
     assert run.origin is not None
     run.origin = merged(header.get("origin"), run.origin)
@@ -132,7 +133,8 @@ def _without_skipped(tensors: Tensors, numbers: Numbers, names: set[str]) -> tup
 
 def _check_same_settings(run: Run, header: Header) -> None:
     mine = run.config.to_dict()
-    before = {"planner": "paper"} | header["config"]  # the only one there was, when it had no name
+    # A setting that a checkpoint does not know yet was what is its default now.
+    before = TrainConfig().to_dict() | header["config"]
     other = [
         f"{name} is {mine.get(name)}, it was {value}"
         for name, value in before.items()
