@@ -151,7 +151,7 @@ class WpacStatistics:
     def end_batch(self) -> None:
         """Take the present batch into the sums, or count it as skipped."""
         batch, self._batch = self._batch, {}
-        # What is not finite in a token is not in the squares either.
+        # The diagonal is enough: a NaN or infinity in any token also makes a sum of squares NaN or infinite.
         sums = [
             part.weighted_outer.diagonal(dim1=-2, dim2=-1) if isinstance(part, Moments) else part
             for part in batch.values()

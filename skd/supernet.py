@@ -74,7 +74,7 @@ class SuperNet(nn.Module):
 
     @property
     def modules_in_order(self) -> tuple[str, ...]:
-        """Names of the modules: "0.attn", "0.mlp", "1.attn", ..."""
+        """The names of the modules, "0.attn", "0.mlp", "1.attn", ...; `infos` has their descriptions."""
         return tuple(info.name for info in self.infos)
 
     @property
@@ -109,7 +109,10 @@ class SuperNet(nn.Module):
             self._dropout_list = replace(self._dropout_list, costs=self._costs, removed_macs=None)
 
     def _what_prices_depend_on(self) -> tuple[Any, ...]:
-        """What may change while the blocks stay as they are. It is asked in every step: no block is walked."""
+        """The quantities outside of the blocks that prices depend on: tokens, grid, parameters.
+
+        Every training step compares them, so they are computed without a walk through the blocks.
+        """
         network = self.network
         return network.tokens(self.model), network.grid(self.model), network.outside_params(self.model)
 
@@ -182,9 +185,9 @@ class SuperNet(nn.Module):
 
     @property
     def tokens_read(self) -> int | None:
-        """How many of the first tokens the head reads, None: all; the others end at the last attention.
+        """The number of leading tokens that the head reads; None means all.
 
-        With token pooling it reads the prefix tokens only; what it does not read has no gradient either.
+        The last block computes only these. With token pooling they are the prefix tokens.
         """
         return self.network.tokens_read(self.model)
 
@@ -202,7 +205,7 @@ class SuperNet(nn.Module):
     def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None, shared: Any = None) -> torch.Tensor:
         """Module `index` (in order) applied to the residual stream at `width`; `shared` is `embed`'s.
 
-        The last block's give only the tokens that the head reads.
+        The modules of the last block return only the tokens that the head reads.
         """
         module = self.infos[index]
         block, tokens = self.network.blocks(self.model)[module.block], self._tokens_kept()[module.block]

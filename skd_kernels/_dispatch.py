@@ -88,7 +88,8 @@ class Operation:
 
 
 _operations: dict[str, Operation] = {}
-# The names that blocks of `use` put in force here, the innermost last; each in a list, told by its identity.
+# The implementations forced by the open blocks of `use`, innermost last. Each name is wrapped in a list, so that two
+# blocks with the same name can be told apart when one ends.
 _forced: ContextVar[tuple[list[str], ...]] = ContextVar("skd_kernels_forced", default=())
 # The same for torch.compile, which traces no ContextVar but guards this: `name`, and all that are `entered`.
 _forced_in_graphs = threading.local()

@@ -17,7 +17,11 @@ CUDA_LARGEST_GROUP = 128
 
 
 def refuses_transforms() -> str | None:
-    """Whether PyTorch wants to see what a kernel computes by itself: None, or why."""
+    """The reason why a compiled kernel cannot run here, or None.
+
+    torch.func and forward-mode derivatives have to trace PyTorch's own operations, and a compiled kernel is opaque to
+    them.
+    """
     if torch._C._are_functorch_transforms_active():
         return "torch.func transforms what PyTorch is made of"
     return "forward-mode derivatives may be asked for" if forward_mode() else None

@@ -44,7 +44,7 @@ TESTS_OF_KERNELS = [f"tests/kernels/test_gpu_{name}.py" for name in TESTED]
 TESTS_OF_SKD = ["tests/test_gpu.py", "tests/test_gpu_training.py"]
 SHAPES = (("token_moments", "300,3,64"), ("token_moments", "70,2,40"), ("taylor_scores", "300,200"))
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-# What a library asks of the driver in vain is no error of a kernel's.
+# Libraries probe the driver with calls that fail. Memcheck would report these, and they are not faults of a kernel.
 TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
 

@@ -21,7 +21,7 @@ _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
-    """Paths for `skd.support.outputs.Files`, by the options they were given as: class_map is --class-map."""
+    """The file paths given to these arguments, by the option's name: class_map is --class-map."""
     return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
 
 

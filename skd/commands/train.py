@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def files(given: argparse.Namespace) -> Files:
     products = [PRODUCT, "dropout_list.json", *RECORDS]
-    if given.supernet is None:  # else that one may be an earlier run's
+    if given.supernet is None:  # with --supernet, the file of that name in --out may belong to an earlier run
         products.append(CONVERTED)
     return Files(
         reads=options.model_read(given) | options.options(given, "supernet", "config") | options.data_read(given),

@@ -189,7 +189,11 @@ class StreamLoader(Loader):
                 return
 
     def _workers(self) -> DataLoader[Loaded]:
-        """What the readers draw from: the same on all ranks for the shards, one of its own for a worker's images."""
+        """A DataLoader for this epoch.
+
+        The seed of the shards' order is the same on all ranks, so that they divide the shards alike; the seed of the
+        order of images is this rank's own.
+        """
         # To evaluate, every rank reads all and keeps its part: the readers' own division may leave out images of one
         # shard and read those of another twice.
         loading = self.loading

@@ -262,9 +262,10 @@ class Prepared(NamedTuple):
 
 
 class Pixels:
-    """One of timm's transforms as far as 8-bit pixels; random erasing is drawn as timm draws it, but kept apart.
+    """One of timm's transforms, stopped before normalisation, so that workers send uint8 instead of float32.
 
-    So what a worker draws, and every value of the image in the end, is as in the whole transform: normalisation
+    Random erasing draws the same numbers as in timm, but its rectangles are kept and applied after normalisation. So
+    what a worker draws, and every value of the image in the end, is as in the whole transform: normalisation
     draws nothing, and the values that erasing fills in do not depend on the image.
     """
 

@@ -258,8 +258,8 @@ def agree(source: Source, model: TimmModel, like: Source | None = None) -> None:
 def name_classes(model: TimmModel, images: Source, trained: bool) -> None:
     """Give the model the names of the classes of its images, for the files that it is saved to.
 
-    The names it has stay, unless they are not of its head or it is `trained` anew. By a class map labels may have
-    other names than the model knew, or names of which not all are known: then the trained model has none.
+    The model keeps the names it has, unless they do not fit its head or it is about to be trained. A class map can
+    give labels other names, or names for only some of them; the trained model then gets no names.
     """
     known, names = getattr(model, "pretrained_cfg", {}), images.classes
     if not model.num_classes or (images.mapped and not trained):

@@ -1,4 +1,4 @@
-"""What the rest of skd stands on, and what knows nothing of the method:
+"""What the rest of skd stands on:
 
     settings      every setting of a run, with the published value of each; imports no torch
     requirements  what skd needs, said at its first import if it is missing

@@ -156,7 +156,8 @@ def in_step(
     """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
 
     Args:
-        batches: what an iteration raises, StopAll too, is raised on every rank. Without a group they are returned.
+        batches: this rank's batches. If iterating raises on one rank (StopAll included), every rank raises. Without a
+            group they are returned as they are.
         images: of a batch; where it is given, the ranks must have as many batches, and as many images in each.
 
     Raises:
@@ -223,9 +224,9 @@ def _extremes(numbers: list[int], group: ProcessGroup | None) -> list[tuple[int,
 
 @contextmanager
 def others_alive(group: ProcessGroup | None) -> Iterator[None]:
-    """Inside the block an error of the network between the ranks is a RankFailed; without a group there is none.
+    """Turn a communication error between the processes into RankFailed, in this block; without a group do nothing.
 
-    The network's errors are torch.distributed's own classes, and those of gloo and NCCL that PyTorch passes on as a
+    Communication errors are torch.distributed's own classes, and those of gloo and NCCL that PyTorch passes on as a
     RuntimeError: they have the name of the library in them.
     """
     try:

@@ -63,7 +63,7 @@ def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
 
 
 def total_cost(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """The cost whose gradients METHOD uses, summed over the batch.
+    """The scalar that is differentiated, summed over the batch: METHOD's "cost", which has nothing to do with MACs.
 
     The logit of the true class; without labels, of the predicted class; for a headless model
     (num_classes = 0) half the squared norm of the pooled features.
@@ -124,7 +124,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def report_left_out(left_out: int, counted: bool) -> None:
-    """Batches left out are counted aloud; with none left there is nothing to go by.
+    """Warn how many batches were left out; raise if none is left, since there are then no statistics to use.
 
     Raises:
         ValueError: nothing `counted`.

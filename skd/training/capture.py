@@ -81,7 +81,7 @@ class Capture:
     def _run(self) -> torch.Tensor:
         reads = self.reads()
         changed = self._read is None or any(old is not new for old, new in zip(self._read, reads, strict=True))
-        if changed:  # what computes from now on may have to be compiled, which must not be inside of a capture
+        if changed:  # other kernels may run now; this call runs without a graph, so that they are compiled outside
             self.graph, self._read = None, reads
         if self.graph is None and not (changed or self.failed or self.calls < WARMUP):
             self._capture()
@@ -122,7 +122,7 @@ class Capture:
             self.graph = graph
 
     def _on_the_side(self, inputs: Inputs) -> torch.Tensor:
-        """A capture wants its tensors to have been used on its own stream before."""
+        """Run the function on the capture's stream: PyTorch requires such warm-up runs there before a capture."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = self.function(inputs)

@@ -117,11 +117,10 @@ def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, An
 def schedule(config: TrainConfig, scheduler: Scheduler) -> list[dict[str, Any]]:
     """Learning rate and share of MACs removed, at the epochs where something begins or ends."""
     growing, warmup = config.growing_epochs, config.warmup
-    marks = {0: "start", config.epochs - 1: "last epoch", config.epochs // 2: "half"}
-    if warmup:
-        marks[warmup] = "end of warm-up"
-    if growing:
-        marks[growing - 1] = "dropout list complete"
+    named = [(0, "start"), (config.epochs // 2, "half"), (config.epochs - 1, "last epoch")]
+    named += [(warmup, "end of warm-up")] if warmup else []
+    named += [(growing - 1, "dropout list complete")] if growing else []
+    marks = {epoch: ", ".join(name for at, name in named if at == epoch) for epoch, _ in named}
     rows = []
     for epoch in sorted(marks):
         rates = scheduler._get_lr(epoch)

@@ -160,10 +160,10 @@ def _check(
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config is a {type(config).__name__}; it must be a TrainConfig")
     if supernet.model.num_classes == 0:
-        raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
+        raise ValueError("the network has no classifier (num_classes is 0); training needs one")
     dtype = next(supernet.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"supernet has {dtype} weights; train float32 weights, with amp_dtype for the arithmetic")
+        raise ValueError(f"the network has {dtype} weights; train float32 weights, with amp_dtype for the arithmetic")
     if config.expected_top1 is not None and val_loader is None:
         raise ValueError("expected_top1 is given, but val_loader is None: there is nothing to measure it on")
     if config.opt.startswith("lookahead"):

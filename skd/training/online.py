@@ -67,7 +67,11 @@ class OnlineImportance:
         return {info.name: gathered(buffer[None], self.group) for info, buffer in named if buffer is not None}
 
     def load_state(self, state: dict[str, torch.Tensor], steps: int) -> None:
-        """Of as many ranks: each takes its own sums. Of another number: rank 0 takes them all."""
+        """Restore the sums.
+
+        If the number of ranks is the same, each rank takes its own part; otherwise rank 0 takes the total and the
+        other ranks start from zero, because only the sum over ranks is ever used.
+        """
         self.restart()
         self.steps = steps
         rank, ranks = rank_of(self.group), size_of(self.group)

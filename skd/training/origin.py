@@ -1,4 +1,4 @@
-"""What a run began with, kept in its checkpoints: it is not gone on with from other weights, or on other data."""
+"""What a run began with, kept in its checkpoints. A resume with other weights or other data is refused."""
 
 from __future__ import annotations
 

@@ -46,10 +46,10 @@ def distributed(network: Network, supernet: SuperNet, group: Group) -> Distribut
 
 @torch.enable_grad()
 def _settle(network: DistributedDataParallel, supernet: SuperNet) -> None:
-    """One backward pass for nothing.
+    """Run one backward pass and throw its gradients away, so that the first real step is already the usual one.
 
-    After its first one DistributedDataParallel puts the gradients into other buckets, and where an element lies in
-    its bucket decides in which order the ranks are added up. A resumed run must not add up its first step otherwise.
+    After its first backward pass DistributedDataParallel regroups the gradients into buckets, and the buckets decide
+    the order of summation over ranks. Without this, the first step after a resume would differ in its last bits.
     """
     training = supernet.training
     network.eval()

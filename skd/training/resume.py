@@ -14,8 +14,8 @@ from skd.training.history import Epoch, History, StepLog
 from skd.training.origin import check_origin, merged
 from skd.training.run import Run
 
-# Settings that do not change what a run computes, so a resumed run may have others. Whether steps are replayed is
-# left to each start, as the device is: the rounding of the learning rate is all that it changes.
+# Settings that a resumed run may change, because they do not change what it computes. The CUDA graph is one: it
+# changes only how the learning rate is rounded.
 _OPERATIONAL = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1", "cuda_graph"}
 
 
@@ -47,7 +47,7 @@ def take_up_newest(run: Run) -> bool:
     check_same(None if found is None else found[1]["step"], "the newest checkpoint's step", run.group)
     if found is None:
         return False
-    with together(run.group):  # one rank alone may refuse, by its own share of the data
+    with together(run.group):  # one rank alone may raise, since each checks its own share of the data
         check_same_run(run, *found)
     take_up(run, *found)
     run.write_records()

@@ -33,14 +33,15 @@ class Run:
     """PIAD training of one super-network (METHOD 2); `skd.training.loop.run_epochs` does it.
 
     Attributes:
-        plain: the network is a plain model in a super-network's clothes, and is saved as a plain model.
+        plain: True when `skd.finetune` wrapped a plain model in a SuperNet; it is then saved as a plain model.
         folder: of its files; None: it writes none.
         scheduler: of the learning rate.
         online: importance from the training steps themselves, where it is asked for.
         steps_per_epoch: where the loader has a length.
         origin: what the run began with, for those who resume it; without a folder nobody does.
         epoch, step_in_epoch: the next step's epoch, and how many steps of it are done.
-        grown, sensitivity: the dropout list has been grown for this epoch, and by what.
+        grown: whether the dropout list has already grown in this epoch; a resumed epoch must not grow it twice.
+        sensitivity: each module's sensitivity, as measured when the list grew.
         log: of the steps of this epoch.
         best_state: the weights of the best epoch so far, on the CPU.
         compiles: the next step waits for the compiler.
@@ -107,7 +108,10 @@ class Run:
             raise StopAll(self.stop.number)
 
     def check_finite(self, weights: bool = False) -> None:
-        """Of the losses so far; before weights are kept or judged, of them too: a gradient alone may be NaN.
+        """Check that every loss so far is finite, and with `weights` every weight too.
+
+        The weights are checked before they are saved or evaluated: a NaN gradient spoils them before the next loss
+        shows it.
 
         Raises:
             Diverged: there is a NaN or an infinity, on some rank.
@@ -118,7 +122,7 @@ class Run:
         if largest(not bool(self.finite), self.group) == 0:
             return
         known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
-        # Later than this step are only damaged ones, which the run was taken up before.
+        # Checkpoints of later steps are damaged: this run was resumed from an older one. They are not offered.
         known = [path for path in known if path <= checkpoints.checkpoint_path(path.parent, self.step)]
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
         raise Diverged(f"the loss or a weight is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
@@ -126,7 +130,7 @@ class Run:
     # Files: rank 0 writes them, and the others wait until it has
 
     def keep_weights(self) -> None:
-        """Those that are evaluated are the best so far: remember them, and write them."""
+        """Keep a copy of the evaluated weights and write them to a file, because they are the best so far."""
         averaged = self.state.averaged
         self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in averaged.state_dict().items()}
         with together(self.group):

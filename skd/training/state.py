@@ -28,8 +28,9 @@ class StepState:
 
     Attributes:
         supernet: the network that is trained.
-        network: what is called to train it: the super-network, compiled where asked for, and on several ranks wrapped
-            in DistributedDataParallel, unless a CUDA graph averages the gradients.
+        network: the callable that a step calls: the super-network, compiled where asked for, and on several ranks
+            wrapped in DistributedDataParallel, unless a CUDA graph averages the gradients. It is not
+            `supernet.network`, which describes the architecture.
         average: of the weights; None: the weights themselves are evaluated and saved.
         scaler: of the loss, in float16; otherwise it does nothing.
         decay: where weight decay follows the dropout list; None: the optimizer does it.
@@ -75,7 +76,11 @@ class StepState:
         return {id(parameter): name for name, parameter in self.supernet.model.named_parameters()}
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Without a cache of casts, which a CUDA graph must not read; a weight is used once in a pass."""
+        """Autocast for the forward pass.
+
+        Its cache of cast weights is off, because a CUDA graph must not read it. That costs nothing where each weight
+        is used once per pass, as it is unless activations are computed again.
+        """
         enabled = self.precision != torch.float32
         return torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False)
 

@@ -98,7 +98,8 @@ def _update(state: StepState) -> None:
 def average_gradients(network: torch.nn.Module, group: Group) -> None:
     """The mean over the ranks, in one collective, where no DistributedDataParallel is around the network.
 
-    That ties every parameter to the stream on which it is made, which is not that of a capture.
+    DistributedDataParallel is not used here because it ties every parameter to the CUDA stream on which it was built,
+    and a graph is captured on another stream.
     """
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -128,7 +129,8 @@ class Stepper:
             self.capture = Capture(
                 self._recorded,
                 state.device,
-                # A list longer than its table has a new one; with scores or without, other kernels take part.
+                # The graph must be captured again when the width table is replaced (the list has outgrown it), and
+                # when the collection of scores is switched on or off, since other kernels then run.
                 reads=lambda: (supernet.width_table, supernet.scores),
                 fixed=config.cuda_graph is True,
             )
@@ -170,7 +172,10 @@ class Stepper:
         return take_step(self.state, [part], len(part.images), inputs["entry"])
 
     def set_learning_rate(self, schedule: Callable[[int], None], position: int) -> None:
-        """What a method of the scheduler says of `position`, an epoch or a step."""
+        """Set the learning rate that the scheduler's method `schedule` gives for `position`, an epoch or a step.
+
+        A captured step reads the rate from the device, so the new rate is copied there.
+        """
         schedule(position)
         if self._rates is not None:
             self._rates.take()

@@ -49,9 +49,10 @@ class SuperBlock(nn.Module):
         shared: Any = None,
         **of_timm: Any,
     ) -> torch.Tensor:
-        """(B, N, C), or of the first `tokens` alone: (B, tokens, C); a width and a buffer of scores per module.
+        """Run the block at the given widths.
 
-        timm's own forward of the model may call it too: `of_timm` is what that gives to its blocks.
+        Returns (B, N, C), or (B, tokens, C) when `tokens` is given. `widths` and `scores` have one item per module.
+        timm's own forward of the model may also call this; `of_timm` takes the arguments that timm gives its blocks.
 
         Raises:
             ValueError: an attention mask, or another argument, which nothing here takes.
@@ -112,7 +113,7 @@ class SuperBlock(nn.Module):
         return result
 
     def _cut_branch(self, module: Module, width: int) -> dict[str, Any]:
-        """What takes the place of a branch's fields: nothing of a whole one."""
+        """The new values of the block's fields for one branch, by name; empty if the branch keeps its full width."""
         place = module.place
         whole = getattr(self, place.module)
         if is_skipped(whole) or 0 < width == module.full_width:
@@ -133,7 +134,10 @@ def first_block(model: TimmModel) -> nn.Module:
 
 
 def _skip(x: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
-    """`x`, with what is skipped in the graph (layers, parameters, None): gradients are zeros, not None."""
+    """Return x unchanged, but keep the parameters of what is skipped in the autograd graph.
+
+    They then get zero gradients instead of None, so that DistributedDataParallel finds no unused parameter.
+    """
     if not torch.is_grad_enabled():
         return x
     layers = [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]

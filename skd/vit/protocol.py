@@ -124,7 +124,7 @@ class Module(ABC):
 
     @property
     def places(self) -> int:
-        """In how many places one unit of width is removed: H for a coordinate of every head."""
+        """How many coordinates one unit of width stands for: H in an attention narrowed in every head, else 1."""
         return 1
 
     @property
@@ -254,7 +254,7 @@ class Network(ABC):
 
     @abstractmethod
     def tokens_read(self, model: TimmModel) -> int | None:
-        """How many of the first tokens the head reads, None: all; the others end at the last attention."""
+        """The number of leading tokens that the head reads; None means all. The last block computes only these."""
 
     @property
     def by_block(self) -> tuple[tuple[Module, ...], ...]:

@@ -65,7 +65,7 @@ def gradient_config(like: torch.Tensor, channels: int) -> Config:
 
 @triton.jit
 def kept(width, head_dim):
-    """The width, wherever it came from, as something that cannot lead out of the buffers."""
+    """Load the width and clamp it to the valid range: a wrong value must not address memory outside the buffers."""
     return tl.minimum(tl.maximum(tl.load(width), 0), head_dim)
 
 

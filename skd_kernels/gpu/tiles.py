@@ -79,13 +79,14 @@ def inner_step(like: torch.Tensor) -> int:
     return 128 // like.element_size()
 
 
-# A width may be an element of a table: code that only serves widths at multiples of 16 bytes would be compiled twice.
+# Triton would compile twice, for 16-byte-aligned and for other addresses. A width may be an element of a table, at
+# any address, so kernels are not specialised on the alignment of the width's pointer.
 width_kernel = triton.jit(do_not_specialize_on_alignment=["width"])
 
 
 @triton.jit
 def read_width(width, full):
-    """The width, wherever it came from, as something that cannot lead out of the buffers."""
+    """Load the width and clamp it to the valid range: a wrong value must not address memory outside the buffers."""
     return tl.minimum(tl.maximum(tl.load(width), 0), full)
 
 

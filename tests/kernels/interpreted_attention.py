@@ -150,7 +150,7 @@ def test_views_and_strides() -> None:
 
 
 def test_operands_begin_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever they are parts of: as the kernels expect that are compiled ahead of time."""
+    """Every operand begins at a multiple of 16 bytes, even a view, as kernels compiled ahead of time assume."""
     leaves: list[Any] = [LAYOUTS["unaligned"](tensor).requires_grad_() for tensor in make_inputs((1, 9, 32), 2, 16)]
     watch(monkeypatch, MODULES, check_alignment)
     with kernels.use("triton"):
