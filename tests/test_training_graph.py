@@ -129,6 +129,16 @@ def test_automatically_another_shape_is_a_step_by_itself(graphs):
     assert (graphs.captures, graphs.replays) == (1, 3)
 
 
+def test_an_odd_first_batch_does_not_decide_for_which_size_the_graph_is(graphs):
+    """As in a run that is resumed at the last, smaller batch of an epoch."""
+    step = by_hand(digit_net(torch.float64), training_config(**SETTINGS | NO_MIXING, cuda_graph=None))
+    images, labels = digit_data()[0][0]
+    with skd_kernels.use("reference"):
+        for size in (8, *[16] * (WARMUP + 5), 8):
+            step([(images[:size].double(), labels[:size])], 0)
+    assert graphs.captures == 1 and graphs.replays >= 3
+
+
 def test_a_capture_knows_only_its_function(graphs):
     """Of any tensors, to any tensor; what it reads besides, and changes, is read and changed at every replay."""
     total, seen = torch.zeros(3), []

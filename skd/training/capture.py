@@ -7,6 +7,7 @@ H100 one capture of a training step served every entry, and 1,000 steps of chang
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -41,7 +42,7 @@ class Capture:
             reads: objects that the function looks up by itself: where one is another than before, the graph is made
                 anew, after a call without it.
             fixed: inputs of another shape are an error; otherwise such a call runs by itself, and the graph is made
-                for the first shape that comes often enough in a row.
+                for the shape that comes most often.
         """
         self.function, self.device, self.reads, self.fixed = function, device, reads, fixed
         self.calls = 0
@@ -50,6 +51,7 @@ class Capture:
         self.stream = torch.cuda.Stream(device)
         self._read: tuple[object, ...] | None = None  # by the graph
         self._inputs: dict[str, torch.Tensor] = {}
+        self._others: Counter[tuple[object, ...]] = Counter()  # how often inputs of other shapes came
         self._result: torch.Tensor | None = None
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
@@ -63,9 +65,9 @@ class Capture:
             if not self._inputs:
                 self._inputs = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
             if not self.fixed and any(not _alike(value, self._inputs[name]) for name, value in inputs.items()):
-                if self.graph is not None or self.failed:
+                if self.graph is not None or self.failed or not self._came_more_often(inputs):
                     return self._on_the_side(inputs).clone()
-                # No graph yet: this may be the usual shape, and the one before an odd batch.
+                # The shape so far was that of an odd batch, such as the last one of the epoch in which a run resumed.
                 self._inputs = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
                 self.calls = 0
             for name, value in inputs.items():
@@ -77,6 +79,12 @@ class Capture:
             result = self._run()
         self.calls += 1
         return result.clone()
+
+    def _came_more_often(self, inputs: Inputs) -> bool:
+        """Count this shape, and say whether it has come more often than the one that the graph would be made for."""
+        shape = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
+        self._others[shape] += 1
+        return self._others[shape] > self.calls
 
     def _run(self) -> torch.Tensor:
         reads = self.reads()
