@@ -27,7 +27,8 @@ Around it:
     training/       the training of a super-network, and of what is cut out of it
     data/           images, loaders
     recipes/        published runs, by name
-    commands/       the command line, one file for each command
+    cli             the command ``skd``: one rule for all commands
+    commands/       the commands, one file for each
     demo/           the whole method in minutes
     support/        what all of it stands on: settings, files that are written, processes, pictures
     __main__        ``python -m skd``

@@ -21,11 +21,11 @@ import torch
 from helpers import digit_net
 
 import skd
+import skd.cli
 import skd.demo.running
-import skd.support.cli
 import skd_kernels
 from skd import commands
-from skd.support.cli import main
+from skd.cli import main
 from skd.support.outputs import replacing
 from skd.training import Diverged
 

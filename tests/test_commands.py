@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import skd
+from skd.cli import main
 from skd.commands._arguments import size
-from skd.support.cli import main
 
 MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs"]
 KWARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 3}

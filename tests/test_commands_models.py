@@ -16,9 +16,9 @@ from test_commands import KWARGS, MODEL, TRAINING, command, header, make_images
 from timm.models import save_for_hf
 
 import skd
+from skd.cli import main, parsed
 from skd.commands._work import with_new_head
 from skd.extract import choose_entry
-from skd.support.cli import main, parsed
 
 LOADING = ["--workers", 0, "--calibration-images", 24]
 TRAIN = ["--epochs", "1", *TRAINING[2:]]

@@ -11,7 +11,7 @@ from PIL import Image
 from test_commands import KWARGS, MODEL, command, make_images, read
 
 import skd
-from skd.support.cli import main
+from skd.cli import main
 
 work = test_commands.work  # the fixture
 

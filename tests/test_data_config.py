@@ -17,10 +17,10 @@ from test_data_sources import divided, png_folder
 from test_data_streams import write_shards
 
 import skd
+from skd.cli import parsed
 from skd.commands import train as command
 from skd.data import Augmentation, Sources, data_config, loaders, open_source, train_loader
 from skd.data.pixels import AUGMENTATION
-from skd.support.cli import parsed
 
 
 def batches(config: skd.TrainConfig, model: Any = None, data: Any = "digits", **options: Any) -> Any:

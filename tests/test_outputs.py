@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from skd.cli import parsed
 from skd.commands import COMMANDS
-from skd.support.cli import parsed
 from skd.support.outputs import Files, check_files
 
 

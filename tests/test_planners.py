@@ -15,8 +15,8 @@ from helpers import assert_same_outcome, digit_data, digit_net, interrupted, run
 
 import skd
 from skd import planners
+from skd.cli import main
 from skd.planning import propose
-from skd.support.cli import main
 from skd.training.report import write_report
 
 

@@ -20,7 +20,7 @@ from make_measured_lines import BEGIN, END, lines
 
 import skd
 from benchmarks.table import split
-from skd.support import cli
+from skd import cli
 
 # Models whose attention is cut by heads, or not at all: projections together with and without a bias, and apart.
 HEADS: dict[str, dict[str, Any]] = {

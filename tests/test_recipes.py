@@ -13,8 +13,8 @@ import torch
 from test_commands import KWARGS, MODEL, TRAINING, command, make_images
 
 import skd
+from skd.cli import main
 from skd.recipes import names, read_recipe
-from skd.support.cli import main
 
 SIZES = {"tiny": 1_083_551_656, "small": 4_258_618_216, "base": 16_883_299_048}
 

@@ -15,7 +15,7 @@ import torch
 from helpers import assert_close, checkpoint_files, leftovers, read_checkpoint
 from safetensors.torch import load_file
 
-from skd.support.cli import main
+from skd.cli import main
 
 MODEL = (
     '{"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}'

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 import skd
-from skd.support.cli import main
+from skd.cli import main
 from skd.training import Stopped, checkpoints
 from skd.training.origin import images_of, weights_hash
 

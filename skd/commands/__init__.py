@@ -1,7 +1,7 @@
 """The subcommands of ``skd``: one file for each, found here without being listed anywhere.
 
 A command is a `Command` called COMMAND in a file with its name: what it takes, reads, writes and shares, and the
-function that does its work. Of all of them `skd.support.cli` knows no more than that. CONTRIBUTING.md says how to add
+function that does its work. Of all of them `skd.cli` knows no more than that. CONTRIBUTING.md says how to add
 one. To import the files is cheap, for the sake of ``skd COMMAND --help``: what needs torch is imported by
 `Command.run`.
 

@@ -3,7 +3,6 @@
     settings      every setting of a run, with the published value of each; imports no torch
     requirements  what skd needs, said at its first import if it is missing
     process       the process ``skd``: its first import, Ctrl-C, its last line
-    cli           the command ``skd``: one rule for all commands
     outputs       files and folders that are written: checked first, and whole or not at all
     devices       the device that was asked for
     ranks         several processes: sums, broadcasts, and ranks that fail

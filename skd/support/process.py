@@ -18,7 +18,7 @@ INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
 
 
 def program() -> int:
-    """`skd.support.cli.main` with the arguments of the process.
+    """`skd.cli.main` with the arguments of the process.
 
     While modules are imported, and after the work, there is nothing to put away: the process ends on the spot. In
     between Ctrl-C is a KeyboardInterrupt, which removes what was being written; a second one ends on the spot. Where
@@ -42,7 +42,7 @@ def program() -> int:
 
     listen(end)
     try:
-        from skd.support.cli import answered
+        from skd.cli import answered
 
         return answered(None, lambda: listen(interrupt))
     finally:
