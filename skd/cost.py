@@ -115,13 +115,12 @@ def check_convention(convention: str) -> str:
 def cost_model(model: TimmModel, network: Network) -> CostModel:
     """The price list of a model at its present widths."""
     tokens = network.tokens(model)
-    base_linear, base_full = network.outside_macs(model)
     prices = [module.prices(model) for module in network.modules]
     table = np.array(prices, dtype=np.int64).reshape(len(prices), len(Prices._fields))
     column = dict(zip(Prices._fields, table.T, strict=True))
     linear = column["macs_per_unit"] * tokens
     return CostModel(
-        base_macs=np.array([base_full, base_linear], dtype=np.int64),
+        base_macs=np.array(network.outside_macs(model), dtype=np.int64),
         macs_per_unit=np.stack([linear + column["macs_per_pair"] * tokens * tokens, linear]),
         macs_fixed=column["macs_fixed"] * tokens,
         base_params=network.outside_params(model),

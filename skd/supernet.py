@@ -163,16 +163,13 @@ class SuperNet(nn.Module):
         """
         widths, scores = self._resolve(entry), self.scores or [None] * len(self.infos)
         x, shared = self.embed(images)
-        start = 0
+        start, recomputes = 0, self.grad_checkpointing and torch.is_grad_enabled()
         for block, tokens, own in zip(self.network.blocks(self.model), self._tokens_kept(), shared, strict=True):
             end = start + len(block.modules_in_order)
             arguments = (widths[start:end], tokens, scores[start:end], own)
-            x = checkpoint(block, x, *arguments, use_reentrant=False) if self._recomputes() else block(x, *arguments)
+            x = checkpoint(block, x, *arguments, use_reentrant=False) if recomputes else block(x, *arguments)
             start = end
         return self.head(x)
-
-    def _recomputes(self) -> bool:
-        return self.grad_checkpointing and torch.is_grad_enabled()
 
     @property
     def grad_checkpointing(self) -> bool:

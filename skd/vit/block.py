@@ -12,9 +12,6 @@ from torch import nn
 from skd.vit.protocol import Module, TimmModel, Width
 from skd.vit.skipped import is_skipped, skipped_like
 
-# Fields of timm's blocks that are no layers: a layer scale that is not there, and what norms are initialised to.
-_SETTINGS = ("gamma_1", "gamma_2", "init_values")
-
 
 class SuperBlock(nn.Module):
     """A timm block whose modules take a width; its layers and parameters keep their names.
@@ -31,7 +28,9 @@ class SuperBlock(nn.Module):
         super().__init__()
         self.block_class = getattr(block, "block_class", type(block))
         self.modules_in_order = tuple(modules)
-        self.settings = {name: value for name, value in vars(block).items() if name in _SETTINGS}
+        # Fields of timm's block that are no layers: a scale that is not there, what norms are initialised to.
+        plain = {"init_values", *(module.place.scale for module in modules)}
+        self.settings = {name: value for name, value in vars(block).items() if name in plain}
         for name, parameter in block._parameters.items():
             self.register_parameter(name, parameter)
         for name, child in block.named_children():

@@ -18,7 +18,17 @@ from torch import nn
 
 from skd.vit.attention import around, check_no_dropout
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, TimmLayer, TimmModel, Transform, Width
+from skd.vit.protocol import (
+    Consumer,
+    Coordinates,
+    OrderedModule,
+    Place,
+    Prices,
+    TimmLayer,
+    TimmModel,
+    Transform,
+    Width,
+)
 from skd_kernels import taylor_scores
 
 Watch = Callable[[torch.Tensor], torch.Tensor]
@@ -27,7 +37,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
-class HeadAttention(Module):
+class HeadAttention(OrderedModule):
     """An attention whose width counts its heads: one unit is removed in one place, a whole head.
 
     Attributes:
@@ -69,10 +79,6 @@ class HeadAttention(Module):
     def num_heads(self) -> int:
         return self.full_width
 
-    @property
-    def score_shape(self) -> tuple[int, ...]:
-        return (self.full_width,)
-
     def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read.
 
@@ -109,15 +115,6 @@ class HeadAttention(Module):
         layers = ("qkv",) if attn.qkv is not None else _PROJECTIONS
         rows = torch.cat([getattr(attn, name).weight.double().norm(dim=1) for name in layers])
         return rows.reshape(3, self.num_heads, -1).norm(dim=(0, 2))
-
-    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
-        return self.ordering(statistic)
-
-    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
-        """The new order of the heads (as it is, where they may not change places)."""
-        if self.binary:
-            return torch.arange(self.num_heads, device=scores.device)
-        return scores.argsort(descending=True, stable=True)
 
     def apply(self, model: TimmModel, transform: Transform) -> None:
         """Permute whole heads: rows of the projections, their biases and the gate, columns of the output layer."""

@@ -13,7 +13,17 @@ from torch import nn
 
 from skd.vit.attention import around
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, TimmLayer, TimmModel, Transform, Width
+from skd.vit.protocol import (
+    Consumer,
+    Coordinates,
+    OrderedModule,
+    Place,
+    Prices,
+    TimmLayer,
+    TimmModel,
+    Transform,
+    Width,
+)
 from skd_kernels import masked_mlp, taylor_scores
 
 MLP_GROUPS = 32  # groups of neurons of an MLP (METHOD 2)
@@ -35,7 +45,7 @@ _LAYERS: dict[Any, tuple[tuple[str, ...], str]] = {
 
 
 @dataclass(frozen=True)
-class SortedMlp(Module):
+class SortedMlp(OrderedModule):
     """An MLP whose width counts its hidden neurons.
 
     Attributes:
@@ -85,10 +95,6 @@ class SortedMlp(Module):
             output=output,
         )
 
-    @property
-    def score_shape(self) -> tuple[int, ...]:
-        return (self.full_width,)
-
     def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         """The feature is what enters the output layer, (B, N, F)."""
 
@@ -110,15 +116,6 @@ class SortedMlp(Module):
         first = [getattr(self.of(model), name).weight for name in self.inputs]
         rows = torch.cat([weight.double().norm(dim=1).reshape(-1, self.full_width) for weight in first])
         return rows.norm(dim=0)
-
-    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
-        return self.ordering(statistic)
-
-    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
-        """The new order of the neurons (as it is, where they may not change places)."""
-        if self.binary:
-            return torch.arange(self.full_width, device=scores.device)
-        return scores.argsort(descending=True, stable=True)
 
     def apply(self, model: TimmModel, transform: Transform) -> None:
         """Permute rows of the input layers (gate and value alike) and columns of the output layer."""

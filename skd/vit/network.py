@@ -101,7 +101,7 @@ class BlockNetwork(Network):
 
     def outside_macs(self, model: TimmModel) -> tuple[int, int]:
         linear = outside_macs(model)
-        return linear, linear + pool_macs(model, self.pooled_tokens(model))
+        return linear + pool_macs(model, self.pooled_tokens(model)), linear
 
     def outside_params(self, model: TimmModel) -> int:
         """Counted without a walk through the blocks: it is asked at every step."""

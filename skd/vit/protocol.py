@@ -214,6 +214,24 @@ class Module(ABC):
 
 
 @dataclass(frozen=True)
+class OrderedModule(Module):
+    """A module whose coordinates change places, and nothing is rotated: one score each, the highest first."""
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return (self.full_width,)
+
+    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
+        return self.ordering(statistic)
+
+    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
+        """The new order of the coordinates (as it is, where they may not change places)."""
+        if self.binary:
+            return torch.arange(self.full_width, device=scores.device)
+        return scores.argsort(descending=True, stable=True)
+
+
+@dataclass(frozen=True)
 class Network(ABC):
     """A family of transformers: what is around the blocks, and which modules are in them.
 
@@ -287,7 +305,7 @@ class Network(ABC):
 
     @abstractmethod
     def outside_macs(self, model: TimmModel) -> tuple[int, int]:
-        """(linear, full) MACs of all that is not in a block, for one image."""
+        """(full, linear) MACs of all that is not in a block, for one image."""
 
     @abstractmethod
     def outside_params(self, model: TimmModel) -> int:

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from skd.vit.protocol import Consumer, Coordinates, Module, Place, Prices, TimmLayer, TimmModel, Transform, Width
+from skd.vit.protocol import (
+    Consumer,
+    Coordinates,
+    OrderedModule,
+    Place,
+    Prices,
+    TimmLayer,
+    TimmModel,
+    Transform,
+    Width,
+)
 
 
 def skipped_like(module: nn.Module) -> fx.GraphModule:
@@ -49,16 +59,12 @@ def is_skipped(module: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class SkippedModule(Module):
+class SkippedModule(OrderedModule):
     """What an extraction left out: nothing to read, to rewrite or to narrow, and no cost."""
 
     @classmethod
     def describe(cls, index: int, place: Place) -> SkippedModule:
         return cls(f"{index}.{place.module}", index, place, full_width=0, group_size=1, binary=False)
-
-    @property
-    def score_shape(self) -> tuple[int, ...]:
-        return (0,)
 
     def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
         return []
@@ -71,12 +77,6 @@ class SkippedModule(Module):
 
     def row_norms(self, model: TimmModel) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
-
-    def transform(self, statistic: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(0, dtype=torch.int64)
-
-    def ordering(self, scores: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(0, dtype=torch.int64)
 
     def apply(self, model: TimmModel, transform: Transform) -> None:
         pass

@@ -10,6 +10,7 @@ The files register themselves:
 from __future__ import annotations
 
 import pkgutil
+from functools import cache
 from importlib import import_module
 from typing import TypeVar
 
@@ -27,9 +28,14 @@ def register(family: _Family) -> _Family:
 
 def families() -> tuple[type[Network], ...]:
     """All of them; the files of this folder are imported here, when a model is first described."""
+    _import_files()
+    return tuple(_FAMILIES)
+
+
+@cache
+def _import_files() -> None:
     for file in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{file.name}")
-    return tuple(_FAMILIES)
 
 
 def family_of(model: TimmModel) -> type[Network] | None:
