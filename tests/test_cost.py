@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import tiny_vit
+from helpers import random_batches, tiny_vit
 from internals import planning_prices
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,3 +117,26 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     skd.cost(model)
     assert model.training and [type(module) for module in model.modules()] == before
     assert not any(module._forward_hooks for module in model.modules())
+
+
+POOLED = {
+    "patches": lambda: tiny_vit(global_pool="map"),
+    "prefix too": lambda: tiny_vit(global_pool="map", pool_include_prefix=True, reg_tokens=2),
+    "Eva": lambda: timm.create_model("vit_pe_core_base_patch16_224", **EVA).double().eval(),
+}
+EVA = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_the_products_of_an_attention_pool_are_counted(name: str) -> None:
+    """Without attention in the blocks `full` exceeds `linear` by the products of the pool, as PyTorch counts them."""
+    supernet = skd.SuperNet(POOLED[name]())
+    widths = supernet.widths()
+    supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, [widths, [0, *widths[1:2]] * 2])
+    model = skd.extract(supernet, entry=1)
+    model.requires_grad_(False).attn_pool.fused_attn = False  # products that the counter sees
+    with FlopCounterMode(display=False) as counter:
+        model(random_batches()[0][0][:1])
+    products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "bmm" in str(op)) // 2
+    assert products > 0
+    assert skd.cost(model).macs - skd.cost(model, convention="linear").macs == products
