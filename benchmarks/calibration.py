@@ -24,7 +24,7 @@ import skd
 from benchmarks.contenders import covariance_published
 from benchmarks.timing import ROOT, peak_resident
 from skd.convert import WpacStatistics, apply_transforms
-from skd.support.taps import checked, tapped, total_cost
+from skd.support.taps import checked, objective, tapped
 from skd.vit import Module, describe
 
 WAYS = ("load", "streamed", "published")
@@ -44,7 +44,7 @@ def convert(model: Any, batches: Iterable[Any]) -> skd.SuperNet:
         converted.requires_grad_()
         for images, labels in checked(converted, batches):
             converted.zero_grad()
-            total_cost(converted, converted(images), labels).backward()
+            objective(converted, converted(images), labels).backward()
             for module, feature, grad in kept:
                 add(statistics, module, feature, grad)
             kept.clear()

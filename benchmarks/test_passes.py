@@ -16,7 +16,7 @@ from benchmarks.steps import PLAIN_LAYERS, Network, images_and_labels
 from benchmarks.timing import Call, report
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, score_buffers
-from skd.support.taps import frozen, total_cost
+from skd.support.taps import frozen, objective
 from skd.training.loop import train_epoch
 from skd.training.run import Run, make_run
 from skd.training.screen import Screen, Seconds
@@ -77,11 +77,11 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
         x, _ = supernet.embed(images)
         for index, width in enumerate(supernet.widths()):
             x = plain_step(supernet, index, x, width)
-        total_cost(supernet.model, supernet.head(x), labels).backward()
+        objective(supernet.model, supernet.head(x), labels).backward()
         supernet.zero_grad()
 
     def published_pass() -> None:
-        total_cost(network.model, network(images, supernet.widths()), labels).backward()
+        objective(network.model, network(images, supernet.widths()), labels).backward()
         network.zero_grad()
 
     def activations_only() -> None:
@@ -90,7 +90,7 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
             x.requires_grad_()
             for index, width in enumerate(supernet.widths()):
                 x = supernet.step(index, x, width)
-            total_cost(supernet.model, supernet.head(x), labels).backward()
+            objective(supernet.model, supernet.head(x), labels).backward()
 
     describe(benchmark, "backward of the cost, parameters frozen", size)
     report(benchmark, {"frozen": activations_only, "all gradients": everything, "published": published_pass})

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
 
 from skd import __version__
 from skd.commands import COMMANDS
@@ -74,7 +73,9 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(kind: type[argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, Any]:
+def _parser(
+    kind: type[argparse.ArgumentParser],
+) -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="skd", description="Turn one pre-trained Vision Transformer into a super-network of every size."
     )
@@ -88,7 +89,9 @@ def _parser(kind: type[argparse.ArgumentParser]) -> tuple[argparse.ArgumentParse
 class _AllWords(argparse.ArgumentParser):
     """In place of a command's own parser, while it is not known which command it is: takes everything."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self, args: object = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         return namespace or argparse.Namespace(), []
 
 
@@ -166,5 +169,5 @@ def _fail(error: object, status: int) -> int:
     return status
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {message}", file=sys.stderr)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from skd.supernet import SuperNet, belongs_to_supernet
 from skd.support.ranks import check_group, in_step, others_alive, summed, total
 from skd.support.settings import CENTERINGS, LABELS
-from skd.support.taps import all_finite, checked, frozen, report_left_out, tapped, total_cost
+from skd.support.taps import all_finite, checked, frozen, objective, report_left_out, tapped
+from skd.support.types import Progress
 from skd.vit import Module, Network, TimmModel, Transform, describe, probe, unwrapped
 from skd_kernels import Moments
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 def convert(
     model: TimmModel,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     centering: str = "dataset",
     labels: str = "given",
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> SuperNet:
     """Convert a timm Vision Transformer to a super-network, from one pass over calibration images.
@@ -111,7 +112,7 @@ def _difference(model: TimmModel, supernet: SuperNet) -> float:
 def collect(
     model: TimmModel,
     modules: Iterable[Module],
-    batches: Iterable[Any],
+    batches: Iterable[object],
     consume: Callable[[Module, torch.Tensor, torch.Tensor], None],
     end_batch: Callable[[], None] = lambda: None,
     predicted: bool = False,
@@ -120,7 +121,7 @@ def collect(
     """Forward and backward of the cost over `batches`, every (module, feature, gradient) to `consume`."""
     with tapped(model, modules, consume), torch.enable_grad():
         for images, targets in in_step(checked(model, batches, with_labels=not predicted), group):
-            total_cost(model, model(images), targets).backward()
+            objective(model, model(images), targets).backward()
             end_batch()
 
 

@@ -7,13 +7,17 @@ integer tables.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from skd.support.settings import CONVENTIONS
 from skd.vit import Network, TimmModel, describe, unwrapped
 from skd.vit.protocol import Prices
+
+if TYPE_CHECKING:
+    from skd.supernet import SuperNet
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Cost:
     params: int
 
 
-def cost(model_or_supernet: Any, *, entry: int | None = None, convention: str = "full") -> Cost:
+def cost(model_or_supernet: SuperNet | TimmModel, *, entry: int | None = None, convention: str = "full") -> Cost:
     """MACs per image and parameters of a timm model, a super-network or one of its sub-networks.
 
     Args:
@@ -76,12 +80,12 @@ class CostModel:
     unplanned_per_unit: np.ndarray  # (modules,) of the MACs per unit, those that the planner does not count
     unplanned_fixed: np.ndarray  # (modules,) of the fixed MACs, likewise
 
-    def macs(self, widths: Any, convention: str = "full") -> np.ndarray:
+    def macs(self, widths: npt.ArrayLike, convention: str = "full") -> np.ndarray:
         """MACs of each row of `widths`, (..., modules) int: (...) int64."""
         row = CONVENTIONS.index(check_convention(convention))
         return self._price(widths, self.base_macs[row], self.macs_per_unit[row], self.macs_fixed)
 
-    def params(self, widths: Any) -> np.ndarray:
+    def params(self, widths: npt.ArrayLike) -> np.ndarray:
         """Parameters of each row of `widths`, (..., modules) int: (...) int64."""
         widths = np.asarray(widths, dtype=np.int64)
         per_unit = self.params_per_unit + self.params_if_cut * (widths < self.full_widths)
@@ -100,7 +104,7 @@ class CostModel:
         return [(p * w + f) / w if w else 0.0 for p, f, w in zip(per_unit, fixed, widths, strict=True)]
 
     @staticmethod
-    def _price(widths: Any, base: Any, per_unit: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    def _price(widths: npt.ArrayLike, base: int | np.integer, per_unit: np.ndarray, fixed: np.ndarray) -> np.ndarray:
         widths = np.asarray(widths, dtype=np.int64)
         priced: np.ndarray = base + ((widths > 0) * (widths * per_unit + fixed)).sum(-1)
         return priced

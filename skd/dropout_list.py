@@ -160,7 +160,7 @@ class DropoutList:
             raise ValueError(f"text is not a dropout list: {error}") from None
 
 
-def _integers(name: str, values: Any) -> np.ndarray:
+def _integers(name: str, values: object) -> np.ndarray:
     """As an int64 array, refusing what is not whole."""
     try:
         exact = np.array(values)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 
 from skd.supernet import SuperNet
 from skd.support.ranks import check_group, gathered, in_step, summed, total
 from skd.support.taps import checked, frozen
+from skd.support.types import Progress
 from skd.vit import TimmModel, describe, unwrapped
 
 if TYPE_CHECKING:
@@ -95,15 +96,37 @@ def _predictions(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
 
 
+@overload
+def evaluate(
+    model: TimmModel,
+    batches: Iterable[object],
+    *,
+    entries: None = None,
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
+) -> float: ...
+
+
+@overload
+def evaluate(
+    model: TimmModel,
+    batches: Iterable[object],
+    *,
+    entries: Sequence[int],
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
+) -> list[float]: ...
+
+
 @torch.no_grad()
 def evaluate(
     model: TimmModel,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     entries: Sequence[int] | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
     group: ProcessGroup | None = None,
-) -> Any:
+) -> float | list[float]:
     """Top-1 in percent.
 
     Args:

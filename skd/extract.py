@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import numbers
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -96,7 +95,7 @@ def choose_entry(
     return int(fitting[0])
 
 
-def _budget(name: str, value: Any, full: int) -> int:
+def _budget(name: str, value: object, full: int) -> int:
     """A fraction (float in (0, 1]) or a count (int) as a count."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         if int(value) < 1:

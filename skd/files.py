@@ -38,12 +38,24 @@ from skd.support.devices import usable_device
 from skd.support.outputs import replacing
 from skd.support.taps import frozen
 from skd.vit import Network, TimmModel, describe, image_size, probe, unwrapped
-from skd.vit.construction import build, construction
+from skd.vit.construction import Construction, build, construction
 
 KEY = "skd"
 FORMAT = 1
 # Largest relative difference of logits after a round trip, by dtype; the arithmetic is the same, so nearly zero.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+class Header(Construction):
+    """The JSON header, as above."""
+
+    format: int
+    kind: str
+    widths: list[list[int]]
+    dropout_list: str | None
+    data: dict[str, object]
+    label_names: list[str] | None
+    versions: dict[str, str]
 
 
 def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -89,7 +101,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise ValueError(f"path {str(path)!r} cannot be rebuilt: {type(error).__name__}: {error}") from error
 
 
-def _header(obj: Any) -> dict[str, Any]:
+def _header(obj: SuperNet | TimmModel) -> Header:
     supernet = isinstance(obj, SuperNet)
     model = obj.model if supernet else obj
     network = obj.network if supernet else describe(model)
@@ -106,7 +118,7 @@ def _header(obj: Any) -> dict[str, Any]:
     }
 
 
-def _tensors(obj: Any, header: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _tensors(obj: nn.Module, header: Header) -> dict[str, torch.Tensor]:
     """The state of `obj`, with the tensors that stand for skipped modules."""
     if all(_flat(header["widths"])):
         return obj.state_dict()
@@ -120,7 +132,7 @@ def _tensors(obj: Any, header: dict[str, Any]) -> dict[str, torch.Tensor]:
     return obj.state_dict() | {key: torch.empty(shape, dtype=dtype) for key, shape in placeholders.items()}
 
 
-def _placeholders(whole: Any, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
+def _placeholders(whole: TimmModel, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
     """Shapes, with a 0, of the tensors that stand for skipped modules: of the layers into and out of their middle.
 
     By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (that of
@@ -140,7 +152,7 @@ def _flat(widths: list[list[int]]) -> list[int]:
     return [width for block in widths for width in block]
 
 
-def _write(tensors: dict[str, torch.Tensor], header: dict[str, Any], path: Path) -> None:
+def _write(tensors: dict[str, torch.Tensor], header: Header, path: Path) -> None:
     try:
         save_file(tensors, path, metadata={KEY: json.dumps(header)})
     except SafetensorError as error:
@@ -152,7 +164,7 @@ def _write(tensors: dict[str, torch.Tensor], header: dict[str, Any], path: Path)
     path.chmod(0o666 & ~mask)
 
 
-def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(path: Path, device: str | torch.device) -> tuple[Header, dict[str, torch.Tensor]]:
     if not path.is_file():
         raise ValueError(f"path is {str(path)!r}; there is no such file")
     try:
@@ -164,7 +176,7 @@ def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[
     except SafetensorError as error:
         raise ValueError(f"path {str(path)!r} is truncated, padded or no safetensors file: {error}") from None
     try:
-        header = json.loads(metadata[KEY])
+        header: Header = json.loads(metadata[KEY])
         written = int(header["format"])
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         raise ValueError(f"path {str(path)!r} has a damaged header") from None
@@ -173,7 +185,7 @@ def _read(path: Path, device: str | torch.device) -> tuple[dict[str, Any], dict[
     return header, state
 
 
-def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any) -> Any:
+def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch.device) -> SuperNet | TimmModel:
     """Shapes are compared on the meta device first, so a wrong header cannot ask for memory."""
     if header["kind"] not in ("supernet", "model"):
         raise ValueError(f"kind is {header['kind']!r}; it may be 'supernet' or 'model'")
@@ -203,11 +215,11 @@ def _rebuild(header: dict[str, Any], state: dict[str, torch.Tensor], device: Any
     if header["architecture"] is None:
         model._model_args = header["model_args"] | {"norm_eps": header["norm_eps"]}
     if header["kind"] == "supernet":
-        return SuperNet(model, DropoutList.from_json(header["dropout_list"]), copy=False).eval()
+        return SuperNet(model, DropoutList.from_json(header["dropout_list"] or ""), copy=False).eval()
     return model.eval()
 
 
-def _narrowed(model: TimmModel, network: Network, widths: list[list[int]]) -> Any:
+def _narrowed(model: TimmModel, network: Network, widths: list[list[int]]) -> TimmModel:
     """`model` cut to the widths of a file: the plain model itself, or what extraction makes of it."""
     flat = _flat(widths)
     full = [module.full_width for module in network.modules]
@@ -231,7 +243,7 @@ def _check_fit(model: TimmModel, state: dict[str, torch.Tensor], placeholders: d
 
 
 @torch.no_grad()
-def _verify(obj: Any, path: Path) -> None:
+def _verify(obj: SuperNet | TimmModel, path: Path) -> None:
     """The file, which has every tensor of `obj`, is rebuilt with the same logits; otherwise ValueError."""
     model = obj.model if isinstance(obj, SuperNet) else obj
     parameter = next(model.parameters())

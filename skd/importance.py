@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ import torch
 from skd.evaluate import Top1
 from skd.supernet import SuperNet, check_supernet
 from skd.support.ranks import check_group, in_step, summed, total
-from skd.support.taps import all_finite, check_gradients_possible, checked, frozen, report_left_out, total_cost
+from skd.support.taps import all_finite, check_gradients_possible, checked, frozen, objective, report_left_out
+from skd.support.types import Progress
 from skd.vit import Module, unwrapped
+from skd.vit.protocol import Shared
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
 
 def importance(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     widths: Sequence[int] | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Taylor scores of every kept coordinate, and the sensitivity of every module, over a proxy set.
@@ -127,7 +129,7 @@ def _add_scores(
     images: torch.Tensor,
     labels: torch.Tensor | None,
     buffers: list[torch.Tensor | None],
-) -> tuple[list[torch.Tensor], Sequence[Any], torch.Tensor]:
+) -> tuple[list[torch.Tensor], Sequence[Shared], torch.Tensor]:
     """Forward and backward of the cost; the operations add the scores on their way.
 
     Returns the residual stream that enters each module, what the blocks share, and the output; all without a graph.
@@ -139,13 +141,13 @@ def _add_scores(
         streams.append(x.detach())
         x = supernet.step(index, x, width, buffers[index], shared)
     output = supernet.head(x)
-    total_cost(supernet.model, output, labels).backward()
+    objective(supernet.model, output, labels).backward()
     return streams, shared, output.detach()
 
 
 @torch.no_grad()
 def _count_skips(
-    supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], shared: Sequence[Any], top1: Top1
+    supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], shared: Sequence[Shared], top1: Top1
 ) -> None:
     """Correct predictions with each module skipped.
 

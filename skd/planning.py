@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from skd import planners
 from skd.cost import check_convention
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
 from skd.supernet import SuperNet, check_supernet
+from skd.support.types import Progress
 from skd.vit import unwrapped
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ _ROUNDING = 1e-12
 
 
 def rank_operations(
-    scores: Mapping[str, Any],
+    scores: Mapping[str, npt.ArrayLike],
     sensitivity: Mapping[str, float],
     macs_per_unit: Mapping[str, float],
     group_size: Mapping[str, int],
@@ -87,7 +89,7 @@ def _module_order(name: str) -> tuple[int, str]:
     return int(block), kind
 
 
-def _normalised(name: str, raw: Any, width: int) -> np.ndarray:
+def _normalised(name: str, raw: npt.ArrayLike, width: int) -> np.ndarray:
     array = np.asarray(raw, dtype=np.float64)
     if array.shape != (width,):
         raise ValueError(f"scores of {name} has shape {array.shape}; its width is {width}")
@@ -118,12 +120,12 @@ def _kept_widths(normal: np.ndarray, price: float, group: int) -> list[tuple[int
 
 def plan(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     target: float = 0.875,
     rounds: int = 10,
     convention: str = "full",
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
     group: ProcessGroup | None = None,
     planner: str | planners.Planner = "paper",
     **options: Any,
@@ -199,7 +201,7 @@ class Proposal(NamedTuple):
 
 def propose(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     current: DropoutList,
     *,
     convention: str = "full",

@@ -10,6 +10,7 @@
     _dispatch    how a call finds its implementation
     _native      the compiled extension
     _checks      arguments that are wrong, refused
+    _autograd    the type of what autograd functions keep
 
 `explain` says which implementation a call gets and why the others were refused, `use` forces one,
 `build_info` says what was compiled. Nothing here imports `skd`.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
 
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...] | None = None) -> None:
+def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...] | None = None) -> None:
     """`tensor` is a floating-point tensor; a None in `shape` accepts any size."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
@@ -48,7 +47,7 @@ def check_pair(x: torch.Tensor, grad: torch.Tensor) -> None:
         raise ValueError(f"grad is {grad.dtype} on {grad.device}; it must be like x, {x.dtype} on {x.device}")
 
 
-def check_width(width: Any, full: int, device: torch.device) -> None:
+def check_width(width: object, full: int, device: torch.device) -> None:
     """An int in 0..full, or a 0-d integer tensor on `device` (whose value is not read)."""
     if isinstance(width, torch.Tensor):
         if width.ndim != 0 or width.dtype not in (torch.int32, torch.int64):

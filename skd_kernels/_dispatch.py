@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, NotRequired, ParamSpec, TypedDict, TypeVar
 
 import torch
 
 from skd_kernels import _native
+
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
 
 
 class TensorSpec(NamedTuple):
@@ -37,26 +40,28 @@ class TensorSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Implementation:
+class Implementation(Generic[_Result]):
     """One way to compute an operation; `refuses(**arguments)` gives None or the reason."""
 
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., _Result]
     refuses: Callable[..., str | None]
 
 
 @dataclass
-class Operation:
+class Operation(Generic[_Result]):
     """A public function and its implementations, best first."""
 
     name: str
     signature: inspect.Signature
-    implementations: list[Implementation] = field(default_factory=list)
+    implementations: list[Implementation[_Result]] = field(default_factory=list)
 
-    def implementation(self, name: str, refuses: Callable[..., str | None]) -> Callable[..., Any]:
+    def implementation(
+        self, name: str, refuses: Callable[..., str | None]
+    ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
         """Decorator that registers an implementation under `name`."""
 
-        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def register(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
             self.implementations.append(Implementation(name, function, refuses))
             return function
 
@@ -65,7 +70,7 @@ class Operation:
     def names(self) -> list[str]:
         return [implementation.name for implementation in self.implementations]
 
-    def select(self, arguments: dict[str, Any]) -> tuple[Implementation, dict[str, str]]:
+    def select(self, arguments: dict[str, object]) -> tuple[Implementation[_Result], dict[str, str]]:
         """The implementation for `arguments` and the reason of each one refused before it."""
         specs = {name: _spec(value) for name, value in arguments.items()}
         name = forced()
@@ -82,12 +87,12 @@ class Operation:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"{self.name}: no implementation accepts this call ({reasons})")
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, **arguments: object) -> _Result:
         implementation, _ = self.select(arguments)
         return implementation.function(**arguments)
 
 
-_operations: dict[str, Operation] = {}
+_operations: dict[str, Operation[Any]] = {}
 # The implementations forced by the open blocks of `use`, innermost last. Each name is wrapped in a list, so that two
 # blocks with the same name can be told apart when one ends.
 _forced: ContextVar[tuple[list[str], ...]] = ContextVar("skd_kernels_forced", default=())
@@ -95,7 +100,7 @@ _forced: ContextVar[tuple[list[str], ...]] = ContextVar("skd_kernels_forced", de
 _forced_in_graphs = threading.local()
 
 
-def operation(public: Callable[..., Any]) -> Operation:
+def operation(public: Callable[..., _Result]) -> Operation[_Result]:
     """Create (once) the registry entry of a public function."""
     return _operations.setdefault(public.__name__, Operation(public.__name__, inspect.signature(public)))
 
@@ -108,11 +113,11 @@ def forced() -> str | None:
     return entered[-1][0] if entered else None
 
 
-def always(**_: Any) -> None:
+def always(**_: object) -> None:
     """The predicate of a reference: it refuses nothing."""
 
 
-def _spec(value: Any) -> Any:
+def _spec(value: object) -> object:
     return TensorSpec.of(value) if isinstance(value, torch.Tensor) else value
 
 
@@ -137,11 +142,11 @@ class Explanation:
 
 
 def explain(
-    op: str | Callable[..., Any],
-    *args: Any,
+    op: str | Callable[..., object],
+    *args: object,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Explanation:
     """Say which implementation of `op` a call would get, and why each other one would not run.
 
@@ -170,7 +175,7 @@ def explain(
     bound.apply_defaults()
     spec_device = torch.device(device).type
 
-    def spec(value: Any) -> Any:
+    def spec(value: object) -> object:
         if isinstance(value, tuple | list | torch.Size):
             return TensorSpec(tuple(int(size) for size in value), dtype, spec_device)
         return _spec(value)
@@ -221,7 +226,28 @@ def _used_in_graphs(this: list[str]) -> Iterator[None]:
         _forced_in_graphs.name = entered[-1][0] if entered else None
 
 
-def build_info() -> dict[str, Any]:
+class BuildInfo(TypedDict):
+    """What `build_info` returns; the last fields are there where the extension is compiled."""
+
+    skd: str | None
+    python: str
+    torch: str
+    triton: str | None
+    timm: str | None
+    cuda_available: bool
+    compiled: bool
+    reason: str
+    implementations: dict[str, list[str]]
+    compiler: NotRequired[str]
+    built_with_torch: NotRequired[str]
+    cpu_levels: NotRequired[str]
+    cpu_level_in_use: NotRequired[str]
+    cuda: NotRequired[bool]
+    cuda_toolkit: NotRequired[str]
+    cuda_architectures: NotRequired[str]
+
+
+def build_info() -> BuildInfo:
     """Versions, and what of the package is compiled in this installation."""
 
     def installed(package: str) -> str | None:
@@ -231,7 +257,7 @@ def build_info() -> dict[str, Any]:
             return None
 
     module = _native.module
-    return {
+    info: BuildInfo = {
         "skd": installed("skd"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -240,6 +266,8 @@ def build_info() -> dict[str, Any]:
         "cuda_available": torch.cuda.is_available(),
         "compiled": module is not None,
         "reason": _native.failure,
-        **(module.build_info() if module is not None else {}),
         "implementations": {name: entry.names() for name, entry in _operations.items()},
     }
+    if module is not None:
+        info.update(module.build_info())
+    return info

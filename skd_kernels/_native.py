@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch  # before the extension, which needs its libraries loaded
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from skd_kernels._dispatch import TensorSpec
 
 STATISTICS_DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
@@ -32,7 +36,7 @@ def forward_mode() -> bool:
     return bool(forward_ad._current_level >= 0)
 
 
-def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
+def refuses_statistics(*, x: TensorSpec, grad: TensorSpec, **_: object) -> str | None:
     """Whether the compiled statistics take features `x` and gradients `grad`: None, or why not."""
     if module is None:
         return failure
@@ -47,7 +51,7 @@ def refuses_statistics(*, x: Any, grad: Any, **_: Any) -> str | None:
     return refuses_transforms()
 
 
-def refuses_moments(*, x: Any, grad: Any, **_: Any) -> str | None:
+def refuses_moments(*, x: TensorSpec, grad: TensorSpec, **_: object) -> str | None:
     """As `refuses_statistics`; the CUDA kernel holds a group's square in registers, so its size is bounded."""
     if x.device == "cuda" and x.shape[-1] > CUDA_LARGEST_GROUP:
         return f"groups of {x.shape[-1]} coordinates; the CUDA kernel takes up to {CUDA_LARGEST_GROUP}"
@@ -61,7 +65,7 @@ def rows(tensor: torch.Tensor, trailing: int) -> torch.Tensor:
     return tensor if tensor.shape[-1] < 2 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _load() -> tuple[Any, str]:
+def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("skd_kernels._C")
     except ImportError as error:

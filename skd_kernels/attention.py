@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from skd_kernels import _native
+from skd_kernels._autograd import Context
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
 from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
 from skd_kernels.gpu.entry import after_autocast, cast_as_linear, device_width, refuses_tensors, refuses_triton
-from skd_kernels.mlp import refuses_to_slice, select
+from skd_kernels.mlp import refuses_to_slice, select, select_bias
 from skd_kernels.taylor import with_taylor_scores
 
 # Coordinates of a head: so few take longer than twice as many, padded with zeros (float32, 197 tokens, AVX-512:
@@ -93,7 +94,7 @@ def masked_attention(
     return result
 
 
-def _scale(scale: Any, head_dim: int) -> float | None:
+def _scale(scale: object, head_dim: int) -> float | None:
     """The factor of the logits; None for an empty head, which has none."""
     if scale is None:
         return head_dim**-0.5 if head_dim else None
@@ -154,18 +155,22 @@ def masked_attention_compiled(
     return F.linear(out.flatten(2), columns, b_proj)
 
 
+class _AttentionContext(Context, Protocol):
+    scale: float
+
+
 class Attention(torch.autograd.Function):
     """softmax(scale q k^T) v of qkv (B, N, 3, H, D) float32: (B, N, H, D)."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: _AttentionContext, qkv: torch.Tensor, scale: float) -> torch.Tensor:
         qkv, ctx.scale = qkv.contiguous(), scale
         out, sums = torch.ops.skd_kernels.attention.default(qkv, scale)
         ctx.save_for_backward(qkv, out, sums)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _AttentionContext, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return AttentionGradient.apply(grads[0], *ctx.saved_tensors, ctx.scale), None
 
 
@@ -174,7 +179,7 @@ class AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, scale: float
+        ctx: Context, grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, sums: torch.Tensor, scale: float
     ) -> torch.Tensor:
         found: torch.Tensor = torch.ops.skd_kernels.attention_backward.default(
             grad.contiguous(), qkv, out, sums, scale
@@ -182,7 +187,7 @@ class AttentionGradient(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> None:
+    def backward(ctx: Context, *_: torch.Tensor) -> None:
         raise RuntimeError("the compiled masked_attention has no second derivative; use('reference') has")
 
 
@@ -314,7 +319,7 @@ def masked_attention_reference(
     keep = keep_head.repeat(num_heads)
     keep_rows = keep.repeat(3)
     some = torch.arange(1, device=x.device) < width
-    qkv = F.linear(select(some, x), select(keep_rows[:, None], w_qkv), select(keep_rows, b_qkv))
+    qkv = F.linear(select(some, x), select(keep_rows[:, None], w_qkv), select_bias(keep_rows, b_qkv))
     qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, inner // num_heads)
     qkv = with_taylor_scores(qkv, scores)
     q, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, D)
@@ -324,7 +329,7 @@ def masked_attention_reference(
         q = q[:, :, :queries].to(wide) * (1.0 if scale is None else scale)
         weights = (q @ keys.to(wide).mT).softmax(-1).to(values.dtype)
         out = (weights @ values).transpose(1, 2).flatten(2)
-    return F.linear(out, select(keep, w_proj), select(some, b_proj))
+    return F.linear(out, select(keep, w_proj), select_bias(some, b_proj))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:

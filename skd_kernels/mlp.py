@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,16 +168,21 @@ def masked_mlp_reference(
     keep = torch.arange(hidden, device=x.device) < width
     keep_rows = torch.cat([keep, keep]) if gated else keep
     some = torch.arange(1, device=x.device) < width
-    z = F.linear(select(some, x), select(keep_rows[:, None], w1), select(keep_rows, b1))
+    z = F.linear(select(some, x), select(keep_rows[:, None], w1), select_bias(keep_rows, b1))
     if gated:
         gate, value = z.split(hidden, dim=-1)
         h = ACTIVATIONS[act](gate) * value
     else:
         h = ACTIVATIONS[act](z)
     h = with_taylor_scores(h, scores)
-    return F.linear(h, select(keep, w2), select(some, b2))
+    return F.linear(h, select(keep, w2), select_bias(some, b2))
 
 
-def select(keep: torch.Tensor, tensor: Any) -> Any:
+def select(keep: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` where `keep`, exact zeros elsewhere, in value and in gradient."""
-    return None if tensor is None else torch.where(keep, tensor, 0.0)
+    return torch.where(keep, tensor, 0.0)
+
+
+def select_bias(keep: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The same of a bias, which may be missing."""
+    return None if bias is None else select(keep, bias)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skd_kernels._autograd import Context
 from skd_kernels._checks import check_tensor
 from skd_kernels._dispatch import TensorSpec, always, operation
 from skd_kernels.gpu.buffers import contiguous
@@ -312,7 +313,17 @@ def _gradients(
     return *streams, empty(2, row), empty(3, row), empty(4, row), empty(5, row)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+class _NormContext(Context, Protocol):
+    dtypes: list[torch.dtype]
+    parameters: list[torch.dtype | None]
+
+
+# The arguments of `residual_norm_forward`.
+_Maybe = Tensor | None
+_Inputs = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, float, bool, torch.dtype]
+
+
+def _setup_context(ctx: _NormContext, inputs: _Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, branch, weight, bias, scale, mask, branch_bias, _, _, _ = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *(() if branch is not None else (total,)))
@@ -324,7 +335,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(x if branch is None else total, *read, weight, scale, mask, mean, rstd)
 
 
-def _backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: _NormContext, dtotal: Tensor | None, dnormed: Tensor | None, *_: object
+) -> tuple[Tensor | None, ...]:
     total, branch, branch_bias, weight, scale, mask, mean, rstd = ctx.saved_tensors
     needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 3, 4, 6)]
     if dnormed is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 
+from skd_kernels._autograd import Context
 from skd_kernels._checks import check_pair
 from skd_kernels._dispatch import always, operation
 from skd_kernels._native import refuses_statistics, rows
@@ -53,17 +54,21 @@ def taylor_scores_reference(x: torch.Tensor, grad: torch.Tensor, power: int) -> 
     return (product.abs() if power == 1 else product.square()).sum(0)
 
 
+class _ScoresContext(Context, Protocol):
+    scores: torch.Tensor
+
+
 class AddTaylorScores(torch.autograd.Function):
     """Identity whose backward adds the Taylor scores of its input to a buffer ("scores for free")."""
 
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _ScoresContext, h: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(h)
         ctx.scores = scores
         return h.view_as(h)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _ScoresContext, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (h,) = ctx.saved_tensors
         (grad,) = grads
         scores = ctx.scores

@@ -18,9 +18,9 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 from skd.support.outputs import Files
+from skd.support.types import Document
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Command:
     description: str
     arguments: Callable[[argparse.ArgumentParser], None]
     files: Callable[[argparse.Namespace], Files]
-    run: Callable[[argparse.Namespace], dict[str, Any]]
+    run: Callable[[argparse.Namespace], Document]
     shares: bool = False
     order: int = 100
 

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from skd import recipes
 from skd.support.settings import BAD_IMAGES, CHECKPOINT_WEIGHTS, LABELS, TrainConfig
+from skd.support.types import JSON
+
+_Value = TypeVar("_Value")
 
 _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -145,7 +148,7 @@ def add_num_classes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, JSON]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -176,7 +179,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None
         group.add_argument(flag, dest=setting.name, default=argparse.SUPPRESS, help=text, **_kind(setting))
 
 
-def _kind(setting: Field[Any]) -> dict[str, Any]:
+def _kind(setting: Field[object]) -> dict[str, Any]:
     """argparse's arguments for a field, by its annotation."""
     annotation = str(setting.type)
     if "choices" in setting.metadata:
@@ -185,20 +188,20 @@ def _kind(setting: Field[Any]) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if annotation.startswith("tuple"):
         return {"type": float, "nargs": "+", "metavar": "X"}
-    kinds: dict[str, Callable[[str], Any]] = {"int": whole, "float": float, "str": str}
+    kinds: dict[str, Callable[[str], object]] = {"int": whole, "float": float, "str": str}
     base = kinds[annotation.split(" ")[0]]
     metavar = {"int": "N", "float": "X", "str": "NAME"}[annotation.split(" ")[0]]
     return {"type": partial(_or_none, base) if "None" in annotation else base, "metavar": metavar}
 
 
-def _or_none(base: Callable[[str], Any], text: str) -> Any:
+def _or_none(base: Callable[[str], _Value], text: str) -> _Value | None:
     try:
         return None if text.lower() == "none" else base(text)
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
-def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> tuple[TrainConfig, dict[str, Any]]:
+def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> tuple[TrainConfig, recipes.About]:
     """`defaults`, changed by --config, changed by the options given; and what a recipe says of itself."""
     command = arguments.command
     recipe = recipes.Recipe({}, {}) if arguments.config is None else recipes.read_recipe(arguments.config)

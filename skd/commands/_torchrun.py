@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,12 @@ from skd.commands import COMMANDS
 from skd.support.process import world_size
 from skd.training.stopping import Stopped
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @contextmanager
-def processes(command: str, device: str | None) -> Iterator[Any]:
+def processes(command: str, device: str | None) -> Iterator[ProcessGroup | None]:
     """The group of torchrun's processes, or None in a single one. Only rank 0 prints its results.
 
     Args:

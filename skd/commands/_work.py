@@ -6,30 +6,35 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from skd.cost import cost
 from skd.data import Loader, Loading, Source, data_config, open_source
 from skd.data.building import loader_of, usable_workers
 from skd.data.source import agree, name_classes, shown
 from skd.files import load, save
+from skd.recipes import About
 from skd.supernet import SuperNet
+from skd.support.curve import Rows
 from skd.support.devices import usable_device
 from skd.support.outputs import output_file
 from skd.support.ranks import everyone, rank_of, size_of, together
+from skd.support.types import Progress
 from skd.training.screen import Screen
 from skd.vit import MODEL_SOURCES, TimmModel, create_model, describe
 from skd.vit.weights import load_weights, new_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 # Names of files that hold weights; and of those that no safetensors file should have.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
@@ -38,8 +43,47 @@ _WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
 # Data
 
 
+class Opening(TypedDict, total=False):
+    """Arguments of `skd.data.open_source` that the commands choose themselves."""
+
+    training: bool
+    require_split: bool
+
+
+class ImagesRead(TypedDict):
+    """What was read of one data set, by all ranks.
+
+    Attributes:
+        data: its name.
+        images: how many it has; 0: unknown.
+        read: how many were read.
+        skipped: why each of the images that could not be read was left out, by file.
+        not_upright: how many images EXIF says are not upright, and were not turned.
+        left_out: what of a folder is not read at all, by reason.
+    """
+
+    data: str
+    images: int
+    read: int
+    skipped: dict[str, str]
+    not_upright: int
+    left_out: dict[str, dict[str, int | list[str]]]
+
+
+class AllImagesRead(TypedDict):
+    """The same of all data sets of a command, by what they are used for; and all files that were skipped."""
+
+    images: dict[str, ImagesRead]
+    skipped_images: list[str]
+
+
 def source(
-    arguments: argparse.Namespace, model: TimmModel, split: str, *, trained: bool = False, **options: Any
+    arguments: argparse.Namespace,
+    model: TimmModel,
+    split: str,
+    *,
+    trained: bool = False,
+    **options: Unpack[Opening],
 ) -> Source:
     """One split of --data, its classes in agreement with the model's.
 
@@ -53,9 +97,10 @@ def source(
     return opened
 
 
-def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **options: Any) -> Source:
+def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **options: Unpack[Opening]) -> Source:
     """One split of --data, with the labels that it has itself."""
-    options |= {
+    given: dict[str, Any] = {
+        **options,
         "in_chans": model.in_chans,
         "data_dir": arguments.data_dir,
         "class_map": arguments.class_map,
@@ -64,12 +109,12 @@ def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **op
         "exif_orientation": arguments.exif_orientation,
     }
     keys = {name: getattr(arguments, name) for name in ("input_key", "target_key")}
-    options |= {name: key for name, key in keys.items() if key is not None}
+    given |= {name: key for name, key in keys.items() if key is not None}
     if arguments.download:  # one process of a node writes the files, the others find them
         with together(arguments.group):
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                open_source(arguments.data, split, **options)
-    return open_source(arguments.data, split, **options)
+                open_source(arguments.data, split, **given)
+    return open_source(arguments.data, split, **given)
 
 
 def _reads_labels(arguments: argparse.Namespace) -> bool:
@@ -110,12 +155,12 @@ def _loading(arguments: argparse.Namespace, model: TimmModel) -> Loading:
     )
 
 
-def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> dict[str, Any]:
+def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> AllImagesRead:
     """Prints what was read of each data set and what was not, of all ranks; the same for --json."""
     used = {name: loader for name, loader in loaders.items() if loader is not None}
     mine = {name: (loader.read, loader.reasons, loader.turned) for name, loader in used.items()}
     all_ranks = everyone(mine, arguments.group)
-    documents: dict[str, dict[str, Any]] = {}
+    documents: dict[str, ImagesRead] = {}
     for name, loader in used.items():
         parts = [ranks[name] for ranks in all_ranks]
         if not any(read or reasons for read, reasons, _ in parts):
@@ -134,7 +179,7 @@ def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> dict
     return {"images": documents, "skipped_images": skipped}
 
 
-def _read_of(name: str, document: dict[str, Any], left_out: str) -> str:
+def _read_of(name: str, document: ImagesRead, left_out: str) -> str:
     """One line: validation: 29 of 30 images read; skipped: 1 (...); left out: 2 hidden: ..."""
     of = f" of {document['images']:,}" if document["images"] else ""
     line = f"{name}: {document['read']:,}{of} images read"
@@ -189,7 +234,7 @@ def is_file(name: str) -> bool:
     )
 
 
-def build_model(arguments: argparse.Namespace) -> Any:
+def build_model(arguments: argparse.Namespace) -> TimmModel:
     """The plain model that --model, --model-kwargs, --pretrained or --checkpoint, and --num-classes describe."""
     name = arguments.model
     if name is None:
@@ -205,7 +250,7 @@ def build_model(arguments: argparse.Namespace) -> Any:
     return _named(arguments)
 
 
-def plain_model(arguments: argparse.Namespace, instead: str) -> Any:
+def plain_model(arguments: argparse.Namespace, instead: str) -> TimmModel:
     """The same where --model may also be a file of skd's; `instead`: what to do with one of a super-network."""
     if not is_file(arguments.model):
         return build_model(arguments)
@@ -224,16 +269,16 @@ def warn_if_random(arguments: argparse.Namespace) -> None:
         )
 
 
-def weights_taken(arguments: argparse.Namespace) -> dict[str, Any]:
+def weights_taken(arguments: argparse.Namespace) -> dict[str, str | None]:
     """For --json: which of a checkpoint's weights the model has, such as "model_ema"; None: it has no choice of them.
 
     Nothing, where no checkpoint was read.
     """
-    taken: dict[str, Any] = getattr(arguments, "taken", {})
+    taken: dict[str, str | None] = getattr(arguments, "taken", {})
     return taken
 
 
-def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
+def with_new_head(network: _Network, arguments: argparse.Namespace) -> _Network:
     """`network`, a plain model or a super-network, with the head that --num-classes asks for, if it does."""
     classes = _num_classes(arguments)
     model = network.model if isinstance(network, SuperNet) else network
@@ -247,7 +292,7 @@ def with_new_head(network: Any, arguments: argparse.Namespace) -> Any:
     return network
 
 
-def _named(arguments: argparse.Namespace) -> Any:
+def _named(arguments: argparse.Namespace) -> TimmModel:
     """A model of timm's, with its weights."""
     name, file, kwargs = arguments.model, arguments.checkpoint, dict(arguments.model_kwargs)
     if file is None and not arguments.pretrained:
@@ -292,7 +337,7 @@ def _load(model: TimmModel, arguments: argparse.Namespace, file: str) -> None:
 
 def _own_file(
     arguments: argparse.Namespace, file: str, option: str, instead: str = "it must be a plain model"
-) -> Any:
+) -> TimmModel:
     """A plain model that skd wrote."""
     others = sorted(arguments.model_kwargs.keys() - {"num_classes"})
     if others or arguments.checkpoint_weights:
@@ -332,19 +377,19 @@ def _seed(arguments: argparse.Namespace) -> int:
 # Output
 
 
-def write(network: Any, path: str | os.PathLike[str], group: ProcessGroup | None) -> None:
+def write(network: nn.Module, path: str | os.PathLike[str], group: ProcessGroup | None) -> None:
     """A super-network or a plain model to a file: by the first of the processes, while the others wait."""
     with together(group):
         if rank_of(group) == 0:
             save(network, path)
 
 
-def progress(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+def progress(description: str) -> Progress:
     """A bar for what takes `progress=`."""
     return lambda items: Screen(None).bar(items, description)
 
 
-def print_sizes(rows: list[dict[str, Any]], title: str) -> None:
+def print_sizes(rows: Rows, title: str) -> None:
     """A table of sub-networks: rows of `skd.support.curve`."""
     table = Table(title=title, title_justify="left")
     for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters"):
@@ -359,7 +404,7 @@ def print_sizes(rows: list[dict[str, Any]], title: str) -> None:
     Console().print(table)
 
 
-def print_expected(about: dict[str, Any]) -> None:
+def print_expected(about: About) -> None:
     """The published table of a recipe."""
     headings = list(dict.fromkeys(key for row in about["expected"] for key in row))
     table = Table(*headings)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files
 from skd.support.settings import DEMO_EPOCHS
+from skd.support.types import Document
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def files(given: argparse.Namespace) -> Files:
     return Files(folders={"--out": (given.out, FILES)})
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     from skd.demo import running
 
     return running.run_demo(given.out, seed=given.seed, epochs=given.epochs)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files
 from skd.support.settings import CONVENTIONS, TrainConfig
+from skd.support.types import Document
 
 if TYPE_CHECKING:
+    import torch
+
     from skd.data import Loader
 
 
@@ -45,10 +48,10 @@ def files(given: argparse.Namespace) -> Files:
     return Files(reads=options.model_read(given) | options.options(given, "supernet") | options.data_read(given))
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     from skd.commands import _work as work
     from skd.extract import choose_entry
-    from skd.support.curve import sizes_of
+    from skd.support.curve import Row, sizes_of
 
     where = work.device(given)
     if given.model is not None:
@@ -64,12 +67,12 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     (top1,) = skd.evaluate(
         supernet, batches, entries=[entry], progress=work.progress("Evaluating"), group=given.group
     )
-    row = {**sizes_of(supernet, [entry])[0], "top1": top1}
+    row: Row = {**sizes_of(supernet, [entry])[0], "top1": top1}
     work.print_sizes([row], given.supernet)
     return {"supernet": given.supernet, **row, **work.images_read(given, validation=batches)}
 
 
-def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> dict[str, Any]:
+def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:
     from skd.commands import _work as work
     from skd.support.curve import area, measure_curve
 
@@ -95,7 +98,7 @@ def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -
     }
 
 
-def _plain(given: argparse.Namespace, where: Any) -> dict[str, Any]:
+def _plain(given: argparse.Namespace, where: torch.device) -> Document:
     from skd.commands import _work as work
 
     chosen = [name for name in ("entry", "macs", "params", "budgets") if getattr(given, name) is not None]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files
 from skd.support.settings import CONVENTIONS
+from skd.support.types import Document
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def files(given: argparse.Namespace) -> Files:
     return Files(reads=options.options(given, "supernet"), writes=options.options(given, "out"))
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     import torch
 
     from skd.commands import _work as work

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import skd
 from skd.commands import Command
@@ -11,6 +10,7 @@ from skd.commands import _arguments as options
 from skd.commands.train import RECORDS, add_run, check_given, finish, loaders
 from skd.support.outputs import Files
 from skd.support.settings import finetune_config
+from skd.support.types import Document
 
 PRODUCT = "model.safetensors"
 
@@ -29,7 +29,7 @@ def files(given: argparse.Namespace) -> Files:
     )
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     from skd.commands import _work as work
     from skd.data import seeded
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import skd
 from skd.commands import Command
 from skd.support.outputs import Files
 from skd.support.settings import TrainConfig
+from skd.support.types import Document
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,11 +19,11 @@ def files(given: argparse.Namespace) -> Files:
     return Files(reads={"FILE": given.file})
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     return _installation() if given.file is None else _file(given.file)
 
 
-def _installation() -> dict[str, Any]:
+def _installation() -> Document:
     from rich.console import Console
     from rich.table import Table
 
@@ -38,10 +38,10 @@ def _installation() -> dict[str, Any]:
     for name, implementations in document["implementations"].items():
         operations.add_row(name, ", ".join(implementations))
     Console().print(table, "", operations, sep="\n")
-    return document
+    return dict(document)
 
 
-def _file(path: str) -> dict[str, Any]:
+def _file(path: str) -> Document:
     from rich.console import Console
     from rich.table import Table
 
@@ -51,7 +51,7 @@ def _file(path: str) -> dict[str, Any]:
     network = skd.load(path)
     model = network.model if isinstance(network, skd.SuperNet) else network
     full, linear = skd.cost(network), skd.cost(network, convention="linear")
-    document: dict[str, Any] = {
+    document: Document = {
         "file": path,
         "kind": "supernet" if isinstance(network, skd.SuperNet) else "model",
         "architecture": model.pretrained_cfg.get("architecture"),
@@ -68,12 +68,13 @@ def _file(path: str) -> dict[str, Any]:
     if isinstance(network, skd.SuperNet):
         last = len(network.dropout_list) - 1
         entries = list(dict.fromkeys([*entries_within(network, TrainConfig().budgets).values(), last]))
-        document |= {"entries": last + 1, "subnetworks": sizes_of(network, entries)}
-        work.print_sizes(document["subnetworks"], f"{last + 1} sub-networks, some of them")
+        rows = sizes_of(network, entries)
+        document |= {"entries": last + 1, "subnetworks": rows}
+        work.print_sizes(rows, f"{last + 1} sub-networks, some of them")
     return document
 
 
-def _readable(value: Any) -> str:
+def _readable(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "-" if value is None else str(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import skd
 from skd import planners
@@ -11,6 +10,7 @@ from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files
 from skd.support.settings import CONVENTIONS, TrainConfig
+from skd.support.types import Document
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def files(given: argparse.Namespace) -> Files:
     )
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     from skd.commands import _work as work
     from skd.support.curve import entries_within, sizes_of
 

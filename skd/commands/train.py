@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files, output_folder
 from skd.support.settings import RESUME, TrainConfig
+from skd.support.types import Document
 
 if TYPE_CHECKING:
     import torch
 
+    from skd.commands._work import ImagesRead
     from skd.data import Loaders
+    from skd.recipes import About
     from skd.vit import TimmModel
 
 PRODUCT = "supernet.safetensors"
@@ -49,7 +52,7 @@ def files(given: argparse.Namespace) -> Files:
     )
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
+def run(given: argparse.Namespace) -> Document:
     config, about = options.settings(given, TrainConfig())
     if given.supernet is None and given.model is None and "model" in about:
         given.model = about["model"]
@@ -74,7 +77,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     return finish(given, history, supernet, config, batches, PRODUCT, conversion)
 
 
-def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.SuperNet, dict[str, Any]]:
+def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.SuperNet, dict[str, ImagesRead]]:
     """--supernet, or --model converted on the images that importance is measured on, and kept in --out; and what was
     read of them."""
     from skd.commands import _work as work
@@ -114,7 +117,7 @@ def _given_supernet(given: argparse.Namespace, where: torch.device) -> skd.Super
     return supernet
 
 
-def _dry_run(given: argparse.Namespace, config: TrainConfig, about: dict[str, Any]) -> dict[str, Any]:
+def _dry_run(given: argparse.Namespace, config: TrainConfig, about: About) -> Document:
     from skd.commands import _work as work
     from skd.training.dry_run import dry_run
 
@@ -132,7 +135,7 @@ def _dry_run(given: argparse.Namespace, config: TrainConfig, about: dict[str, An
         images, left_out = len(training), training.left_out.to_dict()
         if left_out:
             print(f"{training.name}: left out: {training.left_out}")
-    document = dry_run(supernet, config, images) | {"left_out": left_out}
+    document: Document = {**dry_run(supernet, config, images), "left_out": left_out}
     if "expected" in about:
         work.print_expected(about)
         document["expected"] = about["expected"]
@@ -181,8 +184,8 @@ def finish(
     config: TrainConfig,
     batches: Loaders,
     product: str,
-    conversion: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    conversion: dict[str, ImagesRead] | None = None,
+) -> Document:
     """The report, the table, and what --json writes."""
     from skd.commands import _work as work
     from skd.support.ranks import rank_of, together

@@ -318,7 +318,7 @@ def calibration(source: Source, model: TimmModel, config: TrainConfig, group: Pr
     return loader_of(source, images, replace(shared, calibration_images=config.calibration_images))
 
 
-def warn_of_ignored(config: TrainConfig, **given: Any) -> None:
+def warn_of_ignored(config: TrainConfig, **given: object) -> None:
     """A warning for each of skd's loaders that was made with other settings than the run's, which have no effect."""
     for name, loader in given.items():
         theirs = loader.loading.settings() if isinstance(loader, Loader) else {}

@@ -7,7 +7,7 @@ import os
 import zlib
 from abc import abstractmethod
 from pathlib import Path
-from typing import IO, Any, Protocol, Unpack
+from typing import IO, Protocol, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, Any]: ...
+    def __getitem__(self, index: int, /) -> tuple[Image.Image, object]: ...
 
 
 class Reader(Protocol):
@@ -44,7 +44,7 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[IO[bytes], Any]: ...
+    def __getitem__(self, index: int, /) -> tuple[IO[bytes], object]: ...
 
     def filename(self, index: int, /, *, absolute: bool) -> str | None: ...
 
@@ -121,7 +121,7 @@ class ReaderSource(IndexedSource):
 class ArrayImages:
     """Map-style data set of (PIL image "L", label): images (n, height, width) uint8, labels (n,)."""
 
-    def __init__(self, images: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+    def __init__(self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer]) -> None:
         self.images = images
         self.labels = labels
 
@@ -192,7 +192,7 @@ def _required_file(folder: Path, part: str, kind: str) -> Path:
     return file
 
 
-def _array(file: Path, dimensions: int) -> npt.NDArray[Any]:
+def _array(file: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     """The array in an idx file: two zero bytes, a type code, the number of dimensions, their sizes, the data."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()

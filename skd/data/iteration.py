@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,8 +16,9 @@ from skd.data.pixels import Normalisation
 from skd.data.source import Source, shown
 from skd.data.streams import StreamSource
 from skd.data.workers import IndexedBatches, Loaded, Preparation, StreamBatches, UnreadableData, be_patient, start
+from skd.support.types import Batch
 
-Batch = tuple[torch.Tensor, torch.Tensor | None]  # images and labels
+_Item = TypeVar("_Item")
 
 
 class Loader:
@@ -227,6 +228,6 @@ def _images(count: int) -> str:
     return f"{count} image" if count == 1 else f"{count} images"
 
 
-def _unchanged(batch: Any) -> Any:
+def _unchanged(batch: _Item) -> _Item:
     """Instead of PyTorch's collation; by name, because spawned workers cannot take a lambda."""
     return batch

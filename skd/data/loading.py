@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -97,9 +96,9 @@ class Loading:
         """An image that cannot be read is an error."""
         return self.bad_images == "fail"
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """What of this `TrainConfig` has too, by its names there, as far as it matters here."""
-        chosen: dict[str, Any] = {"bad_images": self.bad_images}
+        chosen: dict[str, object] = {"bad_images": self.bad_images}
         if self.augmentation is not None:
             chosen |= {**asdict(self.augmentation), "aug_repeats": self.repeats}
         if self.calibration_images is not None:

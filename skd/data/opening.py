@@ -173,7 +173,7 @@ def _named(request: _Request) -> Source:
     try:
         with _offline(prefix, allowed=request.download or Path(rest).exists()):
             if prefix in STREAMS:
-                reader = STREAMS[prefix].reader_of(rest, request.labelled, arguments)
+                reader: Any = STREAMS[prefix].reader_of(rest, request.labelled, arguments)
             else:
                 dataset = create_dataset(request.data, **arguments)
                 reader = getattr(dataset, "reader", None)  # torchvision's data sets have none

@@ -214,7 +214,7 @@ def train_transform(config: DataConfig, **augmentation: Any) -> Transform:
     return transform
 
 
-def _operations(transform: Any) -> Iterator[Any]:
+def _operations(transform: Compose) -> Iterator[auto_augment.AugmentOp]:
     """timm's `AugmentOp`s in a training transform."""
     for step in transform.transforms:
         if isinstance(step, auto_augment.AutoAugment):
@@ -223,7 +223,7 @@ def _operations(transform: Any) -> Iterator[Any]:
             yield from step.ops
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
     """timm's asks for 0 bits at the highest magnitude: black, but an error in newer versions of Pillow."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
@@ -269,7 +269,7 @@ class Pixels:
     draws nothing, and the values that erasing fills in do not depend on the image.
     """
 
-    def __init__(self, transform: Any) -> None:
+    def __init__(self, transform: Compose) -> None:
         last = MaybeToTensor | Normalize | RandomErasing
         self.steps = Compose(
             [*(step for step in transform.transforms if not isinstance(step, last)), MaybePILToTensor()]

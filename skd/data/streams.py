@@ -11,9 +11,9 @@ from __future__ import annotations
 import io
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 from PIL import Image
 from torch.utils.data import get_worker_info
@@ -35,6 +35,23 @@ class Item(NamedTuple):
     missing: str = ""
 
 
+class StreamReader(Protocol):
+    """What is used of timm's readers of streams; each builds its pipeline, `ds`, when it is first read."""
+
+    ds: Any
+    common_seed: int
+    worker_seed: int
+    dist_rank: int
+    dist_num_replicas: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[tuple[Any, object]]: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def set_loader_cfg(self, *, num_workers: int) -> None: ...
+
+
 class StreamSource(Source):
     """Images in an order of the stream's own: no index, and each worker has a part of them.
 
@@ -50,7 +67,7 @@ class StreamSource(Source):
 
     iterable = True
 
-    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
+    def __init__(self, reader: StreamReader, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
         super().__init__(name, mode, **about)
         self._reader = reader
         self.training = training
@@ -59,7 +76,7 @@ class StreamSource(Source):
 
     @staticmethod
     @abstractmethod
-    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+    def reader_of(name: str, labelled: bool, arguments: dict[str, object]) -> StreamReader:
         """timm's reader, whose library is imported.
 
         Args:
@@ -69,7 +86,7 @@ class StreamSource(Source):
         """
 
     @abstractmethod
-    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+    def _undecoded(self) -> Iterator[tuple[Item, object]]:
         """This worker's images, and their labels as they are."""
 
     def __len__(self) -> int:
@@ -128,7 +145,7 @@ class StreamSource(Source):
                 break
         return bad if most is None else most - read
 
-    def _numbered(self) -> Iterator[tuple[int, tuple[Item, Any]]]:
+    def _numbered(self) -> Iterator[tuple[int, tuple[Item, object]]]:
         """What the reader gives, numbered; its failures are those of the stream."""
         try:
             yield from enumerate(self._undecoded())
@@ -155,22 +172,49 @@ class StreamSource(Source):
         return f"{self.name}[{index if worker is None else f'{worker.id}:{index}'}]"
 
 
+Sample = Mapping[str, bytes | str]  # the files of a sample by their endings, and what webdataset adds to them
+
+
+class Labelled(TypedDict):
+    """What a pipeline gives to timm's reader: an image, and its label as it is."""
+
+    image: Item
+    target: object
+
+
+class WebReader(StreamReader, Protocol):
+    """Of timm's ReaderWds also what it does with labels."""
+
+    remap_class: bool
+    input_key: str
+    target_key: str
+    target_keys: Sequence[str]
+    split_info: Any
+    class_to_idx: Mapping[str, int]
+    dense_target: bool
+    _source_names: Any
+
+    def _lazy_init(self) -> None: ...
+
+
 class WebSource(StreamSource):
     """wds/FOLDER: web data sets, which are shards in tar format."""
 
-    def __init__(self, reader: Any, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
+    _reader: WebReader
+
+    def __init__(self, reader: WebReader, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
         super().__init__(reader, name, mode, training=training, **about)
         self._maps, reader.remap_class = reader.remap_class, False  # here, where the image has a name
 
     @staticmethod
-    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+    def reader_of(name: str, labelled: bool, arguments: dict[str, object]) -> StreamReader:
         from timm.data.readers.reader_wds import ReaderWds
 
         others = sorted({ending[1:] for ending in extensions()} - {*_FIRST})
         given = {key: value for key, value in arguments.items() if key != "download"}
         return ReaderWds(name=name, **{"input_key": ";".join([*_FIRST, *others]), **given})
 
-    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+    def _undecoded(self) -> Iterator[tuple[Item, object]]:
         if self._reader.ds is None:
             self._build()
         yield from self._reader
@@ -195,7 +239,7 @@ class WebSource(StreamSource):
         self.unread.append((named[-1] if named else "a shard", f"{type(error).__name__}: {reason}"))
         return True
 
-    def _items(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _items(self, samples: Iterable[Sample]) -> Iterator[Labelled]:
         for sample in samples:
             name = os.path.join(str(sample["__url__"]), str(sample["__key__"]))
             ending = next((key for key in self._reader.input_key.split(";") if key in sample), None)
@@ -203,9 +247,11 @@ class WebSource(StreamSource):
                 has = ", ".join(key for key in sample if not key.startswith("__"))
                 yield {"image": Item(None, name, f"no image by its name ({has})"), "target": None}
                 continue
-            yield self._item(sample, f"{name}.{ending}", sample[ending])
+            content = sample[ending]
+            assert isinstance(content, bytes)
+            yield self._item(sample, f"{name}.{ending}", content)
 
-    def _item(self, sample: dict[str, Any], name: str, content: bytes) -> dict[str, Any]:
+    def _item(self, sample: Sample, name: str, content: bytes) -> Labelled:
         """Raises LabelError: the sample has a label that is of no use."""
         from timm.data.readers.class_map import remap_target
         from timm.data.readers.reader_wds import _decode
@@ -244,12 +290,12 @@ class HubSource(StreamSource):
     """hfids/NAME: data sets of Hugging Face as streams."""
 
     @staticmethod
-    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+    def reader_of(name: str, labelled: bool, arguments: dict[str, object]) -> StreamReader:
         from timm.data.readers.reader_hfids import ReaderHfids
 
         return ReaderHfids(name=name, **_with_target(labelled, arguments))
 
-    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+    def _undecoded(self) -> Iterator[tuple[Item, object]]:
         reader: Any = self._reader
         if reader.ds is None:
             import datasets
@@ -261,12 +307,19 @@ class HubSource(StreamSource):
             yield _file_item(image), target
 
 
-def _with_target(labelled: bool, arguments: dict[str, Any]) -> dict[str, Any]:
+def _with_target(labelled: bool, arguments: dict[str, object]) -> dict[str, object]:
     """timm's reader wants a column of labels, also where there are none."""
     return arguments if labelled else {**arguments, "target_key": arguments.get("input_key", "image")}
 
 
-def _file_item(image: dict[str, Any] | None) -> Item:
+class HubImage(TypedDict):
+    """An image of a Hugging Face data set that is not decoded: its bytes, or the file that has them."""
+
+    path: str | None
+    bytes: bytes | None
+
+
+def _file_item(image: HubImage | None) -> Item:
     """The bytes of an image, or those of the file that it is."""
     if image is None:
         return Item(None, None, "the column has no image")
@@ -287,23 +340,23 @@ class TensorFlowSource(StreamSource):
     """tfds/NAME: TensorFlow's data sets."""
 
     @staticmethod
-    def reader_of(name: str, labelled: bool, arguments: dict[str, Any]) -> Any:
+    def reader_of(name: str, labelled: bool, arguments: dict[str, object]) -> StreamReader:
         from timm.data.readers.reader_tfds import ReaderTfds
 
         reader = ReaderTfds(name=name, **_with_target(labelled, arguments))
         reader._input_decoders = partial(_without_decoders, reader._input_decoders)
         return reader
 
-    def _undecoded(self) -> Iterator[tuple[Item, Any]]:
+    def _undecoded(self) -> Iterator[tuple[Item, object]]:
         for image, target in self._reader:
             yield Item(image), target
 
 
-def _without_decoders(decoders: Callable[[], Any]) -> Any:
+def _without_decoders(decoders: Callable[[], object]) -> object:
     """TensorFlow's decoder of the image, in a nest of names, gives way to none."""
     from tensorflow_datasets import decode
 
-    def skipped(nest: Any) -> Any:
+    def skipped(nest: object) -> object:
         if isinstance(nest, dict):
             return {name: skipped(decoder) for name, decoder in nest.items()}
         return decode.SkipDecoding()

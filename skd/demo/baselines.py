@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -31,7 +30,7 @@ METHODS = ("random", "magnitude", "taylor", "hessian", "wpac")
 Scores = dict[str, torch.Tensor]
 
 
-def reordered(model: TimmModel, batches: Iterable[Any], method: str, *, seed: int = 0) -> SuperNet:
+def reordered(model: TimmModel, batches: Iterable[object], method: str, *, seed: int = 0) -> SuperNet:
     """`skd.convert` with another criterion for which coordinates lead.
 
     Args:
@@ -59,7 +58,7 @@ def reordered(model: TimmModel, batches: Iterable[Any], method: str, *, seed: in
     return SuperNet(ordered, copy=False, network=network)
 
 
-def coordinate_scores(model: TimmModel, batches: Iterable[Any], method: str, *, seed: int = 0) -> Scores:
+def coordinate_scores(model: TimmModel, batches: Iterable[object], method: str, *, seed: int = 0) -> Scores:
     """Score of every coordinate by module name, higher is better: (3, H, D) for an attention, (H,) where it is
     cut by heads, (F,) for an MLP; float64. What has no gradients (an attention that is all or nothing and not
     rotated) is left out by "taylor" and "hessian".
@@ -69,7 +68,7 @@ def coordinate_scores(model: TimmModel, batches: Iterable[Any], method: str, *, 
     return _scores(describe(model), model, batches, method, seed)
 
 
-def _scores(network: Network, model: TimmModel, batches: Iterable[Any], method: str, seed: int) -> Scores:
+def _scores(network: Network, model: TimmModel, batches: Iterable[object], method: str, seed: int) -> Scores:
     modules = [module for module in network.modules if module.full_width]
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -82,7 +81,7 @@ def _scores(network: Network, model: TimmModel, batches: Iterable[Any], method: 
     raise ValueError(f"method is {method!r}; it may be one of {METHODS[:-1]}")
 
 
-def _gradient_scores(model: TimmModel, modules: list[Module], batches: Iterable[Any], method: str) -> Scores:
+def _gradient_scores(model: TimmModel, modules: list[Module], batches: Iterable[object], method: str) -> Scores:
     """Sums over all tokens of the batches of |x g|, or of half its square."""
     scores: Scores = {}
     batch: Scores = {}

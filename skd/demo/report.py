@@ -6,17 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from skd.cost import cost
+from skd.support.curve import Rows
 from skd.support.plots import linear_axis
 from skd.vit import TimmModel
 
-Rows = list[dict[str, Any]]
 _METHOD_NAMES = {
     "random": "random",
     "magnitude": "magnitude",

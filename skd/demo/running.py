@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -32,8 +32,11 @@ from skd.supernet import SuperNet
 from skd.support.curve import Rows, sizes_of
 from skd.support.outputs import output_folder, replacing, write_json
 from skd.support.settings import DEMO_EPOCHS
+from skd.support.types import Document
 from skd.training import History, TrainConfig, finetune, finetune_config, train
 from skd_kernels import build_info
+
+_Item = TypeVar("_Item")
 
 TRAIN_EPOCHS = 24
 BATCH = 128
@@ -56,6 +59,12 @@ SAVED = {"sub-75.safetensors": 0.75, "sub-50.safetensors": 0.5, "sub-25.safetens
 FILES = ("summary.json", "curve.png", "supernet.safetensors", *SAVED)
 
 
+class Bar(Protocol):
+    """Shows how many of the items are done."""
+
+    def __call__(self, items: Iterable[_Item], /, *, description: str) -> Iterable[_Item]: ...
+
+
 class Data(NamedTuple):
     """Training images, and batches to calibrate with (training images again) and to test with."""
 
@@ -72,7 +81,7 @@ def run_demo(
     train_epochs: int = TRAIN_EPOCHS,
     progress: bool = True,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Document:
     """Train a stand-in, convert it, size it, cut sub-networks out and measure them.
 
     Args:
@@ -99,8 +108,8 @@ def run_demo(
 
 
 def _run(
-    folder: Path, seed: int, epochs: int, train_epochs: int, console: Console, bar: Any, clock: report.Clock
-) -> dict[str, Any]:
+    folder: Path, seed: int, epochs: int, train_epochs: int, console: Console, bar: Bar, clock: report.Clock
+) -> Document:
     """The stages, in order."""
     with clock("data"):
         data = prepare_data()
@@ -268,7 +277,7 @@ def _logit_error(model: nn.Module, converted: nn.Module, batches: Batches) -> fl
     return float((after - before).abs().max() / before.abs().max())
 
 
-def knowledge_concentration(model: VisionTransformer, data: Data, seed: int, bar: Any) -> dict[str, dict[str, float]]:
+def knowledge_concentration(model: VisionTransformer, data: Data, seed: int, bar: Bar) -> dict[str, dict[str, float]]:
     """Top-1 with the leading 3/4, 2/4 and 1/4 of every width, by the order of the coordinates; no training."""
     table = {}
     for method in bar(METHODS, description="Comparing orders"):
@@ -302,7 +311,7 @@ def _within(supernet: SuperNet, budget: float) -> int:
     return choose_entry(supernet, macs=budget)
 
 
-def measure(supernet: SuperNet, entries: list[int], test: Batches, bar: Any) -> Rows:
+def measure(supernet: SuperNet, entries: list[int], test: Batches, bar: Bar) -> Rows:
     """Cost and test accuracy of sub-networks, each extracted to a plain timm model first."""
     rows = sizes_of(supernet, entries)
     for row in bar(rows, description="Evaluating sub-networks"):

@@ -32,7 +32,7 @@ class Planner(Protocol):
     def __call__(
         self,
         supernet: SuperNet,
-        batches: Iterable[Any],
+        batches: Iterable[object],
         target: float,
         /,
         *,
@@ -102,13 +102,13 @@ def planner(name: str) -> Planner:
 def grow(
     chosen: str | Planner,
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     target: float,
     *,
     current: DropoutList,
     convention: str,
     group: ProcessGroup | None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> DropoutList:
     """One round of a planner, given by name or as a function; its arguments and its answer are checked.
 

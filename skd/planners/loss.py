@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ Curve = list[tuple[int, float]]  # (width, rise of the loss per image), from the
 @register("loss")
 def loss(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     target: float,
     *,
     current: DropoutList,
@@ -79,7 +79,7 @@ def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
 @torch.no_grad()
 def rises(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     widths: Sequence[int],
     measured: Sequence[Sequence[int]],
     group: ProcessGroup | None,

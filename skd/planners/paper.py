@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from skd.dropout_list import DropoutList
 from skd.planners import register
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @register("paper")
 def paper(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     target: float,
     *,
     current: DropoutList,

@@ -10,11 +10,29 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from skd.support.settings import read_settings
 
 FOLDER = Path(__file__).parent
+
+
+class About(TypedDict, total=False):
+    """What the section ``recipe`` of a file says.
+
+    Attributes:
+        command: the one that the settings are for, "train" or "finetune".
+        model: its name in timm.
+        data: what it is trained on.
+        source: where the published figures are from.
+        expected: these figures, one row per sub-network: {"macs", "top1", ...}.
+    """
+
+    command: str
+    model: str
+    data: str
+    source: str
+    expected: list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -23,12 +41,11 @@ class Recipe:
 
     Attributes:
         settings: fields of `skd.TrainConfig` by name.
-        about: what its section ``recipe`` says, where it has one: the "command" it is for ("train" or "finetune"),
-            "model" in timm, "data", "source" of the published figures, "expected": a list of {"macs", "top1", ...}.
+        about: what its section ``recipe`` says, where it has one.
     """
 
-    settings: dict[str, Any]
-    about: dict[str, Any]
+    settings: dict[str, object]
+    about: About
 
 
 def names() -> list[str]:
@@ -55,4 +72,4 @@ def read_recipe(name: str | os.PathLike[str]) -> Recipe:
     about = settings.pop("recipe", {})
     if not isinstance(about, dict):
         raise ValueError(f"--config is {str(name)!r}; its section recipe must hold names and values")
-    return Recipe(settings, about)
+    return Recipe(settings, cast(About, about))

@@ -1,5 +1,6 @@
 """What the rest of skd stands on:
 
+    types         types that many files use; imports no torch
     settings      every setting of a run, with the published value of each; imports no torch
     requirements  what skd needs, said at its first import if it is missing
     process       the process ``skd``: its first import, Ctrl-C, its last line

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
 from skd.evaluate import evaluate
 from skd.extract import choose_entry
 from skd.supernet import SuperNet
+from skd.support.types import Progress
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Rows = list[dict[str, Any]]
+
+class Row(TypedDict):
+    """One sub-network: its entry, what it costs and, where it was measured, the budget that it meets and its top-1.
+
+    Attributes:
+        macs, macs_linear: in the full and in the linear convention.
+        macs_fraction: share of the full network's MACs.
+        budget: share of the MACs that it had to stay within.
+        top1: in percent.
+    """
+
+    entry: int
+    macs: int
+    macs_fraction: float
+    macs_linear: int
+    params: int
+    budget: NotRequired[float]
+    top1: NotRequired[float]
+
+
+Rows = list[Row]
 
 
 def entries_within(supernet: SuperNet, budgets: Iterable[float], convention: str = "full") -> dict[float, int]:
@@ -48,11 +69,11 @@ def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
 
 def measure_curve(
     supernet: SuperNet,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     budgets: Iterable[float],
     *,
     convention: str = "full",
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> Rows:
     """Top-1 of the largest sub-network within each budget.

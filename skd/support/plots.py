@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -16,13 +21,13 @@ _CROWDED = 4.0  # range of all curves over that of the main one: from here it ge
 _LOG_FROM = 20.0  # largest over smallest: from here a linear colour scale shows only the largest
 
 
-def new_figure(height: float, width: float = _WIDTH) -> Any:
+def new_figure(height: float, width: float = _WIDTH) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Figure) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -36,7 +41,7 @@ def unit(largest: float) -> tuple[float, str, str]:
     return (1e6, "M", "millions") if largest >= 1e6 else (1e3, "k", "thousands")
 
 
-def linear_axis(axes: Any, full: Any, linear: Any) -> None:
+def linear_axis(axes: Axes, full: np.ndarray, linear: np.ndarray) -> None:
     """Second scale on top: the same networks in the linear convention, interpolated between them.
 
     Args:
@@ -44,11 +49,20 @@ def linear_axis(axes: Any, full: Any, linear: Any) -> None:
     """
     x = np.concatenate([[0.0], full[::-1], 2 * full[:1]])
     y = np.concatenate([[0.0], linear[::-1], 2 * linear[:1]])
-    secondary = axes.secondary_xaxis("top", functions=(lambda v: np.interp(v, x, y), lambda v: np.interp(v, y, x)))
+
+    def to_linear(macs: npt.ArrayLike) -> np.ndarray:
+        return np.interp(np.asarray(macs), x, y)
+
+    def to_full(macs: npt.ArrayLike) -> np.ndarray:
+        return np.interp(np.asarray(macs), y, x)
+
+    secondary = axes.secondary_xaxis("top", functions=(to_linear, to_full))
     secondary.set_xlabel("the same in the linear convention (without QKᵀ and AV)")
 
 
-def accuracy_figure(curves: Mapping[str, Rows], reference: float | None, full: Any, linear: Any) -> Any:
+def accuracy_figure(
+    curves: Mapping[str, Rows], reference: float | None, full: npt.ArrayLike, linear: npt.ArrayLike
+) -> Figure:
     """Top-1 against MACs, in both conventions; twice where other curves leave little room for the main one.
 
     Args:
@@ -56,7 +70,8 @@ def accuracy_figure(curves: Mapping[str, Rows], reference: float | None, full: A
         reference: top-1 of the original network, or None.
         full, linear: MACs of all sub-networks, as for `linear_axis`.
     """
-    divisor, _, word = unit(full[0])
+    full, linear = np.asarray(full), np.asarray(linear)
+    divisor, _, word = unit(float(full[0]))
     main = [row["top1"] for row in next(iter(curves.values()))] + ([] if reference is None else [reference])
     lowest = min(row["top1"] for rows in curves.values() for row in rows)
     low, high = min(main), max(main)
@@ -71,18 +86,19 @@ def accuracy_figure(curves: Mapping[str, Rows], reference: float | None, full: A
     panels[-1].set(xlabel=f"MACs per image, full convention ({word})", xlim=(0, full[0] / divisor * 1.03))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", fontsize=9, frameon=False)
-    linear_axis(panels[0], np.asarray(full) / divisor, np.asarray(linear) / divisor)
+    linear_axis(panels[0], full / divisor, linear / divisor)
     return figure
 
 
-def _draw_curves(axes: Any, curves: Mapping[str, Rows], reference: float | None, divisor: float) -> None:
+def _draw_curves(axes: Axes, curves: Mapping[str, Rows], reference: float | None, divisor: float) -> None:
     if reference is not None:
         axes.axhline(reference, color=_GREY, linewidth=1, linestyle=":", label=f"original network, {reference:.2f} %")
     for index, (label, rows) in reversed(list(enumerate(curves.items()))):  # the main one on top
         macs = [row["macs"] / divisor for row in rows]
-        style = {"linewidth": 1.8, "markersize": 5} if index == 0 else {"linewidth": 1.1, "markersize": 3.5}
+        width, size = (1.8, 5.0) if index == 0 else (1.1, 3.5)
         mark = "o-" if index == 0 else ("s--", "^-.", "D:", "v--")[(index - 1) % 4]
-        axes.plot(macs, [row["top1"] for row in rows], mark, color=f"C{index % 10}", label=plain(label), **style)
+        top1, colour = [row["top1"] for row in rows], f"C{index % 10}"
+        axes.plot(macs, top1, mark, color=colour, label=plain(label), linewidth=width, markersize=size)
     axes.set_ylabel("top-1 accuracy (%)")
     axes.grid(alpha=0.25)
 
@@ -95,7 +111,7 @@ def plain(text: str) -> str:
 # Heat maps, one row per module
 
 
-def widths_figure(modules: Sequence[str], shares: Any, macs_fraction: Any) -> Any:
+def widths_figure(modules: Sequence[str], shares: npt.ArrayLike, macs_fraction: npt.ArrayLike) -> Figure:
     """The dropout list: share of its full width that each module has in each entry.
 
     Args:
@@ -116,7 +132,7 @@ def widths_figure(modules: Sequence[str], shares: Any, macs_fraction: Any) -> An
     return figure
 
 
-def importance_figure(modules: Sequence[str], values: Any, epochs: Sequence[int]) -> Any:
+def importance_figure(modules: Sequence[str], values: npt.ArrayLike, epochs: Sequence[int]) -> Figure:
     """Sensitivity of each module over the epochs that measured it.
 
     Args:
@@ -140,8 +156,8 @@ def importance_figure(modules: Sequence[str], values: Any, epochs: Sequence[int]
 
 
 def _module_map(
-    modules: Sequence[str], values: Any, label: str, colours: str, limits: tuple[float, float], *, log: bool
-) -> tuple[Any, Any]:
+    modules: Sequence[str], values: np.ndarray, label: str, colours: str, limits: tuple[float, float], *, log: bool
+) -> tuple[Figure, Axes]:
     """(figure, axes) with (modules, columns) `values` as colours; 0 is white."""
     import matplotlib
     from matplotlib.colors import LogNorm, Normalize
@@ -160,7 +176,7 @@ def _module_map(
     return figure, axes
 
 
-def _share_ticks(fraction: Any, entries: int) -> list[tuple[int, float]]:
+def _share_ticks(fraction: np.ndarray, entries: int) -> list[tuple[int, float]]:
     """(entry, share) where the share of the MACs first falls to 100 %, 90 %, ..., and the last; none too near."""
     ticks: list[tuple[int, float]] = []
     for share in np.arange(10, 0, -1) / 10:
@@ -172,7 +188,7 @@ def _share_ticks(fraction: Any, entries: int) -> list[tuple[int, float]]:
     return [*ticks, (entries - 1, float(fraction[-1]))]
 
 
-def _legend_of_zero(figure: Any, text: str) -> None:
+def _legend_of_zero(figure: Figure, text: str) -> None:
     from matplotlib.patches import Patch
 
     patch = Patch(facecolor="white", edgecolor="0.3", linewidth=0.8, label=text)
@@ -182,7 +198,7 @@ def _legend_of_zero(figure: Any, text: str) -> None:
 # Steps and epochs
 
 
-def steps_figure(losses: Mapping[str, Rows], times: Rows) -> Any:
+def steps_figure(losses: Mapping[str, Rows], times: Rows) -> Figure:
     """Loss and time of a step against the size of the sub-network that it drew; many steps make a large dot.
 
     Args:
@@ -208,7 +224,7 @@ def steps_figure(losses: Mapping[str, Rows], times: Rows) -> Any:
     return figure
 
 
-def _draw_times(axes: Any, times: Rows) -> None:
+def _draw_times(axes: Axes, times: Rows) -> None:
     """Dots, and what they would be if time were proportional to MACs."""
     if not times:
         axes.text(50, 0.5, "no times recorded", ha="center", transform=axes.get_xaxis_transform(), color=_GREY)
@@ -222,7 +238,7 @@ def _draw_times(axes: Any, times: Rows) -> None:
     axes.set(ylabel=f"time per step ({name})", ylim=(0, 1.08 * max(slope, *seconds)))
 
 
-def epochs_figure(series: Mapping[str, Sequence[tuple[int, float]]], growing: int, best: int | None) -> Any:
+def epochs_figure(series: Mapping[str, Sequence[tuple[int, float]]], growing: int, best: int | None) -> Figure:
     """One panel per quantity over the epochs.
 
     Args:

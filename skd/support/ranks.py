@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_Value = TypeVar("_Value")
+_Item = TypeVar("_Item")
 
 # What a process brings to a turn; the largest decides.
 _GO, _END, _EMPTY, _STOP, _FAILED = 0, 1, 2, 100, 1000  # _STOP plus the number of the signal
@@ -106,7 +109,7 @@ def spread(model: torch.nn.Module, group: ProcessGroup | None) -> None:
 # Agreement
 
 
-def everyone(value: Any, group: ProcessGroup | None) -> list[Any]:
+def everyone(value: _Value, group: ProcessGroup | None) -> list[_Value]:
     """One small picklable value of each rank, in rank order, on every rank."""
     if group is None:
         return [value]
@@ -121,7 +124,7 @@ def largest(number: int, group: ProcessGroup | None) -> int:
     return number if group is None else _extremes([number], group)[0][1]
 
 
-def check_same(value: Any, name: str, group: ProcessGroup | None) -> None:
+def check_same(value: object, name: str, group: ProcessGroup | None) -> None:
     """Raise ValueError on every rank unless all have an equal `value`."""
     values = everyone(value, group)
     other = [rank for rank, theirs in enumerate(values) if theirs != values[0]]
@@ -151,8 +154,8 @@ def together(group: ProcessGroup | None) -> Iterator[None]:
 
 
 def in_step(
-    batches: Iterable[Any], group: ProcessGroup | None, images: Callable[[Any], int] | None = None
-) -> Iterable[Any]:
+    batches: Iterable[_Item], group: ProcessGroup | None, images: Callable[[_Item], int] | None = None
+) -> Iterable[_Item]:
     """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
 
     Args:
@@ -169,8 +172,8 @@ def in_step(
 
 
 def _in_step(
-    batches: Iterable[Any], group: ProcessGroup | None, images: Callable[[Any], int] | None
-) -> Iterator[Any]:
+    batches: Iterable[_Item], group: ProcessGroup | None, images: Callable[[_Item], int] | None
+) -> Iterator[_Item]:
     count = 0
     for item, error, code in _turns(batches):
         size = images(item) if images is not None and code == _GO else 0

@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from skd import planners
+from skd.support.types import Document
+
+_Value = TypeVar("_Value")
 
 DECAYS = ("published", "expected")
 IMPORTANCE = ("passes", "online")
@@ -25,6 +28,8 @@ LABELS = ("given", "predicted")  # of calibration images
 CHECKPOINT_WEIGHTS = ("ema", "model")  # of a checkpoint that has both
 RESUME = (None, "auto")
 DEMO_EPOCHS = 40  # of the demo's stand-in for a pre-trained model
+
+_COLOR_JITTER = 0.3  # a number in `TrainConfig`, which has no other form of it
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     vflip: float = 0.0
-    color_jitter: float | tuple[float, ...] | None = 0.3
+    color_jitter: float | tuple[float, ...] | None = _COLOR_JITTER
     aa: str | None = "rand-m9-mstd0.5-inc1"
     reprob: float = 0.25
     remode: str = "pixel"
@@ -126,7 +131,7 @@ class AverageSettings:
     warmup: bool
 
 
-def _option(default: Any, help: str, **metadata: Any) -> Any:
+def _option(default: _Value, help: str, **metadata: object) -> _Value:
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -195,7 +200,7 @@ class TrainConfig:
     ratio: tuple[float, float] = _option(Augmentation.ratio, "aspect ratio of the random crop (DeiT: 3/4 4/3)")
     hflip: float = _option(Augmentation.hflip, "probability of a horizontal flip (DeiT: 0.5)")
     vflip: float = _option(Augmentation.vflip, "probability of a vertical flip (DeiT: 0)")
-    color_jitter: float = _option(Augmentation.color_jitter, "strength of colour jitter, where aa is off (DeiT: 0.3)")
+    color_jitter: float = _option(_COLOR_JITTER, "strength of colour jitter, where aa is off (DeiT: 0.3)")
     aa: str | None = _option(Augmentation.aa, "timm's auto-augment policy, 'none': off (paper: RandAugment m9)")
     train_interpolation: str = _option(
         Augmentation.train_interpolation, "interpolation of the training images (DeiT: bicubic)"
@@ -300,7 +305,7 @@ class TrainConfig:
                 raise ValueError(f"setting {name!r} is unknown{hint}")
         return replace(self, **changes)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Document:
         """JSON values by field name."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
@@ -314,7 +319,7 @@ def finetune_config(**changes: Any) -> TrainConfig:
     return TrainConfig().changed(**(FINETUNING | {"budgets": (1.0,), "eval_every": 1} | changes))
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> dict[str, object]:
     """Settings from a JSON or YAML file: a mapping of field names to values.
 
     Raises:
@@ -338,7 +343,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): _plain_number(value) for name, value in document.items()}
 
 
-def _plain_number(value: Any) -> Any:
+def _plain_number(value: object) -> object:
     if isinstance(value, str):
         try:
             return float(value)
@@ -347,14 +352,14 @@ def _plain_number(value: Any) -> Any:
     return value
 
 
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
+def _numbers(name: str, value: Iterable[float]) -> tuple[float, ...]:
     try:
         return tuple(float(number) for number in value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}; it must be a sequence of numbers") from None
 
 
-def _check_type(setting: Field[Any], value: Any) -> None:
+def _check_type(setting: Field[object], value: object) -> None:
     kind = str(setting.type)
     if value is None and "None" in kind:
         return
@@ -374,7 +379,7 @@ def _check_type(setting: Field[Any], value: Any) -> None:
 
 
 # (fields, test, what they may be)
-_RANGES: tuple[tuple[str, Any, str], ...] = (
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "epochs batch_size lr_base_size grad_accum_steps recount aug_repeats calibration_images eval_every "
         "checkpoint_hist log_interval validation_batch_size",

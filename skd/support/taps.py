@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
+from skd.support.types import Batch
 from skd.vit import Module, TimmModel, check_images
 from skd.vit.block import first_block
-from skd.vit.protocol import Consumer
-
-Batch = tuple[torch.Tensor, torch.Tensor | None]
+from skd.vit.protocol import Consumer, Handle
 
 
 @contextmanager
@@ -26,7 +24,7 @@ def tapped(model: TimmModel, modules: Iterable[Module], consume: Consumer) -> It
     enter its output layer, (B, N, F). Parameters are frozen meanwhile: only gradients of activations are computed.
     """
     check_gradients_possible()
-    handles = [first_block(model).register_forward_pre_hook(_start_graph)]
+    handles: list[Handle] = [first_block(model).register_forward_pre_hook(_start_graph)]
     try:
         for module in modules:
             handles += module.tap(model, consume)
@@ -62,7 +60,7 @@ def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
-def total_cost(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+def objective(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """The scalar that is differentiated, summed over the batch: METHOD's "cost", which has nothing to do with MACs.
 
     The logit of the true class; without labels, of the predicted class; for a headless model
@@ -76,7 +74,7 @@ def total_cost(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | No
 
 
 def checked(
-    model: TimmModel, batches: Iterable[Any], name: str = "batches", *, with_labels: bool = True
+    model: TimmModel, batches: Iterable[object], name: str = "batches", *, with_labels: bool = True
 ) -> Iterator[Batch]:
     """The batches on the model's device and in its dtype, each checked; `with_labels` or with None in their place.
 
@@ -97,7 +95,7 @@ def checked(
         raise ValueError(f"{name} has no batch; it must yield at least one (images, labels)")
 
 
-def checked_batch(model: TimmModel, batch: Any, name: str, with_labels: bool = True) -> Batch:
+def checked_batch(model: TimmModel, batch: object, name: str, with_labels: bool = True) -> Batch:
     """One batch on the model's device and in its dtype; without its labels, which may then be anything.
 
     Raises:
@@ -141,7 +139,7 @@ def _usable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _check_labels(model: TimmModel, labels: Any, count: int) -> torch.Tensor | None:
+def _check_labels(model: TimmModel, labels: object, count: int) -> torch.Tensor | None:
     if labels is None or model.num_classes == 0:
         return None
     integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -6,7 +6,7 @@ import re
 import resource
 import time
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from rich.console import Console
@@ -25,9 +25,54 @@ LARGEST = {"cpu": 8, "cuda": 64}  # images of a measured step: a whole batch nee
 PROCESSES = (1, 8, 32)
 
 
+class MeasuredStep(TypedDict):
+    """One step: its images, the seconds that it took, and the most memory that was in use by then."""
+
+    images: int
+    seconds: float
+    peak_bytes: int
+
+
+class Share(TypedDict):
+    """What each of several processes has if they share the images of a step."""
+
+    processes: int
+    images: int
+    peak_bytes: int
+    seconds_per_epoch: float
+
+
+class Mark(TypedDict):
+    """An epoch (from 1) where something begins or ends, its learning rate, and the share of the MACs removed."""
+
+    epoch: int
+    what: str
+    lr: float
+    macs_removed: float
+
+
+class DryRun(TypedDict):
+    """What `dry_run` found; memory in bytes, and the times are those of a step of the full network."""
+
+    parameters: int
+    device: str
+    measured: list[MeasuredStep]
+    seconds_per_step: float
+    state_bytes: int
+    peak_bytes: int
+    images: int
+    images_assumed: bool
+    steps_per_epoch: int
+    seconds_per_epoch: float
+    hours: float
+    bytes_per_image: int
+    schedule: list[Mark]
+    processes: list[Share]
+
+
 def dry_run(
     supernet: SuperNet, config: TrainConfig, images: int | None = None, console: Console | None = None
-) -> dict[str, Any]:
+) -> DryRun:
     """Build everything, run steps of two sizes on synthetic images, and say what a run would take.
 
     The steps train the full network, the most expensive entry; one of a single image comes before, to allocate what
@@ -69,7 +114,7 @@ def dry_run(
     per_image = (steps[1]["peak_bytes"] - steps[0]["peak_bytes"]) / max(sizes[1] - sizes[0], 1)
     per_step = steps[1]["seconds"] * config.batch_size / largest
     per_epoch = per_step * (total // config.batch_size)
-    document = {
+    document: DryRun = {
         "parameters": sum(p.numel() for p in supernet.parameters()),
         "device": str(device),
         "measured": steps,
@@ -83,20 +128,21 @@ def dry_run(
         "hours": per_epoch * config.epochs / 3600,
         "bytes_per_image": round(per_image),
         "schedule": schedule(config, scheduler),
+        "processes": [],
     }
     document["processes"] = _divided(document, config)
     _print(Console() if console is None else console, document, config)
     return document
 
 
-def _measure(stepper: Stepper, config: TrainConfig, images: int) -> dict[str, Any]:
+def _measure(stepper: Stepper, config: TrainConfig, images: int) -> MeasuredStep:
     """The faster of two steps: the first may choose algorithms and compile, and other work may be in the way."""
     with tf32(config.tf32):
         seconds = min(_timed_step(stepper, config, images) for _ in range(2))
     return {"images": images, "seconds": seconds, "peak_bytes": _peak_memory(stepper.state.device)}
 
 
-def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, Any]]:
+def _divided(document: DryRun, config: TrainConfig) -> list[Share]:
     """Memory of each process, and time, if as many share a step's images; communication is not counted."""
     rows = []
     for processes in PROCESSES:
@@ -104,7 +150,7 @@ def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, An
         if rest:
             continue
         fewer = config.batch_size // config.grad_accum_steps - images
-        row = {
+        row: Share = {
             "processes": processes,
             "images": images,
             "peak_bytes": max(document["peak_bytes"] - fewer * document["bytes_per_image"], document["state_bytes"]),
@@ -114,14 +160,14 @@ def _divided(document: dict[str, Any], config: TrainConfig) -> list[dict[str, An
     return rows
 
 
-def schedule(config: TrainConfig, scheduler: Scheduler) -> list[dict[str, Any]]:
+def schedule(config: TrainConfig, scheduler: Scheduler) -> list[Mark]:
     """Learning rate and share of MACs removed, at the epochs where something begins or ends."""
     growing, warmup = config.growing_epochs, config.warmup
     named = [(0, "start"), (config.epochs // 2, "half"), (config.epochs - 1, "last epoch")]
     named += [(warmup, "end of warm-up")] if warmup else []
     named += [(growing - 1, "dropout list complete")] if growing else []
     marks = {epoch: ", ".join(name for at, name in named if at == epoch) for epoch, _ in named}
-    rows = []
+    rows: list[Mark] = []
     for epoch in sorted(marks):
         rates = scheduler._get_lr(epoch)
         removed = config.target * min(1.0, (epoch + 1) / growing) if growing else 0.0
@@ -168,7 +214,7 @@ def _state_bytes(state: StepState) -> int:
     return 2 * weights + of_optimizer + (weights if state.average is not None else 0)
 
 
-def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> None:
+def _print(console: Console, document: DryRun, config: TrainConfig) -> None:
     first, second = document["measured"]
     assumed = " (ImageNet-1k assumed: no --data)" if document["images_assumed"] else ""
     part = config.batch_size // config.grad_accum_steps
@@ -198,9 +244,9 @@ def _print(console: Console, document: dict[str, Any], config: TrainConfig) -> N
         title="Divided, on devices like this one (communication and input not counted)",
         title_justify="left",
     )
-    for row in document["processes"]:
-        memory = f"{row['peak_bytes'] / 1e9:.1f} GB"
-        shares.add_row(str(row["processes"]), str(row["images"]), memory, _duration(row["seconds_per_epoch"]))
+    for share in document["processes"]:
+        memory = f"{share['peak_bytes'] / 1e9:.1f} GB"
+        shares.add_row(str(share["processes"]), str(share["images"]), memory, _duration(share["seconds_per_epoch"]))
     console.print(table, "", plan, "", shares, sep="\n")
 
 
@@ -212,5 +258,5 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
-def _measured(step: dict[str, Any]) -> str:
+def _measured(step: MeasuredStep) -> str:
     return f"{step['images']} images {step['seconds']:.2f} s, {step['peak_bytes'] / 1e9:.2f} GB"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +14,7 @@ from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
 from skd.support.outputs import output_folder, remove_leftovers, write_json
 from skd.support.ranks import check_group, check_same, rank_of, together
 from skd.support.settings import RESUME, TrainConfig, finetune_config
+from skd.support.types import Document
 from skd.training.checkpoints import checkpoints
 from skd.training.history import History
 from skd.training.loop import run_epochs
@@ -200,7 +200,7 @@ def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Group) -
     return folder
 
 
-def _record(history: History, config: TrainConfig) -> dict[str, Any]:
+def _record(history: History, config: TrainConfig) -> Document:
     info = build_info()
     return {
         "original_top1": history.original_top1,

@@ -23,7 +23,7 @@ from skd.training.run import Run
 from skd.training.screen import Seconds, Steps
 from skd.training.step import images_in
 from skd.training.stopping import Stopped, stop_signals
-from skd.training.types import Batch
+from skd.training.types import LabelledBatch
 
 
 def run_epochs(run: Run) -> History:
@@ -120,7 +120,7 @@ def train_epoch(run: Run, seconds: Seconds) -> None:
     run.check_finite()
 
 
-def _batches(run: Run) -> Iterator[list[Batch]]:
+def _batches(run: Run) -> Iterator[list[LabelledBatch]]:
     """The batch of each step, in parts, from the first step on that is not done."""
     parts = run.config.grad_accum_steps
     start = run.step_in_epoch * parts
@@ -133,7 +133,7 @@ def _batches(run: Run) -> Iterator[list[Batch]]:
         yield batch
 
 
-def _checked(run: Run, number: int, part: object) -> Batch:
+def _checked(run: Run, number: int, part: object) -> LabelledBatch:
     name = f"train_loader[{number}] of epoch {run.epoch}"
     images, labels = checked_batch(run.supernet.model, part, name)
     if labels is None:
@@ -141,7 +141,7 @@ def _checked(run: Run, number: int, part: object) -> Batch:
     return laid_out(images, run.config), labels
 
 
-def _one_step(run: Run, batch: list[Batch]) -> None:
+def _one_step(run: Run, batch: list[LabelledBatch]) -> None:
     """Train the entry that this step draws, uniformly from the list, the last one included; and log it."""
     entry = int(generator(run.config.seed, "entry", run.step).integers(len(run.supernet.dropout_list)))
     start = _now(run.state.device)
@@ -180,7 +180,7 @@ def _after_step(run: Run, bar: Steps) -> None:
         write_checkpoint(run)
 
 
-def _check_batch_size(run: Run, batch: list[Batch]) -> None:
+def _check_batch_size(run: Run, batch: list[LabelledBatch]) -> None:
     """The learning rate is for a batch size, unless it was given."""
     config, images = run.config, images_in(batch) * run.state.world
     if run.step == 0 and run.state.rank == 0 and config.lr is None and images != config.batch_size:

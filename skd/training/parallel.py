@@ -9,12 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from skd.supernet import SuperNet
 from skd.support.ranks import check_same, others_alive, spread
-from skd.training.types import Group, Network
+from skd.training.types import Forward, Group
 from skd.vit import probe
 
 
-def on_ranks(network: Network, supernet: SuperNet, group: Group, *, replayed: bool) -> Network:
-    """`network` (`supernet`, or it compiled) to be trained on every rank of `group`, from rank 0's weights on.
+def on_ranks(forward: Forward, supernet: SuperNet, group: Group, *, replayed: bool) -> Forward:
+    """`forward` (`supernet`, or it compiled) to be trained on every rank of `group`, from rank 0's weights on.
 
     A step averages the gradients itself where it is replayed as a CUDA graph; otherwise DistributedDataParallel does.
 
@@ -22,22 +22,22 @@ def on_ranks(network: Network, supernet: SuperNet, group: Group, *, replayed: bo
         ValueError, RuntimeError: the ranks' networks are not alike.
     """
     if not replayed:
-        return distributed(network, supernet, group)
+        return distributed(forward, supernet, group)
     shapes = {name: tuple(tensor.shape) for name, tensor in supernet.state_dict().items()}
     check_same(shapes, "the shape of the network", group)
     spread(supernet, group)
-    return network
+    return forward
 
 
-def distributed(network: Network, supernet: SuperNet, group: Group) -> DistributedDataParallel:
-    """`network` in DistributedDataParallel: gradients are the mean over the ranks.
+def distributed(forward: Forward, supernet: SuperNet, group: Group) -> DistributedDataParallel:
+    """`forward` in DistributedDataParallel: gradients are the mean over the ranks.
 
     Every rank gets rank 0's weights. Modules of width 0 have gradients of zero, so no parameter is ever unused.
     """
     with others_alive(group), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has another name from torch 2.15 on
         parallel = DistributedDataParallel(
-            network, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+            forward, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for this
             _settle(parallel, supernet)

@@ -278,7 +278,7 @@ def _steps(history: History) -> _Section | None:
     return _Section("steps.png", "Steps by size of the sub-network", plots.steps_figure(losses, times), text)
 
 
-def _mean_times(rows: Sequence[Epoch]) -> Rows:
+def _mean_times(rows: Sequence[Epoch]) -> list[dict[str, float]]:
     """Time per step by size, over all these epochs: [{macs_fraction, seconds}], the smallest first."""
     bins: dict[int, np.ndarray] = {}
     for drawn in (drawn for row in rows for drawn in row.drawn if drawn.get("seconds") is not None):

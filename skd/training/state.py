@@ -19,7 +19,7 @@ from skd.training.mixing import Mixing
 from skd.training.optimizer import make_optimizer
 from skd.training.parallel import on_ranks
 from skd.training.precision import amp_dtype
-from skd.training.types import Group, Network, Refusal
+from skd.training.types import Forward, Group, Refusal
 
 
 @dataclass
@@ -28,9 +28,8 @@ class StepState:
 
     Attributes:
         supernet: the network that is trained.
-        network: the callable that a step calls: the super-network, compiled where asked for, and on several ranks
-            wrapped in DistributedDataParallel, unless a CUDA graph averages the gradients. It is not
-            `supernet.network`, which describes the architecture.
+        forward: what a step calls: the super-network, compiled where asked for, and on several ranks wrapped in
+            DistributedDataParallel, unless a CUDA graph averages the gradients.
         average: of the weights; None: the weights themselves are evaluated and saved.
         scaler: of the loss, in float16; otherwise it does nothing.
         decay: where weight decay follows the dropout list; None: the optimizer does it.
@@ -41,7 +40,7 @@ class StepState:
     """
 
     supernet: SuperNet
-    network: Network
+    forward: Forward
     optimizer: torch.optim.Optimizer
     average: Average | None
     scaler: torch.amp.GradScaler
@@ -104,20 +103,20 @@ def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> 
     why = one_by_one(supernet, config, device, group)
     if config.cuda_graph and why is not None:
         warnings.warn(f"cuda_graph: the steps run one by one, because {why}", stacklevel=2)
-    network: Network = supernet
+    forward: Forward = supernet
     if config.torchcompile:
         if device.type == "cpu":
             warnings.warn("torchcompile: on a CPU each compiled step does the full network's work", stacklevel=2)
-        network = torch.compile(supernet)  # once for every entry: widths are looked up on the device
+        forward = torch.compile(supernet)  # once for every entry: widths are looked up on the device
     if group is not None:
-        network = on_ranks(network, supernet, group, replayed=why is None)
+        forward = on_ranks(forward, supernet, group, replayed=why is None)
     precision = amp_dtype(config.amp_dtype, device)
     # Before stochastic depth is put in: the average is a super-network as convert made it.
     average = None if config.average is None else Average(supernet, config.average)
     optimizer, decay = make_optimizer(supernet, config.optimizer)
     return StepState(
         supernet=supernet,
-        network=network,
+        forward=forward,
         optimizer=optimizer,
         average=average,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),

@@ -18,7 +18,7 @@ from skd.support.settings import TrainConfig
 from skd.training.capture import Capture
 from skd.training.optimizer import DeviceRates
 from skd.training.state import StepState, make_state
-from skd.training.types import Batch, Entry, Group
+from skd.training.types import Entry, Group, LabelledBatch
 
 
 class Part(NamedTuple):
@@ -57,7 +57,7 @@ def take_step(state: StepState, parts: Iterable[Part], images: int, entry: Entry
 def _passes(state: StepState, parts: Iterable[Part], images: int, entry: Entry) -> torch.Tensor:
     """Forward and backward of all parts; the gradients are then the means over the ranks."""
     loss, done = torch.zeros((), dtype=torch.float64, device=state.device), 0
-    wrapped = state.network if isinstance(state.network, DistributedDataParallel) else None
+    wrapped = state.forward if isinstance(state.forward, DistributedDataParallel) else None
     for part in parts:
         done += len(part.images)
         if state.paths is not None and part.masks is not None:
@@ -65,7 +65,7 @@ def _passes(state: StepState, parts: Iterable[Part], images: int, entry: Entry) 
         # The ranks add up their gradients in the last part alone.
         with nullcontext() if wrapped is None or done == images else wrapped.no_sync():
             with state.autocast():
-                logits = state.network(part.images, entry=entry)
+                logits = state.forward(part.images, entry=entry)
                 share = state.mixing.loss(logits, part.targets) * (len(part.targets) / images)
             state.scaler.scale(share).backward()
         loss += share.detach()
@@ -135,7 +135,7 @@ class Stepper:
                 fixed=config.cuda_graph is True,
             )
 
-    def __call__(self, batch: Sequence[Batch], entry: Entry) -> torch.Tensor:
+    def __call__(self, batch: Sequence[LabelledBatch], entry: Entry) -> torch.Tensor:
         """Train one entry on one batch, given in parts: the loss, as of `take_step`."""
         state, images, masks = self.state, images_in(batch), None
         if state.paths is not None:  # of the whole batch; this rank has its rows rank, rank + world, ...
@@ -154,7 +154,7 @@ class Stepper:
         self.step += 1
         return loss
 
-    def _mixed(self, batch: Sequence[Batch], masks: torch.Tensor | None) -> Iterator[Part]:
+    def _mixed(self, batch: Sequence[LabelledBatch], masks: torch.Tensor | None) -> Iterator[Part]:
         """One part at a time: mixing copies the images."""
         done = 0
         for images, labels in batch:
@@ -191,6 +191,6 @@ def by_hand(supernet: SuperNet, config: TrainConfig, group: Group = None) -> Ste
     return Stepper(make_state(supernet, config, group), config)
 
 
-def images_in(batch: Sequence[Batch]) -> int:
+def images_in(batch: Sequence[LabelledBatch]) -> int:
     """Of a step's batch, given in parts."""
     return sum(len(images) for images, _ in batch)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # a PyTorch that was built without torch.distributed has no s
     from torch.distributed import ProcessGroup
 
 Group: TypeAlias = "ProcessGroup | None"  # None: this process alone
-Network = Callable[..., torch.Tensor]  # (images, entry=...) -> logits
+Forward = Callable[..., torch.Tensor]  # (images, entry=...) -> logits
 Entry = int | torch.Tensor  # of the dropout list; a 0-d integer tensor is read where it is
-Batch = tuple[torch.Tensor, torch.Tensor]  # (images, labels), checked and on the device
+LabelledBatch = tuple[torch.Tensor, torch.Tensor]  # (images, labels), checked and on the device
 Batches = Iterable[object]  # what a user gives: each batch is checked when its turn comes
 Refusal = NewType("Refusal", str)  # why something is not done, to be read after "because"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.layers import Attention
@@ -15,10 +15,12 @@ from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is
 from skd.vit.protocol import (
     Consumer,
     Coordinates,
+    Handle,
     Module,
     Place,
     Prices,
     Rotation,
+    Shared,
     TimmLayer,
     TimmModel,
     Transform,
@@ -83,10 +85,10 @@ class RotatedAttention(Module):
     def score_shape(self) -> tuple[int, ...]:
         return 3, self.num_heads, self.full_width
 
-    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         """The feature is the qkv projection's output, (B, N, 3, H, D)."""
 
-        def hook(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             shape = (*output.shape[:-1], *self.score_shape)
             feature = output.detach().view(shape)  # detached: a hook that held its own graph would never be freed
             output.register_hook(lambda grad: consume(self, feature, grad.reshape(shape)))
@@ -147,7 +149,7 @@ class RotatedAttention(Module):
         width: Width,
         scores: torch.Tensor | None,
         tokens: int | None,
-        shared: Any,
+        shared: Shared,
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
         if self.binary:
@@ -166,14 +168,14 @@ class RotatedAttention(Module):
             queries=tokens,
         )
 
-    def narrowed(self, module: Any, width: int) -> nn.Module:
+    def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
         """timm will scale by ``width ** -0.5``: the rest of the full width's scale is folded into the Q rows."""
         qkv = first_rows(module.qkv, self.full_width, width)
         proj = first_columns(module.proj, self.full_width, width)
         with torch.no_grad():
             for tensor in qkv.parameters():
                 tensor[: self.num_heads * width] *= math.sqrt(width / self.full_width)
-        narrow: Any = copy.deepcopy(module, {id(module.qkv): qkv, id(module.proj): proj})
+        narrow: TimmLayer = copy.deepcopy(module, {id(module.qkv): qkv, id(module.proj): proj})
         narrow.head_dim, narrow.attn_dim, narrow.scale = width, self.num_heads * width, width**-0.5
         result: nn.Module = narrow
         return result
@@ -211,7 +213,7 @@ def check_no_dropout(name: str, attn: TimmLayer) -> None:
         )
 
 
-def around(block: TimmLayer, place: Place) -> tuple[Any, Any]:
+def around(block: TimmLayer, place: Place) -> tuple[nn.Module, nn.Module | nn.Parameter | None]:
     """The norm of a module in its block, and its layer scale (a layer, a parameter or None)."""
     return getattr(block, place.norm), getattr(block, place.scale, None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypedDict
 
 import timm
 from timm.models import get_model_args
@@ -21,6 +21,19 @@ from skd.vit.protocol import Network, TimmModel
 _NOT_ARCHITECTURE = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
 
+class Construction(TypedDict):
+    """How a model was built, in JSON values.
+
+    `architecture` is timm's name of it, or None: then `model_args` are the arguments of the class's own constructor.
+    `norm_eps` is None where timm's default holds.
+    """
+
+    architecture: str | None
+    model_class: str
+    model_args: dict[str, object]
+    norm_eps: float | None
+
+
 def remember_construction(model: TimmModel, network: Network) -> None:
     """Record on `model`, where timm keeps them, the arguments that rebuild it, if timm has not and they show."""
     if _known_to_timm(model) or _remembered(model):
@@ -30,14 +43,14 @@ def remember_construction(model: TimmModel, network: Network) -> None:
         model.pretrained_cfg = {**getattr(model, "pretrained_cfg", {}), "architecture": None}
 
 
-def construction(model: TimmModel, network: Network) -> dict[str, Any]:
-    """JSON values for `build`: architecture (or None), model_class, model_args, norm_eps (or None).
+def construction(model: TimmModel, network: Network) -> Construction:
+    """What `build` needs to build `model` again.
 
     Raises:
         ValueError: nothing says how the model was built.
     """
     known = _known_to_timm(model)
-    args = get_model_args(model) if known or _remembered(model) else network.constructor_args(model)
+    args: dict[str, Any] = get_model_args(model) if known or _remembered(model) else network.constructor_args(model)
     norm_eps = args.pop("norm_eps", None)
     return {
         "architecture": model.pretrained_cfg["architecture"] if known else None,
@@ -47,7 +60,7 @@ def construction(model: TimmModel, network: Network) -> dict[str, Any]:
     }
 
 
-def build(header: dict[str, Any]) -> Any:
+def build(header: Construction) -> TimmModel:
     """The module that `construction` described, freshly initialised.
 
     Raises:

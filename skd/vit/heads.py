@@ -9,21 +9,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from skd.vit.attention import around, check_no_dropout
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
 from skd.vit.protocol import (
     Consumer,
     Coordinates,
+    Handle,
     OrderedModule,
     Place,
     Prices,
+    Shared,
     TimmLayer,
     TimmModel,
     Transform,
@@ -79,7 +82,7 @@ class HeadAttention(OrderedModule):
     def num_heads(self) -> int:
         return self.full_width
 
-    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read.
 
         No layer of timm's has that as its output (biases are added apart, or there are three layers), so the
@@ -94,7 +97,7 @@ class HeadAttention(OrderedModule):
             qkv.register_hook(lambda grad: consume(self, feature, grad))
             return qkv
 
-        def forward(x: torch.Tensor, **given: Any) -> torch.Tensor:
+        def forward(x: torch.Tensor, **given: Shared) -> torch.Tensor:
             return self._attend(attn, x, self.full_width, None, given.get(self.place.shared), watch)
 
         return [_OtherForward(attn, forward)]
@@ -134,7 +137,7 @@ class HeadAttention(OrderedModule):
         width: Width,
         scores: torch.Tensor | None,
         tokens: int | None,
-        shared: Any,
+        shared: Shared,
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
         plain = scores is None and tokens is None and isinstance(width, int) and width == self.full_width
@@ -182,10 +185,10 @@ class HeadAttention(OrderedModule):
         parts = [F.linear(x, la.weight[:size], None if la.bias is None else la.bias[:size]) for la in layers]
         return torch.stack(parts, 2).unflatten(-1, (heads, self.head_dim))
 
-    def narrowed(self, module: Any, width: int) -> nn.Module:
+    def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
         """timm's AttentionRope with the first heads; where q, k and v are one layer with biases, K's are zeros."""
         size, full = width * self.head_dim, self.num_heads * self.head_dim
-        cut: Any = AttentionRope(
+        cut: TimmLayer = AttentionRope(
             module.proj.out_features,
             num_heads=width,
             attn_head_dim=self.head_dim,
@@ -245,7 +248,7 @@ class HeadAttention(OrderedModule):
         found["proj.weight"] = along(1, self.num_heads, 1, device, each=self.head_dim)
         return found
 
-    def _rows(self, rows: int, device: Any) -> Coordinates:
+    def _rows(self, rows: int, device: torch.device) -> Coordinates:
         """One or three runs of all heads, or one of the heads of keys and values, each of several queries' heads."""
         if rows == self.kv_heads * self.head_dim:
             share = self.num_heads // self.kv_heads
@@ -257,7 +260,7 @@ class HeadAttention(OrderedModule):
 class _OtherForward:
     """A handle, like that of a hook: `module` computes another function until it is removed."""
 
-    def __init__(self, module: nn.Module, forward: Any) -> None:
+    def __init__(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         self.module, self.before = module, vars(module).get("forward")
         module.forward = forward
 
@@ -267,17 +270,27 @@ class _OtherForward:
             self.module.forward = self.before
 
 
+class _ScoresContext(FunctionCtx):
+    """What `_AddScores` keeps from its forward pass for its backward pass."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    scores: torch.Tensor
+    module: HeadAttention
+
+
 class _AddScores(torch.autograd.Function):
     """The identity, whose backward pass adds the Taylor scores of its input to a buffer."""
 
     @staticmethod
-    def forward(ctx: Any, feature: torch.Tensor, scores: torch.Tensor, module: HeadAttention) -> torch.Tensor:
+    def forward(
+        ctx: _ScoresContext, feature: torch.Tensor, scores: torch.Tensor, module: HeadAttention
+    ) -> torch.Tensor:
         ctx.save_for_backward(feature)
         ctx.scores, ctx.module = scores, module
         return feature.view_as(feature)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: _ScoresContext, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (feature,) = ctx.saved_tensors
         own = ctx.module.taylor(feature, grad)
         ctx.scores[: len(own)].add_(own)

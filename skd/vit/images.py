@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from skd.vit.protocol import TimmModel
@@ -31,7 +29,7 @@ def _pads(model: TimmModel) -> bool:
     return bool(getattr(model.patch_embed, "dynamic_img_pad", False))
 
 
-def check_images(model: TimmModel, images: Any) -> None:
+def check_images(model: TimmModel, images: object) -> None:
     """`images` are a batch that `model` takes; otherwise ValueError."""
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-from skd.vit.protocol import Coordinates
+from skd.vit.protocol import Coordinates, TimmLayer
 
 
-def require_linear(name: str, layer: Any) -> None:
+def require_linear(name: str, layer: object) -> None:
     """Weights that are computed (weight norm, adapters, quantisation) cannot be rewritten in place.
 
     Raises:
@@ -63,17 +61,17 @@ def permute(tensor: torch.Tensor, order: torch.Tensor, axis: int) -> None:
     tensor.copy_(runs.index_select(axis + 1, order).flatten(axis, axis + 1))
 
 
-def along(axis: int, width: int, times: int, device: Any, *, each: int = 1) -> Coordinates:
+def along(axis: int, width: int, times: int, device: torch.device, *, each: int = 1) -> Coordinates:
     """Coordinates 0..width - 1, every one `each` positions long, all of it `times` times over."""
     index = torch.arange(width, device=device).repeat_interleave(each).repeat(times)
     return Coordinates(axis, index)
 
 
-def has_bias(layer: Any) -> int:
+def has_bias(layer: TimmLayer) -> int:
     return int(layer.bias is not None)
 
 
-def count(*parts: Any) -> int:
+def count(*parts: object) -> int:
     """Numbers in the parameters of layers, in parameters, and in nothing (None, a number)."""
     total = 0
     for part in parts:

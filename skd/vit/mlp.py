@@ -16,9 +16,11 @@ from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is
 from skd.vit.protocol import (
     Consumer,
     Coordinates,
+    Handle,
     OrderedModule,
     Place,
     Prices,
+    Shared,
     TimmLayer,
     TimmModel,
     Transform,
@@ -95,7 +97,7 @@ class SortedMlp(OrderedModule):
             output=output,
         )
 
-    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         """The feature is what enters the output layer, (B, N, F)."""
 
         def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -133,7 +135,7 @@ class SortedMlp(OrderedModule):
         width: Width,
         scores: torch.Tensor | None,
         tokens: int | None,
-        shared: Any,
+        shared: Shared,
     ) -> torch.Tensor:
         mlp = getattr(block, self.place.module)
         if self.binary:
@@ -149,9 +151,9 @@ class SortedMlp(OrderedModule):
         x = mlp.norm(x)
         return masked_mlp(x, w1, b1, last.weight, last.bias, width, act=self.act, gated=self.gated, scores=scores)
 
-    def narrowed(self, module: Any, width: int) -> nn.Module:
+    def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
         inputs = [getattr(module, name) for name in self.inputs]
-        memo: dict[int, Any] = {id(layer): first_rows(layer, self.full_width, width) for layer in inputs}
+        memo: dict[int, nn.Module] = {id(layer): first_rows(layer, self.full_width, width) for layer in inputs}
         output = getattr(module, self.output)
         narrow: nn.Module = copy.deepcopy(module, memo | {id(output): first_columns(output, self.full_width, width)})
         return narrow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from typing import Any
+from collections.abc import Mapping
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from skd.vit.protocol import TimmModel
 MODEL_SOURCES = ("hf-hub", "hf_hub", "local-dir")  # prefixes of names, as timm has them
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def create_model(name: str, **kwargs: object) -> nn.Module:
     """``timm.create_model`` whose errors are one line: what is wrong with the name, or with which argument.
 
     Args:
@@ -55,7 +55,7 @@ def _check_name(name: str) -> None:
     raise ValueError(f"model name is {name!r}; timm has no such model{hint}")
 
 
-def _with(name: str, kwargs: dict[str, Any]) -> str:
+def _with(name: str, kwargs: Mapping[str, object]) -> str:
     """What to say of the arguments: " with" those without which the model can be built, or else all of them.
 
     Nothing, where the model can be built with them: then its weights are at fault.
@@ -67,7 +67,7 @@ def _with(name: str, kwargs: dict[str, Any]) -> str:
     return f" with {', '.join(f'{key}={value!r}' for key, value in wrong.items())}" if wrong else ""
 
 
-def _builds(name: str, keys: set[str], kwargs: dict[str, Any]) -> bool:
+def _builds(name: str, keys: set[str], kwargs: Mapping[str, object]) -> bool:
     """With these arguments alone; without memory for the weights."""
     try:
         with torch.device("meta"):
@@ -85,7 +85,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def unwrapped(model: TimmModel) -> Any:
+def unwrapped(model: TimmModel) -> TimmModel:
     """The module inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers, however nested."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from skd_kernels import Moments
 TimmModel: TypeAlias = Any
 TimmLayer: TypeAlias = Any
 Width = int | torch.Tensor  # a 0-d integer tensor on the device is a width that the host does not know
+Shared: TypeAlias = torch.Tensor | None  # what a block gets beside its input: a rotary embedding, a bias of positions
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Rotation:
 Transform = Rotation | torch.Tensor  # a tensor is the new order of the coordinates, (width,) int64
 Statistic = Moments | torch.Tensor
 Consumer = Callable[["Module", torch.Tensor, torch.Tensor], None]
+
+
+class Handle(Protocol):
+    """What undoes a change to a model, such as the handle that PyTorch returns for a hook."""
+
+    def remove(self) -> None: ...
 
 
 class Coordinates(NamedTuple):
@@ -137,14 +144,14 @@ class Module(ABC):
         """The prefix of its parameters' names in the model: "blocks.3.attn"."""
         return f"blocks.{self.block}.{self.place.module}"
 
-    def of(self, model: TimmModel) -> Any:
+    def of(self, model: TimmModel) -> TimmLayer:
         """The module itself, in a model or a super-network's copy of one."""
         return getattr(model.blocks[self.block], self.place.module)
 
     # Reading features and gradients (METHOD 1 and 2)
 
     @abstractmethod
-    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         """Call ``consume(self, feature, gradient)`` in every backward pass; returns handles that undo it.
 
         A module that WPAC leaves alone need not be read: then there are no handles, and no calls.
@@ -190,7 +197,7 @@ class Module(ABC):
         width: Width,
         scores: torch.Tensor | None,
         tokens: int | None,
-        shared: Any,
+        shared: Shared,
     ) -> torch.Tensor:
         """The module's function at a width above 0: (B, N, C) to the same, or of the first `tokens` only.
 
@@ -255,7 +262,7 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
         """Images to the first block's input (B, N, C), and what each block shares with the others (or None)."""
 
     @abstractmethod
@@ -280,7 +287,7 @@ class Network(ABC):
         return tuple(tuple(group) for _, group in groupby(self.modules, key=lambda module: module.block))
 
     @abstractmethod
-    def blocks(self, model: TimmModel) -> Sequence[Any]:
+    def blocks(self, model: TimmModel) -> Sequence[TimmLayer]:
         """The blocks of a model."""
 
     @abstractmethod
@@ -312,7 +319,7 @@ class Network(ABC):
         """Parameters of all that is not in a block."""
 
     @abstractmethod
-    def constructor_args(self, model: TimmModel) -> dict[str, Any]:
+    def constructor_args(self, model: TimmModel) -> dict[str, object]:
         """Keyword arguments of its class that build the model again, read off a whole one; and norm_eps.
 
         Raises:
@@ -321,5 +328,5 @@ class Network(ABC):
 
     @classmethod
     @abstractmethod
-    def construct(cls, name: str, args: dict[str, Any], norm_eps: float | None) -> nn.Module:
+    def construct(cls, name: str, args: dict[str, object], norm_eps: float | None) -> nn.Module:
         """A model of the class `name`, of the arguments that `constructor_args` gave."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -15,9 +14,11 @@ from torch import fx, nn
 from skd.vit.protocol import (
     Consumer,
     Coordinates,
+    Handle,
     OrderedModule,
     Place,
     Prices,
+    Shared,
     TimmLayer,
     TimmModel,
     Transform,
@@ -45,7 +46,7 @@ def skipped_like(module: nn.Module) -> fx.GraphModule:
     return skipped
 
 
-def is_skipped(module: Any) -> bool:
+def is_skipped(module: object) -> bool:
     """Whether `module` is such a function, whoever traced it: zeros like its first argument, and nothing else."""
     if not isinstance(module, fx.GraphModule):
         return False
@@ -66,7 +67,7 @@ class SkippedModule(OrderedModule):
     def describe(cls, index: int, place: Place) -> SkippedModule:
         return cls(f"{index}.{place.module}", index, place, full_width=0, group_size=1, binary=False)
 
-    def tap(self, model: TimmModel, consume: Consumer) -> list[Any]:
+    def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         return []
 
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
@@ -88,7 +89,7 @@ class SkippedModule(OrderedModule):
         width: Width,
         scores: torch.Tensor | None,
         tokens: int | None,
-        shared: Any,
+        shared: Shared,
     ) -> torch.Tensor:
         return torch.zeros_like(x)
 

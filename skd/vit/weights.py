@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -20,6 +19,10 @@ from skd.vit.protocol import TimmModel
 
 # Keys of a training script's checkpoint that hold the weights, and their average (EMA), in timm's order.
 _WEIGHTS = {"ema": ("state_dict_ema", "model_ema"), "model": ("state_dict", "model")}
+
+
+# What timm makes of the state dict of a file, for a model.
+Filter = Callable[[dict[str, torch.Tensor], TimmModel], dict[str, torch.Tensor]]
 
 
 def load_weights(
@@ -100,7 +103,7 @@ def _shortened(error: Exception) -> str:
     return " ".join(lines[:3]) + (f" ({len(lines) - 3} more)" if len(lines) > 3 else "")
 
 
-def _state(file: Path, take: str | None) -> tuple[dict[str, Any], str]:
+def _state(file: Path, take: str | None) -> tuple[dict[str, torch.Tensor], str]:
     """The state dict in a file, without the prefixes of wrappers, and the key it was under."""
     whole = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
     if not isinstance(whole, dict):
@@ -114,7 +117,7 @@ def _state(file: Path, take: str | None) -> tuple[dict[str, Any], str]:
     return clean_state_dict(whole[key] if key else whole), key
 
 
-def _unpickled(file: Path) -> Any:
+def _unpickled(file: Path) -> object:
     """Tensors and plain values only: a pickle that would run code is refused."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # of timm's training script
@@ -126,12 +129,14 @@ def _unpickled(file: Path) -> Any:
         ) from None
 
 
-def _filter(model: TimmModel) -> Callable[..., dict[str, Any]]:
+def _filter(model: TimmModel) -> Filter:
     """timm's filter of checkpoints for an architecture, with the options that its module calls it with."""
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or ""
     known = timm.is_model(name)
     module = sys.modules[timm.model_entrypoint(name).__module__ if known else type(model).__module__]
-    filter_fn: Any = getattr(module, "checkpoint_filter_fn", vision_transformer.checkpoint_filter_fn)
+    filter_fn: Callable[..., dict[str, torch.Tensor]] = getattr(
+        module, "checkpoint_filter_fn", vision_transformer.checkpoint_filter_fn
+    )
     if "flexi" in name or "radio" in name:
         filter_fn = partial(filter_fn, interpolation="bilinear", antialias=False)
     if "radio" in name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.models.beit import Attention, Beit, Block
@@ -14,7 +14,7 @@ from skd.vit.families import register
 from skd.vit.heads import HeadAttention
 from skd.vit.mlp import SortedMlp
 from skd.vit.network import BlockNetwork, Describe, repeated
-from skd.vit.protocol import Module, Place, TimmLayer, TimmModel
+from skd.vit.protocol import Module, Place, Shared, TimmLayer, TimmModel
 
 # timm's block takes the two scales together or none: a number stands in for one alone.
 _PLACES = (
@@ -35,7 +35,7 @@ class Beits(BlockNetwork):
     def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         return _describe_attention, SortedMlp.describe
 
-    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
         """The blocks share a bias of positions, where the model has one outside of them."""
         x = model.patch_embed(self.checked(model, images))
         x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.layers import AttentionRope
@@ -16,7 +16,7 @@ from skd.vit.families import register
 from skd.vit.heads import HeadAttention
 from skd.vit.mlp import SortedMlp
 from skd.vit.network import BlockNetwork, Describe, repeated
-from skd.vit.protocol import Module, Place, TimmLayer, TimmModel
+from skd.vit.protocol import Module, Place, Shared, TimmLayer, TimmModel
 
 _PLACES = (
     Place("attn", "norm1", "gamma_1", "drop_path1", shared="rope"),
@@ -44,7 +44,7 @@ class Evas(BlockNetwork):
         """With mixed rotary positions every head of every block has angles of its own, outside of the blocks."""
         return partial(_describe_attention, binary=model.rope_mixed), SortedMlp.describe
 
-    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
         """The blocks share the rotary embedding of the positions."""
         x, rope = model._pos_embed(model.patch_embed(self.checked(model, images)))
         per_block = model.rope_mixed and rope is not None

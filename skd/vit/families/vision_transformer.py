@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from timm.layers import LayerNorm, LayerNormFp32, RmsNorm, SwiGLU, SwiGLUPacked
@@ -18,7 +18,7 @@ from skd.vit.families import register
 from skd.vit.layers import is_there
 from skd.vit.mlp import SortedMlp
 from skd.vit.network import BlockNetwork, Describe, repeated
-from skd.vit.protocol import Place, TimmLayer, TimmModel
+from skd.vit.protocol import Place, Shared, TimmLayer, TimmModel
 
 _PLACES = Place("attn", "norm1", "ls1", "drop_path1"), Place("mlp", "norm2", "ls2", "drop_path2")
 _POST_NORM = (
@@ -27,7 +27,7 @@ _POST_NORM = (
 )
 NORMS = {"layernorm": LayerNorm, "layernormfp32": LayerNormFp32, "rmsnorm": RmsNorm}
 # Constructor arguments that are classes are written by name.
-CLASSES: dict[str, dict[str, Any]] = {
+CLASSES: dict[str, dict[str, type[nn.Module]]] = {
     "block_fn": {"ResPostBlock": ResPostBlock},
     "mlp_layer": {"SwiGLUPacked": SwiGLUPacked, "SwiGLU": SwiGLU},
 }
@@ -47,7 +47,7 @@ class VisionTransformers(BlockNetwork):
     def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         return RotatedAttention.describe, SortedMlp.describe
 
-    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+    def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
         images = self.checked(model, images)
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return x, repeated(None, model)
@@ -55,7 +55,7 @@ class VisionTransformers(BlockNetwork):
     def pooled_tokens(self, model: TimmModel) -> int:
         return self.tokens(model) if model.pool_include_prefix else int(model.patch_embed.num_patches)
 
-    def constructor_args(self, model: TimmModel) -> dict[str, Any]:
+    def constructor_args(self, model: TimmModel) -> dict[str, object]:
         """What does not show (a layer put in by hand) is found when a saved file is compared with its model."""
         left = [module for module in self.modules if module.full_width]
         attn = next((module for module in left if isinstance(module, RotatedAttention)), None)
@@ -76,18 +76,18 @@ class VisionTransformers(BlockNetwork):
         return args
 
     @classmethod
-    def construct(cls, name: str, args: dict[str, Any], norm_eps: float | None) -> nn.Module:
+    def construct(cls, name: str, args: dict[str, object], norm_eps: float | None) -> nn.Module:
         for argument, classes in CLASSES.items():
             if argument in args:
-                args[argument] = classes[args[argument]]
+                args[argument] = classes[str(args[argument])]
         if norm_eps is not None:
-            args["norm_layer"] = partial(NORMS[args.get("norm_layer", "layernorm")], eps=norm_eps)
+            args["norm_layer"] = partial(NORMS[str(args.get("norm_layer", "layernorm"))], eps=norm_eps)
         known = {known.__name__: known for known in cls.model_classes}
         model: nn.Module = known[name](**args)
         return model
 
 
-def _outside(model: TimmModel) -> dict[str, Any]:
+def _outside(model: TimmModel) -> dict[str, object]:
     """Arguments that show around the blocks."""
     return {
         "img_size": list(model.patch_embed.img_size),
@@ -109,7 +109,7 @@ def _outside(model: TimmModel) -> dict[str, Any]:
     }
 
 
-def _inside(first: Any, other: Any) -> dict[str, Any]:
+def _inside(first: TimmLayer, other: TimmLayer) -> dict[str, object]:
     """Arguments that show in the first block with an attention, and in the first with an MLP."""
     norm = first.norm1
     return {
