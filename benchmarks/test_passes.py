@@ -183,7 +183,7 @@ def test_training_loop(benchmark: Any, device: str) -> None:
             optimizer.zero_grad()
 
     def epoch(run: Run) -> None:
-        run.step_in_epoch = 0
+        run.position.steps = 0
         train_epoch(run, Seconds())
 
     contenders: dict[str, Call] = {

@@ -1,6 +1,6 @@
-"""The command ``skd``. Of its subcommands it knows what each declares (`skd.commands.Command`), and no more.
+"""The command ``skd``. It knows of its subcommands only what each declares in its `skd.commands.Command`.
 
-Torch is not imported before it is needed: ``skd --version`` and the help of every command do without.
+Torch is imported only when a command runs, so that ``skd --version`` and the help of every command are quick.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
-    """`main`; `begin` is called when everything is imported and the work begins."""
+    """As `main`, and call `begin` once everything is imported and before the work begins."""
     arguments = argparse.Namespace()
     try:
         with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, and as `command` the name of what they are for.
+    """The parsed arguments; their field `command` is the name of the command.
 
     Raises:
         SystemExit: --help, --version, or arguments that the command does not have.
@@ -87,7 +87,7 @@ def _parser(
 
 
 class _AllWords(argparse.ArgumentParser):
-    """In place of a command's own parser, while it is not known which command it is: takes everything."""
+    """A parser that accepts any arguments; it stands in for each command's own parser until the command is known."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: object = None, namespace: argparse.Namespace | None = None
@@ -97,8 +97,10 @@ class _AllWords(argparse.ArgumentParser):
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the process as an exception does. Under torchrun it stays what it is: who waits for others hears
-    nothing."""
+    """Inside the block SIGTERM ends the process through an exception, so that half-written files are removed.
+
+    Under torchrun SIGTERM keeps its default action, because a process that waits in a collective runs no handler.
+    """
     if world_size() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -114,9 +116,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _import_all() -> None:
-    """What the commands have in common, torch among it.
+    """Import what all commands use, including torch.
 
-    Until then Ctrl-C ends the process on the spot: a module that is being imported may catch an exception.
+    Until this is done Ctrl-C ends the process at once, since a module that is being imported may catch an exception.
     """
     for name in ("_torchrun", "_work"):
         import_module(f"skd.commands.{name}")
@@ -139,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _answer(error: Exception, arguments: argparse.Namespace) -> int:
-    """The exit status of an error, which is printed in one line."""
+    """Print an error in one line and return the exit status for it."""
     if isinstance(error, ValueError):
         return _fail(error, 2)
     if isinstance(error, OSError | ImportError):

@@ -82,10 +82,10 @@ def convert(
 
 @torch.no_grad()
 def _check_function(model: TimmModel, supernet: SuperNet, transforms: dict[str, Transform]) -> None:
-    """A model with a forward of its own (a subclass, a hook) is not what its modules say.
+    """Refuse a model whose forward is not that of its modules, such as a subclass with its own forward, or hooks.
 
-    What such a forward changes is far above rounding, but a head with large weights can make rounding as large (its
-    logits are small differences of large products): then a conversion in float64 decides.
+    Such a forward changes the output by far more than rounding. But where a head has large weights, its logits are
+    small differences of large products, and rounding can be as large; then a conversion in float64 decides.
     """
     low_precision = next(model.parameters()).dtype not in (torch.float32, torch.float64)
     if not _difference(model, supernet) > (0.2 if low_precision else 1e-3):
@@ -102,7 +102,7 @@ def _check_function(model: TimmModel, supernet: SuperNet, transforms: dict[str, 
 
 
 def _difference(model: TimmModel, supernet: SuperNet) -> float:
-    """Relative, of the outputs for a random image."""
+    """The relative difference of the two outputs for a random image."""
     image = probe(model)
     with frozen(model), frozen(supernet):
         expected, found = model(image).double(), supernet(image).double()
@@ -118,7 +118,7 @@ def collect(
     predicted: bool = False,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Forward and backward of the cost over `batches`, every (module, feature, gradient) to `consume`."""
+    """Differentiate the objective over `batches`, and pass every (module, feature, gradient) to `consume`."""
     with tapped(model, modules, consume), torch.enable_grad():
         for images, targets in in_step(checked(model, batches, with_labels=not predicted), group):
             objective(model, model(images), targets).backward()
@@ -126,9 +126,9 @@ def collect(
 
 
 class WpacStatistics:
-    """Running statistics of one calibration: weighted moments at qkv, scores at neurons and heads (`Module.observe`).
+    """The running statistics of one calibration: weighted moments at qkv, scores at neurons and heads.
 
-    A batch counts as a whole, in `end_batch`: if any of its statistics is not finite it is left out.
+    `end_batch` adds a batch as a whole, or leaves it out if any of its statistics is not finite.
 
     Attributes:
         batches, skipped: number of batches that count, and of those left out.
@@ -144,13 +144,13 @@ class WpacStatistics:
         self._device = torch.device("cpu")
 
     def add(self, module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
-        """One module of the present batch; moments are taken about the first batch's mean."""
+        """Add one module of the present batch. Moments are taken about the mean of the first batch."""
         self._device = feature.device
         known = self.moments.get(module.name)
         self._batch[module.name] = module.observe(feature, grad, None if known is None else known.shift)
 
     def end_batch(self) -> None:
-        """Take the present batch into the sums, or count it as skipped."""
+        """Add the present batch to the sums, or count it as skipped."""
         batch, self._batch = self._batch, {}
         # The diagonal is enough: a NaN or infinity in any token also makes a sum of squares NaN or infinite.
         sums = [

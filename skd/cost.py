@@ -45,7 +45,7 @@ def cost(model_or_supernet: SuperNet | TimmModel, *, entry: int | None = None, c
     Raises:
         ValueError: unsupported architecture, unknown convention, entry out of range, or an entry of a plain model.
     """
-    from skd.supernet import SuperNet  # which has prices itself
+    from skd.supernet import SuperNet  # which imports this module
 
     check_convention(convention)
     model_or_supernet = unwrapped(model_or_supernet)
@@ -63,7 +63,7 @@ def cost(model_or_supernet: SuperNet | TimmModel, *, entry: int | None = None, c
 
 @dataclass(frozen=True)
 class CostModel:
-    """Integer price list of a network; row 0 of each MACs array is `full`, row 1 `linear`.
+    """The integer price list of a network. Row 0 of each array of MACs is `full`, row 1 `linear`.
 
     ``macs(widths) = base + sum over modules of [width > 0] * (per_unit * width + fixed)``, and likewise params, where
     a module that is neither skipped nor whole has ``if_cut * width`` more.
@@ -92,10 +92,11 @@ class CostModel:
         return self._price(widths, self.base_params, per_unit, self.params_fixed)
 
     def planned_per_unit(self, convention: str = "full") -> list[float]:
-        """MACs that one unit of each module's width stands for in the planner: the whole module shared out evenly.
+        """The MACs of one unit of each module's width in the planner: those of the module, divided evenly.
 
-        METHOD 4's per-module figures: N (4 d^2 + 4 d) + [2 N^2 H D] for attention, N (2 d h + 2 h + d) for an MLP; no
-        norm, and the activation once, where the whole-model figure counts it twice. 0 for a module that is skipped.
+        They are METHOD 4's figures per module: N (4 d^2 + 4 d) + [2 N^2 H D] for attention, N (2 d h + 2 h + d) for
+        an MLP; without the norm, and with the activation once, which the figure of the whole model counts twice. A
+        skipped module has 0.
         """
         row = CONVENTIONS.index(check_convention(convention))
         per_unit = (self.macs_per_unit[row] - self.unplanned_per_unit).tolist()

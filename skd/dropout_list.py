@@ -87,7 +87,7 @@ class DropoutList:
         return self.modules == other.modules and np.array_equal(self.widths, other.widths)
 
     def entry(self, index: int) -> dict[str, int]:
-        """Widths of one sub-network by module name."""
+        """The widths of one sub-network by module name."""
         if not 0 <= index < len(self):
             raise ValueError(f"entry is {index}; it may be 0..{len(self) - 1}")
         return dict(zip(self.modules, self.widths[index].tolist(), strict=True))
@@ -108,7 +108,7 @@ class DropoutList:
         position = {name: index for index, name in enumerate(self.modules)}
         if not isinstance(target_macs, numbers.Real) or not math.isfinite(target_macs):
             raise ValueError(f"target_macs is {target_macs!r}; it must be a finite number")
-        # Sums of floats: an exact hit of the target must not be lost to the last bit.
+        # A sum of floats that should hit the target exactly may be above it in its last bit.
         budget = target_macs + 1e-9 * abs(target_macs)
         removed, rows, row = self.removed_macs, [], self.widths[-1].copy()
         for operation in operations:
@@ -161,7 +161,11 @@ class DropoutList:
 
 
 def _integers(name: str, values: object) -> np.ndarray:
-    """As an int64 array, refusing what is not whole."""
+    """`values` as an int64 array.
+
+    Raises:
+        ValueError: they are not an array of whole numbers.
+    """
     try:
         exact = np.array(values)
         array = exact.astype(np.int64)

@@ -36,7 +36,7 @@ class Top1:
         self._device = torch.device("cpu")
 
     def start(self, reference: torch.Tensor | None, labels: torch.Tensor | None, count: int) -> None:
-        """Begin a batch: the reference network's output (headless, or no labels), the labels, its size."""
+        """Begin a batch of `count` images. The reference network's output is needed if headless or without labels."""
         self.images += count
         if self.headless:
             assert reference is not None
@@ -47,7 +47,7 @@ class Top1:
         self._labels = labels
 
     def add(self, variant: Hashable, output: torch.Tensor) -> None:
-        """One variant's output on the current batch."""
+        """Add one variant's output on the current batch."""
         self._device = output.device
         if self.headless:
             self._features.setdefault(variant, []).append(output.flatten(1))
@@ -58,7 +58,7 @@ class Top1:
             self._counts[variant] = self._counts.get(variant, 0) + correct
 
     def correct(self, variant: Hashable) -> int:
-        """Correct images of a variant so far: an exact count."""
+        """The exact number of correct images of a variant so far."""
         if not self.headless:
             return self._counts[variant]
         features, reference = torch.cat(self._features[variant]), torch.cat(self._reference)
@@ -74,10 +74,10 @@ class Top1:
         return hits
 
     def counts(self, variants: Sequence[Hashable], group: ProcessGroup | None = None) -> dict[Hashable, int]:
-        """Correct images of several variants, over all ranks of a torch.distributed group."""
+        """The numbers of correct images of several variants, over all ranks of a process group."""
         if group is None:
             return {variant: self.correct(variant) for variant in variants}
-        if self.headless:  # neighbours are looked for among the features of all ranks
+        if self.headless:  # the nearest feature may be on another rank
             whole = Top1(headless=True)
             whole._reference = [gathered(torch.cat(self._reference), group)]
             whole._features = {name: [gathered(torch.cat(self._features[name]), group)] for name in variants}
@@ -86,7 +86,7 @@ class Top1:
         return {name: int(count) for name, count in zip(variants, summed(own, group), strict=True)}
 
     def percents(self, variants: Sequence[Hashable], group: ProcessGroup | None = None) -> list[float]:
-        """Of all images of all ranks, in percent."""
+        """The share of all images of all ranks that are correct, in percent."""
         counts, images = self.counts(variants, group), total(self.images, group, self._device)
         return [100.0 * counts[variant] / max(images, 1) for variant in variants]
 

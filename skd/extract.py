@@ -61,7 +61,7 @@ def choose_entry(
     entry: int | None = None,
     convention: str = "full",
 ) -> int:
-    """The entry that `extract` would cut; same arguments and errors."""
+    """The entry that `extract` would cut, for the same arguments and with the same errors."""
     given = {"macs": macs, "params": params, "entry": entry}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
@@ -104,7 +104,7 @@ def _budget(name: str, value: object, full: int) -> int:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if 0 < float(value) <= 1:
             count = math.floor(float(value) * full)
-            # A fraction that was computed as count / full means that count, whatever the product rounds to.
+            # A fraction computed as count / full means exactly that count, even if the product rounds below it.
             return count + 1 if (count + 1) / full <= float(value) else count
         raise ValueError(f"{name} is {value}; a float is a fraction in (0, 1], an int an absolute count")
     raise ValueError(f"{name} is {value!r}; it must be a float in (0, 1] or an int")

@@ -119,7 +119,7 @@ def _header(obj: SuperNet | TimmModel) -> Header:
 
 
 def _tensors(obj: nn.Module, header: Header) -> dict[str, torch.Tensor]:
-    """The state of `obj`, with the tensors that stand for skipped modules."""
+    """The state dict of `obj`, together with the tensors that stand for skipped modules."""
     if all(_flat(header["widths"])):
         return obj.state_dict()
     try:
@@ -133,10 +133,11 @@ def _tensors(obj: nn.Module, header: Header) -> dict[str, torch.Tensor]:
 
 
 def _placeholders(whole: TimmModel, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
-    """Shapes, with a 0, of the tensors that stand for skipped modules: of the layers into and out of their middle.
+    """The shapes, each with a 0, of the tensors that stand for skipped modules.
 
-    By them a file names every layer of `whole`, and code that cuts each layer to the size of its tensor (that of
-    docs/FILES.md, earlier versions of skd) can rebuild it.
+    There is one for each parameter along which the coordinates of a skipped module lie. Through them a file names
+    every layer of `whole`, so that code which cuts each layer to the size of its tensor (the code in docs/FILES.md,
+    earlier versions of skd) can rebuild the model.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for module, width in zip(network.modules, _flat(widths), strict=True):
@@ -186,7 +187,7 @@ def _read(path: Path, device: str | torch.device) -> tuple[Header, dict[str, tor
 
 
 def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch.device) -> SuperNet | TimmModel:
-    """Shapes are compared on the meta device first, so a wrong header cannot ask for memory."""
+    """Build what a file holds. Shapes are compared on the meta device first, so a wrong header takes no memory."""
     if header["kind"] not in ("supernet", "model"):
         raise ValueError(f"kind is {header['kind']!r}; it may be 'supernet' or 'model'")
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
@@ -201,7 +202,7 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
     state = {key: tensor for key, tensor in state.items() if key not in placeholders}
     model.load_state_dict(state, assign=True)
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        # Buffers that are not saved exist only in a model that was really built.
+        # Buffers that are not saved have data only in a model that was not built on the meta device.
         dtype = next(model.parameters()).dtype
         model = _narrowed(build(header), network, header["widths"]).to(device, dtype)
         model.load_state_dict(state, assign=True)
@@ -220,7 +221,7 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
 
 
 def _narrowed(model: TimmModel, network: Network, widths: list[list[int]]) -> TimmModel:
-    """`model` cut to the widths of a file: the plain model itself, or what extraction makes of it."""
+    """`model` at the widths of a file: the model itself if they are full, or else what extraction makes of it."""
     flat = _flat(widths)
     full = [module.full_width for module in network.modules]
     if flat == full:
@@ -244,7 +245,11 @@ def _check_fit(model: TimmModel, state: dict[str, torch.Tensor], placeholders: d
 
 @torch.no_grad()
 def _verify(obj: SuperNet | TimmModel, path: Path) -> None:
-    """The file, which has every tensor of `obj`, is rebuilt with the same logits; otherwise ValueError."""
+    """Check that the file at `path` can be rebuilt to a network with the logits of `obj`.
+
+    Raises:
+        ValueError: it cannot.
+    """
     model = obj.model if isinstance(obj, SuperNet) else obj
     parameter = next(model.parameters())
     try:

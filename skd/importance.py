@@ -44,8 +44,7 @@ def importance(
         (scores, sensitivity), keyed by module name.
         scores[name]: (width,) float64 array, raw: the sum over tokens of ``|x g|``; attention: at the qkv output,
         q + k + v added, averaged over heads (cut by heads: added over the coordinates of each); MLP: at the
-        activation output. A module that takes only the widths 0
-        and full has equal scores.
+        activation output. A module that takes only the widths 0 and full has equal scores.
         sensitivity[name]: ``max(c - c_skip, 1/2) / max(c, 1)`` with c the number of correct predictions over the
         whole proxy set and c_skip the same with the module skipped (x -> x). Exact counts: the partition of the
         images into batches does not matter.
@@ -113,7 +112,7 @@ def _checked_widths(supernet: SuperNet, given: Sequence[int]) -> list[int]:
 
 
 def score_buffers(supernet: SuperNet) -> list[torch.Tensor | None]:
-    """Where the backward pass leaves each module's scores; None for a module that is all or nothing."""
+    """The buffers to which the backward pass adds each module's scores; None for a binary module."""
     parameter = next(supernet.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     return [
@@ -130,9 +129,10 @@ def _add_scores(
     labels: torch.Tensor | None,
     buffers: list[torch.Tensor | None],
 ) -> tuple[list[torch.Tensor], Sequence[Shared], torch.Tensor]:
-    """Forward and backward of the cost; the operations add the scores on their way.
+    """Run the objective forward and backward; the backward pass adds the scores to `buffers`.
 
-    Returns the residual stream that enters each module, what the blocks share, and the output; all without a graph.
+    Returns:
+        The residual stream that enters each module, what the blocks share, and the output; all without a graph.
     """
     x, shared = supernet.embed(images)
     x = x.detach().requires_grad_()
@@ -149,9 +149,9 @@ def _add_scores(
 def _count_skips(
     supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], shared: Sequence[Shared], top1: Top1
 ) -> None:
-    """Correct predictions with each module skipped.
+    """Count the correct predictions with each module skipped.
 
-    The part before the skipped module is not computed again: each variant starts from the stream entering it.
+    The part before the skipped module is not recomputed: each variant starts from the stream that enters the module.
     """
     active = [index for index, width in enumerate(widths) if width]
     for position, skipped in enumerate(active):
@@ -162,7 +162,7 @@ def _count_skips(
 
 
 def read_scores(module: Module, total: torch.Tensor | None, width: int) -> np.ndarray:
-    """Raw scores of the kept coordinates; equal ones where there are no sums."""
+    """The raw scores of the kept coordinates, or equal scores where there are no sums."""
     if total is None:
         return np.ones(width)
     kept: np.ndarray = module.read_scores(total, width).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Rounds of a planner, `plan`; and what the published one is made of (METHOD 2, steps 3 and 4)."""
+"""`plan`, which runs rounds of a planner, and the parts of the published planner (METHOD 2, steps 3 and 4)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skd.vit import unwrapped
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Two scores closer than this are equal: sums of the same numbers differ in their last bits.
+# Scores that differ by less are equal, because sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
 
 
@@ -96,7 +96,7 @@ def _normalised(name: str, raw: npt.ArrayLike, width: int) -> np.ndarray:
     if not np.isfinite(array).all() or (array < 0).any():
         raise ValueError(f"scores of {name} has a negative or non-finite value")
     peak = array.max()
-    scaled = array / peak if peak > 0 else np.ones(width)  # first, so that the sum cannot overflow
+    scaled = array / peak if peak > 0 else np.ones(width)  # before the sum, so that it cannot overflow
     normal: np.ndarray = scaled / scaled.sum()
     return normal
 
@@ -175,7 +175,7 @@ def plan(
 
 
 def _warn_if_out_of_reach(supernet: SuperNet, grown: DropoutList, target: float, convention: str) -> None:
-    """The embedding and the head cannot be removed: with a small network they may be more than the target leaves."""
+    """Warn if the embedding and the head, which cannot be removed, have more MACs than the target leaves."""
     sizes = supernet.costs.macs(grown.widths[[0, -1]], convention)
     left = int(sizes[1]) / int(sizes[0])
     if not grown.widths[-1].any() and left > 1 - target + _ROUNDING:
@@ -187,7 +187,7 @@ def _warn_if_out_of_reach(supernet: SuperNet, grown: DropoutList, target: float,
 
 
 class Proposal(NamedTuple):
-    """What one round found at the widths of the last entry.
+    """What one round measured at the widths of the last entry.
 
     Attributes:
         operations: as `rank_operations` gives them.
@@ -207,7 +207,7 @@ def propose(
     convention: str = "full",
     group: ProcessGroup | None = None,
 ) -> Proposal:
-    """One round: importance at the last entry of `current`, ranked into operations."""
+    """One round: measure importance at the last entry of `current`, and rank the operations."""
     widths = current.entry(len(current) - 1)
     scores, sensitivity = importance(supernet, batches, widths=list(widths.values()), group=group)
     return ranked(supernet, scores, sensitivity, widths, convention)
@@ -220,7 +220,7 @@ def ranked(
     widths: Mapping[str, int],
     convention: str,
 ) -> Proposal:
-    """What was measured at `widths`, by module, as a proposal: `rank_operations` with the network's own prices."""
+    """Rank the operations at `widths` by what was measured there, with the network's own prices."""
     operations = rank_operations(
         scores,
         sensitivity,

@@ -10,7 +10,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...] | None = None) -> None:
-    """`tensor` is a floating-point tensor; a None in `shape` accepts any size."""
+    """Check that `tensor` is a dense floating-point tensor; a None in `shape` accepts any size."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -28,7 +28,7 @@ def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...] | None
 
 
 def check_alike(name: str, tensor: torch.Tensor | None, other: str, like: torch.Tensor) -> None:
-    """`tensor` has the device of `like`, and its dtype unless autocast casts both anyway."""
+    """Check that `tensor` has the device of `like`, and its dtype unless autocast casts both anyway."""
     if tensor is None:
         return
     if tensor.device != like.device:
@@ -38,7 +38,7 @@ def check_alike(name: str, tensor: torch.Tensor | None, other: str, like: torch.
 
 
 def check_pair(x: torch.Tensor, grad: torch.Tensor) -> None:
-    """`x` and `grad` are features and the gradients at them: same shape, dtype and device."""
+    """Check that `x` and `grad`, features and their gradients, have the same shape, dtype and device."""
     check_tensor("x", x)
     check_tensor("grad", grad)
     if grad.shape != x.shape:
@@ -48,7 +48,7 @@ def check_pair(x: torch.Tensor, grad: torch.Tensor) -> None:
 
 
 def check_width(width: object, full: int, device: torch.device) -> None:
-    """An int in 0..full, or a 0-d integer tensor on `device` (whose value is not read)."""
+    """Check that `width` is an int in 0..full, or a 0-d integer tensor on `device`, whose value is not read."""
     if isinstance(width, torch.Tensor):
         if width.ndim != 0 or width.dtype not in (torch.int32, torch.int64):
             raise ValueError(
@@ -64,14 +64,18 @@ def check_width(width: object, full: int, device: torch.device) -> None:
 
 
 def check_range(width: int, full: int) -> int:
-    """`width`, if it is in 0..full."""
+    """Return `width` if it is in 0..full.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not 0 <= width <= full:
         raise ValueError(f"width is {width}; it may be 0..{full}")
     return width
 
 
 def check_scores(scores: torch.Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    """A float32 (or, for float64 work, float64) buffer that the backward pass adds to."""
+    """Check the buffer to which the backward pass adds scores: float32, or float64 for float64 work."""
     if scores is None:
         return
     check_tensor("scores", scores, shape)

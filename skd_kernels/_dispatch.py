@@ -59,7 +59,7 @@ class Operation(Generic[_Result]):
     def implementation(
         self, name: str, refuses: Callable[..., str | None]
     ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-        """Decorator that registers an implementation under `name`."""
+        """A decorator that registers an implementation under `name`."""
 
         def register(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
             self.implementations.append(Implementation(name, function, refuses))
@@ -71,7 +71,7 @@ class Operation(Generic[_Result]):
         return [implementation.name for implementation in self.implementations]
 
     def select(self, arguments: dict[str, object]) -> tuple[Implementation[_Result], dict[str, str]]:
-        """The implementation for `arguments` and the reason of each one refused before it."""
+        """The implementation for `arguments`, and the reason why each one before it was refused."""
         specs = {name: _spec(value) for name, value in arguments.items()}
         name = forced()
         only = name if name is not None and name in self.names() else None
@@ -101,7 +101,7 @@ _forced_in_graphs = threading.local()
 
 
 def operation(public: Callable[..., _Result]) -> Operation[_Result]:
-    """Create (once) the registry entry of a public function."""
+    """The registry entry of a public function, created at the first call."""
     return _operations.setdefault(public.__name__, Operation(public.__name__, inspect.signature(public)))
 
 
@@ -114,7 +114,7 @@ def forced() -> str | None:
 
 
 def always(**_: object) -> None:
-    """The predicate of a reference: it refuses nothing."""
+    """The predicate of a reference implementation, which refuses nothing."""
 
 
 def _spec(value: object) -> object:

@@ -1,4 +1,4 @@
-"""The compiled extension: loaded with the package; a failure is told once, and with every refusal."""
+"""The compiled extension, loaded with the package. A failure is warned of once, and every refusal names it."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _register_fakes() -> None:
 
 
 def _fake_moments(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Of both operations, in the order of the fields of `Moments`."""
+    """The outputs of both moments operations, in the order of the fields of `Moments`."""
     groups, dims = x.shape[-2:]
     sizes = ((), (groups, dims), (groups,), (groups, dims), (groups, dims), (groups, dims, dims))
     return tuple(x.new_empty(size, dtype=torch.float64) for size in sizes)
@@ -103,6 +103,6 @@ def _fake_scores(x: torch.Tensor, grad: torch.Tensor, power: int) -> torch.Tenso
     return x.new_empty(x.shape[-1:], dtype=torch.float64)
 
 
-# `skd_kernels._C`, or None and why. Loaded here and now: torch.compile cannot trace an import.
+# `skd_kernels._C`, or None and the reason. It is loaded at import because torch.compile cannot trace an import.
 module, failure = _load()
 HAS_CUDA = module is not None and bool(module.build_info()["cuda"])

@@ -1,9 +1,8 @@
 """The subcommands of ``skd``: one file for each, found here without being listed anywhere.
 
-A command is a `Command` called COMMAND in a file with its name: what it takes, reads, writes and shares, and the
-function that does its work. Of all of them `skd.cli` knows no more than that. CONTRIBUTING.md says how to add
-one. To import the files is cheap, for the sake of ``skd COMMAND --help``: what needs torch is imported by
-`Command.run`.
+Each file defines a `Command` called COMMAND, which says what the command takes, reads, writes and shares, and has the
+function that does the work. `skd.cli` knows no more than that about any command. CONTRIBUTING.md says how to add one.
+Importing these files is cheap, so that ``skd COMMAND --help`` is quick: only `Command.run` imports what needs torch.
 
     demo, convert, plan, train, extract, evaluate, finetune, info     the commands
     _arguments    arguments that several commands share, and the files that they name
@@ -25,18 +24,20 @@ from skd.support.types import Document
 
 @dataclass(frozen=True)
 class Command:
-    """What a command declares of itself.
+    """What `skd.cli` needs to know about a command.
 
     Attributes:
         help: one line in the list of commands.
-        description: what its own help begins with.
-        arguments: adds its arguments to its parser.
-        files: what it reads and writes with these arguments. No output may take the place of another file.
-        run: does the work; what it returns is what ``--json`` writes. The arguments have two more: `command`, the
-            name, and `group`, the processes of torchrun, None if there is one.
-        shares: whether the processes of torchrun share its images. Then all of them run it, and what it prints and
-            writes is printed and written by the first, with `skd.commands._work.write`. Else it is for one process.
-        order: its place in the list of commands; of those in the same place the names decide.
+        description: the beginning of the command's own help.
+        arguments: a function that adds the command's arguments to its parser.
+        files: a function that lists what the command reads and writes with the given arguments. `skd.cli` refuses the
+            command if an output would overwrite another file.
+        run: the function that does the work and returns what ``--json`` writes. Its arguments have two more fields:
+            `command`, the name, and `group`, torchrun's process group, or None in a single process.
+        shares: whether the processes of torchrun share the command's images. Then every process runs it, but only the
+            first prints and writes (with `skd.commands._work.write`). Otherwise the command refuses to run under
+            torchrun.
+        order: the position in the list of commands; commands with the same position are sorted by name.
     """
 
     help: str
@@ -49,7 +50,7 @@ class Command:
 
 
 def find_commands() -> dict[str, Command]:
-    """Those in the files of this package, by name, in the order of the list that is printed."""
+    """The commands in the files of this package, by name, in the order in which ``skd --help`` lists them."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     commands: dict[str, Command] = {name: import_module(f"{__name__}.{name}").COMMAND for name in names}
     return dict(sorted(commands.items(), key=lambda item: (item[1].order, item[0])))

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the files that they name. Nothing here imports torch."""
+"""Arguments that several commands share, and the files that these arguments name. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def options(arguments: argparse.Namespace, *names: str) -> dict[str, str | None]:
-    """The file paths given to these arguments, by the option's name: class_map is --class-map."""
+    """The file paths given to these arguments, keyed by option: class_map becomes --class-map."""
     return {"--" + name.replace("_", "-"): getattr(arguments, name) for name in names}
 
 
 def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """What of the data is in files, for `skd.support.outputs.Files`: also the folder in a name such as wds/FOLDER."""
+    """The files and folders that the data is read from, including the folder in a name such as wds/FOLDER."""
     reads = options(arguments, "class_map", "data", "data_dir")
     if reads["--data"] is not None:
         reads["--data"] = re.sub(r"^(hfds|hfids|wds)/", "", reads["--data"], flags=re.IGNORECASE)
@@ -37,7 +37,7 @@ def data_read(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 
 def model_read(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """The files that a model is made of, for `skd.support.outputs.Files`."""
+    """The files that the model is read from."""
     found = {"--model": arguments.model, "--checkpoint": arguments.checkpoint}
     inside = arguments.model_kwargs.get("checkpoint_path")
     found["--model-kwargs (checkpoint_path)"] = inside if isinstance(inside, str) else None
@@ -52,7 +52,12 @@ def model_read(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 
 def add_data(parser: argparse.ArgumentParser, *, required: bool = True, loading: bool = True) -> None:
-    """--data and how to read it; `loading` adds what a TrainConfig would otherwise say."""
+    """Add --data and the options that say how to read it.
+
+    Args:
+        required: --data must be given.
+        loading: also add the options that a command with a TrainConfig takes from there, such as --batch-size.
+    """
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -114,13 +119,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> None:
-    """--model and its weights."""
+    """Add --model and the options for its weights."""
     parser.add_argument("--model", metavar="NAME", required=required, help=help)
     add_weights(parser)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """What belongs to a --model NAME."""
+    """Add the options that go with --model NAME."""
     parser.add_argument(
         "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
     )
@@ -162,7 +167,7 @@ def _json_object(text: str) -> dict[str, JSON]:
 
 
 def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """--config and one option per field of TrainConfig."""
+    """Add --config and one option for each field of TrainConfig."""
     parser.set_defaults(saves_memory="--grad-accum-steps, --grad-checkpointing")
     group = parser.add_argument_group("settings", "each is a field of skd.TrainConfig")
     group.add_argument(
@@ -180,7 +185,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None
 
 
 def _kind(setting: Field[object]) -> dict[str, Any]:
-    """argparse's arguments for a field, by its annotation."""
+    """The keyword arguments for argparse's ``add_argument`` that fit a field's annotation."""
     annotation = str(setting.type)
     if "choices" in setting.metadata:
         return {"choices": setting.metadata["choices"]()}
@@ -202,7 +207,10 @@ def _or_none(base: Callable[[str], _Value], text: str) -> _Value | None:
 
 
 def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> tuple[TrainConfig, recipes.About]:
-    """`defaults`, changed by --config, changed by the options given; and what a recipe says of itself."""
+    """The settings of the command, and what its recipe says about itself.
+
+    Values from --config replace `defaults`, and options on the command line replace both.
+    """
     command = arguments.command
     recipe = recipes.Recipe({}, {}) if arguments.config is None else recipes.read_recipe(arguments.config)
     meant = recipe.about.get("command", command)
@@ -213,7 +221,7 @@ def settings(arguments: argparse.Namespace, defaults: TrainConfig) -> tuple[Trai
 
 
 def whole(text: str) -> int:
-    """A whole number that computers count with: no list and no tensor is longer than 2**63 - 1."""
+    """A whole number that fits in 64 bits, as the length of a list or a tensor must."""
     try:
         number = int(text)
     except ValueError:
@@ -224,7 +232,7 @@ def whole(text: str) -> int:
 
 
 def size(text: str) -> int | float:
-    """'0.5' is a share, '4.2G' or '1000000' a count."""
+    """A share such as '0.5' as a float, or a count such as '4.2G' or '1000000' as an int."""
     unit = _UNITS.get(text[-1:].upper())
     try:
         number = float(text) if unit is None else round(float(text[:-1]) * unit)

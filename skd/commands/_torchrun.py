@@ -1,4 +1,4 @@
-"""Under torchrun: one process per device, which share the images of a command and write as one."""
+"""Commands under torchrun: one process per device; the processes share the images, and only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def processes(command: str, device: str | None) -> Iterator[ProcessGroup | None]:
-    """The group of torchrun's processes, or None in a single one. Only rank 0 prints its results.
+    """The process group of torchrun, or None in a single process. Only rank 0 prints its results.
 
     Args:
-        command: what is to be run.
-        device: --device: None, "cpu", "cuda".
+        command: the name of the command that is about to run.
+        device: the value of --device: None, "cpu" or "cuda".
 
     Raises:
-        ValueError: WORLD_SIZE without torchrun's other variables; a command for one process; a device that is not
-            each process's own.
+        ValueError: WORLD_SIZE is set without torchrun's other variables, the command runs in one process only, or
+            --device names one device for all processes.
     """
     if world_size() == 1:
         yield None
@@ -50,7 +50,7 @@ def processes(command: str, device: str | None) -> Iterator[ProcessGroup | None]
         if place >= gpus:
             raise ValueError(f"this node has {gpus} GPUs; --nproc_per_node may be that at most, or use --device cpu")
         torch.cuda.set_device(place)
-    # gloo also where there are GPUs: what the ranks have to agree on is on the CPU.
+    # gloo is needed on GPUs too, because the ranks exchange CPU tensors when they agree on something.
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""What several commands do: open their images, make their models, print tables, write files. It imports torch."""
+"""What several commands do: open images, build models, print tables, write files. This module imports torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
-# Names of files that hold weights; and of those that no safetensors file should have.
+# Endings of files of weights. A safetensors file must not have one of the first group.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
 _WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
 
@@ -85,10 +85,11 @@ def source(
     trained: bool = False,
     **options: Unpack[Opening],
 ) -> Source:
-    """One split of --data, its classes in agreement with the model's.
+    """One split of --data, with labels that agree with the model's classes.
 
-    Where the model has other names, a warning has the first that differs, and labels stay what they are. A model that
-    has no names of its classes takes those of the images it is calibrated on; one to be `trained` takes them anyhow.
+    If the model has other class names than the data, the labels stay as they are, and a warning shows the first name
+    that differs. A model without class names takes those of the images that it is calibrated on, and a model that is
+    about to be `trained` always takes those of its images.
     """
     opened = open_split(arguments, model, split, **options)
     agree(opened, model)
@@ -98,7 +99,7 @@ def source(
 
 
 def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **options: Unpack[Opening]) -> Source:
-    """One split of --data, with the labels that it has itself."""
+    """One split of --data, with its own labels."""
     given: dict[str, Any] = {
         **options,
         "in_chans": model.in_chans,
@@ -110,7 +111,7 @@ def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **op
     }
     keys = {name: getattr(arguments, name) for name in ("input_key", "target_key")}
     given |= {name: key for name, key in keys.items() if key is not None}
-    if arguments.download:  # one process of a node writes the files, the others find them
+    if arguments.download:  # one process of each node writes the files, and the others then find them
         with together(arguments.group):
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 open_source(arguments.data, split, **given)
@@ -118,13 +119,16 @@ def open_split(arguments: argparse.Namespace, model: TimmModel, split: str, **op
 
 
 def _reads_labels(arguments: argparse.Namespace) -> bool:
-    """All commands do but convert and plan with ``--labels predicted``: then images may be of other classes than the
-    model's, or of none."""
+    """Whether the command reads labels.
+
+    convert and plan do not with ``--labels predicted``, so that the images may have other classes than the model, or
+    no labels at all. Every other command does.
+    """
     return getattr(arguments, "labels", "given") == "given"
 
 
 def calibration(arguments: argparse.Namespace, model: TimmModel) -> Loader:
-    """The un-augmented training images of convert and plan."""
+    """The loader of convert and plan: training images without augmentation."""
     if arguments.calibration_images < 1:
         raise ValueError(f"--calibration-images is {arguments.calibration_images}; it must be at least 1")
     images = source(arguments, model, arguments.train_split, training=True)
@@ -135,13 +139,13 @@ def calibration(arguments: argparse.Namespace, model: TimmModel) -> Loader:
 
 
 def validation(arguments: argparse.Namespace, model: TimmModel) -> Loader:
-    """The validation images of evaluate."""
+    """The loader of evaluate: the validation images."""
     images = source(arguments, model, arguments.val_split)
     return loader_of(images, data_config(model), _loading(arguments, model))
 
 
 def _loading(arguments: argparse.Namespace, model: TimmModel) -> Loading:
-    """By the options of `add_data`: on the model's device, this process's share of every batch."""
+    """How the options of `add_data` load images: this process's share of each batch, on the model's device."""
     device = next(model.parameters()).device
     return Loading(
         arguments.batch_size,
@@ -156,7 +160,7 @@ def _loading(arguments: argparse.Namespace, model: TimmModel) -> Loading:
 
 
 def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> AllImagesRead:
-    """Prints what was read of each data set and what was not, of all ranks; the same for --json."""
+    """Print what all ranks have read and skipped of each data set, and return it for --json."""
     used = {name: loader for name, loader in loaders.items() if loader is not None}
     mine = {name: (loader.read, loader.reasons, loader.turned) for name, loader in used.items()}
     all_ranks = everyone(mine, arguments.group)
@@ -164,7 +168,7 @@ def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> AllI
     for name, loader in used.items():
         parts = [ranks[name] for ranks in all_ranks]
         if not any(read or reasons for read, reasons, _ in parts):
-            continue  # a finished run that is resumed reads nothing
+            continue  # resuming a finished run reads nothing
         reasons = dict(sorted((file, reason) for _, found, _ in parts for file, reason in found.items()))
         documents[name] = {
             "data": loader.name,
@@ -180,7 +184,7 @@ def images_read(arguments: argparse.Namespace, **loaders: Loader | None) -> AllI
 
 
 def _read_of(name: str, document: ImagesRead, left_out: str) -> str:
-    """One line: validation: 29 of 30 images read; skipped: 1 (...); left out: 2 hidden: ..."""
+    """One line, such as "validation: 29 of 30 images read; skipped: 1, ...; left out: 2 hidden: ..."."""
     of = f" of {document['images']:,}" if document["images"] else ""
     line = f"{name}: {document['read']:,}{of} images read"
     if document["skipped"]:
@@ -208,16 +212,20 @@ def supernet(path: str, where: torch.device) -> SuperNet:
 
 
 def check_no_weights(arguments: argparse.Namespace) -> None:
-    """Raises ValueError: --supernet is given together with what `add_weights` adds."""
+    """Check that the options of `add_weights` are not given together with --supernet.
+
+    Raises:
+        ValueError: one of them is.
+    """
     if arguments.pretrained or arguments.checkpoint or arguments.checkpoint_weights or arguments.model_kwargs:
         raise ValueError("--supernet is given, a file with its own weights; the options of --model are not for it")
 
 
 def model_file(path: str, option: str = "--out") -> None:
-    """`path` can be written, and is not called what it will not be.
+    """Check that `path` can be written and is not named like a file of another format.
 
     Raises:
-        ValueError: it cannot, or it has the ending of another format.
+        ValueError: it cannot be written, or it has the ending of another format.
     """
     output_file(path, option)
     ending = Path(path).suffix
@@ -226,7 +234,7 @@ def model_file(path: str, option: str = "--out") -> None:
 
 
 def is_file(name: str) -> bool:
-    """--model is a file, or is called like one, and not a name in timm."""
+    """Whether --model is a file, or is named like one, rather than a name in timm."""
     if name.partition(":")[0].lower() in MODEL_SOURCES:
         return False
     return (
@@ -235,7 +243,7 @@ def is_file(name: str) -> bool:
 
 
 def build_model(arguments: argparse.Namespace) -> TimmModel:
-    """The plain model that --model, --model-kwargs, --pretrained or --checkpoint, and --num-classes describe."""
+    """Build the model that --model, --model-kwargs, --pretrained or --checkpoint, and --num-classes describe."""
     name = arguments.model
     if name is None:
         if arguments.checkpoint is None:
@@ -251,7 +259,11 @@ def build_model(arguments: argparse.Namespace) -> TimmModel:
 
 
 def plain_model(arguments: argparse.Namespace, instead: str) -> TimmModel:
-    """The same where --model may also be a file of skd's; `instead`: what to do with one of a super-network."""
+    """As `build_model`, but --model may also be a file that skd wrote.
+
+    Args:
+        instead: what the error message advises if that file holds a super-network.
+    """
     if not is_file(arguments.model):
         return build_model(arguments)
     if arguments.pretrained or arguments.checkpoint:
@@ -260,7 +272,7 @@ def plain_model(arguments: argparse.Namespace, instead: str) -> TimmModel:
 
 
 def warn_if_random(arguments: argparse.Namespace) -> None:
-    """Nothing has given the model its weights: seldom what is meant."""
+    """Warn if the model has random weights, which is seldom intended."""
     loaded = arguments.pretrained or arguments.checkpoint or arguments.model_kwargs.get("checkpoint_path")
     if not loaded and not is_file(arguments.model) and rank_of(arguments.group) == 0:
         print(
@@ -270,16 +282,16 @@ def warn_if_random(arguments: argparse.Namespace) -> None:
 
 
 def weights_taken(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """For --json: which of a checkpoint's weights the model has, such as "model_ema"; None: it has no choice of them.
+    """For --json: the checkpoint, and under which key its weights were, such as "model_ema".
 
-    Nothing, where no checkpoint was read.
+    The key is None if the file has only one set of weights. The result is empty if no checkpoint was read.
     """
     taken: dict[str, str | None] = getattr(arguments, "taken", {})
     return taken
 
 
 def with_new_head(network: _Network, arguments: argparse.Namespace) -> _Network:
-    """`network`, a plain model or a super-network, with the head that --num-classes asks for, if it does."""
+    """`network`, a plain model or a super-network, with a new head if --num-classes asks for one."""
     classes = _num_classes(arguments)
     model = network.model if isinstance(network, SuperNet) else network
     # The number that a file's head has, as an argument of its architecture, asks for no other head.
@@ -293,10 +305,10 @@ def with_new_head(network: _Network, arguments: argparse.Namespace) -> _Network:
 
 
 def _named(arguments: argparse.Namespace) -> TimmModel:
-    """A model of timm's, with its weights."""
+    """A model by its name in timm, with its weights."""
     name, file, kwargs = arguments.model, arguments.checkpoint, dict(arguments.model_kwargs)
     if file is None and not arguments.pretrained:
-        file = kwargs.pop("checkpoint_path", None)  # of timm.create_model, which does not say what it takes
+        file = kwargs.pop("checkpoint_path", None)  # loaded below, since timm does not say which weights it takes
     loads = arguments.pretrained or file is not None or "checkpoint_path" in kwargs
     if not loads and _num_classes(arguments) is not None:
         kwargs["num_classes"] = _num_classes(arguments)
@@ -320,7 +332,7 @@ def _named(arguments: argparse.Namespace) -> TimmModel:
 
 
 def _load(model: TimmModel, arguments: argparse.Namespace, file: str) -> None:
-    """A file of weights into a model of timm's; says what was taken from a file that has more than one."""
+    """Load a file of weights into a timm model, and print which weights were taken if the file has several."""
     option = "--checkpoint" if arguments.checkpoint is not None else "checkpoint_path"
     classes = _num_classes(arguments)
     if not isinstance(file, str) or not Path(file).is_file():
@@ -338,7 +350,7 @@ def _load(model: TimmModel, arguments: argparse.Namespace, file: str) -> None:
 def _own_file(
     arguments: argparse.Namespace, file: str, option: str, instead: str = "it must be a plain model"
 ) -> TimmModel:
-    """A plain model that skd wrote."""
+    """Load a plain model from a file that skd wrote."""
     others = sorted(arguments.model_kwargs.keys() - {"num_classes"})
     if others or arguments.checkpoint_weights:
         given = f"--model-kwargs has {others[0]}" if others else "--checkpoint-weights is given"
@@ -354,7 +366,7 @@ def _own_file(
 
 
 def _num_classes(arguments: argparse.Namespace) -> int | None:
-    """--num-classes; for a file, which has an architecture already, --model-kwargs may say it too."""
+    """The value of --num-classes. For a file, which has its own architecture, --model-kwargs may give it instead."""
     wanted: int | None = getattr(arguments, "num_classes", None)
     also = arguments.model_kwargs.get("num_classes")
     of_a_file = arguments.model is None or is_file(arguments.model)
@@ -370,7 +382,7 @@ def _num_classes(arguments: argparse.Namespace) -> int | None:
 
 
 def _seed(arguments: argparse.Namespace) -> int:
-    """A new head is the same in every process, and when a run is resumed."""
+    """The seed of a new head, which must be the same in every process and when a run is resumed."""
     return int(getattr(arguments, "seed", None) or 0)
 
 
@@ -378,19 +390,19 @@ def _seed(arguments: argparse.Namespace) -> int:
 
 
 def write(network: nn.Module, path: str | os.PathLike[str], group: ProcessGroup | None) -> None:
-    """A super-network or a plain model to a file: by the first of the processes, while the others wait."""
+    """Write a super-network or a plain model to a file. Rank 0 writes it, and the other ranks wait."""
     with together(group):
         if rank_of(group) == 0:
             save(network, path)
 
 
 def progress(description: str) -> Progress:
-    """A bar for what takes `progress=`."""
+    """A progress bar, for functions that take ``progress``."""
     return lambda items: Screen(None).bar(items, description)
 
 
 def print_sizes(rows: Rows, title: str) -> None:
-    """A table of sub-networks: rows of `skd.support.curve`."""
+    """Print a table of sub-networks."""
     table = Table(title=title, title_justify="left")
     for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters"):
         table.add_column(heading, justify="right")
@@ -405,7 +417,7 @@ def print_sizes(rows: Rows, title: str) -> None:
 
 
 def print_expected(about: About) -> None:
-    """The published table of a recipe."""
+    """Print the published results of a recipe."""
     headings = list(dict.fromkeys(key for row in about["expected"] for key in row))
     table = Table(*headings)
     for row in about["expected"]:
@@ -414,6 +426,6 @@ def print_expected(about: About) -> None:
 
 
 def count(number: int) -> str:
-    """MACs for people: 4.62 G, 35.1 M."""
+    """A number of MACs in short form, such as "4.62 G" or "35.10 M"."""
     unit, name = (1e9, "G") if number >= 1e9 else (1e6, "M")
     return f"{number / unit:.2f} {name}"

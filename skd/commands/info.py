@@ -1,4 +1,4 @@
-"""``skd info``: what is installed and compiled, or what is in a file."""
+"""``skd info``: what is installed and compiled, or what a file holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``skd train``: a training run of a super-network; and what ``skd finetune`` has in common with it."""
+"""``skd train``: a training run of a super-network. ``skd finetune`` uses the second half of this file too."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from skd.vit import TimmModel
 
 PRODUCT = "supernet.safetensors"
-CONVERTED = "converted.safetensors"  # what --model becomes, in --out
-# What both commands write to --out besides their networks.
+CONVERTED = "converted.safetensors"  # the super-network that --model is converted to, in --out
+# What train and finetune both write to --out besides their networks.
 RECORDS = ("history.jsonl", "run.json", "report.md", "report/*", "checkpoints/*")
 
 
@@ -78,8 +78,10 @@ def run(given: argparse.Namespace) -> Document:
 
 
 def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.SuperNet, dict[str, ImagesRead]]:
-    """--supernet, or --model converted on the images that importance is measured on, and kept in --out; and what was
-    read of them."""
+    """The super-network of --supernet, or the one that --model is converted to; and what was read to convert it.
+
+    The conversion uses the images on which importance is measured, and is kept in --out.
+    """
     from skd.commands import _work as work
     from skd.data.building import calibration
     from skd.support.ranks import check_same, spread
@@ -109,7 +111,7 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
 
 
 def _given_supernet(given: argparse.Namespace, where: torch.device) -> skd.SuperNet:
-    """--supernet, with the head that --num-classes asks for."""
+    """The super-network of --supernet, with a new head if --num-classes asks for one."""
     from skd.commands import _work as work
 
     work.check_no_weights(given)
@@ -127,7 +129,7 @@ def _dry_run(given: argparse.Namespace, config: TrainConfig, about: About) -> Do
     if given.supernet is not None:
         supernet = _given_supernet(given, where)
     else:
-        given.pretrained = False  # what the weights are makes no difference
+        given.pretrained = False  # the weights make no difference to time and memory
         supernet = skd.SuperNet(work.build_model(given).to(where), copy=False)
     images, left_out = None, {}
     if given.data is not None:
@@ -142,11 +144,11 @@ def _dry_run(given: argparse.Namespace, config: TrainConfig, about: About) -> Do
     return document
 
 
-# What skd finetune has in common
+# What skd finetune uses too
 
 
 def add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """The arguments of a run, all but its network."""
+    """Add the arguments of a run, except those that name its network."""
     parser.add_argument("--out", metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--resume", choices=[name for name in RESUME if name], help="go on where a run in --out stopped"
@@ -158,14 +160,18 @@ def add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
 
 
 def check_given(given: argparse.Namespace) -> None:
-    """Raises ValueError: without --dry-run there is no --data or no --out."""
+    """Check that --data and --out are given, which only --dry-run does without.
+
+    Raises:
+        ValueError: one of them is not.
+    """
     for name in ("data", "out"):
         if getattr(given, name) is None:
             raise ValueError(f"--{name} is not given")
 
 
 def loaders(given: argparse.Namespace, model: TimmModel, config: TrainConfig) -> Loaders:
-    """Training, validation and calibration batches, as the model wants its images."""
+    """The loaders of training, validation and calibration images, preprocessed for `model`."""
     from skd import data
     from skd.commands import _work as work
 
@@ -186,7 +192,7 @@ def finish(
     product: str,
     conversion: dict[str, ImagesRead] | None = None,
 ) -> Document:
-    """The report, the table, and what --json writes."""
+    """Write the report, print the table of the curve, and return what --json writes."""
     from skd.commands import _work as work
     from skd.support.ranks import rank_of, together
     from skd.training.report import write_report  # and with it matplotlib

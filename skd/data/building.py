@@ -1,4 +1,4 @@
-"""Makes loaders of a source and a model's data configuration: one by one, or all three of a training run.
+"""Loaders for a source and a model's data configuration: one at a time, or all three of a training run.
 
     source, data configuration, `Loading` -> `train_loader` | `eval_loader` | `calibration_loader` -> (images, labels)
     data, model, `skd.TrainConfig` -> `loaders`, which the command line uses too
@@ -34,7 +34,7 @@ from skd.vit import TimmModel
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# One by one
+# One at a time
 
 
 def train_loader(
@@ -66,7 +66,7 @@ def train_loader(
         seed: 0..2**64 - 1.
         workers: processes that load; 0: this one does.
         aug_repeats: how often an image occurs in its epoch, differently augmented; the epoch keeps its length, so
-            that only one image in `aug_repeats` is in it (as in DeiT). Not for streams.
+            that only one image in `aug_repeats` is in it (as in DeiT). Streams do not support it.
         rank, world: this process takes rows rank, rank + world, ... of each batch.
         bad_images: an image that cannot be read: "skip" takes the next one in its place and counts it
             (`Loader.skipped`), "fail" is a ValueError. The reader of a stream has its own way.
@@ -120,7 +120,7 @@ def eval_loader(
             ValueError. The reader of a stream has its own way.
         indices: only these images, in this order.
         rank, world: this process takes rows rank, rank + world, ... of each batch; it yields nothing for a batch
-            in which it has no row. Of a stream every rank reads all, and keeps its part.
+            in which it has no row. Every rank reads the whole of a stream and keeps its part.
         pin_memory: page-locked batches, for faster copies to a GPU.
         device: where images are normalised and left; None: on the CPU.
 
@@ -157,7 +157,7 @@ def calibration_loader(
 ) -> Loader:
     """A random subset of the training images, chosen by `seed`, un-augmented; the same at every iteration.
 
-    Of a stream, the first `images` of its shuffled order.
+    A stream gives the first `images` of its shuffled order.
 
     Args:
         images: how many; with fewer in the source, all of them and a warning.
@@ -180,7 +180,7 @@ def calibration_loader(
 
 
 def loader_of(source: Source, config: DataConfig, loading: Loading, indices: Sequence[int] | None = None) -> Loader:
-    """The loader that `loading` describes, which says whether it is one to train, to evaluate or to calibrate.
+    """The loader that `loading` describes: one for training, for evaluation or for calibration.
 
     Args:
         source: from `open_source`.
@@ -221,7 +221,7 @@ def _check_stream(source: StreamSource, loading: Loading, indices: Sequence[int]
 
 
 def _chosen(source: IndexedSource, loading: Loading, indices: Sequence[int] | None) -> Sequence[int]:
-    """Numbers of the images to evaluate, or to calibrate with."""
+    """The numbers of the images to evaluate, or to calibrate with."""
     images = loading.calibration_images
     if images is not None:
         if len(source) < images:
@@ -233,13 +233,13 @@ def _chosen(source: IndexedSource, loading: Loading, indices: Sequence[int] | No
     return chosen
 
 
-# Those of a training run
+# The loaders of a training run
 
 
 class Sources(NamedTuple):
-    """Images to train with, to validate with, and to calibrate with: training images again.
+    """The images to train on, to validate on and to calibrate with, which are training images again.
 
-    A stream can be read only once at a time, so its `calibration` is another `Source` than its `train`.
+    A stream can be read by only one loader at a time, so its `calibration` is another `Source` than its `train`.
     """
 
     train: Source
@@ -248,7 +248,7 @@ class Sources(NamedTuple):
 
 
 class Loaders(NamedTuple):
-    """The loaders of `skd.train`; `calibration` is None where nothing is measured, with progressive_epochs=0."""
+    """The loaders of `skd.train`. `calibration` is None with progressive_epochs=0, when no importance is measured."""
 
     train: Loader
     validation: Loader
@@ -272,8 +272,8 @@ def loaders(
     more than there are cores), validation_batch_size, calibration_images and bad_images. The model decides the size,
     the channels and the normalisation of images, and the device that they are left on.
 
-    Labels are matched by name with the model's, where it has the same; otherwise it takes those of the images, as it
-    is to be trained on them: its files will have them.
+    Where the model has the same class names as the data, the labels follow the model's order. Otherwise the model
+    takes the names of the data, since it is about to be trained on them, and its files will hold these names.
 
     Args:
         data: as in `open_source`: "digits", a folder that is divided into training and validation images, or a name
@@ -312,14 +312,14 @@ def loaders(
 
 
 def calibration(source: Source, model: TimmModel, config: TrainConfig, group: ProcessGroup | None = None) -> Loader:
-    """The un-augmented images that a model is converted on, and importance measured, by the settings of a run."""
+    """The loader of the un-augmented images that conversion and importance use, by the settings of a run."""
     images = data_config(model)
     shared = _shared(images, model, config, group)
     return loader_of(source, images, replace(shared, calibration_images=config.calibration_images))
 
 
 def warn_of_ignored(config: TrainConfig, **given: object) -> None:
-    """A warning for each of skd's loaders that was made with other settings than the run's, which have no effect."""
+    """Warn of each of skd's loaders that was made with other settings than the run's, which then have no effect."""
     for name, loader in given.items():
         theirs = loader.loading.settings() if isinstance(loader, Loader) else {}
         if theirs.get("aa") and config.aa:
@@ -336,7 +336,7 @@ def warn_of_ignored(config: TrainConfig, **given: object) -> None:
 
 
 def _shared(images: DataConfig, model: TimmModel, config: TrainConfig, group: ProcessGroup | None) -> Loading:
-    """What the three loaders have in common: the one to validate with has no more."""
+    """What the three loaders have in common, which is all that the validation loader needs."""
     device = next(model.parameters()).device
     return Loading(
         config.validation_batch_size or min(config.batch_size, 256 * size_of(group)),
@@ -352,7 +352,7 @@ def _shared(images: DataConfig, model: TimmModel, config: TrainConfig, group: Pr
 
 
 def usable_workers(wanted: int) -> int:
-    """No more processes than cores: PyTorch warns of them, and no result depends on it."""
+    """At most as many workers as there are cores: PyTorch warns of more, and no result depends on the number."""
     return min(wanted, os.cpu_count() or 1)
 
 
@@ -367,7 +367,7 @@ def _opened(
 
 
 def _match(sources: Sources, model: TimmModel) -> None:
-    """Labels by the names that the model knows, the same in all, and the model's names by the labels."""
+    """Make the labels of all sources agree with the model's class names, then give the model the names it lacks."""
     agree(sources.train, model)
     for other in (sources.validation, sources.calibration):
         if other is not sources.train:

@@ -28,7 +28,7 @@ FASHION = [
     "Ankle boot",
 ]
 _PARTS = {"train": "train", "validation": "t10k"}
-_UNSIGNED_BYTE = 8  # the type code in a header
+_UNSIGNED_BYTE = 8  # the type code of bytes in an idx header
 
 
 class Pairs(Protocol):
@@ -40,7 +40,7 @@ class Pairs(Protocol):
 
 
 class Reader(Protocol):
-    """One of timm's readers: files with labels, opened but not decoded."""
+    """A timm reader, which gives opened files that are not decoded yet, and their labels."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +50,7 @@ class Reader(Protocol):
 
 
 class IndexedSource(Source):
-    """Images with the numbers 0..len - 1."""
+    """Images that are numbered 0..len - 1, so that any of them can be read."""
 
     @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -62,12 +62,12 @@ class IndexedSource(Source):
         """
 
     def vanished(self) -> bool:
-        """The folder is no longer there, or can no longer be asked."""
+        """Whether the folder of the images is gone, or can no longer be accessed."""
         return self.root is not None and not os.path.exists(self.root)
 
 
 class PairSource(IndexedSource):
-    """A map-style data set of (PIL image, label)."""
+    """Images of a map-style data set of (PIL image, label)."""
 
     def __init__(self, dataset: Pairs, name: str, mode: str, **about: Unpack[About]) -> None:
         super().__init__(name, mode, **about)
@@ -88,7 +88,7 @@ class PairSource(IndexedSource):
 
 
 class ReaderSource(IndexedSource):
-    """One of timm's readers of files: class folders, Hugging Face data sets."""
+    """Images of a timm reader of files: class folders, or a Hugging Face data set."""
 
     def __init__(self, reader: Reader, name: str, mode: str, **about: Unpack[About]) -> None:
         super().__init__(name, mode, **about)
@@ -98,7 +98,7 @@ class ReaderSource(IndexedSource):
         return len(self._reader)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        # timm's own data set would go on to the next image silently.
+        # timm's own data set would silently give the next image in place of one that cannot be read.
         with self._decoding(index):
             try:
                 file, label = self._reader[index]
@@ -113,7 +113,7 @@ class ReaderSource(IndexedSource):
     def file(self, index: int) -> str:
         try:
             name = self._reader.filename(index, absolute=True)
-        except Exception:  # of an image that is not there, whatever its library makes of it
+        except Exception:  # each library raises an error of its own for an image that is not there
             name = None
         return str(name) if name else super().file(index)
 

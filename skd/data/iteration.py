@@ -229,5 +229,5 @@ def _images(count: int) -> str:
 
 
 def _unchanged(batch: _Item) -> _Item:
-    """Instead of PyTorch's collation; by name, because spawned workers cannot take a lambda."""
+    """Takes the place of PyTorch's collation. It is a named function because spawned workers cannot take a lambda."""
     return batch

@@ -19,7 +19,7 @@ Key = tuple[int, int, int]  # epoch, index of the image, which of its repetition
 
 @dataclass(frozen=True)
 class Loading:
-    """How batches are made of images; the same for all that takes part in it, from the plan to the workers.
+    """How batches are made of images. Plans, loaders and workers all read it from here.
 
     Attributes:
         batch_size: images in a batch of all ranks together.
@@ -78,26 +78,26 @@ class Loading:
 
     @property
     def training(self) -> bool:
-        """Images are shuffled and augmented, and batches whole."""
+        """Whether images are shuffled and augmented, and only whole batches are given."""
         return self.augmentation is not None
 
     @property
     def repeats(self) -> int:
-        """`aug_repeats` as a number of times."""
+        """How often an image occurs in its epoch, at least once."""
         return max(1, int(self.aug_repeats))
 
     @property
     def rows(self) -> int:
-        """Images in a rank's part of a batch."""
+        """The number of images in a rank's part of a batch."""
         return max(1, self.batch_size // self.world)
 
     @property
     def fails(self) -> bool:
-        """An image that cannot be read is an error."""
+        """Whether an image that cannot be read is an error."""
         return self.bad_images == "fail"
 
     def settings(self) -> dict[str, object]:
-        """What of this `TrainConfig` has too, by its names there, as far as it matters here."""
+        """The settings that `TrainConfig` has too, by their names there, as far as this kind of loader uses them."""
         chosen: dict[str, object] = {"bad_images": self.bad_images}
         if self.augmentation is not None:
             chosen |= {**asdict(self.augmentation), "aug_repeats": self.repeats}
@@ -136,7 +136,7 @@ class TrainPlan:
 
 
 class FixedPlan:
-    """Given images in a given order, the same every time; the last batch may be smaller."""
+    """Batches of the given images in the given order, every time; the last batch may be smaller."""
 
     def __init__(self, indices: Sequence[int], loading: Loading) -> None:
         self.indices = indices
@@ -145,7 +145,7 @@ class FixedPlan:
         self.start_batch = 0
 
     def __len__(self) -> int:
-        """Batches; a last one too small for every rank counts for all."""
+        """The number of batches; a last batch that is too small to have a row for every rank counts on all ranks."""
         return -(-len(self.indices) // self.loading.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:

@@ -22,7 +22,7 @@ from skd.data.streams import STREAMS
 
 MODES = {1: "L", 3: "RGB"}
 
-# What a prefix needs: the module to import, and what pip calls it.
+# The module that a prefix needs, and its name for pip.
 PACKAGES = {
     "hfds": ("datasets", "datasets"),
     "hfids": ("datasets", "datasets"),
@@ -126,7 +126,7 @@ def _digits(split: str, mode: str, labelled: bool) -> Source:
 
 
 def _part(split: str, name: str) -> str:
-    """Which of the two parts of a data set that has just these."""
+    """The part of a data set that has exactly two, for training and for validation."""
     if split in TRAIN:
         return "train"
     if split in EVALUATION:
@@ -156,12 +156,12 @@ class _Request:
 
     @property
     def reading(self) -> About:
-        """Those of `Source`."""
+        """The arguments that `Source` takes too."""
         return {"labelled": self.labelled, "exif_orientation": self.exif_orientation}
 
 
 def _named(request: _Request) -> Source:
-    """Errors as in `open_source`."""
+    """Open a data set by a name with a prefix; errors are those of `open_source`."""
     prefix, _, rest = request.data.partition("/")
     prefix = prefix.lower()
     module, package = PACKAGES[prefix]
@@ -177,7 +177,7 @@ def _named(request: _Request) -> Source:
             else:
                 dataset = create_dataset(request.data, **arguments)
                 reader = getattr(dataset, "reader", None)  # torchvision's data sets have none
-    except Exception as error:  # each of four libraries has errors of its own
+    except Exception as error:  # each of the four libraries has its own kinds of errors
         reason = " ".join(str(error).split()) or type(error).__name__
         fetchable = prefix != "wds" and not request.download
         hint = " (--download or download=True fetches what is not there)" if fetchable else ""
@@ -212,7 +212,10 @@ def _check_torch(request: _Request) -> None:
 
 
 def _torch_folder(request: _Request) -> Source:
-    """torchvision's ImageFolder: its classes and their order, but all images that Pillow reads, and none unsaid."""
+    """A folder with the classes and the order of torchvision's ImageFolder.
+
+    Unlike torchvision, it takes every image that Pillow reads, and reports what it leaves out.
+    """
     _check_torch(request)
     if request.options:
         raise ValueError(f"{', '.join(request.options)} is given, but data {request.data!r} takes no options")
@@ -224,7 +227,10 @@ def _torch_folder(request: _Request) -> Source:
 
 
 def _check_columns(reader: Any, request: _Request) -> None:
-    """timm's reader notices a wrong name only when it reads, and adds an image column of that name, empty."""
+    """Refuse names of columns that the data set does not have.
+
+    timm's reader notices them only when it reads; for the images it even adds an empty column of that name.
+    """
     table = reader.dataset.data
     present = [name for name in table.column_names if table.column(name).null_count < max(1, len(reader))]
     keys = (("input_key", "image"), ("target_key", "label"))
@@ -238,7 +244,7 @@ def _check_columns(reader: Any, request: _Request) -> None:
 
 
 def _arguments(request: _Request, prefix: str, rest: str) -> dict[str, Any]:
-    """Of `timm.data.create_dataset`, or of the reader of a stream."""
+    """The arguments for `timm.data.create_dataset`, or for the reader of a stream."""
     root = None if request.data_dir is None else os.fspath(request.data_dir)
     arguments = {"root": root, "split": request.split, "download": request.download, **request.options}
     if prefix == "hfds" and not request.labelled:
@@ -254,7 +260,7 @@ def _arguments(request: _Request, prefix: str, rest: str) -> dict[str, Any]:
             raise ValueError(f"data is {request.data!r}; there is no folder {place!r}")
         arguments["root"] = place
     if prefix in STREAMS:
-        # No mode: what timm converts to one, it cuts off at 8 bits.
+        # No mode is asked for, because timm's conversion to one clips images at 8 bits.
         arguments |= {"is_training": request.training, "num_samples": request.num_samples, "input_img_mode": ""}
         return {name: value for name, value in arguments.items() if value is not None}
     return arguments
@@ -262,14 +268,14 @@ def _arguments(request: _Request, prefix: str, rest: str) -> dict[str, Any]:
 
 @contextmanager
 def _offline(prefix: str, allowed: bool) -> Iterator[None]:
-    """Inside the block Hugging Face's libraries take what is in their cache, unless the network is `allowed`.
+    """Inside the block Hugging Face's libraries read only their cache, unless the network is `allowed`.
 
-    A stream is exempt: reading over the network is what it is for.
+    Streams are exempt, because they always read over the network.
     """
     if prefix != "hfds" or allowed:
         yield
         return
-    # Both read the environment once, when they are imported.
+    # Both libraries read their environment variables once, at import, so the flag is set in the modules themselves.
     places: list[Any] = [import_module(name) for name in ("datasets.config", "huggingface_hub.constants")]
     before = [place.HF_HUB_OFFLINE for place in places]
     try:

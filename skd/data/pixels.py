@@ -1,4 +1,4 @@
-"""What happens to one picture: from what Pillow opens to 8-bit pixels, and from a batch of those to a model's input.
+"""The way of an image from a file that Pillow opened to 8-bit pixels, and from a batch of these to a model's input.
 
     worker         any bit depth and mode -> `in_mode`, 8-bit "L" or "RGB" -> timm's transform -> `Pixels`, uint8
                    (C, H, W), a quarter of the bytes of float32; and the rectangles that random erasing draws
@@ -215,7 +215,7 @@ def train_transform(config: DataConfig, **augmentation: Any) -> Transform:
 
 
 def _operations(transform: Compose) -> Iterator[auto_augment.AugmentOp]:
-    """timm's `AugmentOp`s in a training transform."""
+    """The AutoAugment operations in a training transform of timm's."""
     for step in transform.transforms:
         if isinstance(step, auto_augment.AutoAugment):
             yield from chain.from_iterable(step.policy)
@@ -224,7 +224,7 @@ def _operations(transform: Compose) -> Iterator[auto_augment.AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
-    """timm's asks for 0 bits at the highest magnitude: black, but an error in newer versions of Pillow."""
+    """As timm's. At the highest magnitude it keeps 0 bits, which is black, but newer versions of Pillow refuse it."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **options)
@@ -247,7 +247,7 @@ def eval_transform(config: DataConfig) -> Transform:
 
 
 class Patch(NamedTuple):
-    """A rectangle of normalised values, (C, height, width) float32, and where its corner is."""
+    """A rectangle of normalised values, (C, height, width) float32, and the position of its top left corner."""
 
     top: int
     left: int
@@ -255,7 +255,7 @@ class Patch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """One image: (C, H, W) uint8, and what goes over it once it is normalised, in order."""
+    """One image, (C, H, W) uint8, and the rectangles that are pasted over it, in order, once it is normalised."""
 
     pixels: torch.Tensor
     patches: list[Patch]
@@ -264,9 +264,9 @@ class Prepared(NamedTuple):
 class Pixels:
     """One of timm's transforms, stopped before normalisation, so that workers send uint8 instead of float32.
 
-    Random erasing draws the same numbers as in timm, but its rectangles are kept and applied after normalisation. So
-    what a worker draws, and every value of the image in the end, is as in the whole transform: normalisation
-    draws nothing, and the values that erasing fills in do not depend on the image.
+    Random erasing draws the same numbers as in timm, but its rectangles are kept and applied after normalisation. The
+    random numbers and the final values of the image are those of timm's whole transform, because normalisation draws
+    nothing and the values that erasing fills in do not depend on the image.
     """
 
     def __init__(self, transform: Compose) -> None:
@@ -285,7 +285,7 @@ class Pixels:
 
 
 class _Canvas:
-    """Stands in for the normalised image that timm's `RandomErasing` writes to, and keeps what it writes."""
+    """Stands in for the normalised image that timm's `RandomErasing` writes to, and records what it writes."""
 
     dtype = torch.float32
 

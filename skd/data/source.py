@@ -1,7 +1,7 @@
-"""What every source of images has: a name, labels and their classes, and one way to say what cannot be read.
+"""What every source of images has: a name, labels and their classes, and one way to report what cannot be read.
 
-After `Source` come the classes of data and of a model, matched by name: labels are only numbers, in an order of their
-own.
+The functions after `Source` match the classes of the data with those of a model by name, because labels are only
+numbers, and the two may number the same classes differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ClassMap = str | os.PathLike[str] | Mapping[str, int]
 
 _SHOWN = 3
 
-# What cannot be read, and what is not
+# What cannot be read, and what is left out
 
 
 class BadImage(Exception):
@@ -39,14 +39,14 @@ class BadImage(Exception):
     def __init__(self, file: str, reason: BaseException | str) -> None:
         self.file = file
         words = reason if isinstance(reason, str) else f"{type(reason).__name__}: {reason}"
-        # Pillow names the file object, too: a file that has been named, or an address in memory.
+        # Pillow also names the file object, which is either this file again or an address in memory.
         self.reason = " ".join(re.sub(r" <_io\.[^>]*>", "", words).split())
         super().__init__(f"{file} cannot be read: {self.reason}")
         self.missing = isinstance(reason, FileNotFoundError)
 
 
 class LabelError(ValueError):
-    """A label that is not one class of the head."""
+    """A label is not one of the classes of the head."""
 
 
 class LeftOut:
@@ -68,7 +68,7 @@ class LeftOut:
         return {reason: {"count": count, "such_as": list(names)} for reason, (count, names) in found}
 
     def __str__(self) -> str:
-        """On one line: 2 no image by its name (.txt): a/x.txt, a/y.txt; ..."""
+        """One line, such as "2 no image by its name (.txt): a/x.txt, a/y.txt; ..."."""
         parts = []
         for reason, (count, names) in sorted(self._found.items()):
             parts.append(f"{count} {reason}: {', '.join(names)}{', ...' if count > len(names) else ''}")
@@ -76,7 +76,7 @@ class LeftOut:
 
 
 def shown(names: Iterable[str], most: int = _SHOWN) -> str:
-    """The first few of several names."""
+    """The first few of several names, separated by commas."""
     names = list(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
@@ -85,7 +85,7 @@ def shown(names: Iterable[str], most: int = _SHOWN) -> str:
 
 
 class About(TypedDict, total=False):
-    """What a source may say of itself besides its name and mode: attributes of `Source`, by their names."""
+    """The optional arguments of `Source`, by the names of its attributes."""
 
     classes: list[str] | None
     root: Path | None
@@ -96,11 +96,10 @@ class About(TypedDict, total=False):
 
 
 class Source(ABC):
-    """Images and labels of one split of a data set: what is the same of both kinds.
+    """The images and labels of one split of a data set. `skd.data.opening.open_source` opens both kinds.
 
-    `skd.data.indexed.IndexedSource` has images with numbers, of which `read` gives any;
-    `skd.data.streams.StreamSource` has an order of its own, of which `stream` gives a worker's part.
-    `skd.data.opening.open_source` opens both.
+    `skd.data.indexed.IndexedSource` has numbered images, and `read` gives any of them.
+    `skd.data.streams.StreamSource` has an order of its own, and `stream` gives the part of one worker.
 
     Attributes:
         name: for messages.
@@ -139,9 +138,9 @@ class Source(ABC):
 
     @contextmanager
     def _decoding(self, index: int, name: str | None = None) -> Iterator[None]:
-        """Inside the block whatever Pillow (or the library in front of it) makes of a broken file is a `BadImage`.
+        """Inside the block any error of Pillow, or of the library around it, becomes a `BadImage`.
 
-        Its plugins raise all kinds of errors: OSError, SyntaxError, KeyError, IndexError, struct.error, ...
+        Pillow's plugins raise all kinds of errors: OSError, SyntaxError, KeyError, IndexError, struct.error, ...
         """
         try:
             yield
@@ -151,7 +150,7 @@ class Source(ABC):
             raise BadImage(name or self.file(index), reason) from reason
 
     def _prepared(self, image: Image.Image, index: int, name: str | None = None) -> Image.Image:
-        """The picture in `mode`, upright if that is wanted, else noted in `turned` if it is not."""
+        """The image in `mode`. One that EXIF says is not upright is turned, or else noted in `turned`."""
         if is_turned(image):
             if self.exif_orientation:
                 image = upright(image)
@@ -160,12 +159,16 @@ class Source(ABC):
         return in_mode(image, self.mode)
 
     def renumber(self, new_labels: list[int]) -> None:
-        """From now on what was label i is label ``new_labels[i]``; other labels stay, for the loaders to refuse."""
+        """Give the images of label i the label ``new_labels[i]``. Other labels stay; the loaders refuse them."""
         old = self._new_labels
         self._new_labels = new_labels if old is None else [new_labels[label] for label in old]
 
     def _label(self, label: Any, index: int) -> int:
-        """Raises LabelError: it is not one integer."""
+        """The label as an integer, renumbered; -1 where labels mean nothing.
+
+        Raises:
+            LabelError: it is not one integer.
+        """
         if not self.labelled:
             return -1
         try:
@@ -177,7 +180,7 @@ class Source(ABC):
 
 
 def opened(file: IO[bytes]) -> Image.Image:
-    """Decoded by Pillow, in its own mode."""
+    """The image in a file, decoded by Pillow, in the file's own mode."""
     image = Image.open(file)
     image.load()  # some formats have their EXIF block after the pixels
     return image
@@ -231,7 +234,7 @@ def match_classes(source: Source, names: Sequence[str] | None) -> str | None:
 
 
 def match_model(source: Source, model: TimmModel) -> None:
-    """`match_classes` with those that `model` knows; a warning has the first difference."""
+    """`match_classes` with the class names of `model`; a warning shows the first difference."""
     difference = match_classes(source, label_names(model))
     if difference is not None:
         warnings.warn(
@@ -292,7 +295,11 @@ def check_classes(source: Source, num_classes: int) -> None:
 
 
 def check_same_classes(training: Source, other: Source) -> None:
-    """Raises ValueError: two splits of a data set have different classes, as far as they are known."""
+    """Check that two splits of a data set have the same classes, as far as they are known.
+
+    Raises:
+        ValueError: they differ.
+    """
     if not training.classes or not other.classes or other.mapped or training.classes == other.classes:
         return
     names = sorted(set(training.classes) ^ set(other.classes))

@@ -1,9 +1,9 @@
 """Sources that are streams: timm's readers of shards in tar format, of Hugging Face's streams and of TensorFlow's.
 
-`StreamSource` is what they have in common. Each of its three kinds makes timm's reader, so that the library it reads
-with is imported only then, and takes every image from it undecoded, as an `Item`. timm's own decode on the way: to 8
-bits (Pillow cuts 16 off at 255), upright or not, and without those that fail. Here all is decoded by the rules of all
-other sources, and nothing that fails is hidden.
+`StreamSource` has what the three kinds share. Each kind makes one of timm's readers, which imports the library that
+it needs, and takes every image from it undecoded, as an `Item`. timm's readers would decode the images themselves: to
+8 bits (Pillow clips 16-bit images at 255), without regard to EXIF, and silently without those that fail. Here images
+are decoded by the same rules as in all other sources, and every failure is reported.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StreamReader(Protocol):
 
 
 class StreamSource(Source):
-    """Images in an order of the stream's own: no index, and each worker has a part of them.
+    """Images in the order of a stream: they have no numbers, and each worker reads a part of them.
 
     Args:
         reader: from `reader_of`.
@@ -77,7 +77,7 @@ class StreamSource(Source):
     @staticmethod
     @abstractmethod
     def reader_of(name: str, labelled: bool, arguments: dict[str, object]) -> StreamReader:
-        """timm's reader, whose library is imported.
+        """Make timm's reader, which imports its library.
 
         Args:
             name: what follows the prefix.
@@ -87,7 +87,7 @@ class StreamSource(Source):
 
     @abstractmethod
     def _undecoded(self) -> Iterator[tuple[Item, object]]:
-        """This worker's images, and their labels as they are."""
+        """This worker's images, undecoded, and their labels as the data set has them."""
 
     def __len__(self) -> int:
         return self.samples
@@ -95,10 +95,10 @@ class StreamSource(Source):
     def prepare(
         self, *, seed: int, worker_seed: int, epoch: int, workers: int, rank: int, world: int, rows: int
     ) -> None:
-        """Set the order of an epoch, and this rank's share; before the workers start.
+        """Set the order of an epoch and this rank's share of it, before the workers start.
 
-        The readers keep a pipeline once it is built, with generators that have moved on: it is built anew, so that an
-        epoch is the same whether or not others came before it.
+        A reader keeps its pipeline, whose generators have moved on after an epoch. The pipeline is therefore built
+        anew, so that an epoch is the same whether or not others came before it.
         """
         reader = self._reader
         reader.ds = None
@@ -109,10 +109,10 @@ class StreamSource(Source):
         reader.set_loader_cfg(num_workers=workers)
 
     def stream(self) -> Iterator[tuple[Image.Image, int]]:
-        """This worker's images and labels, those that cannot be read left out and noted in `unread`.
+        """This worker's images and labels; images that cannot be read are left out and noted in `unread`.
 
-        In training others take their place, of another pass over this worker's part: every worker gives as many
-        images as the reader counts.
+        In training, images of a further pass over this worker's part take their place, so that every worker gives as
+        many images as the reader counts.
 
         Raises:
             BadImage: the reader failed, or none of the images to train with can be read.
@@ -126,7 +126,7 @@ class StreamSource(Source):
             owed = left
 
     def _pass(self, most: int | None) -> Generator[tuple[Image.Image, int], None, int]:
-        """One pass over this worker's part, until there are `most` images.
+        """One pass over this worker's part, which ends early once it has given `most` images.
 
         Returns:
             How many images could not be read; with `most`, how many are missing.
@@ -146,7 +146,7 @@ class StreamSource(Source):
         return bad if most is None else most - read
 
     def _numbered(self) -> Iterator[tuple[int, tuple[Item, object]]]:
-        """What the reader gives, numbered; its failures are those of the stream."""
+        """What the reader gives, numbered. An error of the reader is raised as one of the stream."""
         try:
             yield from enumerate(self._undecoded())
         except KeyError as key:
@@ -157,7 +157,11 @@ class StreamSource(Source):
             raise BadImage(self.name, reason) from reason
 
     def _decoded(self, item: Item, position: int) -> Image.Image:
-        """Raises BadImage: it cannot be read."""
+        """The image of an item.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
         name = item.name or self.file(position)
         content = item.content
         if content is None:
@@ -167,7 +171,7 @@ class StreamSource(Source):
             return self._prepared(image, position, name)
 
     def file(self, index: int) -> str:
-        """A worker's images have numbers of its own."""
+        """As in `Source`; the number is counted by the worker, so the worker's own number comes before it."""
         worker = get_worker_info()
         return f"{self.name}[{index if worker is None else f'{worker.id}:{index}'}]"
 
@@ -220,7 +224,7 @@ class WebSource(StreamSource):
         yield from self._reader
 
     def _build(self) -> None:
-        """timm's pipeline, up to where it decodes a sample and renames its parts."""
+        """Build timm's pipeline without its last two stages, which decode a sample and rename its parts."""
         from timm.data.readers.reader_wds import log_and_continue
         from webdataset import DataPipeline
 
@@ -252,7 +256,11 @@ class WebSource(StreamSource):
             yield self._item(sample, f"{name}.{ending}", content)
 
     def _item(self, sample: Sample, name: str, content: bytes) -> Labelled:
-        """Raises LabelError: the sample has a label that is of no use."""
+        """The image and the label of a sample.
+
+        Raises:
+            LabelError: the label cannot be used.
+        """
         from timm.data.readers.class_map import remap_target
         from timm.data.readers.reader_wds import _decode
 
@@ -283,7 +291,7 @@ def _png() -> bytes:
     return file.getvalue()
 
 
-_PIXEL = _png()  # for timm's function, which wants an image beside the label
+_PIXEL = _png()  # timm's function for labels decodes an image too, so it gets this small one
 
 
 class HubSource(StreamSource):
@@ -308,7 +316,7 @@ class HubSource(StreamSource):
 
 
 def _with_target(labelled: bool, arguments: dict[str, object]) -> dict[str, object]:
-    """timm's reader wants a column of labels, also where there are none."""
+    """Name a column of labels, which timm's reader wants even where there are no labels."""
     return arguments if labelled else {**arguments, "target_key": arguments.get("input_key", "image")}
 
 
@@ -320,7 +328,7 @@ class HubImage(TypedDict):
 
 
 def _file_item(image: HubImage | None) -> Item:
-    """The bytes of an image, or those of the file that it is."""
+    """The undecoded image: its bytes, or those of the file that it names."""
     if image is None:
         return Item(None, None, "the column has no image")
     path = image["path"]
@@ -353,7 +361,7 @@ class TensorFlowSource(StreamSource):
 
 
 def _without_decoders(decoders: Callable[[], object]) -> object:
-    """TensorFlow's decoder of the image, in a nest of names, gives way to none."""
+    """Replace TensorFlow's decoder of the images, which lies in nested dicts, by one that leaves them undecoded."""
     from tensorflow_datasets import decode
 
     def skipped(nest: object) -> object:
@@ -364,5 +372,5 @@ def _without_decoders(decoders: Callable[[], object]) -> object:
     return skipped(decoders())
 
 
-# By the prefix of their names
+# The kinds of streams by the prefix of their names.
 STREAMS: dict[str, type[StreamSource]] = {"wds": WebSource, "hfids": HubSource, "tfds": TensorFlowSource}

@@ -59,11 +59,12 @@ def reordered(model: TimmModel, batches: Iterable[object], method: str, *, seed:
 
 
 def coordinate_scores(model: TimmModel, batches: Iterable[object], method: str, *, seed: int = 0) -> Scores:
-    """Score of every coordinate by module name, higher is better: (3, H, D) for an attention, (H,) where it is
-    cut by heads, (F,) for an MLP; float64. What has no gradients (an attention that is all or nothing and not
-    rotated) is left out by "taylor" and "hessian".
+    """The score of every coordinate by module name, float64; higher is better.
 
-    Arguments as for `reordered`, without "wpac": its coordinates are not those of the model.
+    The shape is (3, H, D) for an attention, (H,) for one that is cut by heads, and (F,) for an MLP. "taylor" and
+    "hessian" leave out modules whose gradients are not read: attentions by heads that are binary.
+
+    The arguments are those of `reordered`, without "wpac", whose coordinates are not those of the model.
     """
     return _scores(describe(model), model, batches, method, seed)
 

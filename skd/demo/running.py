@@ -164,7 +164,7 @@ def _run(
 
 
 def _checked(out: str | os.PathLike[str], seed: int, epochs: dict[str, int]) -> Path:
-    """All that a user may have got wrong, before minutes of work."""
+    """Check everything that a user may have got wrong, before minutes of work."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it may be 0..2**32 - 1")
     for name, number in epochs.items():
@@ -245,7 +245,7 @@ class ShiftedBatches:
 
 
 def train_stand_in(data: Data, seed: int, epochs: int, console: Console) -> VisionTransformer:
-    """The network that takes the part of a pre-trained one."""
+    """Train the network that stands in for a pre-trained one."""
     model = build_model()
     config = finetune_config(epochs=epochs, warmup_epochs=min(3, epochs - 1), eval_every=epochs, seed=seed, **RECIPE)
     batches = ShiftedBatches(data.train, BATCH, seed)
@@ -254,7 +254,7 @@ def train_stand_in(data: Data, seed: int, epochs: int, console: Console) -> Visi
 
 
 def train_supernet(supernet: SuperNet, data: Data, seed: int, epochs: int, console: Console) -> History:
-    """PIAD: a third of the epochs grow the dropout list. Evaluated at the end only, so no epoch is chosen by it."""
+    """PIAD training: the list grows in a third of the epochs. Only the last epoch is evaluated, so none is chosen."""
     config = TrainConfig(epochs=epochs, warmup_epochs=0, eval_every=epochs, seed=seed + 1, **RECIPE)
     batches = ShiftedBatches(data.train, BATCH, seed + 1)
     return train(supernet, batches, data.test, config, calibration=data.calibration, console=console, verbose=False)

@@ -81,7 +81,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 def names() -> list[str]:
-    """The planners there are: the files of this package, and what was registered elsewhere."""
+    """The names of all planners: the files of this package, and those that were registered elsewhere."""
     return sorted({*_PLANNERS, *(module.name for module in pkgutil.iter_modules(__path__))})
 
 
@@ -110,7 +110,7 @@ def grow(
     group: ProcessGroup | None,
     options: Mapping[str, object] | None = None,
 ) -> DropoutList:
-    """One round of a planner, given by name or as a function; its arguments and its answer are checked.
+    """Run one round of a planner, given by name or as a function, and check its arguments and its result.
 
     Raises:
         ValueError: an unknown planner, an option that it does not have, or an answer that does not grow `current`.

@@ -67,7 +67,7 @@ def loss(
 
 
 def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
-    """Whole numbers of groups, evenly spaced below the present width, the largest first and 0 last."""
+    """Whole numbers of groups, evenly spaced below the present width, in falling order; the last is 0."""
     if module.binary:
         return [0] if width else []
     groups = -(-width // module.group_size)
@@ -86,7 +86,7 @@ def rises(
 ) -> list[Curve]:
     """For each module the rise of the loss per image, at its present width (0) and at those to be measured.
 
-    What comes before a module is computed once per batch: each variant starts from the stream that enters it.
+    The part before a module is computed once per batch: each variant starts from the stream that enters the module.
     """
     sums = [torch.zeros(1 + len(own), dtype=torch.float64) for own in measured]
     images, left_out = 0, 0
@@ -113,7 +113,7 @@ def rises(
 def _losses(
     supernet: SuperNet, images: torch.Tensor, widths: Sequence[int], measured: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
-    """Per module the losses of one batch: with nothing narrowed further, then at each width to be measured."""
+    """For each module the losses of one batch: with nothing narrowed further, then at each width to be measured."""
     reference = supernet(images)
     x, shared = supernet.embed(images)
     streams = []
@@ -134,7 +134,7 @@ def _losses(
 
 
 def _distance(output: torch.Tensor, reference: torch.Tensor, headless: bool) -> torch.Tensor:
-    """Summed over the images of a batch, in float32 at least."""
+    """The distance of two outputs, summed over the images of a batch, in float32 at least."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     output, reference = output.to(dtype), reference.to(dtype)
     if headless:
@@ -158,7 +158,7 @@ def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:
 def _convex(curve: Curve) -> Curve:
     """The corners of the greatest convex curve below the points, which does not fall as the width does.
 
-    A rise below that of a wider width is noise: the coordinates between are worth nothing.
+    A rise below that of a wider width is noise; the coordinates between the two widths are worth nothing.
     """
     corners: Curve = []
     for position, (width, rise) in enumerate(curve):

@@ -50,7 +50,7 @@ def entries_within(supernet: SuperNet, budgets: Iterable[float], convention: str
 
 
 def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
-    """Cost of each entry: entry, macs (full convention), macs_fraction, macs_linear, params."""
+    """The cost of each of these entries of the dropout list."""
     widths = supernet.dropout_list.widths[list(entries)]
     macs, linear = supernet.costs.macs(widths), supernet.costs.macs(widths, "linear")
     params = supernet.costs.params(widths)
@@ -87,8 +87,7 @@ def measure_curve(
         group: as for `skd.evaluate`.
 
     Returns:
-        One row per budget that a sub-network meets, in the order given: "budget", those of `sizes_of`, and "top1" in
-        percent.
+        One row, with its budget and top-1, for each budget that a sub-network meets, in the order given.
     """
     chosen = entries_within(supernet, budgets, convention)
     entries = list(chosen.values())

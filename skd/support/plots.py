@@ -28,7 +28,7 @@ def new_figure(height: float, width: float = _WIDTH) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file; the same figure gives the same bytes."""
+    """The figure as the content of a PNG file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -42,7 +42,7 @@ def unit(largest: float) -> tuple[float, str, str]:
 
 
 def linear_axis(axes: Axes, full: np.ndarray, linear: np.ndarray) -> None:
-    """Second scale on top: the same networks in the linear convention, interpolated between them.
+    """Add a second scale on top: the MACs in the linear convention, interpolated between the networks.
 
     Args:
         full, linear: MACs of nested networks, from the largest to the smallest, in the unit of the x-axis.
@@ -63,7 +63,7 @@ def linear_axis(axes: Axes, full: np.ndarray, linear: np.ndarray) -> None:
 def accuracy_figure(
     curves: Mapping[str, Rows], reference: float | None, full: npt.ArrayLike, linear: npt.ArrayLike
 ) -> Figure:
-    """Top-1 against MACs, in both conventions; twice where other curves leave little room for the main one.
+    """Top-1 against MACs, in both conventions; with a second, enlarged panel where other curves crowd the main one.
 
     Args:
         curves: rows of `skd.support.curve.measure_curve` by label; the first is the main one.
@@ -116,7 +116,7 @@ def widths_figure(modules: Sequence[str], shares: npt.ArrayLike, macs_fraction: 
 
     Args:
         shares: (entries, modules), 0..1.
-        macs_fraction: of each entry, falling.
+        macs_fraction: share of the MACs that each entry has, falling.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -158,7 +158,7 @@ def importance_figure(modules: Sequence[str], values: npt.ArrayLike, epochs: Seq
 def _module_map(
     modules: Sequence[str], values: np.ndarray, label: str, colours: str, limits: tuple[float, float], *, log: bool
 ) -> tuple[Figure, Axes]:
-    """(figure, axes) with (modules, columns) `values` as colours; 0 is white."""
+    """A figure and axes that show (modules, columns) `values` as colours; 0 is white."""
     import matplotlib
     from matplotlib.colors import LogNorm, Normalize
 
@@ -177,7 +177,10 @@ def _module_map(
 
 
 def _share_ticks(fraction: np.ndarray, entries: int) -> list[tuple[int, float]]:
-    """(entry, share) where the share of the MACs first falls to 100 %, 90 %, ..., and the last; none too near."""
+    """(entry, share) where the share of the MACs first falls to 100 %, 90 %, ..., and the last entry.
+
+    Ticks that would overlap are left out.
+    """
     ticks: list[tuple[int, float]] = []
     for share in np.arange(10, 0, -1) / 10:
         reached = np.flatnonzero(fraction <= share + 1e-9)
@@ -225,7 +228,7 @@ def steps_figure(losses: Mapping[str, Rows], times: Rows) -> Figure:
 
 
 def _draw_times(axes: Axes, times: Rows) -> None:
-    """Dots, and what they would be if time were proportional to MACs."""
+    """Draw the times as dots, and a dotted line where they would lie if time were proportional to MACs."""
     if not times:
         axes.text(50, 0.5, "no times recorded", ha="center", transform=axes.get_xaxis_transform(), color=_GREY)
         return

@@ -1,7 +1,7 @@
-"""The processes of a torch.distributed group: sums over their shards of the images, and taking every turn together.
+"""The processes of a torch.distributed process group: sums over their shards of the images, and steps taken together.
 
-A collective that one process never reaches leaves the others waiting. So whatever may fail on one process alone is
-done in `together` or drawn through `in_step`: then all of them fail, and each says why.
+A collective that one process never reaches leaves the others waiting. Therefore whatever may fail on one process
+alone is done in `together`, or its batches come from `in_step`: then all processes fail, and each says why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
 
-# What a process brings to a turn; the largest decides.
+# What each process reports for its turn in `in_step`; the largest number decides for all.
 _GO, _END, _EMPTY, _STOP, _FAILED = 0, 1, 2, 100, 1000  # _STOP plus the number of the signal
 
 
@@ -27,11 +27,11 @@ _EQUAL = "each needs one at least, and for training as many as the others"
 
 
 class RankFailed(RuntimeError):
-    """Another process of the group has failed, or is gone."""
+    """Another process of the group has failed, or has gone."""
 
 
 class StopAll(Exception):
-    """A signal asked this process, or with `in_step` another one, to stop where the run can be put away.
+    """A signal asked this process, or in `in_step` any process of the group, to stop where the run can be saved.
 
     Attributes:
         signal: its number.
@@ -75,7 +75,7 @@ def size_of(group: ProcessGroup | None) -> int:
 
 
 def summed(tensors: Sequence[torch.Tensor], group: ProcessGroup | None) -> list[torch.Tensor]:
-    """Each tensor added up over the group, float64, the same bits on every rank; as they are without a group."""
+    """Each tensor summed over the group, in float64, with the same bits on every rank; unchanged without a group."""
     if group is None or not tensors:
         return list(tensors)
     flat = torch.cat([tensor.double().reshape(-1) for tensor in tensors])
@@ -86,7 +86,7 @@ def summed(tensors: Sequence[torch.Tensor], group: ProcessGroup | None) -> list[
 
 
 def total(number: int, group: ProcessGroup | None, device: torch.device) -> int:
-    """An integer (below 2**53) added up over the group."""
+    """An integer (below 2**53) summed over the group."""
     (added,) = summed([torch.tensor(float(number), dtype=torch.float64, device=device)], group)
     return int(added)
 
@@ -99,7 +99,7 @@ def gathered(tensor: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
 
 
 def spread(model: torch.nn.Module, group: ProcessGroup | None) -> None:
-    """Give every rank rank 0's weights and buffers, in place."""
+    """Broadcast the weights and buffers of rank 0 to every rank, in place."""
     if group is not None:
         with others_alive(group):
             for tensor in model.state_dict().values():
@@ -110,7 +110,7 @@ def spread(model: torch.nn.Module, group: ProcessGroup | None) -> None:
 
 
 def everyone(value: _Value, group: ProcessGroup | None) -> list[_Value]:
-    """One small picklable value of each rank, in rank order, on every rank."""
+    """all_gather of one small picklable value: every rank gets the values of all ranks, in rank order."""
     if group is None:
         return [value]
     values: list[Any] = [None] * dist.get_world_size(group)
@@ -136,10 +136,10 @@ def check_same(value: object, name: str, group: ProcessGroup | None) -> None:
 
 @contextmanager
 def together(group: ProcessGroup | None) -> Iterator[None]:
-    """A block that each rank does by itself, all at the same time; if it fails on one, it fails on all.
+    """A block that every rank runs by itself; if it raises on one rank, it raises on all.
 
     Raises:
-        RankFailed: on the others, naming the rank and what it said.
+        RankFailed: on the other ranks; it names the rank that failed and quotes its error.
     """
     if group is None:
         yield
@@ -156,12 +156,13 @@ def together(group: ProcessGroup | None) -> Iterator[None]:
 def in_step(
     batches: Iterable[_Item], group: ProcessGroup | None, images: Callable[[_Item], int] | None = None
 ) -> Iterable[_Item]:
-    """This rank's batches, while every rank takes its turn: a rank with fewer waits for the rest.
+    """This rank's batches, given in step with the other ranks: a rank with fewer batches waits for the rest.
 
     Args:
         batches: this rank's batches. If iterating raises on one rank (StopAll included), every rank raises. Without a
             group they are returned as they are.
-        images: of a batch; where it is given, the ranks must have as many batches, and as many images in each.
+        images: counts the images of a batch. With it, all ranks must have the same number of batches, and the same
+            number of images in each.
 
     Raises:
         RankFailed: another rank failed.
@@ -194,7 +195,7 @@ def _in_step(
 
 
 def _turns(batches: Iterable[Any]) -> Iterator[tuple[Any, Exception | None, int]]:
-    """(item, error, code) for each turn, without end."""
+    """(item, error, code) for each turn; after the last item it goes on without end."""
     end = _EMPTY
     try:
         for item in batches:
@@ -209,7 +210,7 @@ def _turns(batches: Iterable[Any]) -> Iterator[tuple[Any, Exception | None, int]
 
 
 def _raise_for_all(error: Exception | None, group: ProcessGroup | None) -> None:
-    """This rank's own error, or the first one of the others."""
+    """Raise this rank's own error, or RankFailed for the first of the others' errors."""
     said = everyone(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
@@ -227,10 +228,10 @@ def _extremes(numbers: list[int], group: ProcessGroup | None) -> list[tuple[int,
 
 @contextmanager
 def others_alive(group: ProcessGroup | None) -> Iterator[None]:
-    """Turn a communication error between the processes into RankFailed, in this block; without a group do nothing.
+    """Inside the block a communication error between the processes becomes RankFailed; without a group nothing does.
 
-    Communication errors are torch.distributed's own classes, and those of gloo and NCCL that PyTorch passes on as a
-    RuntimeError: they have the name of the library in them.
+    Communication errors are torch.distributed's own classes, and errors of gloo and NCCL, which PyTorch passes on as
+    a RuntimeError with the name of the library in its text.
     """
     try:
         yield

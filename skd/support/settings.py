@@ -1,6 +1,6 @@
-"""Every setting of a training run, with the published value of each; names as timm's training script has them.
+"""Every setting of a training run, with the published value of each. The names are those of timm's training script.
 
-Nothing here imports torch, so that ``skd train --help`` need not wait for it.
+Nothing here imports torch, so that ``skd train --help`` does not wait for it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _COLOR_JITTER = 0.3  # a number in `TrainConfig`, which has no other form of it
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image, by the names of timm's training script; the defaults are DeiT's, the paper's.
+    """How training images are augmented. The names are those of timm's training script.
 
-    `TrainConfig` has the same fields, and its defaults from here.
+    The defaults are DeiT's, which the paper uses. `TrainConfig` has the same fields and takes its defaults from here.
 
     Attributes:
         scale: of the random crop's area, (low, high) as shares of the image's.
@@ -76,7 +76,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How weights are updated: `TrainConfig.optimizer`, and what its fields are called there.
+    """How weights are updated: `TrainConfig.optimizer`, with the name of each field in `TrainConfig`.
 
     Attributes:
         name: `opt`.
@@ -114,7 +114,7 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class MixingSettings:
-    """What images and targets are made of, and the loss: `TrainConfig.mixing`; prob and switch_prob are Mixup's."""
+    """Mixup, CutMix and label smoothing: `TrainConfig.mixing`; `prob` and `switch_prob` are its ``mixup_...``."""
 
     mixup: float
     cutmix: float
@@ -125,7 +125,7 @@ class MixingSettings:
 
 @dataclass(frozen=True)
 class AverageSettings:
-    """The moving average of the weights: `TrainConfig.average`; both are ``model_ema_...`` there."""
+    """The moving average of the weights: `TrainConfig.average`, where both fields are called ``model_ema_...``."""
 
     decay: float
     warmup: bool
@@ -263,7 +263,7 @@ class TrainConfig:
 
     @property
     def warmup(self) -> int:
-        """Epochs of warm-up."""
+        """The number of epochs of warm-up."""
         return min(5, self.epochs // 10) if self.warmup_epochs is None else self.warmup_epochs
 
     @property
@@ -288,7 +288,7 @@ class TrainConfig:
 
     @property
     def average(self) -> AverageSettings | None:
-        """None: there is none."""
+        """The settings of the moving average of the weights, or None without one."""
         return AverageSettings(self.model_ema_decay, self.model_ema_warmup) if self.model_ema else None
 
     def changed(self, **changes: Any) -> TrainConfig:

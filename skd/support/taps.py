@@ -1,4 +1,4 @@
-"""Reading features and gradients of a transformer: the cost, and taps at the places METHOD names."""
+"""Features and gradients of a transformer: the objective, and hooks at the places that METHOD names."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """With frozen parameters the graph has to begin somewhere: at the first block."""
+    """Begin the autograd graph at the first block, since no frozen parameter begins it."""
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
 
 
 def objective(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """The scalar that is differentiated, summed over the batch: METHOD's "cost", which has nothing to do with MACs.
+    """The scalar that is differentiated, summed over the batch; METHOD calls it the cost.
 
-    The logit of the true class; without labels, of the predicted class; for a headless model
-    (num_classes = 0) half the squared norm of the pooled features.
+    It is the logit of the true class, or of the predicted class without labels. For a headless model
+    (num_classes = 0) it is half the squared norm of the pooled features.
     """
     if model.num_classes == 0:
         # In float32 at least: squares of half-precision features overflow.
@@ -76,7 +76,7 @@ def objective(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | Non
 def checked(
     model: TimmModel, batches: Iterable[object], name: str = "batches", *, with_labels: bool = True
 ) -> Iterator[Batch]:
-    """The batches on the model's device and in its dtype, each checked; `with_labels` or with None in their place.
+    """The batches, each checked, on the model's device and in its dtype; without `with_labels` the labels are None.
 
     Raises:
         ValueError: no batch at all, or one that `checked_batch` refuses; the message has the number of the batch.
@@ -96,7 +96,9 @@ def checked(
 
 
 def checked_batch(model: TimmModel, batch: object, name: str, with_labels: bool = True) -> Batch:
-    """One batch on the model's device and in its dtype; without its labels, which may then be anything.
+    """One batch, checked, on the model's device and in its dtype.
+
+    Without `with_labels` the labels are not checked, and None is returned in their place.
 
     Raises:
         ValueError: not (images, labels), images of a wrong shape, labels of a wrong shape or out of range.
@@ -116,13 +118,13 @@ def checked_batch(model: TimmModel, batch: object, name: str, with_labels: bool 
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no number in any of them is NaN or infinite; one look at the device for all."""
+    """Whether no number in any of the tensors is NaN or infinite; the host waits for the device once for all."""
     finite = [torch.isfinite(tensor).all() for tensor in tensors]
     return not finite or bool(torch.stack(finite).all())
 
 
 def report_left_out(left_out: int, counted: bool) -> None:
-    """Warn how many batches were left out; raise if none is left, since there are then no statistics to use.
+    """Warn how many batches were left out, or raise if none counted, since there are then no statistics to use.
 
     Raises:
         ValueError: nothing `counted`.

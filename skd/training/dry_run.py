@@ -1,4 +1,4 @@
-"""``skd train --dry-run``: does it fit, how long will it take, and what will it do; before any image is read."""
+"""``skd train --dry-run``: whether a run fits, how long it takes and what it does, before any image is read."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def dry_run(
 
 
 def _measure(stepper: Stepper, config: TrainConfig, images: int) -> MeasuredStep:
-    """The faster of two steps: the first may choose algorithms and compile, and other work may be in the way."""
+    """Measure the faster of two steps, because the first may compile and other work may slow down either."""
     with tf32(config.tf32):
         seconds = min(_timed_step(stepper, config, images) for _ in range(2))
     return {"images": images, "seconds": seconds, "peak_bytes": _peak_memory(stepper.state.device)}
 
 
 def _divided(document: DryRun, config: TrainConfig) -> list[Share]:
-    """Memory of each process, and time, if as many share a step's images; communication is not counted."""
+    """The memory and time of each process if several share the images of a step; communication is not counted."""
     rows = []
     for processes in PROCESSES:
         images, rest = divmod(config.batch_size, processes * config.grad_accum_steps)
@@ -161,7 +161,7 @@ def _divided(document: DryRun, config: TrainConfig) -> list[Share]:
 
 
 def schedule(config: TrainConfig, scheduler: Scheduler) -> list[Mark]:
-    """Learning rate and share of MACs removed, at the epochs where something begins or ends."""
+    """The learning rate and the share of the MACs removed, at the epochs where something begins or ends."""
     growing, warmup = config.growing_epochs, config.warmup
     named = [(0, "start"), (config.epochs // 2, "half"), (config.epochs - 1, "last epoch")]
     named += [(warmup, "end of warm-up")] if warmup else []
@@ -203,7 +203,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _state_bytes(state: StepState) -> int:
-    """Weights, gradients, optimizer state and average: what does not depend on the batch."""
+    """The bytes that do not depend on the batch: weights, gradients, optimizer state and average."""
     weights = sum(p.numel() * p.element_size() for p in state.supernet.parameters())
     of_optimizer = sum(
         value.numel() * value.element_size()
@@ -251,7 +251,7 @@ def _print(console: Console, document: DryRun, config: TrainConfig) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """For people: 48 s, 12.3 min, 5.1 h."""
+    """A duration in short form, such as "48 s", "12.3 min" or "5.1 h"."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"

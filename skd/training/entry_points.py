@@ -137,7 +137,7 @@ def _run(run: Run, resume: str | None) -> History:
     if resume is not None and run.folder is None:
         raise ValueError(f"resume is {resume!r}, but there is no `out` to go on in")
     if resume is not None and take_up_newest(run):
-        run.screen.line(f"going on after {run.epoch} epochs, {run.step} steps")
+        run.screen.line(f"going on after {run.position.epoch} epochs, {run.step} steps")
     history = run_epochs(run)
     with together(run.group):
         if run.folder is not None and run.state.rank == 0:
@@ -154,7 +154,7 @@ def _check(
     resume: str | None,
     group: Group,
 ) -> None:
-    """What can be wrong before any work; what was given need not be of the types that are written here."""
+    """Check everything that can be wrong before any work. What a user gave need not have the types written here."""
     check_supernet(supernet)
     check_group(group)
     if not isinstance(config, TrainConfig):

@@ -39,9 +39,9 @@ def evaluate_epoch(run: Run, row: Epoch) -> None:
         best = run.history.area
         if best is not None and row.area < best:  # of equals the later, which has trained longer
             return
-    elif run.epoch < run.config.epochs - 1:
+    elif run.position.epoch < run.config.epochs - 1:
         return
-    row.best, run.history.best_epoch = True, run.epoch
+    row.best, run.history.best_epoch = True, run.position.epoch
     for earlier in run.history.epochs:
         earlier.best = False
     run.keep_weights()

@@ -16,7 +16,7 @@ def grow(run: Run) -> None:
     supernet, config = run.supernet, run.config
     current = supernet.dropout_list
     total = int(supernet.costs.macs(supernet.widths(), config.convention))
-    target = config.target * (run.epoch + 1) / config.growing_epochs * total
+    target = config.target * (run.position.epoch + 1) / config.growing_epochs * total
     if run.online is not None and run.online.steps:  # of the planner "paper": its scores, by another way
         proposal = run.online.propose(config.convention)
         grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
@@ -33,4 +33,4 @@ def grow(run: Run) -> None:
         sensitivity = dict(grown.sensitivity or {})
     # Rank 0's: all have the same scores, but their processors need not sort or round alike.
     run.state.use(DropoutList.from_json(everyone(grown.to_json(), run.group)[0]))
-    run.grown, run.sensitivity = True, sensitivity
+    run.position.grown, run.position.sensitivity = True, sensitivity

@@ -19,7 +19,7 @@ from skd.training.growing import grow
 from skd.training.history import Epoch, History, StepLog, Time, drawn_means
 from skd.training.precision import laid_out, tf32
 from skd.training.resume import write_checkpoint
-from skd.training.run import Run
+from skd.training.run import Position, Run
 from skd.training.screen import Seconds, Steps
 from skd.training.step import images_in
 from skd.training.stopping import Stopped, stop_signals
@@ -52,7 +52,7 @@ def _remaining_epochs(run: Run) -> None:
     try:
         if run.step == 0 and run.history.original_top1 is None:
             measure_original(run)
-        while run.epoch < run.config.epochs:
+        while run.position.epoch < run.config.epochs:
             _one_epoch(run)
     except StopAll as stop:
         raise Stopped(stop.signal, write_checkpoint(run)) from None
@@ -60,31 +60,30 @@ def _remaining_epochs(run: Run) -> None:
 
 def _one_epoch(run: Run) -> None:
     """Grow the list, train, evaluate, write it all down."""
-    seconds, config = Seconds(), run.config
-    if run.epoch < config.growing_epochs and not run.grown:
+    seconds, config, position = Seconds(), run.config, run.position
+    if position.epoch < config.growing_epochs and not position.grown:
         with seconds("importance"):
             grow(run)
     if run.online is not None:
-        run.online.follow(run.epoch + 1 < config.growing_epochs)
+        run.online.follow(position.epoch + 1 < config.growing_epochs)
     train_epoch(run, seconds)
-    summary, dropout_list = run.log.summary(run.supernet.dropout_list), run.supernet.dropout_list
+    summary, dropout_list = position.log.summary(run.supernet.dropout_list), run.supernet.dropout_list
     row = Epoch(
-        epoch=run.epoch,
+        epoch=position.epoch,
         step=run.step,
         lr=float(run.state.optimizer.param_groups[0]["lr"]),
         loss=summary["loss"] / max(summary["count"], 1),
         images=summary["images"],
         entries=len(dropout_list),
         macs_fraction=float(dropout_list.macs[-1] / dropout_list.macs[0]),
-        sensitivity=run.sensitivity,
+        sensitivity=position.sensitivity,
         drawn=drawn_means(summary),
     )
-    if run.epoch == config.epochs - 1 or (run.epoch + 1) % config.eval_every == 0:
+    if position.epoch == config.epochs - 1 or (position.epoch + 1) % config.eval_every == 0:
         with seconds("evaluate"):
             evaluate_epoch(run, row)
     run.history.epochs.append(row)
-    run.epoch, run.step_in_epoch, run.grown, run.sensitivity = run.epoch + 1, 0, False, None
-    run.log = StepLog(group=run.group)
+    run.position = Position(position.epoch + 1, StepLog(group=run.group))
     row.seconds = seconds.all()
     with seconds("checkpoint"):
         write_checkpoint(run)
@@ -95,14 +94,14 @@ def _one_epoch(run: Run) -> None:
 
 def train_epoch(run: Run, seconds: Seconds) -> None:
     """The steps of an epoch that are not yet done."""
-    config, stepper = run.config, run.stepper
+    config, stepper, position = run.config, run.stepper, run.position
     run.supernet.train()
     steps = iter(in_step(_batches(run), run.group, images_in))
     if config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
         stepper.set_learning_rate(run.scheduler.step_update, max(run.step - 1, 0))
     else:
-        stepper.set_learning_rate(run.scheduler.step, run.epoch)
-    with run.screen.steps(run.epoch, config.epochs, run.steps_per_epoch, run.step_in_epoch) as bar:
+        stepper.set_learning_rate(run.scheduler.step, position.epoch)
+    with run.screen.steps(position.epoch, config.epochs, run.steps_per_epoch, position.steps) as bar:
         while True:
             with seconds("data"):
                 batch = next(steps, None)
@@ -115,7 +114,7 @@ def train_epoch(run: Run, seconds: Seconds) -> None:
                 _one_step(run, batch)
             run.compiles = False
             _after_step(run, bar)
-    if run.step_in_epoch == 0:
+    if position.steps == 0:
         raise ValueError("train_loader has no batch; it must yield at least one (images, labels) per step")
     run.check_finite()
 
@@ -123,8 +122,8 @@ def train_epoch(run: Run, seconds: Seconds) -> None:
 def _batches(run: Run) -> Iterator[list[LabelledBatch]]:
     """The batch of each step, in parts, from the first step on that is not done."""
     parts = run.config.grad_accum_steps
-    start = run.step_in_epoch * parts
-    numbered = enumerate(start_epoch(run.train_loader, run.config.seed, run.epoch, start), start)
+    start = run.position.steps * parts
+    numbered = enumerate(start_epoch(run.train_loader, run.config.seed, run.position.epoch, start), start)
     while True:
         run.obey()
         batch = [_checked(run, number, part) for number, part in itertools.islice(numbered, parts)]
@@ -134,7 +133,7 @@ def _batches(run: Run) -> Iterator[list[LabelledBatch]]:
 
 
 def _checked(run: Run, number: int, part: object) -> LabelledBatch:
-    name = f"train_loader[{number}] of epoch {run.epoch}"
+    name = f"train_loader[{number}] of epoch {run.position.epoch}"
     images, labels = checked_batch(run.supernet.model, part, name)
     if labels is None:
         raise ValueError(f"{name}: labels is None; training needs labels")
@@ -147,10 +146,10 @@ def _one_step(run: Run, batch: list[LabelledBatch]) -> None:
     start = _now(run.state.device)
     loss = run.stepper(batch, entry)
     run.finite &= torch.isfinite(loss)
-    run.step_in_epoch += 1
+    run.position.steps += 1
     if run.online is not None:
         run.online.steps += 1
-    run.log.add(entry, loss, _since(start, run.state.device), images_in(batch) * run.state.world)
+    run.position.log.add(entry, loss, _since(start, run.state.device), images_in(batch) * run.state.world)
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:
@@ -173,7 +172,7 @@ def _after_step(run: Run, bar: Steps) -> None:
     # On a GPU reading the loss would wait for the step: look now and then.
     if run.state.device.type != "cuda" or run.step % run.config.log_interval == 0:
         run.check_finite()
-        bar.advance(run.log.last_loss())
+        bar.advance(run.position.log.last_loss())
     else:
         bar.advance(None)
     if run.config.checkpoint_steps and run.step % run.config.checkpoint_steps == 0:

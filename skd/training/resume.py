@@ -12,7 +12,7 @@ from skd.training import checkpoints
 from skd.training.checkpoints import Header, Numbers, Tensors, optimizer_tensors, restore_optimizer
 from skd.training.history import Epoch, History, StepLog
 from skd.training.origin import check_origin, merged
-from skd.training.run import Run
+from skd.training.run import Position, Run
 
 # Settings that a resumed run may change, because they do not change what it computes. The CUDA graph is one: it
 # changes only how the learning rate is rounded.
@@ -67,17 +67,17 @@ def put_away(run: Run) -> tuple[Tensors, Header]:
         tensors |= {f"scores.{name}": tensor for name, tensor in run.online.state().items()}
     of_optimizer, numbers = optimizer_tensors(state.optimizer, state.names)
     return tensors | of_optimizer, Header(
-        epoch=run.epoch,
-        step_in_epoch=run.step_in_epoch,
-        grown=run.grown,
-        sensitivity=run.sensitivity,
+        epoch=run.position.epoch,
+        step_in_epoch=run.position.steps,
+        grown=run.position.grown,
+        sensitivity=run.position.sensitivity,
         scored_steps=run.online.steps if run.online is not None else 0,
         config=run.config.to_dict(),
         origin=run.origin,
         steps_per_epoch=run.steps_per_epoch,
         dropout_list=run.supernet.dropout_list.to_json(),
         history=[history.original_top1, [dict(row) for row in history.epochs], history.best_epoch],
-        partial=run.log.summary(run.supernet.dropout_list),
+        partial=run.position.log.summary(run.supernet.dropout_list),
         optimizer=numbers,
         scaler=state.scaler.state_dict(),
     )
@@ -115,9 +115,14 @@ def take_up(run: Run, tensors: Tensors, header: Header) -> None:
     run.origin = merged(header.get("origin"), run.origin)
     original, epochs, best = header["history"]
     run.history = History(original, [Epoch(**row) for row in epochs], best)
-    run.epoch, run.step_in_epoch, run.stepper.step = header["epoch"], header["step_in_epoch"], header["step"]
-    run.grown, run.sensitivity = header["grown"], header["sensitivity"]
-    run.log = StepLog(header["partial"], run.group)
+    run.stepper.step = header["step"]
+    run.position = Position(
+        epoch=header["epoch"],
+        log=StepLog(header["partial"], run.group),
+        steps=header["step_in_epoch"],
+        grown=header["grown"],
+        sensitivity=header["sensitivity"],
+    )
 
 
 def _without_skipped(tensors: Tensors, numbers: Numbers, names: set[str]) -> tuple[Tensors, Numbers]:

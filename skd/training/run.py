@@ -29,6 +29,25 @@ from skd.training.types import Batches, Group
 
 
 @dataclass
+class Position:
+    """The epoch that a run is in, and how far it has come in it.
+
+    Attributes:
+        epoch: its number, from 0.
+        log: of its steps.
+        steps: how many of its steps are done.
+        grown: whether the dropout list has already grown in this epoch; a resumed epoch must not grow it twice.
+        sensitivity: each module's sensitivity, as measured when the list grew.
+    """
+
+    epoch: int
+    log: StepLog
+    steps: int = 0
+    grown: bool = False
+    sensitivity: dict[str, float] | None = None
+
+
+@dataclass
 class Run:
     """PIAD training of one super-network (METHOD 2); `skd.training.loop.run_epochs` does it.
 
@@ -39,10 +58,7 @@ class Run:
         online: importance from the training steps themselves, where it is asked for.
         steps_per_epoch: where the loader has a length.
         origin: what the run began with, for those who resume it; without a folder nobody does.
-        epoch, step_in_epoch: the next step's epoch, and how many steps of it are done.
-        grown: whether the dropout list has already grown in this epoch; a resumed epoch must not grow it twice.
-        sensitivity: each module's sensitivity, as measured when the list grew.
-        log: of the steps of this epoch.
+        position: the epoch of the next step, and how far the run has come in it.
         best_state: the weights of the best epoch so far, on the CPU.
         compiles: the next step waits for the compiler.
         finite: on the device, whether all losses, and the weights when they were looked at, were finite.
@@ -60,14 +76,10 @@ class Run:
     online: OnlineImportance | None
     steps_per_epoch: int | None
     origin: Origin | None
-    log: StepLog
+    position: Position
     finite: torch.Tensor
     compiles: bool
     history: History = field(default_factory=History)
-    epoch: int = 0
-    step_in_epoch: int = 0
-    grown: bool = False
-    sensitivity: dict[str, float] | None = None
     best_state: dict[str, torch.Tensor] | None = None
     stop: StopSignal = field(default_factory=StopSignal)
 
@@ -125,7 +137,9 @@ class Run:
         # Checkpoints of later steps are damaged: this run was resumed from an older one. They are not offered.
         known = [path for path in known if path <= checkpoints.checkpoint_path(path.parent, self.step)]
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
-        raise Diverged(f"the loss or a weight is NaN or infinite in epoch {self.epoch}, by step {self.step}; {last}")
+        raise Diverged(
+            f"the loss or a weight is NaN or infinite in epoch {self.position.epoch}, by step {self.step}; {last}"
+        )
 
     # Files: rank 0 writes them, and the others wait until it has
 
@@ -191,7 +205,7 @@ def make_run(
         steps_per_epoch=steps_per_epoch,
         # On several ranks all have rank 0's weights by now.
         origin=origin(supernet, loaders, group) if folder is not None else None,
-        log=StepLog(group=group),
+        position=Position(0, StepLog(group=group)),
         finite=torch.ones((), dtype=torch.bool, device=state.device),
         compiles=config.torchcompile,
     )

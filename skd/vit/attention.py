@@ -48,7 +48,7 @@ class RotatedAttention(Module):
 
     @classmethod
     def describe(cls, index: int, place: Place, attn: TimmLayer) -> RotatedAttention:
-        """Of the attention in block `index`.
+        """Describe the attention in block `index`.
 
         Raises:
             ValueError: another class, or a feature without a function-preserving nested form.
@@ -99,11 +99,11 @@ class RotatedAttention(Module):
         return taylor_scores(feature.flatten(-3), grad.flatten(-3), power=power).reshape(self.score_shape)
 
     def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
-        """Weighted moments of 3 H groups of D coordinates."""
+        """The weighted moments of 3 H groups of D coordinates."""
         return token_moments(feature.flatten(2, 3), grad.flatten(2, 3), shift)
 
     def read_scores(self, scores: torch.Tensor, width: int) -> torch.Tensor:
-        """q + k + v, the mean over heads."""
+        """The scores of q, k and v added, and averaged over the heads."""
         return scores.sum(0).mean(0)[:width]
 
     def row_norms(self, model: TimmModel) -> torch.Tensor:
@@ -169,7 +169,7 @@ class RotatedAttention(Module):
         )
 
     def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
-        """timm will scale by ``width ** -0.5``: the rest of the full width's scale is folded into the Q rows."""
+        """As `Module.narrowed`. timm scales by ``width ** -0.5``, so the Q rows absorb the rest of the full scale."""
         qkv = first_rows(module.qkv, self.full_width, width)
         proj = first_columns(module.proj, self.full_width, width)
         with torch.no_grad():
@@ -205,7 +205,11 @@ class RotatedAttention(Module):
 
 
 def check_no_dropout(name: str, attn: TimmLayer) -> None:
-    """Raises ValueError: the attention drops some of its weights or outputs."""
+    """Check that the attention has no dropout.
+
+    Raises:
+        ValueError: it drops some of its weights or outputs.
+    """
     if attn.attn_drop.p > 0 or attn.proj_drop.p > 0:
         raise ValueError(
             f"{name} has dropout; build the model with attn_drop_rate=0 and proj_drop_rate=0 "

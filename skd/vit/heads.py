@@ -55,7 +55,7 @@ class HeadAttention(OrderedModule):
 
     @classmethod
     def describe(cls, index: int, place: Place, attn: TimmLayer, *, binary: bool = False) -> HeadAttention:
-        """Of the attention in block `index`; `binary` if its heads cannot be told apart.
+        """Describe the attention in block `index`; it is `binary` if its heads cannot be cut one by one.
 
         Raises:
             ValueError: a layer that is not plain, or dropout.
@@ -83,10 +83,10 @@ class HeadAttention(OrderedModule):
         return self.full_width
 
     def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
-        """The feature is what the projections give, (B, N, 3, H, D); one that is all or nothing is not read.
+        """The feature is the output of the projections, (B, N, 3, H, D). A binary attention is not read.
 
-        No layer of timm's has that as its output (biases are added apart, or there are three layers), so the
-        attention computes it here in place of timm's forward.
+        No layer of timm's has this output, because biases are added separately or there are three layers. Therefore
+        the attention is computed here, in place of timm's forward.
         """
         attn = self.of(model)
         if self.binary:
@@ -103,7 +103,7 @@ class HeadAttention(OrderedModule):
         return [_OtherForward(attn, forward)]
 
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
-        """Summed over q, k and v and the coordinates of each head."""
+        """The scores summed over q, k and v and over the coordinates of each head."""
         scores = taylor_scores(feature.flatten(-3), grad.flatten(-3), power=power)
         return scores.reshape(3, -1, self.head_dim).sum((0, 2))
 
@@ -156,7 +156,7 @@ class HeadAttention(OrderedModule):
         rope: torch.Tensor | None,
         watch: Watch | None,
     ) -> torch.Tensor:
-        """timm's forward with the first heads; `watch` sees q, k and v, (B, N, 3, heads, D)."""
+        """timm's forward with the first heads only; `watch` is called with q, k and v, (B, N, 3, heads, D)."""
         heads = width if isinstance(width, int) else self.full_width
         qkv = self._projected(attn, x, heads)
         q, k, v = (qkv if watch is None else watch(qkv)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -173,7 +173,7 @@ class HeadAttention(OrderedModule):
         return torch.where(width > 0, y, 0.0) if isinstance(width, torch.Tensor) else y
 
     def _projected(self, attn: TimmLayer, x: torch.Tensor, heads: int) -> torch.Tensor:
-        """q, k and v of the first `heads`: (B, N, 3, heads, D)."""
+        """q, k and v of the first `heads`, (B, N, 3, heads, D)."""
         shape = (self.num_heads, self.head_dim)
         if attn.qkv is not None:
             weight = attn.qkv.weight.unflatten(0, (3, *shape))[:, :heads].flatten(0, 2)
@@ -238,7 +238,7 @@ class HeadAttention(OrderedModule):
         )
 
     def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
-        """The heads, along rows of the projections and the gate and along columns of the output layer."""
+        """The heads lie along rows of the projections and the gate, and along columns of the output layer."""
         attn, found = self.of(model), dict[str, Coordinates]()
         device = attn.proj.weight.device
         for name, parameter in attn.named_parameters():
@@ -249,7 +249,11 @@ class HeadAttention(OrderedModule):
         return found
 
     def _rows(self, rows: int, device: torch.device) -> Coordinates:
-        """One or three runs of all heads, or one of the heads of keys and values, each of several queries' heads."""
+        """The coordinates of a parameter with this many rows.
+
+        They are one or three runs of all heads, or one run of the heads of keys and values, each of which serves
+        several heads of queries.
+        """
         if rows == self.kv_heads * self.head_dim:
             share = self.num_heads // self.kv_heads
             shared = along(0, self.kv_heads, 1, device, each=self.head_dim)
@@ -258,7 +262,7 @@ class HeadAttention(OrderedModule):
 
 
 class _OtherForward:
-    """A handle, like that of a hook: `module` computes another function until it is removed."""
+    """Replaces the forward of `module` until the handle is removed, as a hook's handle is."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         self.module, self.before = module, vars(module).get("forward")
@@ -279,7 +283,7 @@ class _ScoresContext(FunctionCtx):
 
 
 class _AddScores(torch.autograd.Function):
-    """The identity, whose backward pass adds the Taylor scores of its input to a buffer."""
+    """The identity; its backward pass adds the Taylor scores of its input to a buffer."""
 
     @staticmethod
     def forward(
@@ -298,13 +302,13 @@ class _AddScores(torch.autograd.Function):
 
 
 def _inputs(attn: TimmLayer) -> Sequence[str]:
-    """Names of the linear layers that read the tokens."""
+    """The names of the linear layers that read the tokens."""
     gate = ("gate",) if getattr(attn, "gate", None) is not None else ()
     return (*(("qkv",) if attn.qkv is not None else _PROJECTIONS), *gate)
 
 
 def _fused_bias(attn: TimmLayer) -> torch.Tensor | None:
-    """The bias of q, k and v together; EvaAttention's and Beit's are in three pieces, K's of zeros."""
+    """The bias of q, k and v together. EvaAttention's and Beit's have three parts, of which K's is zero."""
     if getattr(attn, "q_bias", None) is not None:
         return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     bias: torch.Tensor | None = attn.qkv.bias
@@ -313,7 +317,7 @@ def _fused_bias(attn: TimmLayer) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _with_bias(layer: nn.Linear, bias: torch.Tensor | None, parts: int, full: int, size: int) -> nn.Linear:
-    """`layer` with the first `size` of every `full` numbers of `bias`."""
+    """`layer`, whose bias becomes the first `size` of every `full` numbers of `bias`."""
     if bias is not None:
         kept = bias.detach().unflatten(0, (parts, full))[:, :size].flatten()
         layer.bias = nn.Parameter(kept.clone(), requires_grad=layer.weight.requires_grad)
@@ -321,7 +325,7 @@ def _with_bias(layer: nn.Linear, bias: torch.Tensor | None, parts: int, full: in
 
 
 def _rotated(attn: TimmLayer, heads: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
-    """Queries or keys (B, heads, N, D) turned by the position of their patch; prefix tokens have none."""
+    """Queries or keys (B, heads, N, D) rotated by the position of their patch; prefix tokens are not rotated."""
     if rope is None:
         return heads
     prefix = attn.num_prefix_tokens

@@ -30,7 +30,11 @@ def _pads(model: TimmModel) -> bool:
 
 
 def check_images(model: TimmModel, images: object) -> None:
-    """`images` are a batch that `model` takes; otherwise ValueError."""
+    """Check that `images` are a batch that `model` takes.
+
+    Raises:
+        ValueError: they are not.
+    """
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         got = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise ValueError(f"images is {got}; it must be a (B, {model.in_chans}, height, width) tensor")

@@ -9,7 +9,7 @@ from skd.vit.protocol import Coordinates, TimmLayer
 
 
 def require_linear(name: str, layer: object) -> None:
-    """Weights that are computed (weight norm, adapters, quantisation) cannot be rewritten in place.
+    """Refuse a layer whose weights are computed (weight norm, adapters, quantisation): they cannot be rewritten.
 
     Raises:
         ValueError: `layer` is not a plain torch.nn.Linear.
@@ -32,7 +32,7 @@ def linear_like(layer: nn.Linear, rows: int, columns: int, bias: bool) -> nn.Lin
 
 @torch.no_grad()
 def first_rows(layer: nn.Linear, full: int, width: int) -> nn.Linear:
-    """The first `width` of every `full` rows (of q, k and v, of gate and value rows of a packed layer)."""
+    """The layer with the first `width` of every `full` rows: those of q, k and v, or of gate and value."""
     parts = layer.out_features // full
     cut = linear_like(layer, parts * width, layer.in_features, layer.bias is not None)
     for new, old in ((cut.weight, layer.weight), (cut.bias, layer.bias)):
@@ -44,7 +44,7 @@ def first_rows(layer: nn.Linear, full: int, width: int) -> nn.Linear:
 
 @torch.no_grad()
 def first_columns(layer: nn.Linear, full: int, width: int) -> nn.Linear:
-    """The first `width` of every `full` columns, with the whole bias."""
+    """The layer with the first `width` of every `full` columns, and its whole bias."""
     parts = layer.in_features // full
     cut = linear_like(layer, layer.out_features, parts * width, layer.bias is not None)
     cut.weight.copy_(layer.weight.unflatten(1, (parts, full))[:, :, :width].flatten(1))
@@ -62,7 +62,7 @@ def permute(tensor: torch.Tensor, order: torch.Tensor, axis: int) -> None:
 
 
 def along(axis: int, width: int, times: int, device: torch.device, *, each: int = 1) -> Coordinates:
-    """Coordinates 0..width - 1, every one `each` positions long, all of it `times` times over."""
+    """The coordinates 0..width - 1 along an axis: `each` positions for each, and the whole run `times` times."""
     index = torch.arange(width, device=device).repeat_interleave(each).repeat(times)
     return Coordinates(axis, index)
 
@@ -72,7 +72,7 @@ def has_bias(layer: TimmLayer) -> int:
 
 
 def count(*parts: object) -> int:
-    """Numbers in the parameters of layers, in parameters, and in nothing (None, a number)."""
+    """How many numbers are in the parameters of layers and in parameters; anything else (None, a number) has none."""
     total = 0
     for part in parts:
         if isinstance(part, nn.Module):

@@ -1,10 +1,9 @@
-"""timm's MLPs, plain and gated: hidden neurons are sorted, and the first ones are kept."""
+"""timm's MLPs, plain and gated: their hidden neurons are sorted, and the first ones are kept."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -37,8 +36,8 @@ _ACTIVATIONS = {
     "SiLU": "silu",
     "Swish": "silu",
 }
-# Layers into and out of the hidden neurons of each MLP; the gate's first.
-_LAYERS: dict[Any, tuple[tuple[str, ...], str]] = {
+# The layers into and out of the hidden neurons of each MLP; the gate's layer comes first.
+_LAYERS: dict[type[nn.Module], tuple[tuple[str, ...], str]] = {
     Mlp: (("fc1",), "fc2"),
     GluMlp: (("fc1",), "fc2"),
     SwiGLU: (("fc1_g", "fc1_x"), "fc2"),
@@ -52,7 +51,7 @@ class SortedMlp(OrderedModule):
 
     Attributes:
         act: name of the activation for `skd_kernels.masked_mlp`.
-        gated: it has gate and value rows.
+        gated: whether it has gate and value rows.
         inputs: names of the layers into the hidden neurons, the gate's first: one layer holding the rows of both, or
             two.
         output: name of the layer out of them.
@@ -65,7 +64,7 @@ class SortedMlp(OrderedModule):
 
     @classmethod
     def describe(cls, index: int, place: Place, mlp: TimmLayer) -> SortedMlp:
-        """Of the MLP in block `index`.
+        """Describe the MLP in block `index`.
 
         Raises:
             ValueError: another class, or a feature without a function-preserving nested form.
@@ -114,7 +113,7 @@ class SortedMlp(OrderedModule):
 
     @torch.no_grad()
     def row_norms(self, model: TimmModel) -> torch.Tensor:
-        """Gate and value row together."""
+        """The norm of each neuron's row, or of its gate row and value row together."""
         first = [getattr(self.of(model), name).weight for name in self.inputs]
         rows = torch.cat([weight.double().norm(dim=1).reshape(-1, self.full_width) for weight in first])
         return rows.norm(dim=0)
@@ -191,7 +190,7 @@ class SortedMlp(OrderedModule):
 
 
 def mlp_group(hidden: int) -> int:
-    """Neurons per group: ceil(F / 32), rounded up to a multiple of 8 when F >= 512."""
+    """The neurons per group: ceil(F / 32), rounded up to a multiple of 8 when F >= 512."""
     group = max(-(-hidden // MLP_GROUPS), 1)
     return -(-group // 8) * 8 if hidden >= 512 else group
 

@@ -1,4 +1,4 @@
-"""timm's models by name, with errors of one line, and out of their wrappers."""
+"""timm's models by name, with one-line errors, and models without their wrappers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def create_model(name: str, **kwargs: object) -> nn.Module:
         model: nn.Module = timm.create_model(name, **kwargs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except OSError as error:  # FileNotFoundError is the file's that an argument names; the rest is the network's
+    except OSError as error:  # FileNotFoundError concerns a file that an argument names; others are download errors
         if isinstance(error, FileNotFoundError) and kwargs.get("checkpoint_path"):
             raise ValueError(f"checkpoint_path is {kwargs['checkpoint_path']!r}; there is no such file") from None
         raise OSError(f"model {name} cannot be had: {_first_line(error)}") from None
@@ -56,9 +56,9 @@ def _check_name(name: str) -> None:
 
 
 def _with(name: str, kwargs: Mapping[str, object]) -> str:
-    """What to say of the arguments: " with" those without which the model can be built, or else all of them.
+    """What an error says of the arguments: " with" each one that alone prevents the model, or else all of them.
 
-    Nothing, where the model can be built with them: then its weights are at fault.
+    It is empty if the model can be built with these arguments, because then its weights are at fault.
     """
     plain = {key: value for key, value in kwargs.items() if key != "pretrained"}
     if _builds(name, set(plain), plain):
@@ -68,7 +68,7 @@ def _with(name: str, kwargs: Mapping[str, object]) -> str:
 
 
 def _builds(name: str, keys: set[str], kwargs: Mapping[str, object]) -> bool:
-    """With these arguments alone; without memory for the weights."""
+    """Whether timm builds the model with these arguments alone; no memory is used for the weights."""
     try:
         with torch.device("meta"):
             timm.create_model(name, **{key: kwargs[key] for key in keys})
@@ -78,7 +78,7 @@ def _builds(name: str, keys: set[str], kwargs: Mapping[str, object]) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    """What an exception says, in one line; of one that says little (a key, nothing) also its class."""
+    """The first line of an exception's text, preceded by its class where the text is a single word or empty."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if " " in text:
         return text

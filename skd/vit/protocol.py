@@ -1,7 +1,7 @@
-"""What the method asks of a transformer: `Module`, of one attention or MLP, and `Network`, of the whole.
+"""What the method needs to know about a transformer: `Module` describes one attention or MLP, `Network` the whole.
 
-Both are descriptions without weights. A model (timm's, or a super-network's copy of it) is handed to their methods,
-so that one description serves the original, its converted copy and every copy of that.
+Both are descriptions without weights. Their methods take a model (timm's, or a super-network's copy of it), so that
+one description serves the original, its converted copy and every copy of that.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from skd_kernels import Moments
 
-# A model of timm's, and a part of one. Which fields they have depends on timm's class, and torch.nn.Module promises a
-# type checker none of them: families and modules check them when they describe a model.
+# A timm model, and a part of one. Their fields depend on timm's class, and torch.nn.Module declares none of them, so
+# a type checker cannot know them. Families and modules check the fields when they describe a model.
 TimmModel: TypeAlias = Any
 TimmLayer: TypeAlias = Any
 Width = int | torch.Tensor  # a 0-d integer tensor on the device is a width that the host does not know
@@ -27,10 +27,10 @@ Shared: TypeAlias = torch.Tensor | None  # what a block gets beside its input: a
 
 @dataclass(frozen=True)
 class Rotation:
-    """Orthogonal change of basis of one attention, float64; columns are the new coordinates, best first.
+    """An orthogonal change of basis in one attention, float64; columns are the new coordinates, best first.
 
     Attributes:
-        v, qk: (H, D, D), or None where it would change the network's function.
+        v, qk: (H, D, D), or None where a rotation would change the network's function.
     """
 
     v: torch.Tensor | None
@@ -61,14 +61,14 @@ class Coordinates(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What a module and its norm cost, for one token; the sums are those of `skd.cost.CostModel`.
+    """What a module and its norm cost for one token; `skd.cost.CostModel` adds these numbers up.
 
     Attributes:
         macs_per_unit: of one unit of width.
         macs_per_pair: of one unit of width and one pair of tokens (Q K^T and A V).
-        macs_fixed: of a module that is there, whatever its width.
+        macs_fixed: of a module that is not skipped, whatever its width.
         params_per_unit, params_fixed: parameters, likewise.
-        params_if_cut: parameters per unit that a cut module has and the whole one has not.
+        params_if_cut: parameters per unit that a cut module has in addition to those of the whole one.
         unplanned_per_unit, unplanned_fixed: the MACs among them that METHOD 4's planner does not count.
     """
 
@@ -84,13 +84,13 @@ class Prices(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """The names that a block's fields have around one of its modules, and how they are put together.
+    """The names of a block's fields around one of its modules, and how the block combines them.
 
     Attributes:
         module, norm, scale, drop_path: fields of the block. The scale is a layer or a parameter, or is not there.
         post_norm: the norm follows the module; otherwise it comes before it.
-        no_scale: what stands in place of a parameter for the scale when the module is skipped.
-        shared: the name of the argument by which timm's block and module get what all blocks share, or "".
+        no_scale: the value that replaces the scale, where it is a parameter, when the module is skipped.
+        shared: the name of the argument by which timm's block and module take what all blocks share, or "".
     """
 
     module: str
@@ -112,7 +112,7 @@ class Module(ABC):
         place: the names of the block's fields.
         full_width: number of coordinates: a head's D, the heads H of an attention that is cut by heads, an MLP's F.
         group_size: how many coordinates one pruning step removes.
-        binary: it takes the widths 0 and `full_width` only, because something inside mixes its coordinates.
+        binary: the module takes the widths 0 and `full_width` only, because something inside mixes its coordinates.
     """
 
     name: str
@@ -126,18 +126,18 @@ class Module(ABC):
 
     @property
     def kind(self) -> str:
-        """The block's field that it is: "attn" or "mlp"."""
+        """The name of the block's field that holds it: "attn" or "mlp"."""
         return self.place.module
 
     @property
     def places(self) -> int:
-        """How many coordinates one unit of width stands for: H in an attention narrowed in every head, else 1."""
+        """How many coordinates one unit of width stands for: H if an attention is narrowed in every head, else 1."""
         return 1
 
     @property
     @abstractmethod
     def score_shape(self) -> tuple[int, ...]:
-        """Shape of its Taylor scores; the last axis is the coordinates."""
+        """The shape of its Taylor scores; the last axis holds the coordinates."""
 
     @property
     def path(self) -> str:
@@ -145,39 +145,39 @@ class Module(ABC):
         return f"blocks.{self.block}.{self.place.module}"
 
     def of(self, model: TimmModel) -> TimmLayer:
-        """The module itself, in a model or a super-network's copy of one."""
+        """The layer that is described, in a model or in a super-network's copy of one."""
         return getattr(model.blocks[self.block], self.place.module)
 
     # Reading features and gradients (METHOD 1 and 2)
 
     @abstractmethod
     def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
-        """Call ``consume(self, feature, gradient)`` in every backward pass; returns handles that undo it.
+        """Install hooks that call ``consume(self, feature, gradient)`` in every backward pass; return their handles.
 
-        A module that WPAC leaves alone need not be read: then there are no handles, and no calls.
+        A module that WPAC does not change need not be read; then there are no handles and no calls.
         """
 
     @abstractmethod
     def taylor(self, feature: torch.Tensor, grad: torch.Tensor, power: int = 1) -> torch.Tensor:
-        """Sum over tokens of ``|x g|``, or with power 2 of ``(x g)^2``: `score_shape`."""
+        """The sum over tokens of ``|x g|``, or of ``(x g)^2`` with power 2; its shape is `score_shape`."""
 
     @abstractmethod
     def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Statistic:
-        """What WPAC adds up over batches: `Moments` about `shift` (None: this batch's mean), or scores."""
+        """The statistic that WPAC sums over batches: `Moments` about `shift` (None: this batch's mean), or scores."""
 
     def read_scores(self, scores: torch.Tensor, width: int) -> torch.Tensor:
-        """(width,) one score per kept coordinate, of `score_shape` sums."""
+        """One score for each kept coordinate, (width,), from sums of `score_shape`."""
         return scores[:width]
 
     @abstractmethod
     def row_norms(self, model: TimmModel) -> torch.Tensor:
-        """L2 norm of the weights that compute each coordinate: `score_shape`, float64."""
+        """The L2 norm of the weights that compute each coordinate; `score_shape`, float64."""
 
     # Rewriting the weights (METHOD 1)
 
     @abstractmethod
     def transform(self, statistic: torch.Tensor) -> Transform:
-        """WPAC's transform, of a sum of what `observe` gave (of moments: their covariance)."""
+        """WPAC's transform, from the sum of what `observe` gave, or from the covariance of moments."""
 
     @abstractmethod
     def ordering(self, scores: torch.Tensor) -> Transform:
@@ -185,7 +185,7 @@ class Module(ABC):
 
     @abstractmethod
     def apply(self, model: TimmModel, transform: Transform) -> None:
-        """Fold a transform into the weights, in float64, in place; the model's function stays."""
+        """Fold a transform into the weights, in float64, in place; the model's function does not change."""
 
     # Running and cutting at a width (METHOD 3); the block is timm's, or the SuperBlock that was made from it
 
@@ -199,30 +199,30 @@ class Module(ABC):
         tokens: int | None,
         shared: Shared,
     ) -> torch.Tensor:
-        """The module's function at a width above 0: (B, N, C) to the same, or of the first `tokens` only.
+        """The module's function at a width above 0: (B, N, C) to (B, N, C), or to the first `tokens` only.
 
-        A width on the device may be 0: then zeros are returned (a module that is `binary` may return anything).
-        The backward pass adds Taylor scores to `scores`. `shared` is the network's for this block.
+        A width on the device may be 0; then the result is zeros (a module that is `binary` may return anything).
+        The backward pass adds Taylor scores to `scores`. `shared` is what `Network.embed` gave for this block.
         """
 
     @abstractmethod
     def narrowed(self, module: nn.Module, width: int) -> nn.Module:
-        """A copy of the whole `module` with ``0 < width < full_width`` coordinates, of timm's classes alone."""
+        """A copy of the whole `module` with ``0 < width < full_width`` coordinates, made of timm's classes alone."""
 
     # Counting (METHOD 4)
 
     @abstractmethod
     def prices(self, model: TimmModel) -> Prices:
-        """What it costs, its norm and layer scale included."""
+        """What the module costs, including its norm and its layer scale."""
 
     @abstractmethod
     def coordinates(self, model: TimmModel) -> dict[str, Coordinates]:
-        """Where its coordinates lie, by the name of the parameter within the module."""
+        """Where the coordinates lie, by the name of the parameter within the module."""
 
 
 @dataclass(frozen=True)
 class OrderedModule(Module):
-    """A module whose coordinates change places, and nothing is rotated: one score each, the highest first."""
+    """A module whose coordinates are permuted, not rotated: each has one score, and the highest comes first."""
 
     @property
     def score_shape(self) -> tuple[int, ...]:
@@ -232,7 +232,7 @@ class OrderedModule(Module):
         return self.ordering(statistic)
 
     def ordering(self, scores: torch.Tensor) -> torch.Tensor:
-        """The new order of the coordinates (as it is, where they may not change places)."""
+        """The new order of the coordinates, or the present one where they may not be permuted."""
         if self.binary:
             return torch.arange(self.full_width, device=scores.device)
         return scores.argsort(descending=True, stable=True)
@@ -242,7 +242,7 @@ class OrderedModule(Module):
 class Network(ABC):
     """A family of transformers: what is around the blocks, and which modules are in them.
 
-    The blocks are the model's field `blocks`; they have layers and parameters, and no buffers of their own.
+    The model holds its blocks in its field `blocks`. They have layers and parameters, but no buffers of their own.
 
     Attributes:
         modules: all attentions and MLPs, in the order in which they are computed.
@@ -263,19 +263,19 @@ class Network(ABC):
 
     @abstractmethod
     def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
-        """Images to the first block's input (B, N, C), and what each block shares with the others (or None)."""
+        """The first block's input (B, N, C), and for each block what it shares with the others (or None)."""
 
     @abstractmethod
     def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-        """The last block's output to logits, or features of a headless model."""
+        """The logits for the last block's output, or the features of a headless model."""
 
     @abstractmethod
     def tokens(self, model: TimmModel) -> int:
-        """Tokens in the blocks."""
+        """The number of tokens in the blocks."""
 
     @abstractmethod
     def grid(self, model: TimmModel) -> tuple[int, ...]:
-        """Rows and columns of patches: another grid of as many may have other tables of positions."""
+        """The rows and columns of patches; two grids of equally many patches may have different positions."""
 
     @abstractmethod
     def tokens_read(self, model: TimmModel) -> int | None:
@@ -292,41 +292,41 @@ class Network(ABC):
 
     @abstractmethod
     def replace_blocks(self, model: TimmModel, blocks: Sequence[nn.Module]) -> None:
-        """Put other blocks in the place of the model's own."""
+        """Replace the model's blocks by others."""
 
     @abstractmethod
     def checkpoints(self, model: TimmModel) -> bool:
-        """Whether activations are to be computed again in the backward pass, to save memory."""
+        """Whether activations are recomputed in the backward pass, to save memory."""
 
     @abstractmethod
     def set_checkpoints(self, model: TimmModel, on: bool) -> None:
-        """Switch that on or off."""
+        """Switch the recomputation of activations on or off."""
 
     @abstractmethod
     def undecayed(self, model: TimmModel) -> Collection[str]:
-        """Names of the parameters that weight decay leaves out, beside biases and norms."""
+        """The names of the parameters without weight decay, besides biases and norms."""
 
     @abstractmethod
     def summary(self, model: TimmModel) -> str:
-        """In words, such as "12 blocks of width 768"."""
+        """The size of the model in words, such as "12 blocks of width 768"."""
 
     @abstractmethod
     def outside_macs(self, model: TimmModel) -> tuple[int, int]:
-        """(full, linear) MACs of all that is not in a block, for one image."""
+        """The (full, linear) MACs of everything outside of the blocks, for one image."""
 
     @abstractmethod
     def outside_params(self, model: TimmModel) -> int:
-        """Parameters of all that is not in a block."""
+        """The number of parameters outside of the blocks."""
 
     @abstractmethod
     def constructor_args(self, model: TimmModel) -> dict[str, object]:
-        """Keyword arguments of its class that build the model again, read off a whole one; and norm_eps.
+        """The keyword arguments of the model's class that build it again, read off its layers; and norm_eps.
 
         Raises:
-            ValueError: they cannot be read.
+            ValueError: the layers do not show them.
         """
 
     @classmethod
     @abstractmethod
     def construct(cls, name: str, args: dict[str, object], norm_eps: float | None) -> nn.Module:
-        """A model of the class `name`, of the arguments that `constructor_args` gave."""
+        """A model of the class `name`, built with the arguments that `constructor_args` gave."""

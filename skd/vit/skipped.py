@@ -47,7 +47,7 @@ def skipped_like(module: nn.Module) -> fx.GraphModule:
 
 
 def is_skipped(module: object) -> bool:
-    """Whether `module` is such a function, whoever traced it: zeros like its first argument, and nothing else."""
+    """Whether `module` is a traced function that returns zeros like its first argument and does nothing else."""
     if not isinstance(module, fx.GraphModule):
         return False
     nodes = list(module.graph.nodes)
@@ -61,7 +61,7 @@ def is_skipped(module: object) -> bool:
 
 @dataclass(frozen=True)
 class SkippedModule(OrderedModule):
-    """What an extraction left out: nothing to read, to rewrite or to narrow, and no cost."""
+    """A module that an extraction has skipped: it has nothing to read, to rewrite or to narrow, and costs nothing."""
 
     @classmethod
     def describe(cls, index: int, place: Place) -> SkippedModule:

@@ -98,13 +98,13 @@ def new_head(model: TimmModel, num_classes: int, seed: int = 0) -> None:
 
 
 def _shortened(error: Exception) -> str:
-    """PyTorch names the tensors that do not fit in lines of their own; the first few tell."""
+    """The first few lines of an error, in one line. PyTorch lists each tensor that does not fit on its own line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:3]) + (f" ({len(lines) - 3} more)" if len(lines) > 3 else "")
 
 
 def _state(file: Path, take: str | None) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict in a file, without the prefixes of wrappers, and the key it was under."""
+    """The state dict in a file, without the prefixes of wrappers, and the key that it was under."""
     whole = load_file(file) if file.suffix == ".safetensors" else _unpickled(file)
     if not isinstance(whole, dict):
         raise ValueError(f"it holds a {type(whole).__name__}; it must be a state dict, or a checkpoint that has one")
@@ -118,7 +118,7 @@ def _state(file: Path, take: str | None) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def _unpickled(file: Path) -> object:
-    """Tensors and plain values only: a pickle that would run code is refused."""
+    """Load tensors and plain values only, and refuse a pickle that would run code."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # of timm's training script
             return torch.load(file, map_location="cpu", weights_only=True)

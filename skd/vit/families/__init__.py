@@ -27,7 +27,7 @@ def register(family: _Family) -> _Family:
 
 
 def families() -> tuple[type[Network], ...]:
-    """All of them; the files of this folder are imported here, when a model is first described."""
+    """All families. The files of this folder are imported at the first call, when a model is first described."""
     _import_files()
     return tuple(_FAMILIES)
 
@@ -39,12 +39,12 @@ def _import_files() -> None:
 
 
 def family_of(model: TimmModel) -> type[Network] | None:
-    """The family of a model, by its class; None where there is none."""
+    """The family of a model, by its class, or None if no family has it."""
     return next((family for family in families() if isinstance(model, family.model_classes)), None)
 
 
 def family_named(name: str) -> type[Network]:
-    """The family of the class of models that `skd.save` wrote by its name.
+    """The family that has a class of models, by the name of the class that `skd.save` wrote.
 
     Raises:
         ValueError: no family has it.

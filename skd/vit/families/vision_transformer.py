@@ -56,7 +56,7 @@ class VisionTransformers(BlockNetwork):
         return self.tokens(model) if model.pool_include_prefix else int(model.patch_embed.num_patches)
 
     def constructor_args(self, model: TimmModel) -> dict[str, object]:
-        """What does not show (a layer put in by hand) is found when a saved file is compared with its model."""
+        """As `Network.constructor_args`. A layer put in by hand does not show here, but `skd.save` finds it."""
         left = [module for module in self.modules if module.full_width]
         attn = next((module for module in left if isinstance(module, RotatedAttention)), None)
         mlp = next((module for module in left if isinstance(module, SortedMlp)), None)
@@ -88,7 +88,7 @@ class VisionTransformers(BlockNetwork):
 
 
 def _outside(model: TimmModel) -> dict[str, object]:
-    """Arguments that show around the blocks."""
+    """The arguments that the layers around the blocks show."""
     return {
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
@@ -110,7 +110,7 @@ def _outside(model: TimmModel) -> dict[str, object]:
 
 
 def _inside(first: TimmLayer, other: TimmLayer) -> dict[str, object]:
-    """Arguments that show in the first block with an attention, and in the first with an MLP."""
+    """The arguments that the first block with an attention and the first block with an MLP show."""
     norm = first.norm1
     return {
         "qkv_bias": first.attn.qkv.bias is not None,
