@@ -9,6 +9,7 @@ All of skd speaks to the protocols `Module` and `Network`:
     heads         attention by whole heads, in PyTorch
     mlp           MLPs: sorted, the first neurons are kept
     skipped       what stands in place of a module that is skipped
+    residual      the residual stream between modules: sums and norms in one pass
     block         `SuperBlock`, and how a plain block is cut out of it
     layers        operations on linear layers that the modules share
     images        the images that a model takes

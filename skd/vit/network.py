@@ -61,8 +61,12 @@ class BlockNetwork(Network):
         checked: torch.Tensor = images
         return checked
 
-    def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model.forward_head(model.norm(x))
+    def last_norm(self, model: TimmModel) -> nn.Module:
+        norm: nn.Module = model.norm
+        return norm
+
+    def head(self, model: TimmModel, normed: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.forward_head(normed)
         return logits
 
     def tokens(self, model: TimmModel) -> int:

@@ -7,10 +7,10 @@ so that one description serves the original, its converted copy and every copy o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from skd_kernels import Moments
 # type checker none of them: families and modules check them when they describe a model.
 TimmModel: TypeAlias = Any
 TimmLayer: TypeAlias = Any
+Item = TypeVar("Item")
 Width = int | torch.Tensor  # a 0-d integer tensor on the device is a width that the host does not know
 
 
@@ -259,8 +260,12 @@ class Network(ABC):
         """Images to the first block's input (B, N, C), and what each block shares with the others (or None)."""
 
     @abstractmethod
-    def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-        """The last block's output to logits, or features of a headless model."""
+    def last_norm(self, model: TimmModel) -> nn.Module:
+        """What is between the last block and the head: a norm, or an Identity."""
+
+    @abstractmethod
+    def head(self, model: TimmModel, normed: torch.Tensor) -> torch.Tensor:
+        """The output of `last_norm` to logits, or features of a headless model."""
 
     @abstractmethod
     def tokens(self, model: TimmModel) -> int:
@@ -278,6 +283,11 @@ class Network(ABC):
     def by_block(self) -> tuple[tuple[Module, ...], ...]:
         """The modules of each block."""
         return tuple(tuple(group) for _, group in groupby(self.modules, key=lambda module: module.block))
+
+    def per_block(self, items: Iterable[Item]) -> list[list[Item]]:
+        """One item for each module, to a list for each block."""
+        rest = iter(items)
+        return [[next(rest) for _ in group] for group in self.by_block]
 
     @abstractmethod
     def blocks(self, model: TimmModel) -> Sequence[Any]:
