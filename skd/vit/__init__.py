@@ -12,6 +12,7 @@ All of skd speaks to the protocols `Module` and `Network`:
     residual      the residual stream between modules: sums and norms in one pass
     block         `SuperBlock`, and how a plain block is cut out of it
     layers        operations on linear layers that the modules share
+    patches       the patch embedding as one product
     images        the images that a model takes
     outside       MACs of what is not in a block
     models        models by name, and out of their wrappers

@@ -103,7 +103,7 @@ class SuperBlock(nn.Module):
         place, kept = module.place, stream.leading(tokens)
         norm, scale = getattr(self, place.norm), getattr(self, place.scale, None)
         if _is_skipped(module, width):
-            return Stream(_skip(kept.x, [getattr(self, place.module), norm, scale, shared]), kept.normed)
+            return _skip(kept, [getattr(self, place.module), norm, scale, shared])
         inputs = stream if module.mixes_tokens else kept
         if place.post_norm:
             y, following = norm(module.forward(self, inputs.x, width, scores, tokens, shared)), None
@@ -196,14 +196,18 @@ def _is_skipped(module: Module, width: Width) -> bool:
     return module.full_width == 0 or (isinstance(width, int) and width == 0)
 
 
-def _skip(x: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
-    """Return x unchanged, but keep the parameters of what is skipped in the autograd graph.
+def _skip(stream: Stream, parts: Sequence[Any]) -> Stream:
+    """Return the stream unchanged, but keep the parameters of what is skipped in the autograd graph.
 
-    They then get zero gradients instead of None, so that DistributedDataParallel finds no unused parameter.
+    They then get zero gradients instead of None, so that DistributedDataParallel finds no unused parameter. They are
+    added to the normed form where there is one: after the last block nobody reads the stream itself.
     """
     if not torch.is_grad_enabled():
-        return x
+        return stream
     layers = [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
     nothing = [tensor.reshape(-1)[:0].sum() for tensor in (*layers, *tensors) if tensor.requires_grad]
-    return x + torch.stack(nothing).sum() if nothing else x
+    if not nothing:
+        return stream
+    zero = torch.stack(nothing).sum()
+    return Stream(stream.x + zero) if stream.normed is None else Stream(stream.x, stream.normed + zero)
