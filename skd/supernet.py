@@ -154,6 +154,9 @@ class SuperNet(nn.Module):
     def forward(self, images: torch.Tensor, entry: int | torch.Tensor | None = None) -> torch.Tensor:
         """Logits (features for a headless model) of the sub-network `entry`, or of the full network.
 
+        Every residual sum is made with the norm of what comes next (`skd.vit.residual`). Norms, layer scales and drop
+        paths are called as layers where they have hooks, and blocks with hooks take and give tensors (B, N, C).
+
         Args:
             images: (B, in_chans, height, width).
             entry: None, an int in 0..len(dropout_list) - 1, or a 0-d int32 or int64 tensor (clamped to that range,
