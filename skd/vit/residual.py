@@ -88,9 +88,9 @@ def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: Timm
         norm: None where the reader norms the sum itself.
     """
     if norm is not None and norm.takes(x) and _only_multiply(scale, drop_path):
-        gamma = scale.gamma if isinstance(scale, LayerScale) else scale
+        gamma = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale  # an Identity has none
         mask = drop_path.factors(x.dtype) if isinstance(drop_path, CountedDropPath) else None
-        return _summed(x, branch, None if isinstance(gamma, nn.Identity) else gamma, mask, norm)
+        return _summed(x, branch, gamma, mask, norm)
     if scale is not None:
         branch = scale(branch) if isinstance(scale, nn.Module) else scale * branch
     return Stream(x + drop_path(branch))
