@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
 from skd.vit import Network, SuperBlock, TimmModel, Width, describe, unwrapped
+from skd.vit.block import block_norm, run_block
 from skd.vit.construction import remember_construction
+from skd.vit.residual import Norm, Stream, begin
 
 
 class SuperNet(nn.Module):
@@ -153,6 +154,9 @@ class SuperNet(nn.Module):
     def forward(self, images: torch.Tensor, entry: int | torch.Tensor | None = None) -> torch.Tensor:
         """Logits (features for a headless model) of the sub-network `entry`, or of the full network.
 
+        Every residual sum is made with the norm of what comes next (`skd.vit.residual`). Norms, layer scales and drop
+        paths are called as layers where they have hooks, and blocks with hooks take and give tensors (B, N, C).
+
         Args:
             images: (B, in_chans, height, width).
             entry: None, an int in 0..len(dropout_list) - 1, or a 0-d int32 or int64 tensor (clamped to that range,
@@ -161,15 +165,22 @@ class SuperNet(nn.Module):
         Raises:
             ValueError: entry out of range or images of the wrong shape.
         """
-        widths, scores = self._resolve(entry), self.scores or [None] * len(self.infos)
+        per_block = self.network.per_block
+        widths, scores = per_block(self._resolve(entry)), per_block(self.scores or [None] * len(self.infos))
         x, shared = self.embed(images)
-        start, recomputes = 0, self.grad_checkpointing and torch.is_grad_enabled()
-        for block, tokens, own in zip(self.network.blocks(self.model), self._tokens_kept(), shared, strict=True):
-            end = start + len(block.modules_in_order)
-            arguments = (widths[start:end], tokens, scores[start:end], own)
-            x = checkpoint(block, x, *arguments, use_reentrant=False) if recomputes else block(x, *arguments)
-            start = end
-        return self.head(x)
+        blocks, tokens, norms = self.network.blocks(self.model), self._tokens_kept(), self._norms(widths)
+        stream, recomputes = begin(x, norms[0]), self.grad_checkpointing and torch.is_grad_enabled()
+        for block, *told, norm in zip(blocks, widths, tokens, scores, shared, norms[1:], strict=True):
+            stream = run_block(block, stream, *told, following=norm, recomputes=recomputes)
+        return self._logits(stream)
+
+    def _norms(self, widths: Sequence[Sequence[Width]]) -> list[Norm | None]:
+        """The norms of the stream where it enters each block at these widths and, last, where it enters the head."""
+        norms = [Norm.of(self.network.last_norm(self.model), rounds=False)]
+        blocks = zip(self.network.blocks(self.model), widths, self._tokens_kept(), strict=True)
+        for block, own, tokens in reversed(list(blocks)):
+            norms.append(block_norm(block, own, tokens, norms[-1]))
+        return norms[::-1]
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -212,7 +223,11 @@ class SuperNet(nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The last block's output (B, N, C) to logits (or features of a headless model)."""
-        return self.network.head(self.model, x)
+        return self._logits(Stream(x))
+
+    def _logits(self, stream: Stream) -> torch.Tensor:
+        normed = self.network.last_norm(self.model)(stream.x) if stream.normed is None else stream.normed
+        return self.network.head(self.model, normed)
 
 
 def belongs_to_supernet(model: TimmModel) -> bool:

@@ -177,14 +177,14 @@ def test_mixing_of_a_step_is_counted(monkeypatch):
 def test_masks_of_a_step_are_counted(monkeypatch):
     """What the branches see in training is `DropPaths.masks` of (seed, step), in parts or not."""
     seen = []
-    forward = CountedDropPath.forward
+    factors = CountedDropPath.factors
 
-    def spy(self, x):
+    def spy(self, dtype):
         if self.training:
             seen.append(self.mask.clone())
-        return forward(self, x)
+        return factors(self, dtype)
 
-    monkeypatch.setattr(CountedDropPath, "forward", spy)
+    monkeypatch.setattr(CountedDropPath, "factors", spy)
     net = digit_net()
     changes = {"epochs": 2, "drop_path": 0.5, "batch_size": 32, "grad_accum_steps": 2, "seed": 9}
     config = training_config(**STEP | changes)

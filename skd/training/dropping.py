@@ -11,17 +11,7 @@ from torch import nn
 
 from skd.data.counted import generator
 from skd.supernet import SuperNet
-
-
-class CountedDropPath(nn.Module):
-    """The place of timm's DropPath in one branch; `mask` (B,) is set before each step, 0 or 1 / (1 - rate)."""
-
-    mask: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.mask is None:
-            return x
-        return x * self.mask.to(x.dtype)[:, None, None]
+from skd.vit.residual import CountedDropPath
 
 
 class DropPaths:

@@ -9,8 +9,10 @@ All of skd speaks to the protocols `Module` and `Network`:
     heads         attention by whole heads, in PyTorch
     mlp           MLPs: sorted, the first neurons are kept
     skipped       what stands in place of a module that is skipped
+    residual      the residual stream between modules: sums and norms in one pass
     block         `SuperBlock`, and how a plain block is cut out of it
     layers        operations on linear layers that the modules share
+    patches       the patch embedding as one product
     images        the images that a model takes
     outside       MACs of what is not in a block
     models        models by name, and out of their wrappers

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from skd.vit.protocol import Module, TimmModel, Width
+from skd.vit.residual import Norm, Stream, add, is_watched
 from skd.vit.skipped import is_skipped, skipped_like
 
 
@@ -41,16 +44,18 @@ class SuperBlock(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Stream,
         widths: Sequence[Width] | None = None,
         tokens: int | None = None,
         scores: Sequence[torch.Tensor | None] | None = None,
         shared: Any = None,
+        following: Norm | None = None,
         **of_timm: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Stream:
         """Run the block at the given widths.
 
-        Returns (B, N, C), or (B, tokens, C) when `tokens` is given. `widths` and `scores` have one item per module.
+        A tensor (B, N, C) gives a tensor, (B, tokens, C) when `tokens` is given. A `Stream` gives a `Stream`, normed
+        by `following`, the norm of what runs after the block. `widths` and `scores` have one item per module.
         timm's own forward of the model may also call this; `of_timm` takes the arguments that timm gives its blocks.
 
         Raises:
@@ -61,10 +66,14 @@ class SuperBlock(nn.Module):
         given = [name for name, value in of_timm.items() if value is not None and value is not False]
         if given:
             raise ValueError(f"{', '.join(given)}: the blocks of a super-network do not take it")
-        for index, module in enumerate(self.modules_in_order):
-            width = module.full_width if widths is None else widths[index]
-            x = self.step(index, x, width, tokens, None if scores is None else scores[index], shared)
-        return x
+        widths = [module.full_width for module in self.modules_in_order] if widths is None else widths
+        stream = x if isinstance(x, Stream) else Stream(x)
+        for index, width in enumerate(widths):
+            own = None if scores is None else scores[index]
+            stream = self._step(
+                index, stream, width, tokens, own, shared, self._norm_from(index + 1, widths, following)
+            )
+        return stream if isinstance(x, Stream) else stream.x
 
     def step(
         self,
@@ -76,23 +85,52 @@ class SuperBlock(nn.Module):
         shared: Any = None,
     ) -> torch.Tensor:
         """The first `tokens` (None: all) of x plus the branch of module `index` at `width` (None: full)."""
+        width = self.modules_in_order[index].full_width if width is None else width
+        return self._step(index, Stream(x), width, tokens, scores, shared, None).x
+
+    def _step(
+        self,
+        index: int,
+        stream: Stream,
+        width: Width,
+        tokens: int | None,
+        scores: torch.Tensor | None,
+        shared: Any,
+        following: Norm | None,
+    ) -> Stream:
+        """`step`, of a stream that may be normed already; the sum is normed by `following`."""
         module = self.modules_in_order[index]
-        place, width = module.place, module.full_width if width is None else width
+        place, kept = module.place, stream.leading(tokens)
         norm, scale = getattr(self, place.norm), getattr(self, place.scale, None)
-        kept = x[:, :tokens]
-        if module.full_width == 0 or (isinstance(width, int) and width == 0):
+        if _is_skipped(module, width):
             return _skip(kept, [getattr(self, place.module), norm, scale, shared])
-        inputs = x if module.mixes_tokens else kept
-        y = module.forward(self, inputs if place.post_norm else norm(inputs), width, scores, tokens, shared)
+        inputs = stream if module.mixes_tokens else kept
         if place.post_norm:
-            y = norm(y)
+            y, following = norm(module.forward(self, inputs.x, width, scores, tokens, shared)), None
+        else:
+            normed = norm(inputs.x) if inputs.normed is None else inputs.normed
+            y = module.forward(self, normed, width, scores, tokens, shared)
         if isinstance(width, torch.Tensor) and (place.post_norm or module.binary):
             # A module at width 0 gives zeros, but a norm after it, or a whole module, does not.
             y = torch.where(width > 0, y, 0.0)
-        if scale is not None:
-            y = scale(y) if isinstance(scale, nn.Module) else scale * y
-        drop_path: nn.Module = getattr(self, place.drop_path)
-        return kept + drop_path(y)
+        return add(kept.x, y, scale, getattr(self, place.drop_path), following)
+
+    def entry_norm(self, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:
+        """The norm that the block's input goes through first; `following` if it runs nothing.
+
+        None: the block takes the stream alone. It does so where it skips its first module and then needs the first
+        `tokens` only, since norming all of them would be a waste.
+        """
+        if tokens is not None and _is_skipped(self.modules_in_order[0], widths[0]):
+            return None
+        return self._norm_from(0, widths, following)
+
+    def _norm_from(self, start: int, widths: Sequence[Width], following: Norm | None) -> Norm | None:
+        """The norm of the first module from `start` on that runs, or `following`."""
+        for module, width in zip(self.modules_in_order[start:], widths[start:], strict=True):
+            if not _is_skipped(module, width):
+                return None if module.place.post_norm else Norm.of(getattr(self, module.place.norm))
+        return following
 
     def cut(self, widths: Sequence[int]) -> nn.Module:
         """The timm block at the given widths; every tensor is a fresh copy."""
@@ -126,20 +164,50 @@ class SuperBlock(nn.Module):
         return {place.module: skipped_like(whole)} | gone
 
 
+def run_block(block: nn.Module, stream: Stream, *arguments: Any, following: Norm | None, recomputes: bool) -> Stream:
+    """Call `block` as a module; with `recomputes` its activations are computed again in the backward pass.
+
+    One that somebody watches, or has wrapped, takes and gives the residual stream alone, a tensor (see `block_norm`).
+    """
+    call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
+    if _takes_a_tensor(block):
+        return Stream(call(stream.x, *arguments))
+    result: Stream = call(stream, *arguments, following)
+    return result
+
+
+def block_norm(block: Any, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:
+    """`SuperBlock.entry_norm`; None for a block that `run_block` gives a tensor."""
+    return None if _takes_a_tensor(block) else block.entry_norm(widths, tokens, following)
+
+
+def _takes_a_tensor(block: nn.Module) -> bool:
+    return not isinstance(block, SuperBlock) or is_watched(block)
+
+
 def first_block(model: TimmModel) -> nn.Module:
     """The block of a model that runs first: what enters it is where gradients of activations begin."""
     first: nn.Module = model.blocks[0]
     return first
 
 
-def _skip(x: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
-    """Return x unchanged, but keep the parameters of what is skipped in the autograd graph.
+def _is_skipped(module: Module, width: Width) -> bool:
+    """Whether the host knows that nothing of the module runs."""
+    return module.full_width == 0 or (isinstance(width, int) and width == 0)
 
-    They then get zero gradients instead of None, so that DistributedDataParallel finds no unused parameter.
+
+def _skip(stream: Stream, parts: Sequence[Any]) -> Stream:
+    """Return the stream unchanged, but keep the parameters of what is skipped in the autograd graph.
+
+    They then get zero gradients instead of None, so that DistributedDataParallel finds no unused parameter. They are
+    added to the normed form where there is one: after the last block nobody reads the stream itself.
     """
     if not torch.is_grad_enabled():
-        return x
+        return stream
     layers = [parameter for part in parts if isinstance(part, nn.Module) for parameter in part.parameters()]
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
     nothing = [tensor.reshape(-1)[:0].sum() for tensor in (*layers, *tensors) if tensor.requires_grad]
-    return x + torch.stack(nothing).sum() if nothing else x
+    if not nothing:
+        return stream
+    zero = torch.stack(nothing).sum()
+    return Stream(stream.x + zero) if stream.normed is None else Stream(stream.x, stream.normed + zero)

@@ -13,6 +13,7 @@ from torch import nn
 
 from skd.vit.images import check_images
 from skd.vit.outside import outside_macs, pool_macs
+from skd.vit.patches import embed_patches
 from skd.vit.protocol import Module, Network, Place, TimmModel
 from skd.vit.skipped import SkippedModule, is_skipped
 
@@ -52,17 +53,20 @@ class BlockNetwork(Network):
     def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
         """How the attentions and the MLPs of `model` are described."""
 
-    def checked(self, model: TimmModel, images: Any) -> torch.Tensor:
-        """`images` as the embedding takes them, or ValueError."""
+    def patches(self, model: TimmModel, images: Any) -> torch.Tensor:
+        """What the patch embedding gives, or ValueError for what is no batch of images that it takes."""
         check_images(model, images)
         dtype = next(model.parameters()).dtype
         if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
             raise ValueError(f"images has dtype {images.dtype}; the model has {dtype}")
-        checked: torch.Tensor = images
-        return checked
+        return embed_patches(model.patch_embed, images)
 
-    def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model.forward_head(model.norm(x))
+    def last_norm(self, model: TimmModel) -> nn.Module:
+        norm: nn.Module = model.norm
+        return norm
+
+    def head(self, model: TimmModel, normed: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model.forward_head(normed)
         return logits
 
     def tokens(self, model: TimmModel) -> int:

@@ -7,10 +7,10 @@ one description serves the original, its converted copy and every copy of that.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from skd_kernels import Moments
 # a type checker cannot know them. Families and modules check the fields when they describe a model.
 TimmModel: TypeAlias = Any
 TimmLayer: TypeAlias = Any
+Item = TypeVar("Item")
 Width = int | torch.Tensor  # a 0-d integer tensor on the device is a width that the host does not know
 Shared: TypeAlias = torch.Tensor | None  # what a block gets beside its input: a rotary embedding, a bias of positions
 
@@ -266,8 +267,12 @@ class Network(ABC):
         """The first block's input (B, N, C), and for each block what it shares with the others (or None)."""
 
     @abstractmethod
-    def head(self, model: TimmModel, x: torch.Tensor) -> torch.Tensor:
-        """The logits for the last block's output, or the features of a headless model."""
+    def last_norm(self, model: TimmModel) -> nn.Module:
+        """What is between the last block and the head: a norm, or an Identity."""
+
+    @abstractmethod
+    def head(self, model: TimmModel, normed: torch.Tensor) -> torch.Tensor:
+        """The logits for what `last_norm` gives, or the features of a headless model."""
 
     @abstractmethod
     def tokens(self, model: TimmModel) -> int:
@@ -285,6 +290,11 @@ class Network(ABC):
     def by_block(self) -> tuple[tuple[Module, ...], ...]:
         """The modules of each block."""
         return tuple(tuple(group) for _, group in groupby(self.modules, key=lambda module: module.block))
+
+    def per_block(self, items: Iterable[Item]) -> list[list[Item]]:
+        """One item for each module, to a list for each block."""
+        rest = iter(items)
+        return [[next(rest) for _ in group] for group in self.by_block]
 
     @abstractmethod
     def blocks(self, model: TimmModel) -> Sequence[TimmLayer]:

@@ -37,7 +37,7 @@ class Beits(BlockNetwork):
 
     def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
         """The blocks share a bias of positions, where the model has one outside of them."""
-        x = model.patch_embed(self.checked(model, images))
+        x = self.patches(model, images)
         x = torch.cat((model.cls_token.expand(len(x), -1, -1), x), dim=1)
         if model.pos_embed is not None:
             x = x + model.pos_embed

@@ -46,7 +46,7 @@ class Evas(BlockNetwork):
 
     def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
         """The blocks share the rotary embedding of the positions."""
-        x, rope = model._pos_embed(model.patch_embed(self.checked(model, images)))
+        x, rope = model._pos_embed(self.patches(model, images))
         per_block = model.rope_mixed and rope is not None
         return model.norm_pre(x), rope.unbind(0)[: len(model.blocks)] if per_block else repeated(rope, model)
 

@@ -48,8 +48,7 @@ class VisionTransformers(BlockNetwork):
         return RotatedAttention.describe, SortedMlp.describe
 
     def embed(self, model: TimmModel, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Shared]]:
-        images = self.checked(model, images)
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        x = model.norm_pre(model.patch_drop(model._pos_embed(self.patches(model, images))))
         return x, repeated(None, model)
 
     def pooled_tokens(self, model: TimmModel) -> int:
