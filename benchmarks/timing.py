@@ -1,6 +1,6 @@
-"""How it is measured: the sizes of a run, contenders that take turns, the limits of the device, where it was.
+"""How everything is measured: the sizes of a run, the clocks, the limits of the device, and where it was measured.
 
-Contenders take turns in random order and medians are compared: such ratios survive a noisy machine.
+Contenders take turns in random order and their medians are compared, because such ratios survive a noisy machine.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -20,18 +21,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 import skd_kernels
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 ROOT = Path(__file__).parent.parent
 Call = Callable[[], object]
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 QUEUE_CYCLES = 4_000_000  # about 2 ms at 1.98 GHz: longer than the launches of most contenders take the host
 MOST_ROUNDS = 60
@@ -205,26 +211,39 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def report(benchmark: Any, contenders: Mapping[str, Call], rounds: int = 5) -> None:
-    """Time the first contender for the JSON, and keep its ratio to each other one beside it."""
+class ReplayedClock:
+    """The clock of pytest-benchmark in these suites: it repeats the times that `side_by_side` has taken.
+
+    So the statistics in the JSON are of contenders that took turns, and the comparisons of pytest-benchmark use them.
+    """
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = ReplayedClock()
+
+
+def record(benchmark: BenchmarkFixture, seconds: float) -> None:
+    """Put a time into the JSON; the test must be marked with ``pytest.mark.benchmark(timer=CLOCK.read)``."""
+    benchmark.pedantic(CLOCK.advance, args=(seconds,))
+
+
+def report(benchmark: BenchmarkFixture, contenders: Mapping[str, Call], rounds: int = 5) -> None:
+    """Put the time of the first contender into the JSON, and its ratio to each of the others beside it."""
     medians = side_by_side(contenders, rounds)
     ours, *others = contenders
     benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in medians.items()}
     benchmark.extra_info["ratio"] = {other: round(medians[other] / medians[ours], 3) for other in others}
-    record(benchmark, contenders[ours], rounds)
+    record(benchmark, medians[ours])
 
 
-def record(benchmark: Any, call: Call, rounds: int = 5) -> None:
-    """Put the times of `call` itself into the JSON, where `benchmarks.compare` finds them."""
-
-    def complete() -> None:
-        call()
-        synchronize()
-
-    benchmark.pedantic(complete, rounds=rounds, warmup_rounds=1)
-
-
-# Ceilings and memory -------------------------------------------------------------------------------------------
+# Ceilings and memory --------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -269,8 +288,23 @@ def peak_of_call(call: Callable[[], object], device: str) -> float:
     return round(max(held, default=0) / 1e6, 1)
 
 
+def peak_of_process(work: Callable[..., object], *arguments: object) -> float:
+    """MB that ``work(*arguments)`` holds at most in a process of its own; on a GPU what PyTorch allocates there.
+
+    The last of the arguments names the device. The function is found by its name, and the arguments are pickled.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_of_this_process, work, arguments).result()
+
+
+def _peak_of_this_process(work: Callable[..., object], arguments: tuple[object, ...]) -> float:
+    work(*arguments)
+    on_gpu = torch.device(str(arguments[-1])).type == "cuda"
+    return round((torch.cuda.max_memory_allocated() if on_gpu else peak_resident()) / 1e6, 1)
+
+
 def peak_resident() -> int:
-    """Bytes. The kernel's count comes first: getrusage reports the peak of the parent where that was larger."""
+    """Bytes. The kernel's count comes first, as getrusage reports the peak of the parent if that was larger."""
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     unit = 1 if sys.platform == "darwin" else 1024
@@ -280,8 +314,8 @@ def peak_resident() -> int:
 # Where a figure comes from --------------------------------------------------------------------------
 
 
-def provenance() -> dict[str, Any]:
-    """Device, cores, versions, commit and date; no name of host or folder."""
+def provenance() -> dict[str, JSON]:
+    """Device, cores, versions, commit and date; neither the name of a host nor of a folder."""
     info = skd_kernels.build_info()
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
@@ -292,8 +326,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def write_json(path: Path | None, document: Mapping[str, object]) -> None:
+    """Write a result, if the command was given a file for it."""
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def processor() -> str:
-    """The name of the CPU, where the package cpuinfo is, which comes with pytest-benchmark."""
+    """The name of the CPU, if the package cpuinfo is installed, which comes with pytest-benchmark."""
     try:
         from cpuinfo import get_cpu_info
     except ImportError:
@@ -302,35 +342,30 @@ def processor() -> str:
 
 
 def printed(*command: str) -> str:
-    """What a command prints, its first line; empty where it is not there."""
+    """The first line that a command prints; empty if there is no such command."""
     with contextlib.suppress(OSError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.partition("\n")[0].strip()
     return ""
 
 
-def machine() -> dict[str, Any]:
-    """The same with every GPU that PyTorch sees, the driver, what is compiled, and why skd cannot be imported."""
-    devices = []
+def machine() -> dict[str, JSON]:
+    """The provenance, every GPU that PyTorch sees, the driver, what is compiled, and why skd cannot be imported."""
+    devices: list[JSON] = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "multiprocessors": properties.multi_processor_count,
-                "memory_gigabytes": round(properties.total_memory / 1e9, 1),
-            }
-        )
+        found = torch.cuda.get_device_properties(index)
+        described = {"name": found.name, "capability": f"{found.major}.{found.minor}"}
+        memory = round(found.total_memory / 1e9, 1)
+        devices.append({**described, "multiprocessors": found.multi_processor_count, "memory_gigabytes": memory})
     driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     info = skd_kernels.build_info()
-    compiled = {name: info.get(name) for name in ("compiled", "reason", "built_with_torch", "cuda", "cuda_toolkit")}
-    compiled["cuda_architectures"] = info.get("cuda_architectures")
+    keys = ("compiled", "reason", "built_with_torch", "cuda", "cuda_toolkit", "cuda_architectures")
+    compiled = {name: info.get(name) for name in keys}
     return {**provenance(), "devices": devices, "driver": driver, "build": compiled, "skd": refusal_of_skd()}
 
 
 def refusal_of_skd() -> str:
-    """Why skd cannot be imported, in one line; empty where it can."""
+    """Why skd cannot be imported, in one line; empty if it can."""
     try:
         import skd  # noqa: F401
     except ImportError as error:
