@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import skd_kernels
 from benchmarks.timing import DEVICE, processor
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 PRIVATE = ("node", "release", "machine_id")
 

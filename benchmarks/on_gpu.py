@@ -67,19 +67,12 @@ TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
 @dataclass(frozen=True)
 class Command:
-    """One process.
+    """One process."""
 
-    Attributes:
-        name: of its log.
-        words: the program and its arguments.
-        limit: seconds.
-        needs: what it is left out without, by the names in `Run.missing`.
-    """
-
-    name: str
-    words: Sequence[str]
-    limit: float
-    needs: tuple[str, ...] = ()
+    name: str  # of its log
+    words: Sequence[str]  # the program and its arguments
+    limit: float  # seconds
+    needs: tuple[str, ...] = ()  # what it is left out without, by the names in `Run.missing`
 
 
 @dataclass
@@ -94,18 +87,13 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A command on its way, in a process group of its own. It is interrupted once, and killed if it does not listen.
-
-    Attributes:
-        start, end: when it was started, and when it must end or is killed, by `time.monotonic`.
-        cut: it has been interrupted.
-    """
+    """A command on its way, in a process group of its own. It is interrupted, and killed if it does not listen."""
 
     command: Command
     process: subprocess.Popen[bytes]
-    start: float
-    end: float
-    cut: bool = False
+    start: float  # by `time.monotonic`
+    end: float  # when it must end or is killed
+    cut: bool = False  # it has been interrupted
 
     def over(self) -> bool:
         """Whether it has ended; where its time has, ask it to, and later make it."""
@@ -124,19 +112,12 @@ class Running:
 
 @dataclass
 class Run:
-    """Commands that share a folder, an environment and an end.
+    """Commands that share a folder, an environment and an end."""
 
-    Attributes:
-        output: the folder of logs and results. Its run.json has the notes and the outcomes at any time.
-        end: when all must be over, by `time.monotonic`.
-        environment: variables of all commands.
-        missing: what is not here, with the reason.
-    """
-
-    output: Path
-    end: float
-    environment: dict[str, str]
-    missing: dict[str, str]
+    output: Path  # the folder of logs and results. Its run.json has the notes and the outcomes at any time
+    end: float  # when all must be over, by `time.monotonic`
+    environment: dict[str, str]  # variables of all commands
+    missing: dict[str, str]  # what is not here, with the reason
     outcomes: list[Outcome] = field(default_factory=list)
     notes: dict[str, object] = field(default_factory=dict)
 

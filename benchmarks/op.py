@@ -22,20 +22,8 @@ from typing import cast
 import torch
 
 import skd_kernels
-from benchmarks.registry import (
-    BLOCKED,
-    COMPILED,
-    LAYER_TOLERANCE,
-    OPERATIONS,
-    PUBLISHED,
-    Draw,
-    Inputs,
-    Operation,
-    Shape,
-    Tensor,
-    Way,
-    Work,
-)
+from benchmarks import registry
+from benchmarks.registry import OPERATIONS, Draw, Inputs, Operation, Shape, Tensor, Way, Work
 from benchmarks.timing import BACKEND, Call, clock_of, side_by_side
 
 HALF = (torch.float16, torch.bfloat16)
@@ -52,7 +40,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-DTYPES = {name_of(dtype): dtype for dtype in LAYER_TOLERANCE}
+DTYPES = {name_of(dtype): dtype for dtype in registry.LAYER_TOLERANCE}
 
 
 class Compiled:
@@ -83,11 +71,6 @@ class Compiled:
 
     def __call__(self, *arguments: object, **named: object) -> Tensor:
         return cast(Tensor, self.call(*arguments, **named))
-
-    @property
-    def limited(self) -> bool:
-        """PyTorch has stopped compiling, and runs other sizes eagerly."""
-        return self.compilations >= torch._dynamo.config.recompile_limit
 
 
 class Case:
@@ -154,15 +137,15 @@ class Case:
         """
         operation, arguments, own = self.operation, self.operation.arguments(self.shape), self.own_arguments()
         ways = {name: partial(way, **arguments) for name, way in operation.ways.items()}
-        published = {PUBLISHED: ways.pop(PUBLISHED)} if PUBLISHED in ways else {}
+        published = {registry.PUBLISHED: ways.pop(registry.PUBLISHED)} if registry.PUBLISHED in ways else {}
         found: dict[str, Way] = {OURS: partial(operation.ours, **own), **ways}
-        found |= {COMPILED: partial(self.compiled, **arguments), **published}
+        found |= {registry.COMPILED: partial(self.compiled, **arguments), **published}
         if self.scores is not None:
             found[OURS_SCORES] = partial(operation.ours, scores=self.scores, **own)
         if self.on_gpu and "width" in own:
             found[OURS_AUTO] = partial(operation.ours, **arguments)
         if names is None:
-            names = [name for name in found if name != BLOCKED or not self.on_gpu]
+            names = [name for name in found if name != registry.BLOCKED or not self.on_gpu]
         if unknown := set(names) - set(found):
             raise ValueError(f"contenders has {sorted(unknown)}; it may have {list(found)}")
         return {name: found[name] for name in names}
@@ -263,21 +246,15 @@ def frobenius_error(found: Tensor, exact: Tensor) -> float:
 
 @dataclass
 class Measurement:
-    """What one run of `measure` found.
-
-    Attributes:
-        work: of what was timed.
-        seconds: median of one call, by contender; `COPY` is a `Tensor.copy_` of `copied` bytes read and written.
-        calls: the contenders themselves, each of which takes the next of the rotated inputs.
-    """
+    """What one run of `measure` found."""
 
     case: Case
-    work: Work
-    copied: int
+    work: Work  # of what was timed
+    copied: int  # bytes that `COPY` reads and writes
     errors: dict[str, float]
-    calls: dict[str, Call]
+    calls: dict[str, Call]  # each takes the next of the rotated inputs
     implementation: str
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # median of one call
 
     @property
     def copy_bandwidth(self) -> float:

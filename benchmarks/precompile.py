@@ -84,25 +84,15 @@ for folder in map(pathlib.Path, sys.path):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds, and for which machine.
+    """What a folder holds, and for which machine."""
 
-    Attributes:
-        python: major and minor version, such as "3.12".
-        triton: its version.
-        key: the part of Triton's cache keys that names the installation that compiled the kernels.
-        torch: the version that the kernels and the extension were made with.
-        architectures: of the kernels, 10 * major + minor of the compute capability.
-        compiled: how many kernels are in the cache, and libraries that start them.
-        sources: `digest` of what was compiled.
-    """
-
-    python: str
-    triton: str
-    key: str
-    torch: str
-    architectures: list[int]
-    compiled: int
-    sources: str
+    python: str  # major and minor version, such as "3.12"
+    triton: str  # its version
+    key: str  # the part of Triton's cache keys that names the installation that compiled the kernels
+    torch: str  # the version that the kernels and the extension were made with
+    architectures: list[int]  # of the kernels, 10 * major + minor of the compute capability
+    compiled: int  # how many kernels are in the cache, and libraries that start them
+    sources: str  # `digest` of what was compiled
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -146,15 +136,10 @@ def installed(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class InUse:
-    """What `use` has put in place.
+    """What `use` has put in place."""
 
-    Attributes:
-        variables: of the environment, that make Python processes use the cache.
-        extension: whether there was an extension too.
-    """
-
-    variables: dict[str, str]
-    extension: bool
+    variables: dict[str, str]  # of the environment, that make Python processes use the cache
+    extension: bool  # whether there was an extension too
 
 
 def use(folder: Path, scratch: Path, architecture: int | None = None) -> InUse:

@@ -24,25 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import skd_kernels
+from benchmarks import timing
 from benchmarks.op import Case, tensors
 from benchmarks.registry import COMPILED, HEAD_WIDTH, HEADS, MASKED, OPERATIONS, TOKENS
 from benchmarks.result import Info
 from benchmarks.table import products_table
-from benchmarks.timing import (
-    DEVICE,
-    GPU,
-    JSON,
-    REHEARSAL,
-    SIZES,
-    Call,
-    captured,
-    clock_of,
-    copy_ceiling,
-    matmul_ceiling,
-    provenance,
-    side_by_side,
-    write_json,
-)
+from benchmarks.timing import DEVICE, GPU, JSON, SIZES, Call
 
 WHAT = "Kernels at full width, next to calls of the library; forward and backward of the operations in one graph."
 
@@ -59,14 +46,14 @@ class Questions:
         self.batch, self.tokens, self.device = batch, tokens, device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter's bfloat16 is wrong
         self.rounds = 15 if device == "cuda" else 1
-        self.peak = matmul_ceiling(device, self.dtype)
+        self.peak = timing.matmul_ceiling(device, self.dtype)
         self.rows: list[JSON] = []
 
     def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype)
 
     def time(self, calls: dict[str, Call]) -> dict[str, float]:
-        return side_by_side(calls, self.rounds, clock=clock_of(self.device))
+        return timing.side_by_side(calls, self.rounds, clock=timing.clock_of(self.device))
 
     def ask(self, question: str, ours: Call, library: Call, flops: float) -> None:
         seconds = self.time({"ours": ours, "library": library})
@@ -147,7 +134,7 @@ class Questions:
         operation = OPERATIONS["residual_norm"]
         case = Case(operation, operation.shape(self.model, self.batch, 1.0, self.tokens), self.dtype, self.device)
         contenders = case.contenders()
-        if not (GPU or REHEARSAL):
+        if not (GPU or timing.REHEARSAL):
             del contenders[COMPILED]  # it would take longer than all else, and say nothing of a GPU
         with skd_kernels.use("triton"):
             case.check(contenders)
@@ -168,7 +155,7 @@ class Questions:
                 tensor.requires_grad_()
             width = torch.full((), shape[-1], dtype=torch.int32, device=self.device)
             call = partial(operation.ours, *inputs, **{**operation.arguments(shape), "width": width})
-            graph = captured(lambda: torch.autograd.grad(tensors(call()), inputs, inputs[0]))  # noqa: B023
+            graph = timing.captured(lambda: torch.autograd.grad(tensors(call()), inputs, inputs[0]))  # noqa: B023
             times: dict[str, JSON] = {}
             for fraction in SIZES.fractions:
                 width.fill_(int(shape[-1] * fraction))
@@ -184,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    copy = copy_ceiling(args.device)
+    copy = timing.copy_ceiling(args.device)
     found = Info({"copy_gigabytes_per_second": copy / 1e9})
     for model in args.model or ["base"]:
         questions = Questions(model, args.batch, args.tokens, args.device)
@@ -194,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.device == "cuda":
             questions.replays()
         found["matmul_tflops"], found[model] = questions.peak / 1e12, questions.rows
-        write_json(args.json, {"what": WHAT, **provenance(), "results": found})
+        timing.write_json(args.json, {"what": WHAT, **timing.provenance(), "results": found})
     print("\n".join(products_table(found)))
     return 0
 

@@ -58,37 +58,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation.
+    """One operation."""
 
-    Attributes:
-        name: of the function in `skd_kernels`.
-        axes: what the numbers of a shape are; the last one of a masked layer is the width.
-        layer: the shape at a layer of DeiT, from (heads, images, tokens, share of the full width).
-        inputs: tensors from (shape, dtype, dtype of what is stored: parameters and residual stream, `Draw`).
-        work: THE count of bytes and FLOPs, whoever computes it, from (shape, dtype, with the backward pass).
-        ours: takes the inputs and `arguments`, as do all `ways`.
-        ways: the other contenders by name; torch.compile is made of the first.
-        tolerance: largest error of a contender by dtype.
-        arguments: what the function takes beside the inputs, from the shape. "width" is one of a masked layer's.
-        scores: the shape of the Taylor scores that it can add up, from the shape; None if it has none.
-        outputs: how many it has; each is like the input in its place.
-        trains: it has a backward pass; the others are statistics of (x, grad).
-        dynamic: torch.compile compiles it for any width.
-    """
-
-    name: str
-    axes: str
-    layer: Callable[[int, int, int, float], Shape]
-    inputs: Callable[[Shape, torch.dtype, torch.dtype, Draw], Inputs]
-    work: Callable[[Shape, torch.dtype, bool], Work]
-    ours: Way
-    ways: dict[str, Way]
-    tolerance: dict[torch.dtype, float]
-    arguments: Callable[[Shape], Arguments] = field(default=lambda shape: {})
-    scores: Callable[[Shape], Shape] | None = None
-    outputs: int = 1
-    trains: bool = True
-    dynamic: bool = False
+    name: str  # of the function in `skd_kernels`
+    axes: str  # the last one of a masked layer is the width
+    layer: Callable[[int, int, int, float], Shape]  # shape from (heads, images, tokens, share of the width)
+    inputs: Callable[[Shape, torch.dtype, torch.dtype, Draw], Inputs]  # the second dtype is of what is stored
+    work: Callable[[Shape, torch.dtype, bool], Work]  # whoever computes it; with the backward pass or not
+    ours: Way  # takes the inputs and `arguments`, as do all `ways`
+    ways: dict[str, Way]  # the other contenders by name; torch.compile is made of the first
+    tolerance: dict[torch.dtype, float]  # largest error of a contender by dtype
+    arguments: Callable[[Shape], Arguments] = field(default=lambda shape: {})  # beside the inputs
+    scores: Callable[[Shape], Shape] | None = None  # the shape of the Taylor scores that it can add up
+    outputs: int = 1  # how many it has; each is like the input in its place
+    trains: bool = True  # it has a backward pass; the others are statistics of (x, grad)
+    dynamic: bool = False  # torch.compile compiles it for any width
 
     def shape(self, model: str, images: int, share: float = 1.0, tokens: int = TOKENS) -> Shape:
         """Where a DeiT of that size calls the operation, at a share of the full width."""
@@ -317,11 +301,7 @@ OPERATIONS = {
             inputs=statistic_inputs,
             work=moments_work,
             ours=skd_kernels.weighted_covariance,
-            ways={
-                EAGER: covariance_eager,
-                BLOCKED: covariance_blocked,
-                PUBLISHED: covariance_published,
-            },
+            ways={EAGER: covariance_eager, BLOCKED: covariance_blocked, PUBLISHED: covariance_published},
             tolerance=STATISTIC_TOLERANCE,
             trains=False,
         ),
@@ -332,11 +312,7 @@ OPERATIONS = {
             inputs=statistic_inputs,
             work=scores_work,
             ours=skd_kernels.taylor_scores,
-            ways={
-                EAGER: scores_eager,
-                BLOCKED: scores_blocked,
-                PUBLISHED: scores_published,
-            },
+            ways={EAGER: scores_eager, BLOCKED: scores_blocked, PUBLISHED: scores_published},
             tolerance=STATISTIC_TOLERANCE,
             trains=False,
         ),

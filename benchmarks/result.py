@@ -46,27 +46,19 @@ class Info(dict[str, JSON]):
 
 @dataclass(frozen=True)
 class Result:
-    """One file of results: where it comes from, and what was measured.
-
-    Attributes:
-        changes: what was not committed when it was measured; empty if everything was.
-        what: a sentence on the figures.
-        model: of a profile.
-        benchmarks: `extra_info` of each benchmark, of a run of pytest-benchmark; None for other results.
-        results: what was measured, of all others.
-    """
+    """One file of results: where it comes from, and what was measured."""
 
     name: str
     device: str
     cores: str
     versions: dict[str, str]
     commit: str
-    changes: str
+    changes: str  # what was not committed when it was measured; empty if everything was
     date: str
-    what: str
-    model: str
-    benchmarks: list[Info] | None
-    results: Info
+    what: str  # a sentence on the figures
+    model: str  # of a profile
+    benchmarks: list[Info] | None  # `extra_info` of each, of a run of pytest-benchmark alone
+    results: Info  # what was measured, of all others
 
     @staticmethod
     def read(path: Path) -> Result:

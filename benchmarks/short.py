@@ -10,22 +10,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks import result
 from benchmarks.registry import COMPILED, PUBLISHED, SLICES
-from benchmarks.result import (
-    CLASSES,
-    MEAN,
-    PRODUCTS,
-    PROFILE,
-    Info,
-    Result,
-    Times,
-    grouped,
-    kernels_of,
-    models,
-    rows_of,
-    share,
-    three_digits,
-)
+from benchmarks.result import Info, Result, Times, models, rows_of, share, three_digits
 
 PLAIN = (SLICES, "eager")  # good PyTorch, of a step or layer and of a statistic
 SHARES = (1.0, 0.25)  # and the mean over a dropout list
@@ -46,7 +33,7 @@ def part(device: str, results: list[Result]) -> str:
     columns = ["", "ours, ms", "plain PyTorch", COMPILED, PUBLISHED]
     lines += rows_of(columns, [row(*found) for found in telling(results)], 1)
     for found in results:
-        if found.kind == PRODUCTS:
+        if found.kind == result.PRODUCTS:
             lines += ["", *products(found.results)]
     said = sentences(results)
     return "\n".join([*lines, "", *said] if said else lines)
@@ -98,7 +85,7 @@ def first(times: Times) -> float:
 
 def steps(results: list[Result]) -> Iterator[tuple[str, Times]]:
     """Of every model the mean over a list, of the largest also single sub-networks."""
-    found = next((result.results for result in results if result.kind == MEAN), Info())
+    found = next((file.results for file in results if file.kind == result.MEAN), Info())
     times = {model: {key: found.part(model).times(key) for key in found.part(model)} for model in models(found)}
     for info in infos_of(results, "step") if not found else ():
         times.setdefault(info.text("step"), {})[info.text("fraction")] = info.times("median_ms")
@@ -133,14 +120,16 @@ def products(results: Info) -> list[str]:
 # Sentences ------------------------------------------------------------------------------------------
 
 WIDTH = 118
-SAME_AT_EVERY_WIDTH = [name for name in CLASSES if name.startswith(("layer norms", "additions", "conversions"))]
+SAME_AT_EVERY_WIDTH = [
+    name for name in result.CLASSES if name.startswith(("layer norms", "additions", "conversions"))
+]
 
 
 def sentences(results: list[Result]) -> list[str]:
     """A Markdown list, its lines cut to the width of a page."""
     by_kind = {found.kind: found.results for found in results}
     steps = [i for i in infos_of(results, "step") if i.text("fraction") == "1.0" and "host_ms" in i]
-    mean, profile = by_kind.get(MEAN), by_kind.get(PROFILE)
+    mean, profile = by_kind.get(result.MEAN), by_kind.get(result.PROFILE)
     said = []
     if mean:
         said += [averages(mean), full_width(mean, steps)]
@@ -149,7 +138,7 @@ def sentences(results: list[Result]) -> list[str]:
     if mean and profile:
         said.append(scatter(mean, profile, steps))
     said += [peak_memory(info) for info in steps if info.times("peak_mb")]
-    said += slow_products(by_kind.get(PRODUCTS, Info()))
+    said += slow_products(by_kind.get(result.PRODUCTS, Info()))
     said += statistics([info for info in infos_of(results, "operation") if info.text("threads") == "gpu"])
     wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return [wrapper.fill(f"* {sentence}") for sentence in said]
@@ -191,7 +180,7 @@ def gpu_time(profile: Info, steps: list[Info]) -> str:
     """What the GPU works for a step, ours and library calls on slices, and what the host takes for it."""
     ours = next(iter(profile))
     kernels = {
-        fraction: [kernels_of(profile.part(name).part(fraction)) for name in (ours, SLICES)]
+        fraction: [result.kernels_of(profile.part(name).part(fraction)) for name in (ours, SLICES)]
         for fraction in profile.part(ours)
     }
     totals = {fraction: [sum(found.values()) for found in both] for fraction, both in kernels.items()}
@@ -241,7 +230,7 @@ def fixed_costs(profile: Info) -> str:
     """Why time does not follow the MACs."""
     shares = profile.part(next(iter(profile)))
     ends = [shares.part(fraction) for fraction in (next(iter(shares)), list(shares)[-1])]
-    classes = [grouped(kernels_of(found)) for found in ends]
+    classes = [result.grouped(result.kernels_of(found)) for found in ends]
     sums = [sum(found.get(name, 0.0) for name in SAME_AT_EVERY_WIDTH) for found in classes]
     percent = 100 * ends[1].number("step_ms") / ends[0].number("step_ms")
     return (

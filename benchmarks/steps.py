@@ -42,24 +42,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import skd
 import skd_kernels
-from benchmarks import registry
+from benchmarks import registry, timing
 from benchmarks.op import Compiled
 from benchmarks.registry import COMPILED, HEADS, PUBLISHED, SLICES
 from benchmarks.result import Info
 from benchmarks.table import profile_table
-from benchmarks.timing import (
-    BACKEND,
-    DEVICE,
-    GPU,
-    JSON,
-    SIZES,
-    Call,
-    captured,
-    provenance,
-    synchronize,
-    wall,
-    write_json,
-)
+from benchmarks.timing import DEVICE, GPU, SIZES, Call
 from skd.training.online import OnlineImportance
 from skd.training.step import by_hand
 from skd.vit import SuperBlock
@@ -68,14 +56,14 @@ Layer = Callable[..., torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 SMALLEST = 0.125  # of the MACs, as METHOD's lists end
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
-WARM_UP = 5  # steps; `ours, graph` is captured at the fourth
+WARM_UP = 5  # steps; `ours, graph` is timing.captured at the fourth
 OURS, OURS_COMPILED, OURS_GRAPH, OURS_SCORES = "ours", "ours, compiled", "ours, graph", "ours, scores"
 # The masked layers of a network: attention and MLP.
 PLAIN_LAYERS = {
     PUBLISHED: (registry.attention_published, registry.mlp_published),
     SLICES: (registry.attention_slices, registry.mlp_slices),
 }
-FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is captured for one entry
+FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is timing.captured for one entry
 RECIPE = skd.TrainConfig(
     mixup=0.0, cutmix=0.0, drop_path=0.0, lr=LR, warmup_epochs=0, smoothing=SMOOTHING, model_ema_warmup=False,
     model_ema_decay=DECAY,
@@ -267,7 +255,7 @@ class OwnStep(Step):
     def __call__(self, entry: int) -> None:
         self.step([(self.images, self.labels)], self._at(entry))
         if self.step.capture is not None and self.step.capture.failed:
-            raise RuntimeError("the step could not be captured; a warning says why")
+            raise RuntimeError("the step could not be timing.captured; a warning says why")
 
 
 def names(device: str) -> list[str]:
@@ -280,7 +268,7 @@ def names(device: str) -> list[str]:
     return [OURS, OURS_SCORES, OURS_COMPILED, SLICES, PUBLISHED, COMPILED]
 
 
-def make(name: str, model: str, batch: Batch, device: str, backend: str = BACKEND) -> Step:
+def make(name: str, model: str, batch: Batch, device: str, backend: str = timing.BACKEND) -> Step:
     kind = OwnStep if name.startswith(OURS) else PlainStep
     return kind(name, model, batch, device, backend)
 
@@ -288,7 +276,7 @@ def make(name: str, model: str, batch: Batch, device: str, backend: str = BACKEN
 def replayed(step: Step, entry: int) -> Callable[[], object]:
     """``step(entry)`` as a CUDA graph of its own; RuntimeError if a replay does not train."""
     try:
-        graph = captured(lambda: step(entry), warm_up=3)
+        graph = timing.captured(lambda: step(entry), warm_up=3)
     except BaseException:
         step.network.zero_grad(set_to_none=True)  # they may lie in the memory of the graph that failed
         raise
@@ -296,7 +284,7 @@ def replayed(step: Step, entry: int) -> Callable[[], object]:
     before = weight.clone()
     graph.replay()
     if torch.equal(before, weight):
-        raise RuntimeError("a replay of the captured step leaves the weights as they were")
+        raise RuntimeError("a replay of the timing.captured step leaves the weights as they were")
     return graph.replay
 
 
@@ -351,11 +339,11 @@ def kernel_times(call: Call, rounds: int = ROUNDS) -> dict[str, tuple[float, flo
         RuntimeError: the profiler saw no kernel.
     """
     call()
-    synchronize()
+    timing.synchronize()
     with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as profiled:
         for _ in range(rounds):
             call()
-        synchronize()
+        timing.synchronize()
     wanted = DeviceType.CUDA if GPU else DeviceType.CPU
     found = {}
     for event in profiled.key_averages():
@@ -387,8 +375,8 @@ def profiles(model: str, names: list[str], fractions: list[float]) -> Info:
 
 
 def profiled(call: Call) -> Info:
-    seconds = statistics.median(wall(call) for _ in range(ROUNDS))
-    kernels: dict[str, JSON] = {name: list(pair) for name, pair in kernel_times(call).items()}
+    seconds = statistics.median(timing.wall(call) for _ in range(ROUNDS))
+    kernels: dict[str, timing.JSON] = {name: list(pair) for name, pair in kernel_times(call).items()}
     return Info(step_ms=round(1e3 * seconds, 3), kernel_ms_per_step=Info(kernels))
 
 
@@ -401,8 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     found = profiles(args.model, args.contender or [names(DEVICE)[0], SLICES], args.fraction or [1.0, 0.25])
     print("\n".join(profile_table(found)))
-    document = {"what": WHAT, "model": args.model, "batch": SIZES.batch, **provenance(), "results": found}
-    write_json(args.json, document)
+    document = {"what": WHAT, "model": args.model, "batch": SIZES.batch, **timing.provenance(), "results": found}
+    timing.write_json(args.json, document)
     return 0
 
 

@@ -15,30 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import short
-from benchmarks.result import (
-    BEGIN,
-    CLASSES,
-    END,
-    MEAN,
-    OTHER,
-    PRODUCTS,
-    PROFILE,
-    RUN,
-    SHORT,
-    Info,
-    Result,
-    Times,
-    grouped,
-    kernels_of,
-    listed,
-    models,
-    ratios,
-    rewrite,
-    rows_of,
-    share,
-    three_digits,
-)
+from benchmarks import result, short
+from benchmarks.result import Info, Result, Times, models, ratios, rows_of, share, three_digits
 
 OTHERS = ("eager", "blocked", "torch.compile", "published")
 # Milliseconds that the GPU works for a step, by model and share of the MACs, then by contender.
@@ -52,56 +30,56 @@ def section(paths: list[Path]) -> str:
     results = [Result.read(path) for path in paths]
     profiled, device = gpu_times(results), ""
     parts = []
-    for result in results:
-        if result.device_name != device:
-            device = result.device_name
+    for file in results:
+        if file.device_name != device:
+            device = file.device_name
             parts.append(f"### {device}")
-        parts.append(part(result, profiled))
+        parts.append(part(file, profiled))
     return "\n\n".join(parts)
 
 
-def part(result: Result, profiled: GpuTimes) -> str:
-    makers = {MEAN: mean_table, PRODUCTS: products_table, PROFILE: profile_table}
-    if result.kind == RUN:
-        return run_part(result, profiled)
-    if result.kind not in makers:
-        raise ValueError(f"{result.name} is not a result that has a table")
-    return "\n".join([heading(result), "", *makers[result.kind](result.results)])
+def part(file: Result, profiled: GpuTimes) -> str:
+    makers = {result.MEAN: mean_table, result.PRODUCTS: products_table, result.PROFILE: profile_table}
+    if file.kind == result.RUN:
+        return run_part(file, profiled)
+    if file.kind not in makers:
+        raise ValueError(f"{file.name} is not a result that has a table")
+    return "\n".join([heading(file), "", *makers[file.kind](file.results)])
 
 
-def run_part(result: Result, profiled: GpuTimes) -> str:
+def run_part(file: Result, profiled: GpuTimes) -> str:
     """The tables of a run of pytest-benchmark, and a line on each of the other things that it has measured."""
-    steps = result.infos("step")
+    steps = file.infos("step")
     made = {
-        "operation": operation_table(result.infos("operation")),
-        "masked": masked_table(result.infos("masked")),
+        "operation": operation_table(file.infos("operation")),
+        "masked": masked_table(file.infos("masked")),
         "step": [*step_table(steps), *gpu_time_table(steps, profiled)],
-        "pass": pass_table(result.infos("pass")),
+        "pass": pass_table(file.infos("pass")),
     }
     made = {key: table for key, table in made.items() if table}
     if not made:
-        raise ValueError(f"{result.name} has no benchmark of an operation or a step; run pytest benchmarks")
-    lines = [heading(result, next(info for info in result.benchmarks or () if next(iter(made)) in info))]
+        raise ValueError(f"{file.name} has no benchmark of an operation or a step; run pytest benchmarks")
+    lines = [heading(file, next(info for info in file.benchmarks or () if next(iter(made)) in info))]
     for table in made.values():
         lines += ["", *table]
-    lines += [calibration(info) for info in result.infos("peak_mb_over_loading")]
-    lines += [following(info) for info in result.infos("time_against_macs")]
-    lines += [memory(info.times("peak_mb")) for info in result.infos("step_memory")]
+    lines += [calibration(info) for info in file.infos("peak_mb_over_loading")]
+    lines += [following(info) for info in file.infos("time_against_macs")]
+    lines += [memory(info.times("peak_mb")) for info in file.infos("step_memory")]
     return "\n".join(lines)
 
 
-def heading(result: Result, first: Info | None = None) -> str:
+def heading(file: Result, first: Info | None = None) -> str:
     """The file, the machine and the versions; of a run also what its first benchmark says of all of them."""
-    if not result.device:
-        return f"`{result.name}`: where it was measured is not recorded."
+    if not file.device:
+        return f"`{file.name}`: where it was measured is not recorded."
     on_gpu = first is None or first.get("threads") == "gpu"
     names = ("torch", "triton") if on_gpu else ("torch",)
-    versions = "".join(f"{name} {result.versions[name]}, " for name in names if result.versions.get(name))
-    changed = f" ({result.changes})" if result.changes else ""
-    where = result.device if on_gpu else f"{result.device}, {result.cores} cores"
-    text = f"`{result.name}`: {where}; {versions}commit {result.commit}{changed}, {result.date}"
+    versions = "".join(f"{name} {file.versions[name]}, " for name in names if file.versions.get(name))
+    changed = f" ({file.changes})" if file.changes else ""
+    where = file.device if on_gpu else f"{file.device}, {file.cores} cores"
+    text = f"`{file.name}`: {where}; {versions}commit {file.commit}{changed}, {file.date}"
     if first is None:
-        return f"{text}. {result.what}"
+        return f"{text}. {file.what}"
     batch = "" if "operation" in first else f"batch {first.text('batch')}, "  # a column of that table
     threads = "" if on_gpu else f", {first.get('threads')} threads"
     return f"{text}; {batch}197 tokens" + (f", {first.text('dtype')}{threads}." if "step" in first else ".")
@@ -169,12 +147,14 @@ def step_notes(infos: list[Info]) -> list[str]:
     for info in infos:
         if "host_ms" in info:
             percent = f"{100 * info.number('macs_fraction'):.0f} %"
-            notes.append(f"Milliseconds of the host at {percent} of the MACs: {listed(info.times('host_ms'))}.")
+            notes.append(
+                f"Milliseconds of the host at {percent} of the MACs: {result.listed(info.times('host_ms'))}."
+            )
     if compilations := last.times("compilations"):
-        seconds = listed(last.times("warm_up_seconds"))
-        notes.append(f"Compilations: {listed(compilations)}. Seconds to warm up: {seconds}.")
+        seconds = result.listed(last.times("warm_up_seconds"))
+        notes.append(f"Compilations: {result.listed(compilations)}. Seconds to warm up: {seconds}.")
     if peaks := last.times("peak_mb"):
-        notes.append(f"Peak MB: {listed(peaks)}.")
+        notes.append(f"Peak MB: {result.listed(peaks)}.")
     failed = {f"{name} failed: {why}." for info in infos for name, why in info.part("failed").items()}
     return [*notes, *sorted(failed)]
 
@@ -259,10 +239,10 @@ def kernel_cells(row: Info) -> list[str]:
 def profile_table(results: Info) -> list[str]:
     """Where the GPU time of a step goes: milliseconds by class of kernel, their sum, and the wall clock."""
     profiled = {f"{name}, {share(fraction)}": found for name, fraction, found in profiles_in(results)}
-    classes = {name: grouped(kernels_of(found)) for name, found in profiled.items()}
+    classes = {name: result.grouped(result.kernels_of(found)) for name, found in profiled.items()}
     rows = [
         [kind_of_work, *(f"{found[kind_of_work]:.2f}" if kind_of_work in found else "" for found in classes.values())]
-        for kind_of_work in [*CLASSES, OTHER]
+        for kind_of_work in [*result.CLASSES, result.OTHER]
         if any(kind_of_work in found for found in classes.values())
     ]
     rows.append(["sum of the kernels listed", *(f"{sum(found.values()):.2f}" for found in classes.values())])
@@ -280,9 +260,9 @@ def profiles_in(results: Info) -> list[tuple[str, str, Info]]:
 def gpu_times(results: Sequence[Result]) -> GpuTimes:
     """Of the profiles among them: the sums of the kernels that they list."""
     times: GpuTimes = {}
-    for result in results:
-        for name, fraction, found in profiles_in(result.results) if result.kind == PROFILE else ():
-            times.setdefault((result.model, fraction), {})[name] = sum(kernels_of(found).values())
+    for file in results:
+        for name, fraction, found in profiles_in(file.results) if file.kind == result.PROFILE else ():
+            times.setdefault((file.model, fraction), {})[name] = sum(result.kernels_of(found).values())
     return times
 
 
@@ -313,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.write is None:
             print(text)
         else:
-            rewrite(args.write, text, *(SHORT if args.short else (BEGIN, END)))
+            result.rewrite(args.write, text, *(result.SHORT if args.short else (result.BEGIN, result.END)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

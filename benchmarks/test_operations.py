@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import timing
 from benchmarks.op import DTYPES, OURS, OURS_SCORES, Case, measure, name_of
 from benchmarks.registry import COMPILED, MASKED, OPERATIONS, STATISTICS
-from benchmarks.timing import (
-    CLOCK,
-    DEVICE,
-    SIZES,
-    clock_of,
-    matmul_ceiling,
-    peak_of_call,
-    record,
-    side_by_side,
-    warm_up,
-)
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
+from benchmarks.timing import CLOCK, DEVICE, SIZES, record, side_by_side
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK.read)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the masked layers
@@ -81,14 +69,16 @@ def test_masked(benchmark: BenchmarkFixture, cases: Cases, name: str, model: str
     passes = {"forward": case.calls(alone, backward=False), "both": case.calls(contenders)}
     info = benchmark.extra_info
     info.update(masked=name, model=model, batch=SIZES.batch, dtype=name_of(DTYPE), fraction=fraction, width=width)
-    info["warm_up_seconds"] = {name: round(warm_up(call), 2) for name, call in passes["both"].items()}
+    info["warm_up_seconds"] = {name: round(timing.warm_up(call), 2) for name, call in passes["both"].items()}
     info["error"] = {name: float(f"{error:.2g}") for name, error in case.check(contenders).items()}
-    seconds = {which: side_by_side(calls, SIZES.rounds, clock=clock_of(DEVICE)) for which, calls in passes.items()}
+    seconds = {
+        which: side_by_side(calls, SIZES.rounds, clock=timing.clock_of(DEVICE)) for which, calls in passes.items()
+    }
     for which, found in seconds.items():
         info[which] = rates(case, found, backward=which == "both")
     both = seconds["both"]
     info["scores_cost"] = round(both[OURS_SCORES] / both[OURS] - 1, 4)
-    info["peak_mb"] = {name: peak_of_call(call, DEVICE) for name, call in passes["both"].items()}
+    info["peak_mb"] = {name: timing.peak_of_call(call, DEVICE) for name, call in passes["both"].items()}
     info["compilations"] = case.compiled.compilations
     info["median_ms"] = {OURS: round(1e3 * both[OURS], 4)}
     record(benchmark, both[OURS])
@@ -96,7 +86,7 @@ def test_masked(benchmark: BenchmarkFixture, cases: Cases, name: str, model: str
 
 def rates(case: Case, seconds: dict[str, float], backward: bool) -> dict[str, object]:
     """Times, their ratios, and the share of the product of two large matrices."""
-    work, peak = case.work(backward), matmul_ceiling(DEVICE, DTYPE)
+    work, peak = case.work(backward), timing.matmul_ceiling(DEVICE, DTYPE)
     return {
         "median_ms": {name: round(1e3 * value, 4) for name, value in seconds.items()},
         "ratio": {name: round(value / seconds[OURS], 3) for name, value in seconds.items() if name != OURS},

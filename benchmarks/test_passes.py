@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 from timm.models import VisionTransformer
 
@@ -26,9 +26,6 @@ from skd.training.loop import train_epoch
 from skd.training.run import Run, make_run
 from skd.training.screen import Screen, Seconds
 from skd.vit import Module, describe
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK.read)
 BATCH = 16

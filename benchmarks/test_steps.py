@@ -8,18 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import skd
 from benchmarks import steps, timing
 from benchmarks.steps import Batch, device_ms, dropout_list, entry_at, spread
 from benchmarks.timing import CLOCK, DEVICE, GPU, REHEARSAL, SIZES, Call, record, side_by_side, synchronize
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 pytestmark = pytest.mark.benchmark(timer=CLOCK.read)
 # Of a whole gradient after 12 blocks; bfloat16 rounds every activation to 2^-9.
@@ -137,7 +134,6 @@ class Steps:
             "warm_up_seconds": self.warm_up,
             "compilations": {name: found.compilations for name, found in compiled.items()},
             "failed": self.failed,
-            "recompile_limit_reached": {name: found.limited for name, found in compiled.items()},
         }
 
 

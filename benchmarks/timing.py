@@ -53,35 +53,20 @@ BACKEND = "eager" if REHEARSAL else "inductor"  # of torch.compile
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one run of the benchmarks.
+    """The sizes of one run of the benchmarks."""
 
-    Attributes:
-        models: the DeiTs whose layers are timed.
-        step_models: the DeiTs whose training steps are timed.
-        batch: images of a masked layer and of a training step.
-        statistics: (images, threads) of the statistics; "gpu" for threads leaves PyTorch's setting alone.
-        pixels: height and width of the images of a step.
-        depth: blocks of the network of a step.
-        fractions: shares of the full width of a masked layer.
-        step_fractions: shares of the MACs of a step.
-        rounds: turns that each contender of a layer or a step has at least.
-        averaged: entries that stand for a whole dropout list.
-        ready: seconds that a contender of a step may take until it is ready, its compilations included.
-        budget: seconds that the contenders of a statistic take turns for.
-    """
-
-    models: tuple[str, ...] = ("tiny", "small", "base")
-    step_models: tuple[str, ...] = ("tiny", "small", "base")
-    batch: int = 128
-    statistics: tuple[tuple[int, int | str], ...] = ((128, "gpu"),)
-    pixels: int = 224
-    depth: int = 12
-    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
-    step_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
-    rounds: int = 7
-    averaged: int = 4
-    ready: float = 600.0
-    budget: float = 2.0
+    models: tuple[str, ...] = ("tiny", "small", "base")  # the DeiTs whose layers are timed
+    step_models: tuple[str, ...] = ("tiny", "small", "base")  # the DeiTs whose training steps are timed
+    batch: int = 128  # images of a masked layer and of a training step
+    statistics: tuple[tuple[int, int | str], ...] = ((128, "gpu"),)  # (images, threads); "gpu" leaves them alone
+    pixels: int = 224  # height and width of the images of a step
+    depth: int = 12  # blocks of the network of a step
+    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)  # shares of the full width of a masked layer
+    step_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)  # of the MACs of a step
+    rounds: int = 7  # turns that each contender of a layer or a step has at least
+    averaged: int = 4  # entries that stand for a whole dropout list
+    ready: float = 600.0  # seconds that a contender of a step may take until it is ready
+    budget: float = 2.0  # seconds that the contenders of a statistic take turns for
 
 
 # A rented GPU is dear: a model's steps take less than a minute.
