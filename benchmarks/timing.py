@@ -18,7 +18,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -265,11 +264,8 @@ def peak_of_call(call: Callable[[], object], device: str) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiled.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    held = accumulate(event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return round(max(held, default=0) / 1e6, 1)
 
 
