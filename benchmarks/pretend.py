@@ -31,9 +31,8 @@ from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks import on_gpu, timing
+from benchmarks import on_gpu
 from benchmarks.registry import HEADS
-from benchmarks.timing import ROOT
 from skd_kernels.gpu import launch
 
 if TYPE_CHECKING:
@@ -292,13 +291,18 @@ def wanted_by(architecture: int, run: Callable[[], object]) -> dict[str, Wanted]
 
 
 def programs() -> dict[str, Callable[[], object]]:
-    """The tests and benchmarks that start Triton kernels on a GPU, imported when they are called."""
+    """The tests and benchmarks that start Triton kernels on a GPU.
+
+    They are imported when they are called: `benchmarks.timing` looks for the device when it is imported.
+    """
 
     def tests(paths: list[str]) -> Callable[[], object]:
         options = ["-q", "-p", "no:cacheprovider", "--tb=no", "-m", "gpu or not gpu"]
-        return lambda: pytest.main([*options, *(str(ROOT / path) for path in paths)])
+        return lambda: pytest.main([*options, *(str(on_gpu.ROOT / path) for path in paths)])
 
     def benchmarks() -> None:
+        from benchmarks import timing
+
         # One turn at one size says all: kernels are the same at every width.
         timing.SIZES = replace(timing.SIZES, rounds=1, averaged=1, fractions=(1.0,), step_fractions=(1.0,))
         tests(BENCHMARKS)()

@@ -71,6 +71,11 @@ def test_a_program_on_a_pretended_device_starts_what_it_would_start() -> None:
     assert torch.zeros(1).device.type == "cpu" and not torch.zeros(1, device="meta").is_cuda
 
 
+def test_the_device_is_pretended_before_the_benchmarks_look_for_it() -> None:
+    code = "import sys, benchmarks.pretend; raise SystemExit('benchmarks.timing' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_a_test_for_a_gpu_goes_to_its_end_on_a_pretended_device() -> None:
     """Its questions about contents are answered as if all were right; no error is printed."""
     ended = []
