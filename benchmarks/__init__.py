@@ -2,25 +2,29 @@
 
 README.md says which command answers which question. The files:
 
-    registry.py          WHAT is measured: every operation, its shapes, bytes, FLOPs and contenders
-    contenders.py        the other ways to compute an operation: eager, blocked, slices, published, torch.compile
-    measure.py           checks every contender of an operation, then times all of them
-    timing.py            HOW: sizes of a run, clocks, contenders in turn, ceilings of the device, memory, provenance
-    op.py                command: one operation at a shape of yours
-    quick.py             command: the Triton kernels next to the vendor's libraries
-    registers.py         command: registers, spills and shared memory of every Triton kernel, without a GPU
-    steps.py             the ways to take a whole training step
-    profile.py           command: the kernels of a training step
-    calibration.py       the published conversion; command: peak memory of a calibration
-    test_operations.py   suite of pytest: the operations
-    test_steps.py        suite: a training step
-    test_passes.py       suite: the passes of the method
-    conftest.py          what the JSON of a suite says of the machine
-    compare.py           command: did anything become slower?
-    table/               command: the tables of README.md and docs/PERFORMANCE.md, from results/
-    training/            commands: whole runs on data, loaders, several processes
-    run_on_gpu.sh        command: the tests and all of it on a GPU, in nine minutes
-    gpu_run/             the parts of that run
-    precompile.py        command: what that compiles, made without a GPU
-    results/             what was measured
+    registry.py             WHAT is measured: every operation, its shapes, work and contenders
+    timing.py               HOW: sizes of a run, clocks, contenders in turn, ceilings, memory, provenance
+    conftest.py             what the JSON of a suite says of the machine
+
+    op.py                   checks and times one operation; command: at a shape of yours
+    test_operations.py      suite of pytest: the operations
+    quick.py                command: the Triton kernels next to the vendor's libraries
+    steps.py                the ways to take a whole training step; command: the kernels of a step
+    test_steps.py           suite: a training step
+    test_passes.py          suite: the passes of the method
+
+    run_on_gpu.sh           command: the tests and all of it on a GPU, in nine minutes
+    on_gpu.py               the parts of that run
+    precompile.py           command: what that run compiles, made without a GPU
+    pretend.py              a CUDA device that is not there: which kernels would a program start?
+    registers.py            command: registers, spills and shared memory of every Triton kernel, without a GPU
+
+    results/                what was measured
+    result.py               reads a result; cells of tables
+    table.py                command: the tables of docs/PERFORMANCE.md
+    short.py                the short tables at its top, and the sentences below them
+
+    train_fashion_mnist.py  command: every stage of the method on Fashion-MNIST, 40 minutes on a CPU
+    train_importance.py     command: ``importance="online"`` against passes over calibration images
+    train_throughput.py     command: images per second of the loaders, and of one and several processes
 """

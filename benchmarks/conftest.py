@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import skd_kernels
-from benchmarks.timing import DEVICE
+from benchmarks.timing import DEVICE, processor
 
 PRIVATE = ("node", "release", "machine_id")
 
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
     for key in PRIVATE:
         machine_info.pop(key, None)
-    processor = machine_info.get("cpu", {}).get("brand_raw", "CPU")
-    machine_info["cpu"] = {"brand_raw": processor, "capability": torch.backends.cpu.get_cpu_capability()}
+    machine_info["cpu"] = {"brand_raw": processor(), "capability": torch.backends.cpu.get_cpu_capability()}
     machine_info["build"] = skd_kernels.build_info()
     machine_info["threads"] = torch.get_num_threads()
     machine_info["cores"] = os.cpu_count()
-    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else processor
+    machine_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else processor()
 
 
-def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[object], output_json: dict[str, dict[str, object]]
+) -> None:
     for key in ("project", "branch"):
         output_json["commit_info"].pop(key, None)
-    for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)
 
 
 @pytest.fixture
@@ -37,10 +36,11 @@ def device() -> str:
     return DEVICE
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """How much longer the other contenders take, as a short table."""
     session = getattr(config, "_benchmarksession", None)
-    for benchmark in getattr(session, "benchmarks", []):
+    benchmarks: list[BenchmarkFixture] = getattr(session, "benchmarks", [])
+    for benchmark in benchmarks:
         info = benchmark.extra_info
         ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in info.get("ratio", {}).items())
         speed = f"; {info['percent_of_copy']} % of copy" if "percent_of_copy" in info else ""

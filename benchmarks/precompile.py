@@ -1,23 +1,26 @@
-"""Everything that takes a compiler, made without a GPU for a machine that has one.
+"""Everything that takes a compiler, made without a GPU for a machine that has one, and put to use there.
 
 python -m benchmarks.precompile FOLDER                        with this Python, PyTorch and Triton, for an H100
-python -m benchmarks.precompile FOLDER --python PATH          with another Python, as the other machine has it
 benchmarks/run_on_gpu.sh OUTPUT --prebuilt FOLDER             uses it there
 
-FOLDER gets the extension and a Triton cache with each kernel that the tests for a GPU and the benchmarks start
-(gpu_run/prebuilt.py has the layout). Which ones these are is not listed anywhere: tests and benchmarks run with a
-CUDA device that is not there (gpu_run/pretend.py). The kernels are compiled as a launch would, so that their cache
-keys are those of the run. Python and Triton must have the same versions on both machines, and the sources must be the
-same.
+    FOLDER/manifest.json       for which versions it is, and what it holds
+    FOLDER/skd_kernels/_C.*    the compiled extension
+    FOLDER/triton.tar.gz       a Triton cache: each kernel that the tests for a GPU and the benchmarks start, and what
+                               Triton compiles with gcc to start it
+
+Nobody keeps a list of these kernels: tests and benchmarks run with a CUDA device that is not there (pretend.py). The
+kernels are compiled as a launch would, so that their cache keys are those of the run. Python and Triton must have the
+same versions on both machines, and the sources must be the same. Triton's cache keys also name the installation of
+Triton that made them; `use` makes that part equal by a sitecustomize.py, which every Python process reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import functools
-import io
+import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -26,100 +29,167 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from benchmarks.gpu_run import ROOT, prebuilt
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaUtils
 
-TESTS = [f"tests/kernels/test_gpu_triton_{name}.py" for name in ("mlp", "attention", "norm")]
-TRAINING = ["tests/test_gpu_training.py"]
-BENCHMARKS = ["benchmarks/test_operations.py::test_masked", "benchmarks/test_steps.py"]
+    from benchmarks.pretend import Wanted
+
+ROOT = Path(__file__).parents[1]
+PYTHON = "{}.{}".format(*sys.version_info)
+MANIFEST, ARCHIVE = "manifest.json", "triton.tar.gz"
+
+# The folder and its use -----------------------------------------------------------------------------
+
+SITE = '''"""Makes the part of Triton's cache keys that names its installation that of a cache made elsewhere."""
+
+import importlib.util
+import pathlib
+import runpy
+import sys
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != "triton.runtime.cache":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            module.triton_key = lambda: {key!r}
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Finder())
+# Python reads one file of this name: the one that it would have read is read here.
+for folder in map(pathlib.Path, sys.path):
+    other = folder / "sitecustomize.py"
+    if other.is_file() and not other.samefile(__file__):
+        runpy.run_path(str(other))
+        break
+'''
 
 
 @dataclass(frozen=True)
-class Pointer:
-    """Stands for a tensor in a launch: its type, and the remainder of its place in memory by 16."""
+class Manifest:
+    """What a folder holds, and for which machine."""
 
-    dtype: Any
-    remainder: int
+    python: str  # major and minor version, such as "3.12"
+    triton: str  # its version
+    key: str  # the part of Triton's cache keys that names the installation that compiled the kernels
+    torch: str  # the version that the kernels and the extension were made with
+    architectures: list[int]  # of the kernels, 10 * major + minor of the compute capability
+    compiled: int  # how many kernels are in the cache, and libraries that start them
+    sources: str  # `digest` of what was compiled
 
-    def data_ptr(self) -> int:
-        return self.remainder
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """A launch, with `Pointer`s in place of tensors."""
-
-    kernel: Any
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def key(self) -> str:
-        """Equal for launches with the same arguments."""
-        return f"{self.kernel.__name__} {sorted(self.arguments.items(), key=str)} {self.options}"
-
-
-def wanted_by(architecture: int, run: Callable[[], object]) -> dict[str, Wanted]:
-    """The launches of `run` on a pretended CUDA device; what it prints is dropped."""
-    import torch
-
-    from benchmarks.gpu_run.pretend import pretended_cuda
-
-    found: dict[str, Wanted] = {}
-
-    def note(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> None:
-        described = {
-            name: Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        launch = Wanted(kernel, described, options)
-        found.setdefault(launch.key(), launch)
-
-    with pretended_cuda(architecture, note), contextlib.redirect_stdout(io.StringIO()) as printed:
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """Raises ValueError if the folder is not one of `benchmarks.precompile`."""
         try:
-            run()
-        except Exception as error:
-            print(f"{error!r}; before:\n{printed.getvalue()[-2000:]}", file=sys.stderr)
-    return found
+            return Manifest(**json.loads((folder / MANIFEST).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} is not what `python -m benchmarks.precompile` leaves: {error}") from None
+
+    def refusal(self, architecture: int | None = None) -> str | None:
+        """Why this Python cannot use the folder on a GPU of that architecture, or None."""
+        if self.python != PYTHON:
+            return f"it is for Python {self.python}, and this is {PYTHON}"
+        triton = installed("triton")
+        if triton != self.triton:
+            return f"it is for triton {self.triton}, and {triton} is installed"
+        if architecture is not None and architecture not in self.architectures:
+            return f"it is for the architectures {self.architectures}, and this GPU is of {architecture}"
+        return None if digest() == self.sources else "it was made of other sources than these"
 
 
-def programs() -> dict[str, Callable[[], object]]:
-    """The tests and benchmarks that start Triton kernels on a GPU, imported when they are called."""
-    import pytest
+def digest() -> str:
+    """Of all that is compiled: the extension's sources and the Triton kernels."""
+    found = hashlib.sha256()
+    patterns = ("setup.py", "csrc/*.cpp", "csrc/*.cu", "csrc/*.h", "skd_kernels/gpu/*.py")
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
 
-    def tests(paths: list[str]) -> Callable[[], object]:
-        options = ["-q", "-p", "no:cacheprovider", "--tb=no", "-m", "gpu or not gpu"]
-        return lambda: pytest.main([*options, *(str(ROOT / path) for path in paths)])
 
-    def benchmarks() -> None:
-        from benchmarks import timing
+def installed(package: str) -> str | None:
+    """The version of a package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
-        # One turn at one size says all: kernels are the same at every width.
-        timing.SIZES = replace(timing.SIZES, rounds=1, averaged=1, fractions=(1.0,), step_fractions=(1.0,))
-        tests(BENCHMARKS)()
 
-    def quick() -> None:
-        from benchmarks import quick
-        from benchmarks.registry import HEADS
+@dataclass(frozen=True)
+class InUse:
+    """What `use` has put in place."""
 
-        quick.main([*(word for model in HEADS for word in ("--model", model)), "--device", "cuda"])
+    variables: dict[str, str]  # of the environment, that make Python processes use the cache
+    extension: bool  # whether there was an extension too
 
-    def small() -> None:
-        from benchmarks.gpu_run import small
 
-        for operation, sizes, dtype in small.CASES:
-            small.main([operation, "--sizes", sizes, "--dtype", dtype, "--device", "cuda"])
+def use(folder: Path, scratch: Path, architecture: int | None = None) -> InUse:
+    """Unpack the cache into `scratch` and put the extension in place.
 
-    return {
-        "tests of the kernels": tests(TESTS),
-        "tests of training": tests(TRAINING),
-        "benchmarks": benchmarks,
-        "benchmarks.quick": quick,
-        "benchmarks.gpu_run.small": small,
-    }
+    Raises:
+        ValueError: the folder is not for this Python, this GPU and these sources, or it is damaged.
+    """
+    manifest = Manifest.read(folder)
+    if reason := manifest.refusal(architecture):
+        raise ValueError(f"{folder} cannot be used: {reason}")
+    cache, site = scratch / "triton", scratch / "site"
+    try:
+        with tarfile.open(folder / ARCHIVE) as archive:
+            archive.extractall(cache, filter="data")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        shutil.rmtree(cache, ignore_errors=True)
+        raise ValueError(f"{folder / ARCHIVE} cannot be unpacked: {error}") from None
+    relocate(cache)
+    site.mkdir(parents=True, exist_ok=True)
+    (site / "sitecustomize.py").write_text(SITE.format(key=manifest.key))
+    extensions = list((folder / "skd_kernels").glob("_C.*"))
+    for extension in extensions:
+        target = ROOT / "skd_kernels" / extension.name
+        shutil.copy(extension, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)  # a process that has the old one loaded keeps it
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return InUse({"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}, bool(extensions))
+
+
+def relocate(cache: Path) -> None:
+    """Triton writes the whole paths of a kernel's files into its cache: they become those of `cache`."""
+    for group in cache.glob("*/__grp__*.json"):
+        paths = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in paths}}))
+
+
+def compiled_in(cache: Path) -> dict[str, str]:
+    """The name of each kernel in a Triton cache, and of what starts them, by its folder and when it was made."""
+    found = [*cache.glob("*/*.cubin"), *cache.glob("*/*.so")]
+    return {f"{path.parent.name} {path.stat().st_mtime_ns}": path.name.partition(".")[0] for path in found}
+
+
+def compiled_since(cache: Path, before: dict[str, str]) -> Counter[str]:
+    """How many of each name were compiled into a cache since; the kernels of torch.compile together."""
+    added = (name for key, name in compiled_in(cache).items() if key not in before)
+    return Counter("torch.compile" if name.startswith("triton_") else name for name in added)
+
+
+# Finding and compiling ------------------------------------------------------------------------------
 
 
 class NoDevice:
@@ -128,7 +198,7 @@ class NoDevice:
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
 
-    def get_current_target(self) -> Any:
+    def get_current_target(self) -> GPUTarget:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.architecture, 32)
@@ -140,7 +210,7 @@ class NoDevice:
         return 0
 
     @functools.cached_property
-    def utils(self) -> Any:
+    def utils(self) -> CudaUtils:
         """Triton's functions in C, compiled when they are first asked for."""
         from triton.backends.nvidia.driver import CudaUtils
 
@@ -177,7 +247,7 @@ def compile_all(launches: list[Wanted], architecture: int, cache: Path, processe
     return found
 
 
-def _compile(launches: list[Wanted], architecture: int, cache: Path, folder: Path, sender: Any) -> None:
+def _compile(launches: list[Wanted], architecture: int, cache: Path, folder: Path, sender: Connection) -> None:
     """In a process of its own: kernels, and what starts each of them."""
     from triton.runtime import driver
 
@@ -217,55 +287,43 @@ def build_extension(folder: Path, architectures: list[int]) -> None:
         raise RuntimeError(f"setup.py build_ext failed:\n{done.stderr[-3000:]}")
 
 
-def find_launches(architecture: int) -> tuple[list[Wanted], list[str]]:
-    """The launches of all programs, and which of these start none; both are printed as they are found."""
-    launches: dict[str, Wanted] = {}
-    without = []
-    for name, run in programs().items():
-        found = wanted_by(architecture, run)
-        new = found.keys() - launches.keys()
-        launches |= found
-        without += [] if found else [f"{name} started no kernel"]
-        print(f"sm_{architecture}: {name}: {len(found)} launches, {len(new)} of them new", flush=True)
-    return list(launches.values()), without
-
-
 def fill_cache(cache: Path, architectures: list[int], processes: int) -> list[str]:
     """Compile everything for each architecture; what went wrong."""
+    from benchmarks.pretend import find_launches
+
     failed = []
     for architecture in architectures:
         launches, without = find_launches(architecture)
         start = time.perf_counter()
         failed += without + compile_all(launches, architecture, cache, processes)
         seconds = time.perf_counter() - start
-        print(f"sm_{architecture}: {len(prebuilt.compiled_in(cache))} compiled, {seconds:.0f} s", flush=True)
+        print(f"sm_{architecture}: {len(compiled_in(cache))} compiled, {seconds:.0f} s", flush=True)
     return failed
 
 
-def precompile(folder: Path, architectures: list[int], processes: int, *, extension: bool = True) -> list[str]:
+def precompile(folder: Path, architectures: list[int], processes: int) -> list[str]:
     """Fill `folder`; what went wrong. What it takes is printed as it goes."""
     import torch
     import triton
     from triton.runtime.cache import triton_key
 
     folder.mkdir(parents=True, exist_ok=True)
-    if extension:
-        start = time.perf_counter()
-        build_extension(folder, architectures)
-        print(f"extension for {architectures}: {time.perf_counter() - start:.0f} s", flush=True)
+    start = time.perf_counter()
+    build_extension(folder, architectures)
+    print(f"extension for {architectures}: {time.perf_counter() - start:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         cache = Path(temporary)
         failed = fill_cache(cache, architectures, processes)
-        pack(cache, folder / prebuilt.ARCHIVE)
-        count = len(prebuilt.compiled_in(cache))
-    manifest = prebuilt.Manifest(
-        python="{}.{}".format(*sys.version_info),
+        pack(cache, folder / ARCHIVE)
+        count = len(compiled_in(cache))
+    manifest = Manifest(
+        python=PYTHON,
         triton=triton.__version__,
         key=triton_key(),
         torch=torch.__version__,
         architectures=architectures,
         compiled=count,
-        sources=prebuilt.digest(),
+        sources=digest(),
     )
     manifest.write(folder)
     return failed
@@ -281,17 +339,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arch", type=architecture_of, action="append", help="8.0, 9.0 or 10.0; default 9.0")
-    parser.add_argument("--python", help="the interpreter to build with and for; default: this one")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="compilers at a time")
-    parser.add_argument("--no-extension", action="store_true", help="the Triton cache only")
     args = parser.parse_args(arguments)
-    if args.python and Path(shutil.which(args.python) or args.python).absolute() != Path(sys.executable).absolute():
-        words = sys.argv[1:] if arguments is None else arguments
-        return subprocess.run([args.python, "-m", "benchmarks.precompile", *words], cwd=ROOT, check=False).returncode
     folder = args.folder.absolute()
-    failed = precompile(folder, args.arch or [90], args.processes, extension=not args.no_extension)
+    failed = precompile(folder, args.arch or [90], args.processes)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{prebuilt.Manifest.read(folder).compiled} kernels and launchers; {args.folder} has {size / 1e6:.1f} MB")
+    print(f"{Manifest.read(folder).compiled} kernels and launchers; {args.folder} has {size / 1e6:.1f} MB")
     print("\n".join(failed), end="\n" if failed else "", file=sys.stderr)
     return 1 if failed else 0
 

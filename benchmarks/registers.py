@@ -16,11 +16,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from skd_kernels.gpu import launches
 from skd_kernels.gpu.launch import Launch
@@ -48,7 +47,7 @@ class Resources:
         return ""
 
 
-def compile_for(launch: Launch, architecture: int) -> Any:
+def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
     """Triton's compiled kernel, with the text of every stage in its `asm`."""
     index = {param.name: (position,) for position, param in enumerate(launch.kernel.params)}
     source = ASTSource(
@@ -86,7 +85,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--quick", action="store_true", help="only the examples of the ordinary test suite")
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--check", action="store_true", help="exit with 1 on spills or too much shared memory")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}\n")
@@ -95,8 +93,6 @@ def main() -> int:
     faults = []
     for architecture in arguments.arch or TABLE:
         for launch in launches(architecture, quick=arguments.quick):
-            if arguments.kernel not in launch.name:
-                continue
             resources = compile_launch(launch, architecture)
             print(row(launch, architecture, resources), flush=True)
             if fault := resources.faults(architecture):

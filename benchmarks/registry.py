@@ -1,8 +1,16 @@
-"""What is measured: every operation of skd_kernels, its shapes, inputs, bytes, FLOPs and contenders.
+"""What is measured: every operation of skd_kernels, its shapes, inputs, bytes, FLOPs and
 
-A new operation is one entry of `OPERATIONS`, with a count of its work, and a function in contenders.py for each other
-way to compute it. `benchmarks.op` and the tests find it here, and the suite of pytest where it is a statistic or a
-masked layer. quick.py has the questions about single kernels, which operations do not have in common.
+A new operation is one entry of `OPERATIONS`, with a function for its inputs, one for its work, and one for each other
+way to compute it. `benchmarks.op` and the tests find it here, and the suite of pytest does if it is a statistic or a
+masked layer. The contenders, against which ours are timed:
+
+    eager           whole tensors; a statistic is computed in the input's dtype, with sums in float32 or float64
+    blocked         a statistic in blocks of tokens that stay in the cache of a CPU, the fastest PyTorch found there
+    slices          a masked layer in good plain PyTorch: leading rows and columns of the weights, library attention
+    published       as the published implementation does it, the same to rounding: a statistic of cloned features and
+                    centred copies in a Python loop over q, k, v and heads; a masked layer of weights that boolean
+                    masks gather
+    torch.compile   the first of these that the operation has, compiled (`op.Compiled`)
 """
 
 from __future__ import annotations
@@ -10,23 +18,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import skd_kernels
-from benchmarks import contenders
-from benchmarks.contenders import BLOCKED, EAGER, PUBLISHED, SLICES
+
+Tensor = torch.Tensor
+Shape = tuple[int, ...]
+Inputs = tuple[Tensor, ...]
+Way = Callable[..., Tensor | Inputs]
+Draw = Callable[..., Tensor]
+Arguments = dict[str, int | float]
+
+EAGER, BLOCKED, SLICES, PUBLISHED, COMPILED = "eager", "blocked", "slices", "published", "torch.compile"
+BLOCK_TOKENS = 256  # of the covariance: 64 to 512 are within 20 %
+BLOCK_ELEMENTS = 128 * 1024  # of the scores: they fit the second-level cache with their gradients
 
 TOKENS = 197  # of one 224-pixel image in patches of 16, and the class token
 HEADS = {"tiny": 3, "small": 6, "base": 12}  # of DeiT, each of width 64
 HEAD_WIDTH = 64
 EPS = 1e-6  # of the norms of DeiT
-
-Shape = tuple[int, ...]
-Inputs = tuple[torch.Tensor, ...]
-Way = Callable[..., Any]
-Draw = Callable[..., torch.Tensor]
 
 # Largest error of a contender that computes in its input's dtype. Of a statistic relative to the largest entry: a
 # product rounded to bfloat16 is off by 2^-9, and so is a result; sums of thousands of them average it out. Of a layer
@@ -46,37 +58,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation.
+    """One operation."""
 
-    Attributes:
-        name: of the function in `skd_kernels`.
-        axes: what the numbers of a shape are; the last one of a masked layer is the width.
-        layer: the shape at a layer of DeiT, from (heads, images, tokens, share of the full width).
-        inputs: tensors from (shape, dtype, dtype of what is stored: parameters and residual stream, `Draw`).
-        work: THE count of bytes and FLOPs, whoever computes it, from (shape, dtype, with the backward pass).
-        ours: takes the inputs and `arguments`, as do all `ways`.
-        ways: the other contenders by name; torch.compile is made of the first.
-        tolerance: largest error of a contender by dtype.
-        arguments: what the function takes beside the inputs, from the shape. "width" is one of a masked layer's.
-        scores: the shape of the Taylor scores that it can add up, from the shape; None if it has none.
-        outputs: how many it has; each is like the input in its place.
-        trains: it has a backward pass; the others are statistics of (x, grad).
-        dynamic: torch.compile compiles it for any width.
-    """
-
-    name: str
-    axes: str
-    layer: Callable[[int, int, int, float], Shape]
-    inputs: Callable[[Shape, torch.dtype, torch.dtype, Draw], Inputs]
-    work: Callable[[Shape, torch.dtype, bool], Work]
-    ours: Way
-    ways: dict[str, Way]
-    tolerance: dict[torch.dtype, float]
-    arguments: Callable[[Shape], dict[str, Any]] = field(default=lambda shape: {})
-    scores: Callable[[Shape], Shape] | None = None
-    outputs: int = 1
-    trains: bool = True
-    dynamic: bool = False
+    name: str  # of the function in `skd_kernels`
+    axes: str  # the last one of a masked layer is the width
+    layer: Callable[[int, int, int, float], Shape]  # shape from (heads, images, tokens, share of the width)
+    inputs: Callable[[Shape, torch.dtype, torch.dtype, Draw], Inputs]  # the second dtype is of what is stored
+    work: Callable[[Shape, torch.dtype, bool], Work]  # whoever computes it; with the backward pass or not
+    ours: Way  # takes the inputs and `arguments`, as do all `ways`
+    ways: dict[str, Way]  # the other contenders by name; torch.compile is made of the first
+    tolerance: dict[torch.dtype, float]  # largest error of a contender by dtype
+    arguments: Callable[[Shape], Arguments] = field(default=lambda shape: {})  # beside the inputs
+    scores: Callable[[Shape], Shape] | None = None  # the shape of the Taylor scores that it can add up
+    outputs: int = 1  # how many it has; each is like the input in its place
+    trains: bool = True  # it has a backward pass; the others are statistics of (x, grad)
+    dynamic: bool = False  # torch.compile compiles it for any width
 
     def shape(self, model: str, images: int, share: float = 1.0, tokens: int = TOKENS) -> Shape:
         """Where a DeiT of that size calls the operation, at a share of the full width."""
@@ -178,6 +174,121 @@ def norm_work(shape: Shape, dtype: torch.dtype, backward: bool) -> Work:
     return Work(math.prod(shape) * (stream * streams + dtype.itemsize * others), flops * math.prod(shape))
 
 
+# Other ways to compute a statistic ------------------------------------------------------------------
+
+
+def sums_in(x: Tensor) -> torch.dtype:
+    """float32, or what is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# Weighted covariance of (T, G, D), from the token moments: sum over tokens of w (x - mean)(x - mean)^T with
+# w = mean_d |x grad|; (G, D, D).
+
+
+def covariance_eager(x: Tensor, grad: Tensor) -> Tensor:
+    weight = (x * grad).abs_().mean(-1, keepdim=True, dtype=sums_in(x))
+    mean = x.mean(0, dtype=sums_in(x)).to(x.dtype)
+    scaled = ((x - mean) * weight.sqrt().to(x.dtype)).transpose(0, 1)
+    return scaled.mT @ scaled
+
+
+def covariance_blocked(x: Tensor, grad: Tensor) -> Tensor:
+    _, groups, dims = x.shape
+    mean = x.mean(0, dtype=sums_in(x))
+    total = mean.new_zeros(groups, dims, dims)
+    for part, part_grad in zip(x.split(BLOCK_TOKENS), grad.split(BLOCK_TOKENS), strict=True):
+        part = part.to(mean.dtype)
+        weight = (part * part_grad).abs_().mean(-1, keepdim=True)
+        scaled = (part - mean).mul_(weight.sqrt_()).transpose(0, 1)
+        total.baddbmm_(scaled.mT, scaled)
+    return total
+
+
+def covariance_published(x: Tensor, grad: Tensor) -> Tensor:
+    feature, gradient = x.clone(), grad.clone()
+    covariances = []
+    for group in range(x.shape[1]):
+        head, head_grad = feature[:, group], gradient[:, group]
+        weight = (head * head_grad).abs().mean(-1, keepdim=True)
+        centred = head - head.mean(0, keepdim=True)
+        covariances.append((weight * centred).T @ centred)
+    return torch.stack(covariances)
+
+
+# Taylor scores of (T, D): sum over tokens of |x grad|; (D,).
+
+
+def scores_eager(x: Tensor, grad: Tensor) -> Tensor:
+    return (x * grad).abs().sum(0, dtype=sums_in(x))
+
+
+def scores_blocked(x: Tensor, grad: Tensor) -> Tensor:
+    tokens = max(1, BLOCK_ELEMENTS // x.shape[1])
+    total = torch.zeros(x.shape[1], dtype=sums_in(x), device=x.device)
+    for part, part_grad in zip(x.split(tokens), grad.split(tokens), strict=True):
+        total += (part * part_grad).abs_().sum(0, dtype=total.dtype)
+    return total
+
+
+def scores_published(x: Tensor, grad: Tensor) -> Tensor:
+    feature, gradient = x.clone(), grad.clone()
+    return (feature * gradient).abs().sum(0)
+
+
+# Other ways to compute a masked layer, with the arguments of ours ------------------------------------
+
+
+def mlp_slices(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, width: int) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1[:width], b1[:width])), w2[:, :width], b2)
+
+
+def attention_slices(
+    x: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, width: int, num_heads: int
+) -> Tensor:
+    images, tokens, channels = x.shape
+    head_dim = w_proj.shape[1] // num_heads
+    rows = w_qkv.view(3, num_heads, head_dim, channels)[:, :, :width].reshape(-1, channels)
+    bias = b_qkv.view(3, num_heads, head_dim)[:, :, :width].reshape(-1)
+    q, k, v = F.linear(x, rows, bias).view(images, tokens, 3, num_heads, width).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5)
+    columns = w_proj.view(channels, num_heads, head_dim)[:, :, :width].reshape(channels, -1)
+    return F.linear(out.transpose(1, 2).reshape(images, tokens, -1), columns, b_proj)
+
+
+# Boolean masks, made on the host for every call and copied to the device, gather the kept rows and columns of the
+# weights. Softmax attention is written out.
+
+
+def mlp_published(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, width: int) -> Tensor:
+    mask = torch.zeros(len(b1), dtype=torch.bool)
+    mask[:width] = True
+    mask = mask.to(x.device)
+    return F.linear(F.gelu(F.linear(x, w1[mask], b1[mask])), w2[:, mask], b2)
+
+
+def attention_published(
+    x: Tensor, w_qkv: Tensor, b_qkv: Tensor, w_proj: Tensor, b_proj: Tensor, width: int, num_heads: int
+) -> Tensor:
+    images, tokens, _ = x.shape
+    head_dim = w_proj.shape[1] // num_heads
+    mask = torch.zeros(num_heads, head_dim, dtype=torch.bool)
+    mask[:, :width] = True
+    mask = mask.flatten().to(x.device)
+    rows = mask.repeat(3)
+    qkv = F.linear(x, w_qkv[rows], b_qkv[rows]).reshape(images, tokens, 3, num_heads, width)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    attention = (q * head_dim**-0.5) @ k.transpose(-2, -1)
+    out = attention.softmax(dim=-1) @ v
+    return F.linear(out.transpose(1, 2).reshape(images, tokens, -1), w_proj[:, mask], b_proj)
+
+
+def norm_eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum, ``F.layer_norm`` and the conversion for the next linear layer, as PyTorch's own kernels."""
+    total = x + branch
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(branch.dtype)
+
+
 # The registry ---------------------------------------------------------------------------------------
 
 OPERATIONS = {
@@ -190,11 +301,7 @@ OPERATIONS = {
             inputs=statistic_inputs,
             work=moments_work,
             ours=skd_kernels.weighted_covariance,
-            ways={
-                EAGER: contenders.covariance_eager,
-                BLOCKED: contenders.covariance_blocked,
-                PUBLISHED: contenders.covariance_published,
-            },
+            ways={EAGER: covariance_eager, BLOCKED: covariance_blocked, PUBLISHED: covariance_published},
             tolerance=STATISTIC_TOLERANCE,
             trains=False,
         ),
@@ -205,11 +312,7 @@ OPERATIONS = {
             inputs=statistic_inputs,
             work=scores_work,
             ours=skd_kernels.taylor_scores,
-            ways={
-                EAGER: contenders.scores_eager,
-                BLOCKED: contenders.scores_blocked,
-                PUBLISHED: contenders.scores_published,
-            },
+            ways={EAGER: scores_eager, BLOCKED: scores_blocked, PUBLISHED: scores_published},
             tolerance=STATISTIC_TOLERANCE,
             trains=False,
         ),
@@ -223,7 +326,7 @@ OPERATIONS = {
             inputs=mlp_inputs,
             work=mlp_work,
             ours=skd_kernels.masked_mlp,
-            ways={SLICES: contenders.mlp_slices, PUBLISHED: contenders.mlp_published},
+            ways={SLICES: mlp_slices, PUBLISHED: mlp_published},
             tolerance=LAYER_TOLERANCE,
             arguments=lambda shape: {"width": shape[-1]},
             scores=lambda shape: (shape[3],),
@@ -239,7 +342,7 @@ OPERATIONS = {
             inputs=attention_inputs,
             work=attention_work,
             ours=skd_kernels.masked_attention,
-            ways={SLICES: contenders.attention_slices, PUBLISHED: contenders.attention_published},
+            ways={SLICES: attention_slices, PUBLISHED: attention_published},
             tolerance=LAYER_TOLERANCE,
             arguments=lambda shape: {"width": shape[-1], "num_heads": shape[2]},
             scores=lambda shape: (3, shape[2], shape[3]),
@@ -252,7 +355,7 @@ OPERATIONS = {
             inputs=norm_inputs,
             work=norm_work,
             ours=skd_kernels.residual_norm,
-            ways={EAGER: contenders.norm_eager},
+            ways={EAGER: norm_eager},
             tolerance=NORM_TOLERANCE,
             arguments=lambda shape: {"eps": EPS},
             outputs=2,

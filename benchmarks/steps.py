@@ -13,53 +13,67 @@ ours, scores          the first of ours (the graph on a GPU) while Taylor scores
 A step is forward, backward, update and average of the weights, with label smoothing and without Mixup, stochastic
 depth or clipping. On a GPU all run under autocast to bfloat16.
 
-python -m benchmarks.steps --model tiny --batch 16 --contender slices       peak memory of one, in this process
+python -m benchmarks.steps --model base --fraction 1.0 --fraction 0.25 --json profile.json
+
+shows where the time of a step goes, kernel by kernel: of each contender and each share of the MACs the milliseconds
+of a step by the wall clock, and of every kernel the milliseconds and the launches. On a CPU these are operators.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
 from timm.utils import ModelEma, ModelEmaV3
 from torch import nn
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import skd
 import skd_kernels
-from benchmarks import contenders
-from benchmarks.contenders import COMPILED, PUBLISHED, SLICES, Compiled
-from benchmarks.timing import BACKEND, SIZES, captured, peak_resident
+from benchmarks import registry, timing
+from benchmarks.op import Compiled
+from benchmarks.registry import COMPILED, HEADS, PUBLISHED, SLICES
+from benchmarks.result import Info
+from benchmarks.table import profile_table
+from benchmarks.timing import DEVICE, GPU, SIZES, Call
 from skd.training.online import OnlineImportance
 from skd.training.step import by_hand
 from skd.vit import SuperBlock
 
 Layer = Callable[..., torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 SMALLEST = 0.125  # of the MACs, as METHOD's lists end
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
-WARM_UP = 5  # steps; `ours, graph` is captured at the fourth
+WARM_UP = 5  # steps; `ours, graph` is timing.captured at the fourth
 OURS, OURS_COMPILED, OURS_GRAPH, OURS_SCORES = "ours", "ours, compiled", "ours, graph", "ours, scores"
 # The masked layers of a network: attention and MLP.
 PLAIN_LAYERS = {
-    PUBLISHED: (contenders.attention_published, contenders.mlp_published),
-    SLICES: (contenders.attention_slices, contenders.mlp_slices),
+    PUBLISHED: (registry.attention_published, registry.mlp_published),
+    SLICES: (registry.attention_slices, registry.mlp_slices),
 }
-FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is captured for one entry
-SETTINGS: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "drop_path": 0.0, "lr": LR, "warmup_epochs": 0}
-SETTINGS |= {"smoothing": SMOOTHING, "model_ema_warmup": False, "model_ema_decay": DECAY}
+FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is timing.captured for one entry
+RECIPE = skd.TrainConfig(
+    mixup=0.0, cutmix=0.0, drop_path=0.0, lr=LR, warmup_epochs=0, smoothing=SMOOTHING, model_ema_warmup=False,
+    model_ema_decay=DECAY,
+)  # fmt: skip
 
 
 # Networks -------------------------------------------------------------------------------------------
 
 
-def deit(size: str, device: str) -> Any:
+def deit(size: str, device: str) -> VisionTransformer:
     """A DeiT with random weights, the same each time; drawn on the device, which is faster there."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -100,15 +114,17 @@ class Network(nn.Module):
     """``network(images, widths)``: a DeiT whose blocks call `attention` and `mlp` on the widths, ints.
 
     Args:
-        attention, mlp: as `contenders.attention_published` and `contenders.mlp_published`.
+        attention, mlp: as `registry.attention_published` and `registry.mlp_published`.
         compiler: takes the function of one block, and returns what all blocks call in its place.
     """
 
-    def __init__(self, model: Any, attention: Layer, mlp: Layer, compiler: Callable[[Layer], Layer] | None) -> None:
+    def __init__(
+        self, model: VisionTransformer, attention: Layer, mlp: Layer, compiler: Callable[[Layer], Layer] | None
+    ) -> None:
         super().__init__()
         self.model = model
 
-        def block(module: Any, x: torch.Tensor, k: int, m: int) -> torch.Tensor:
+        def block(module: Block, x: torch.Tensor, k: int, m: int) -> torch.Tensor:
             if k:
                 own = module.attn
                 weights = own.qkv.weight, own.qkv.bias, own.proj.weight, own.proj.bias
@@ -149,7 +165,7 @@ class Step:
 
     compiled: Compiled | None = None
 
-    def __init__(self, model: str, batch: tuple[torch.Tensor, torch.Tensor], device: str) -> None:
+    def __init__(self, model: str, batch: Batch, device: str) -> None:
         self.images, self.labels = batch
         self.device = device
         self.reference = skd.SuperNet(deit(model, "meta"))
@@ -165,14 +181,14 @@ class Step:
     def network(self) -> nn.Module:
         raise NotImplementedError
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
 
 class PlainStep(Step):
     """`published`, `slices` and `slices` under torch.compile."""
 
-    def __init__(self, name: str, model: str, batch: Any, device: str, backend: str) -> None:
+    def __init__(self, name: str, model: str, batch: Batch, device: str, backend: str) -> None:
         super().__init__(model, batch, device)
         layers = PLAIN_LAYERS[PUBLISHED if name == PUBLISHED else SLICES]
 
@@ -182,10 +198,9 @@ class PlainStep(Step):
 
         self.plain = Network(deit(model, device), *layers, compiler if name == COMPILED else None).train()
         fused = name != PUBLISHED
-        settings: dict[str, Any] = {"fused": True, "capturable": device == "cuda"} if fused else {}
-        self.optimizer = torch.optim.AdamW(self.plain.parameters(), lr=LR, weight_decay=0.05, **settings)
-        average: Any = ModelEmaV3 if fused else ModelEma
-        self.average = average(self.plain.model, decay=DECAY)
+        make = partial(torch.optim.AdamW, self.plain.parameters(), lr=LR, weight_decay=0.05)
+        self.optimizer = make(fused=True, capturable=device == "cuda") if fused else make()
+        self.average = (ModelEmaV3 if fused else ModelEma)(self.plain.model, decay=DECAY)
 
     @property
     def network(self) -> nn.Module:
@@ -208,12 +223,12 @@ class PlainStep(Step):
 class OwnStep(Step):
     """Ours, as `skd.train` takes it."""
 
-    def __init__(self, name: str, model: str, batch: Any, device: str, backend: str) -> None:
+    def __init__(self, name: str, model: str, batch: Batch, device: str, backend: str) -> None:
         super().__init__(model, batch, device)
         supernet = skd.SuperNet(deit(model, device)).train()
         supernet.dropout_list = dropout_list(supernet)
         graph = name == OURS_GRAPH or (name == OURS_SCORES and device == "cuda")
-        config = skd.TrainConfig(batch_size=len(self.images), cuda_graph=graph, **SETTINGS)
+        config = replace(RECIPE, batch_size=len(self.images), cuda_graph=graph)
         self.step = by_hand(supernet, config)
         if name == OURS_SCORES:
             OnlineImportance(supernet).follow(True)
@@ -234,13 +249,13 @@ class OwnStep(Step):
         with self.autocast():
             return self.step.state.supernet(images, entry=self._at(entry))
 
-    def _at(self, entry: int) -> Any:
+    def _at(self, entry: int) -> int | torch.Tensor:
         return self.entry.fill_(entry) if self.on_device else entry
 
     def __call__(self, entry: int) -> None:
         self.step([(self.images, self.labels)], self._at(entry))
         if self.step.capture is not None and self.step.capture.failed:
-            raise RuntimeError("the step could not be captured; a warning says why")
+            raise RuntimeError("the step could not be timing.captured; a warning says why")
 
 
 def names(device: str) -> list[str]:
@@ -253,7 +268,7 @@ def names(device: str) -> list[str]:
     return [OURS, OURS_SCORES, OURS_COMPILED, SLICES, PUBLISHED, COMPILED]
 
 
-def make(name: str, model: str, batch: Any, device: str, backend: str = BACKEND) -> Step:
+def make(name: str, model: str, batch: Batch, device: str, backend: str = timing.BACKEND) -> Step:
     kind = OwnStep if name.startswith(OURS) else PlainStep
     return kind(name, model, batch, device, backend)
 
@@ -261,7 +276,7 @@ def make(name: str, model: str, batch: Any, device: str, backend: str = BACKEND)
 def replayed(step: Step, entry: int) -> Callable[[], object]:
     """``step(entry)`` as a CUDA graph of its own; RuntimeError if a replay does not train."""
     try:
-        graph = captured(lambda: step(entry), warm_up=3)
+        graph = timing.captured(lambda: step(entry), warm_up=3)
     except BaseException:
         step.network.zero_grad(set_to_none=True)  # they may lie in the memory of the graph that failed
         raise
@@ -269,7 +284,7 @@ def replayed(step: Step, entry: int) -> Callable[[], object]:
     before = weight.clone()
     graph.replay()
     if torch.equal(before, weight):
-        raise RuntimeError("a replay of the captured step leaves the weights as they were")
+        raise RuntimeError("a replay of the timing.captured step leaves the weights as they were")
     return graph.replay
 
 
@@ -279,7 +294,7 @@ def images_and_labels(batch: int, device: str) -> tuple[torch.Tensor, torch.Tens
     return images.to(device), torch.randint(0, 1000, (batch,), generator=generator).to(device)
 
 
-def exact_gradient(model: str, batch: tuple[torch.Tensor, torch.Tensor], entry: int) -> torch.Tensor:
+def exact_gradient(model: str, batch: Batch, entry: int) -> torch.Tensor:
     """By the float64 reference, on the first two images."""
     images, labels = (tensor[:2] for tensor in batch)
     net = skd.SuperNet(deit(model, str(images.device)), copy=False).double()
@@ -304,18 +319,78 @@ def check(step: Step, exact: torch.Tensor, entry: int, tolerance: float) -> floa
     return error
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description="Peak memory of one contender.")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--contender", default=OURS)
-    args = parser.parse_args()
-    step = make(args.contender, args.model, images_and_labels(args.batch, args.device), args.device)
+def two_steps(model: str, batch: int, name: str, device: str) -> None:
+    """For `timing.peak_of_process`: two steps at full width."""
+    step = make(name, model, images_and_labels(batch, device), device)
     for _ in range(2):
         step(0)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_resident()
-    print(json.dumps(round(peak / 1e6, 1)))
+
+
+# The kernels of a step ------------------------------------------------------------------------------
+
+ROUNDS = 3
+WHAT = "Milliseconds and launches of each kernel of a training step, and milliseconds of the step."
+
+
+def kernel_times(call: Call, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
+    """(milliseconds, launches) of one call by the name of each kernel, the longest first; a mean over `rounds`.
+
+    Raises:
+        RuntimeError: the profiler saw no kernel.
+    """
+    call()
+    timing.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as profiled:
+        for _ in range(rounds):
+            call()
+        timing.synchronize()
+    wanted = DeviceType.CUDA if GPU else DeviceType.CPU
+    found = {}
+    for event in profiled.key_averages():
+        microseconds = event.self_device_time_total if GPU else event.self_cpu_time_total
+        if event.device_type == wanted and microseconds > 0 and not event.is_user_annotation:
+            found[event.key] = (round(microseconds / rounds / 1e3, 4), round(event.count / rounds, 2))
+    if not found:
+        raise RuntimeError("the profiler saw no kernel")
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def device_ms(call: Call) -> float:
+    """Milliseconds that the kernels of one call take together on the GPU, whatever the host does meanwhile."""
+    return round(sum(milliseconds for milliseconds, _ in kernel_times(call, rounds=1).values()), 3)
+
+
+def profiles(model: str, names: list[str], fractions: list[float]) -> Info:
+    """By contender and share of the MACs."""
+    found = Info()
+    batch = images_and_labels(SIZES.batch, DEVICE)
+    for name in names:
+        step = make(name, model, batch, DEVICE)
+        step.reference.dropout_list = dropout_list(step.reference)
+        for _ in range(WARM_UP):
+            step(0)
+        calls = {str(fraction): partial(step, entry_at(step.reference, fraction)) for fraction in fractions}
+        found[name] = Info({fraction: profiled(call) for fraction, call in calls.items()})
+    return found
+
+
+def profiled(call: Call) -> Info:
+    seconds = statistics.median(timing.wall(call) for _ in range(ROUNDS))
+    kernels: dict[str, timing.JSON] = {name: list(pair) for name, pair in kernel_times(call).items()}
+    return Info(step_ms=round(1e3 * seconds, 3), kernel_ms_per_step=Info(kernels))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description="Kernels of a training step.")
+    parser.add_argument("--model", choices=HEADS, default="base")
+    parser.add_argument("--contender", action="append", help=f"of {', '.join(names(DEVICE))}; default: two")
+    parser.add_argument("--fraction", type=float, action="append", help="share of the MACs; default: 1.0 and 0.25")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    found = profiles(args.model, args.contender or [names(DEVICE)[0], SLICES], args.fraction or [1.0, 0.25])
+    print("\n".join(profile_table(found)))
+    document = {"what": WHAT, "model": args.model, "batch": SIZES.batch, **timing.provenance(), "results": found}
+    timing.write_json(args.json, document)
     return 0
 
 

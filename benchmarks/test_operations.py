@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contenders import COMPILED
-from benchmarks.measure import OURS, OURS_SCORES, Case, measure, name_of
-from benchmarks.registry import MASKED, OPERATIONS, STATISTICS
-from benchmarks.timing import (
-    DEVICE,
-    SIZES,
-    clock_of,
-    matmul_ceiling,
-    peak_of_call,
-    record,
-    side_by_side,
-    warm_up,
-)
+from benchmarks import timing
+from benchmarks.op import DTYPES, OURS, OURS_SCORES, Case, measure, name_of
+from benchmarks.registry import COMPILED, MASKED, OPERATIONS, STATISTICS
+from benchmarks.timing import CLOCK, DEVICE, SIZES, record, side_by_side
 
+pytestmark = pytest.mark.benchmark(timer=CLOCK.read)
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the masked layers
+Cases = dict[tuple[str, str], Case]
 
 
 @pytest.fixture
-def threads(request: Any) -> Iterator[Any]:
+def threads(request: pytest.FixtureRequest) -> Iterator[int | str]:
     """Threads of PyTorch during the test; "gpu" leaves them alone."""
     before = torch.get_num_threads()
     if request.param != "gpu":
@@ -39,21 +32,24 @@ def threads(request: Any) -> Iterator[Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", SIZES.models)
 @pytest.mark.parametrize("name", STATISTICS)
-def test_operation(benchmark: Any, device: str, name: str, model: str, dtype: str, batch: int, threads: Any) -> None:
+def test_operation(
+    benchmark: BenchmarkFixture, device: str, name: str, model: str, dtype: str, batch: int, threads: int | str
+) -> None:
     """A statistic: time, bandwidth and errors of every contender."""
     operation = OPERATIONS[name]
-    found = measure(operation, operation.shape(model, batch), getattr(torch, dtype), device, budget=SIZES.budget)
+    case = Case(operation, operation.shape(model, batch), DTYPES[dtype], device, total_bytes=256 << 20)
+    found = measure(case, budget=SIZES.budget)
     benchmark.extra_info.update(model=model, batch=batch, threads=threads, **found.extra_info())
-    record(benchmark, found.calls[OURS], rounds=5)
+    record(benchmark, found.seconds[OURS])
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[tuple[str, str], Case]:
+def cases() -> Cases:
     """One per operation and model, so that what torch.compile has compiled serves the next width."""
     return {}
 
 
-def case_of(cases: dict[tuple[str, str], Case], name: str, model: str) -> Case:
+def case_of(cases: Cases, name: str, model: str) -> Case:
     if (name, model) not in cases:
         torch.compiler.reset()
         operation = OPERATIONS[name]
@@ -64,35 +60,38 @@ def case_of(cases: dict[tuple[str, str], Case], name: str, model: str) -> Case:
 @pytest.mark.parametrize("fraction", SIZES.fractions)
 @pytest.mark.parametrize("model", SIZES.models)
 @pytest.mark.parametrize("name", MASKED)
-def test_masked(benchmark: Any, cases: Any, name: str, model: str, fraction: float) -> None:
+def test_masked(benchmark: BenchmarkFixture, cases: Cases, name: str, model: str, fraction: float) -> None:
     """Forward, and forward with backward, of one layer; the cost of the scores; memory; compilations so far."""
     width = OPERATIONS[name].shape(model, SIZES.batch, fraction)[-1]
     case = case_of(cases, name, model).at(width)
     contenders = case.contenders()
     alone = {name: way for name, way in contenders.items() if name not in (OURS_SCORES, COMPILED)}
     passes = {"forward": case.calls(alone, backward=False), "both": case.calls(contenders)}
-    compiling = {name: round(warm_up(call), 2) for name, call in passes["both"].items()}
-    errors = case.check(contenders)
-    peak = matmul_ceiling(DEVICE, DTYPE)
-    seconds = {which: side_by_side(calls, SIZES.rounds, clock=clock_of(DEVICE)) for which, calls in passes.items()}
     info = benchmark.extra_info
     info.update(masked=name, model=model, batch=SIZES.batch, dtype=name_of(DTYPE), fraction=fraction, width=width)
+    info["warm_up_seconds"] = {name: round(timing.warm_up(call), 2) for name, call in passes["both"].items()}
+    info["error"] = {name: float(f"{error:.2g}") for name, error in case.check(contenders).items()}
+    seconds = {
+        which: side_by_side(calls, SIZES.rounds, clock=timing.clock_of(DEVICE)) for which, calls in passes.items()
+    }
     for which, found in seconds.items():
-        work = case.work(backward=which == "both")
-        info[which] = {
-            "median_ms": {name: round(1e3 * value, 4) for name, value in found.items()},
-            "ratio": {name: round(value / found[OURS], 3) for name, value in found.items() if name != OURS},
-            "tflops": {name: round(work.flops / value / 1e12, 4) for name, value in found.items()},
-            "percent_of_matmul": {name: round(100 * work.flops / value / peak, 1) for name, value in found.items()},
-            "bytes": work.bytes,
-            "flops": work.flops,
-        }
+        info[which] = rates(case, found, backward=which == "both")
     both = seconds["both"]
     info["scores_cost"] = round(both[OURS_SCORES] / both[OURS] - 1, 4)
-    info["peak_mb"] = {name: peak_of_call(call, DEVICE) for name, call in passes["both"].items()}
-    info["warm_up_seconds"] = compiling
+    info["peak_mb"] = {name: timing.peak_of_call(call, DEVICE) for name, call in passes["both"].items()}
     info["compilations"] = case.compiled.compilations
-    info["error"] = {name: float(f"{error:.2g}") for name, error in errors.items()}
-    info["median_ms"] = {OURS: info["both"]["median_ms"][OURS]}
-    assert COMPILED in both
-    record(benchmark, passes["both"][OURS], rounds=3)
+    info["median_ms"] = {OURS: round(1e3 * both[OURS], 4)}
+    record(benchmark, both[OURS])
+
+
+def rates(case: Case, seconds: dict[str, float], backward: bool) -> dict[str, object]:
+    """Times, their ratios, and the share of the product of two large matrices."""
+    work, peak = case.work(backward), timing.matmul_ceiling(DEVICE, DTYPE)
+    return {
+        "median_ms": {name: round(1e3 * value, 4) for name, value in seconds.items()},
+        "ratio": {name: round(value / seconds[OURS], 3) for name, value in seconds.items() if name != OURS},
+        "tflops": {name: round(work.flops / value / 1e12, 4) for name, value in seconds.items()},
+        "percent_of_matmul": {name: round(100 * work.flops / value / peak, 1) for name, value in seconds.items()},
+        "bytes": work.bytes,
+        "flops": work.flops,
+    }

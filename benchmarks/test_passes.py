@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
+from timm.models import VisionTransformer
 
 import skd
-from benchmarks import calibration, steps
-from benchmarks.contenders import PUBLISHED
-from benchmarks.steps import PLAIN_LAYERS, Network, images_and_labels
-from benchmarks.timing import Call, report
+from benchmarks import steps
+from benchmarks.registry import PUBLISHED, covariance_published
+from benchmarks.steps import PLAIN_LAYERS, Batch, Network, images_and_labels
+from benchmarks.timing import CLOCK, Call, peak_of_process, report
+from skd.convert import WpacStatistics, apply_transforms
 from skd.evaluate import Top1
 from skd.importance import _add_scores, _count_skips, score_buffers
-from skd.support.taps import frozen, objective
+from skd.support.taps import checked, frozen, objective, tapped
 from skd.training.loop import train_epoch
 from skd.training.run import Run, make_run
 from skd.training.screen import Screen, Seconds
+from skd.vit import Module, describe
 
+pytestmark = pytest.mark.benchmark(timer=CLOCK.read)
 BATCH = 16
 STEPS = 3  # of the training loop
-BARE: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "drop_path": 0.0, "model_ema": False}
+RECIPE = skd.TrainConfig(batch_size=BATCH, amp_dtype="float32")
+BARE = replace(RECIPE, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0, model_ema=False)
 
 
-def deit(size: str, device: str) -> Any:
+def deit(size: str, device: str) -> VisionTransformer:
     return steps.deit(size, device).eval()
 
 
-def batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(device: str) -> Batch:
     return images_and_labels(BATCH, device)
 
 
-def describe(benchmark: Any, name: str, size: str) -> None:
+def describe_pass(benchmark: BenchmarkFixture, name: str, size: str) -> None:
     """For the table."""
     benchmark.extra_info.update({"pass": name, "model": size, "batch": BATCH})
 
@@ -50,22 +58,71 @@ def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) 
     return block.step(block.modules_in_order.index(module), x, width)
 
 
+# Calibration ----------------------------------------------------------------------------------------
+
+
+def convert_published(model: VisionTransformer, batches: Iterable[Batch]) -> skd.SuperNet:
+    """`skd.convert(..., centering="batch")` as it was published: the same arithmetic, another way to get there.
+
+    It keeps features and gradients of all layers until the backward pass is over, where ours are streamed, and has
+    gradients of parameters that nobody reads. The clones are made in the backward pass, to its advantage.
+    """
+    network, converted = describe(model), copy.deepcopy(model)
+    statistics = WpacStatistics("batch")
+    kept: list[tuple[Module, torch.Tensor, torch.Tensor]] = []
+    with tapped(converted, network.modules, lambda *tap: kept.append((tap[0], tap[1].clone(), tap[2].clone()))):
+        converted.requires_grad_()
+        for images, labels in checked(converted, batches):
+            converted.zero_grad()
+            objective(converted, converted(images), labels).backward()
+            for module, feature, grad in kept:
+                _add(statistics, module, feature, grad)
+            kept.clear()
+    apply_transforms(converted, network, statistics.transforms(network))
+    return skd.SuperNet(converted, copy=False, network=network)
+
+
+def _add(statistics: WpacStatistics, module: Module, feature: torch.Tensor, grad: torch.Tensor) -> None:
+    name = module.name
+    if module.kind == "mlp":
+        score = (feature * grad).square().flatten(0, -2).sum(0)
+        statistics.importance[name] = statistics.importance.get(name, 0.0) + score
+    else:
+        x, g = feature.flatten(2, 3).flatten(0, 1), grad.flatten(2, 3).flatten(0, 1)
+        statistics.covariances[name] = statistics.covariances.get(name, 0.0) + covariance_published(x, g).double()
+
+
+WAYS: dict[str, Callable[[VisionTransformer, list[Batch]], object]] = {
+    "load": lambda model, batches: None,
+    "streamed": lambda model, batches: skd.convert(model, batches, centering="batch"),
+    "published": convert_published,
+}
+
+
+def calibrate(way: str, size: str, device: str) -> None:
+    """For `peak_of_process`: two batches."""
+    WAYS[way](deit(size, device), [batch(device)] * 2)
+
+
 @pytest.mark.parametrize("size", ["tiny"])
-def test_calibration(benchmark: Any, device: str, size: str) -> None:
+def test_calibration(benchmark: BenchmarkFixture, device: str, size: str) -> None:
     """`skd.convert` of one batch, against the published way; and the peak memory of both."""
     model, batches = deit(size, device), [batch(device)]
     contenders: dict[str, Call] = {
-        "streamed": lambda: skd.convert(model, batches, centering="batch"),
-        "published": lambda: calibration.convert(model, batches),
+        "streamed": lambda: WAYS["streamed"](model, batches),
+        "published": lambda: WAYS["published"](model, batches),
     }
-    describe(benchmark, "`skd.convert` as a whole", size)
+    describe_pass(benchmark, "`skd.convert` as a whole", size)
     report(benchmark, contenders, rounds=3)
-    peaks = calibration.peaks(f"deit_{size}_patch16_224", BATCH, device)
+    peaks = {way: peak_of_process(calibrate, way, size, device) for way in WAYS}
     benchmark.extra_info["peak_mb_over_loading"] = {way: round(peaks[way] - peaks["load"]) for way in contenders}
 
 
+# Other passes ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("size", ["tiny"])
-def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str, size: str) -> None:
+def test_backward_of_the_cost_with_frozen_parameters(benchmark: BenchmarkFixture, device: str, size: str) -> None:
     """Only gradients of activations, from the first block on, against all gradients of a plain pass.
 
     That pass with our layers, and with the published ones.
@@ -92,12 +149,12 @@ def test_backward_of_the_cost_with_frozen_parameters(benchmark: Any, device: str
                 x = supernet.step(index, x, width)
             objective(supernet.model, supernet.head(x), labels).backward()
 
-    describe(benchmark, "backward of the cost, parameters frozen", size)
+    describe_pass(benchmark, "backward of the cost, parameters frozen", size)
     report(benchmark, {"frozen": activations_only, "all gradients": everything, "published": published_pass})
 
 
 @pytest.mark.parametrize("size", ["tiny"])
-def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str) -> None:
+def test_sensitivities_with_prefix_reuse(benchmark: BenchmarkFixture, device: str, size: str) -> None:
     """One pass per module, from that module on, against one whole pass per module: our layers and published ones."""
     supernet, (images, labels) = skd.SuperNet(deit(size, device)), batch(device)
     network = published_network(size, device)
@@ -136,18 +193,15 @@ def test_sensitivities_with_prefix_reuse(benchmark: Any, device: str, size: str)
         return counted(top1)
 
     assert prefix_reuse() == whole_passes() == published_passes()
-    contenders: dict[str, Call] = {
-        "prefix reuse": prefix_reuse,
-        "whole passes": whole_passes,
-        "published": published_passes,
-    }
-    describe(benchmark, "sensitivities, each from its module on", size)
+    contenders: dict[str, Call] = {"prefix reuse": prefix_reuse, "whole passes": whole_passes}
+    contenders["published"] = published_passes
+    describe_pass(benchmark, "sensitivities, each from its module on", size)
     report(benchmark, contenders, rounds=3)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
-def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> None:
+def test_extraction(benchmark: BenchmarkFixture, device: str, size: str, fraction: float) -> None:
     """Time of one `skd.extract`, against copying as many bytes of parameters."""
     supernet = skd.SuperNet(deit(size, device))
     full = supernet.widths()
@@ -159,20 +213,19 @@ def test_extraction(benchmark: Any, device: str, size: str, fraction: float) -> 
         "extract": lambda: skd.extract(supernet, entry=1),
         "copy": lambda: [parameter.clone() for parameter in parameters],
     }
-    describe(benchmark, f"`skd.extract`, {fraction:.0%} of the widths", size)
+    describe_pass(benchmark, f"`skd.extract`, {fraction:.0%} of the widths", size)
     report(benchmark, contenders, rounds=15)
 
 
-def run_of(device: str, batches: list[Any], **settings: Any) -> Run:
-    config = skd.TrainConfig(batch_size=len(batches[0][1]), amp_dtype="float32", **settings)
+def run_of(device: str, batches: list[Batch], config: skd.TrainConfig) -> Run:
     network = skd.SuperNet(deit("tiny", device))
     return make_run(network, batches, None, config, screen=Screen(Console(quiet=True)))
 
 
-def test_training_loop(benchmark: Any, device: str) -> None:
+def test_training_loop(benchmark: BenchmarkFixture, device: str) -> None:
     """Three steps of DeiT-Tiny: the loop, the bare steps, and the loop with the whole recipe."""
     batches = [batch(device)] * STEPS
-    loop, recipe = run_of(device, batches, **BARE), run_of(device, batches)
+    loop, recipe = run_of(device, batches, BARE), run_of(device, batches, RECIPE)
     network = skd.SuperNet(deit("tiny", device)).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, weight_decay=0.05)
 

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 import skd
-from benchmarks import steps
-from benchmarks.profile import device_ms
-from benchmarks.steps import dropout_list, entry_at, spread
-from benchmarks.timing import (
-    DEVICE,
-    GPU,
-    REHEARSAL,
-    ROOT,
-    SIZES,
-    Call,
-    matmul_ceiling,
-    record,
-    side_by_side,
-    synchronize,
-    time_limit,
-    warm_up,
-)
+from benchmarks import steps, timing
+from benchmarks.steps import Batch, device_ms, dropout_list, entry_at, spread
+from benchmarks.timing import CLOCK, DEVICE, GPU, REHEARSAL, SIZES, Call, record, side_by_side, synchronize
 
+pytestmark = pytest.mark.benchmark(timer=CLOCK.read)
 # Of a whole gradient after 12 blocks; bfloat16 rounds every activation to 2^-9.
 TOLERANCE = 0.1 if GPU else 1e-3
 
@@ -48,6 +33,7 @@ class Steps:
 
     def __init__(self, model: str) -> None:
         torch.compiler.reset()
+        self.model = model
         self.supernet = skd.SuperNet(steps.deit(model, "meta"))
         self.supernet.dropout_list = dropout_list(self.supernet)
         batch = steps.images_and_labels(SIZES.batch, DEVICE)
@@ -57,7 +43,7 @@ class Steps:
         self.memory: dict[str, float] = {}
         self.warm_up: dict[str, float] = {}
         for name in steps.names(DEVICE):
-            with self._excused(name), time_limit(SIZES.ready):
+            with self._excused(name), timing.time_limit(SIZES.ready):
                 self._add(name, model, batch, exact)
         if not self.all:
             raise RuntimeError(f"no contender takes a step: {self.failed}")
@@ -70,12 +56,12 @@ class Steps:
         except Exception as error:
             self.failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
-    def _add(self, name: str, model: str, batch: Any, exact: torch.Tensor) -> None:
+    def _add(self, name: str, model: str, batch: Batch, exact: torch.Tensor) -> None:
         before = torch.cuda.memory_allocated() if GPU else 0
         if GPU:
             torch.cuda.reset_peak_memory_stats()
         step = steps.make(name, model, batch, DEVICE)
-        compiling = warm_up(lambda: steps.check(step, exact, 0, TOLERANCE))
+        compiling = timing.warm_up(lambda: steps.check(step, exact, 0, TOLERANCE))
         self.warm_up[name] = round(compiling + self._warm(step), 2)
         if GPU:
             self.memory[name] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
@@ -105,12 +91,12 @@ class Steps:
         found: dict[str, Call] = {}
         for name, fixed in steps.FIXED.items() if GPU else ():
             if name in self.all:
-                with self._excused(fixed), time_limit(SIZES.ready):
+                with self._excused(fixed), timing.time_limit(SIZES.ready):
                     found[fixed] = steps.replayed(self.all[name], entry)
         return found
 
     def calls(self, entry: int) -> dict[str, Call]:
-        return {name: (lambda step=step: step(entry)) for name, step in self.all.items()}  # type: ignore[misc]
+        return {name: partial(step, entry) for name, step in self.all.items()}
 
     def host(self, entry: int) -> dict[str, float]:
         """Milliseconds that a step keeps the host, while the device is idle before it."""
@@ -130,12 +116,12 @@ class Steps:
         """Forward, and twice that in the backward, of the sub-network's MACs in the `full` convention."""
         return 6.0 * float(self.supernet.dropout_list.macs[entry]) * SIZES.batch
 
-    def info(self, model: str, seconds: dict[str, float], flops: float) -> dict[str, Any]:
+    def info(self, seconds: dict[str, float], flops: float) -> dict[str, object]:
         ours, *others = seconds
-        peak = matmul_ceiling(DEVICE, torch.bfloat16 if GPU else torch.float32)
+        peak = timing.matmul_ceiling(DEVICE, torch.bfloat16 if GPU else torch.float32)
         compiled = {name: step.compiled for name, step in self.all.items() if step.compiled is not None}
         return {
-            "step": model,
+            "step": self.model,
             "batch": SIZES.batch,
             "dtype": "bfloat16" if GPU else "float32",
             "threads": "gpu" if GPU else torch.get_num_threads(),
@@ -148,15 +134,14 @@ class Steps:
             "warm_up_seconds": self.warm_up,
             "compilations": {name: found.compilations for name, found in compiled.items()},
             "failed": self.failed,
-            "recompile_limit_reached": {name: found.limited for name, found in compiled.items()},
         }
 
 
 @pytest.fixture(scope="module", params=SIZES.step_models)
-def model(request: Any) -> Any:
-    """(name, its contenders), one model at a time."""
+def model(request: pytest.FixtureRequest) -> Iterator[Steps]:
+    """The contenders of one model at a time."""
     found = Steps(request.param)
-    yield request.param, found
+    yield found
     found.all.clear()
     gc.collect()
     if GPU:
@@ -164,77 +149,56 @@ def model(request: Any) -> Any:
     assert not found.failed, found.failed
 
 
-def test_mean_step(benchmark: Any, model: Any) -> None:
+def test_mean_step(benchmark: BenchmarkFixture, model: Steps) -> None:
     """The mean over entries spread over the dropout list, each visited in turn: widths change at every step."""
-    name, found = model
-    entries = spread(found.supernet, SIZES.averaged)
-
-    def over_all(step: steps.Step) -> Call:
-        def call() -> None:
-            for entry in entries:
-                step(entry)
-
-        return call
-
-    calls = {contender: over_all(step) for contender, step in found.all.items()}
+    entries = spread(model.supernet, SIZES.averaged)
+    calls = {name: partial(lambda step: [step(entry) for entry in entries], step) for name, step in model.all.items()}
     seconds = {key: value / len(entries) for key, value in side_by_side(calls, min(3, SIZES.rounds)).items()}
-    flops = statistics.fmean(found.flops(entry) for entry in entries)
-    macs = found.supernet.dropout_list.macs
-    benchmark.extra_info.update(found.info(name, seconds, flops))
+    flops = statistics.fmean(model.flops(entry) for entry in entries)
+    macs = model.supernet.dropout_list.macs
+    benchmark.extra_info.update(model.info(seconds, flops))
     benchmark.extra_info.update(fraction="mean", macs_fraction=round(float(macs[entries].mean() / macs[0]), 4))
-    record(benchmark, calls[next(iter(calls))], rounds=1)
+    record(benchmark, next(iter(seconds.values())))
 
 
 @pytest.mark.parametrize("fraction", SIZES.step_fractions)
-def test_step(benchmark: Any, model: Any, fraction: float) -> None:
+def test_step(benchmark: BenchmarkFixture, model: Steps, fraction: float) -> None:
     """One sub-network, of the largest MACs within a fraction; on a GPU also in graphs of this one entry."""
-    name, found = model
-    entry = found.entries()[fraction]
-    calls = found.calls(entry) | found.fixed(entry)
+    entry = model.entries()[fraction]
+    calls = model.calls(entry) | model.fixed(entry)
     seconds = side_by_side(calls, SIZES.rounds)
-    macs = found.supernet.dropout_list.macs
-    benchmark.extra_info.update(found.info(name, seconds, found.flops(entry)))
+    macs = model.supernet.dropout_list.macs
+    benchmark.extra_info.update(model.info(seconds, model.flops(entry)))
     benchmark.extra_info.update(fraction=fraction, macs_fraction=round(float(macs[entry] / macs[0]), 4))
     if GPU:
-        benchmark.extra_info["host_ms"] = found.host(entry)
+        benchmark.extra_info["host_ms"] = model.host(entry)
         benchmark.extra_info["gpu_ms"] = {contender: device_ms(call) for contender, call in calls.items()}
-    record(benchmark, calls[next(iter(calls))], rounds=1)
+    record(benchmark, next(iter(seconds.values())))
 
 
-@pytest.mark.skipif(GPU, reason="on a GPU nothing else runs between the sub-networks: test_step says it")
-def test_time_against_macs(benchmark: Any, model: Any) -> None:
-    """Ours, the sub-networks taking turns: time over MACs, relative to the full network."""
-    name, found = model
-    first, step = next(iter(found.all.items()))
-    calls = {str(fraction): (lambda entry=entry: step(entry)) for fraction, entry in found.entries().items()}
-    seconds = side_by_side(calls, SIZES.rounds)
-    macs = found.supernet.dropout_list.macs
-    shares = {str(fraction): float(macs[entry] / macs[0]) for fraction, entry in found.entries().items()}
+@pytest.mark.skipif(GPU, reason="on a GPU nothing else runs between the sub-networks, and test_step has the memory")
+def test_time_against_macs(benchmark: BenchmarkFixture, model: Steps) -> None:
+    """Ours, the sub-networks taking turns: time over MACs, relative to the full network. And the peak memory.
+
+    That is of a process that takes two steps at full width, each contender in its own; loading is included.
+    """
+    first, step = next(iter(model.all.items()))
+    entries, macs = (
+        {str(fraction): entry for fraction, entry in model.entries().items()},
+        model.supernet.dropout_list.macs,
+    )
+    seconds = side_by_side({fraction: partial(step, entry) for fraction, entry in entries.items()}, SIZES.rounds)
+    shares = {fraction: float(macs[entry] / macs[0]) for fraction, entry in entries.items()}
     full = seconds["1.0"]
     benchmark.extra_info.update(
-        time_against_macs=name,
+        time_against_macs=model.model,
         contender=first,
         macs_fraction={key: round(share, 4) for key, share in shares.items()},
-        time_over_macs={key: round(seconds[key] / full / shares[key], 3) for key in calls},
+        time_over_macs={key: round(seconds[key] / full / shares[key], 3) for key in entries},
         median_ms={key: round(1e3 * value, 3) for key, value in seconds.items()},
     )
-    record(benchmark, calls["1.0"], rounds=1)
-
-
-@pytest.mark.skipif(GPU, reason="test_step has the peak memory on a GPU")
-@pytest.mark.skipif(REHEARSAL, reason="six processes that say nothing in a rehearsal")
-def test_peak_memory(benchmark: Any) -> None:
-    """Of a process that takes two steps at full width, each contender in its own; what it takes to load included."""
-    peaks = {}
-    for name in steps.names(DEVICE):
-        command = [sys.executable, "-m", "benchmarks.steps", "--model", "tiny", "--batch", str(SIZES.batch)]
-        done = subprocess.run(
-            [*command, "--contender", name],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks[name] = json.loads(done.stdout)
-    benchmark.extra_info.update(step_memory="tiny", batch=SIZES.batch, peak_mb=peaks)
-    benchmark.pedantic(lambda: None, rounds=1)
+    if not REHEARSAL:  # six processes that would say nothing
+        arguments = {name: (model.model, SIZES.batch, name, DEVICE) for name in steps.names(DEVICE)}
+        peaks = {name: timing.peak_of_process(steps.two_steps, *given) for name, given in arguments.items()}
+        benchmark.extra_info.update(step_memory=model.model, batch=SIZES.batch, peak_mb=peaks)
+    record(benchmark, full)

@@ -1,6 +1,6 @@
-"""How it is measured: the sizes of a run, contenders that take turns, the limits of the device, where it was.
+"""How everything is measured: the sizes of a run, the clocks, the limits of the device, and where it was measured.
 
-Contenders take turns in random order and medians are compared: such ratios survive a noisy machine.
+Contenders take turns in random order and their medians are compared, because such ratios survive a noisy machine.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,21 +18,25 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 import skd_kernels
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 ROOT = Path(__file__).parent.parent
 Call = Callable[[], object]
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 QUEUE_CYCLES = 4_000_000  # about 2 ms at 1.98 GHz: longer than the launches of most contenders take the host
 MOST_ROUNDS = 60
@@ -47,35 +52,20 @@ BACKEND = "eager" if REHEARSAL else "inductor"  # of torch.compile
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one run of the benchmarks.
+    """The sizes of one run of the benchmarks."""
 
-    Attributes:
-        models: the DeiTs whose layers are timed.
-        step_models: the DeiTs whose training steps are timed.
-        batch: images of a masked layer and of a training step.
-        statistics: (images, threads) of the statistics; "gpu" for threads leaves PyTorch's setting alone.
-        pixels: height and width of the images of a step.
-        depth: blocks of the network of a step.
-        fractions: shares of the full width of a masked layer.
-        step_fractions: shares of the MACs of a step.
-        rounds: turns that each contender of a layer or a step has at least.
-        averaged: entries that stand for a whole dropout list.
-        ready: seconds that a contender of a step may take until it is ready, its compilations included.
-        budget: seconds that the contenders of a statistic take turns for.
-    """
-
-    models: tuple[str, ...] = ("tiny", "small", "base")
-    step_models: tuple[str, ...] = ("tiny", "small", "base")
-    batch: int = 128
-    statistics: tuple[tuple[int, int | str], ...] = ((128, "gpu"),)
-    pixels: int = 224
-    depth: int = 12
-    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
-    step_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)
-    rounds: int = 7
-    averaged: int = 4
-    ready: float = 600.0
-    budget: float = 2.0
+    models: tuple[str, ...] = ("tiny", "small", "base")  # the DeiTs whose layers are timed
+    step_models: tuple[str, ...] = ("tiny", "small", "base")  # the DeiTs whose training steps are timed
+    batch: int = 128  # images of a masked layer and of a training step
+    statistics: tuple[tuple[int, int | str], ...] = ((128, "gpu"),)  # (images, threads); "gpu" leaves them alone
+    pixels: int = 224  # height and width of the images of a step
+    depth: int = 12  # blocks of the network of a step
+    fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)  # shares of the full width of a masked layer
+    step_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.125)  # of the MACs of a step
+    rounds: int = 7  # turns that each contender of a layer or a step has at least
+    averaged: int = 4  # entries that stand for a whole dropout list
+    ready: float = 600.0  # seconds that a contender of a step may take until it is ready
+    budget: float = 2.0  # seconds that the contenders of a statistic take turns for
 
 
 # A rented GPU is dear: a model's steps take less than a minute.
@@ -205,26 +195,39 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def report(benchmark: Any, contenders: Mapping[str, Call], rounds: int = 5) -> None:
-    """Time the first contender for the JSON, and keep its ratio to each other one beside it."""
+class ReplayedClock:
+    """The clock of pytest-benchmark in these suites: it repeats the times that `side_by_side` has taken.
+
+    So the statistics in the JSON are of contenders that took turns, and the comparisons of pytest-benchmark use them.
+    """
+
+    now = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = ReplayedClock()
+
+
+def record(benchmark: BenchmarkFixture, seconds: float) -> None:
+    """Put a time into the JSON; the test must be marked with ``pytest.mark.benchmark(timer=CLOCK.read)``."""
+    benchmark.pedantic(CLOCK.advance, args=(seconds,))
+
+
+def report(benchmark: BenchmarkFixture, contenders: Mapping[str, Call], rounds: int = 5) -> None:
+    """Put the time of the first contender into the JSON, and its ratio to each of the others beside it."""
     medians = side_by_side(contenders, rounds)
     ours, *others = contenders
     benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 3) for name, seconds in medians.items()}
     benchmark.extra_info["ratio"] = {other: round(medians[other] / medians[ours], 3) for other in others}
-    record(benchmark, contenders[ours], rounds)
+    record(benchmark, medians[ours])
 
 
-def record(benchmark: Any, call: Call, rounds: int = 5) -> None:
-    """Put the times of `call` itself into the JSON, where `benchmarks.compare` finds them."""
-
-    def complete() -> None:
-        call()
-        synchronize()
-
-    benchmark.pedantic(complete, rounds=rounds, warmup_rounds=1)
-
-
-# Ceilings and memory -------------------------------------------------------------------------------------------
+# Ceilings and memory --------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -261,16 +264,28 @@ def peak_of_call(call: Callable[[], object], device: str) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiled.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    held = accumulate(event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return round(max(held, default=0) / 1e6, 1)
 
 
+def peak_of_process(work: Callable[..., object], *arguments: object) -> float:
+    """MB that ``work(*arguments)`` holds at most in a process of its own; on a GPU what PyTorch allocates there.
+
+    The last of the arguments names the device. The function is found by its name, and the arguments are pickled.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_of_this_process, work, arguments).result()
+
+
+def _peak_of_this_process(work: Callable[..., object], arguments: tuple[object, ...]) -> float:
+    work(*arguments)
+    on_gpu = torch.device(str(arguments[-1])).type == "cuda"
+    return round((torch.cuda.max_memory_allocated() if on_gpu else peak_resident()) / 1e6, 1)
+
+
 def peak_resident() -> int:
-    """Bytes. The kernel's count comes first: getrusage reports the peak of the parent where that was larger."""
+    """Bytes. The kernel's count comes first, as getrusage reports the peak of the parent if that was larger."""
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     unit = 1 if sys.platform == "darwin" else 1024
@@ -280,8 +295,8 @@ def peak_resident() -> int:
 # Where a figure comes from --------------------------------------------------------------------------
 
 
-def provenance() -> dict[str, Any]:
-    """Device, cores, versions, commit and date; no name of host or folder."""
+def provenance() -> dict[str, JSON]:
+    """Device, cores, versions, commit and date; neither the name of a host nor of a folder."""
     info = skd_kernels.build_info()
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
@@ -292,8 +307,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def write_json(path: Path | None, document: Mapping[str, object]) -> None:
+    """Write a result, if the command was given a file for it."""
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def processor() -> str:
-    """The name of the CPU, where the package cpuinfo is, which comes with pytest-benchmark."""
+    """The name of the CPU, if the package cpuinfo is installed, which comes with pytest-benchmark."""
     try:
         from cpuinfo import get_cpu_info
     except ImportError:
@@ -302,35 +323,30 @@ def processor() -> str:
 
 
 def printed(*command: str) -> str:
-    """What a command prints, its first line; empty where it is not there."""
+    """The first line that a command prints; empty if there is no such command."""
     with contextlib.suppress(OSError):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.partition("\n")[0].strip()
     return ""
 
 
-def machine() -> dict[str, Any]:
-    """The same with every GPU that PyTorch sees, the driver, what is compiled, and why skd cannot be imported."""
-    devices = []
+def machine() -> dict[str, JSON]:
+    """The provenance, every GPU that PyTorch sees, the driver, what is compiled, and why skd cannot be imported."""
+    devices: list[JSON] = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "multiprocessors": properties.multi_processor_count,
-                "memory_gigabytes": round(properties.total_memory / 1e9, 1),
-            }
-        )
+        found = torch.cuda.get_device_properties(index)
+        described = {"name": found.name, "capability": f"{found.major}.{found.minor}"}
+        memory = round(found.total_memory / 1e9, 1)
+        devices.append({**described, "multiprocessors": found.multi_processor_count, "memory_gigabytes": memory})
     driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     info = skd_kernels.build_info()
-    compiled = {name: info.get(name) for name in ("compiled", "reason", "built_with_torch", "cuda", "cuda_toolkit")}
-    compiled["cuda_architectures"] = info.get("cuda_architectures")
+    keys = ("compiled", "reason", "built_with_torch", "cuda", "cuda_toolkit", "cuda_architectures")
+    compiled = {name: info.get(name) for name in keys}
     return {**provenance(), "devices": devices, "driver": driver, "build": compiled, "skd": refusal_of_skd()}
 
 
 def refusal_of_skd() -> str:
-    """Why skd cannot be imported, in one line; empty where it can."""
+    """Why skd cannot be imported, in one line; empty if it can."""
     try:
         import skd  # noqa: F401
     except ImportError as error:

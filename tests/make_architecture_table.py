@@ -24,7 +24,7 @@ from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
-from benchmarks.table import rewrite
+from benchmarks.result import rewrite
 
 BEGIN, END = "<!-- architectures:begin -->", "<!-- architectures:end -->"
 

@@ -13,7 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import rewrite
+from benchmarks.result import rewrite
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -11,7 +11,7 @@ from equivalence import check
 from make_architecture_table import BEGIN, END, table
 
 import skd
-from benchmarks.table import split
+from benchmarks.result import split
 
 # What a refusal must name.
 REFUSED = {

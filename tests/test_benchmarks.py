@@ -1,11 +1,14 @@
-"""The tools of benchmarks/: contenders agree, `op` prints, `compare` judges. Nothing is timed."""
+"""The tools of benchmarks/: contenders agree, `op` prints, pytest-benchmark compares. Nothing is timed."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +19,13 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import calibration, compare, op, profile, steps, table, test_steps
-from benchmarks.contenders import COMPILED
-from benchmarks.measure import OURS, Case
-from benchmarks.registry import LAYERS, MASKED, OPERATIONS, STATISTICS
-from benchmarks.table import __main__ as table_command
-from benchmarks.table import gpu, runs
-from benchmarks.timing import peak_of_call, side_by_side
-from benchmarks.training import fashion_mnist
-from benchmarks.training import input as input_pipeline
+from benchmarks import op, result, steps, table, test_passes, test_steps
+from benchmarks import train_fashion_mnist as fashion_mnist
+from benchmarks import train_throughput as throughput
+from benchmarks.op import OURS, Case
+from benchmarks.registry import COMPILED, LAYERS, MASKED, OPERATIONS, STATISTICS
+from benchmarks.result import Info, Result
+from benchmarks.timing import peak_of_call, peak_of_process, side_by_side
 from skd.convert import convert
 from skd.data import data_config
 from skd_kernels import _dispatch
@@ -52,13 +53,6 @@ def case_of(name: str, dtype: torch.dtype = torch.float32, total_bytes: int = 0)
 def test_every_operation_of_the_library_is_in_the_registry() -> None:
     """Whoever adds one is told here that it is not measured."""
     assert set(OPERATIONS) == set(_dispatch._operations)
-
-
-def written(path: Path, device: str = "A", **medians: float) -> str:
-    """A result file of benchmarks of these medians."""
-    benchmarks = [{"name": name, "stats": {"median": seconds}} for name, seconds in medians.items()]
-    path.write_text(json.dumps({"machine_info": {"device": device}, "benchmarks": benchmarks}))
-    return str(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -156,38 +150,32 @@ def test_op_names_a_wrong_argument(arguments: list[str], message: str, capsys: p
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_compare_gates_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = written(tmp_path / "old.json", a=1.0, b=1.0, gone=1.0)
-    assert compare.main([old, written(tmp_path / "same.json", a=1.09, b=0.5, fresh=9.0)]) == 0
-    worse = written(tmp_path / "worse.json", a=1.11, b=1.0)
-    capsys.readouterr()
-    assert compare.main([old, worse]) == 1
-    shown = capsys.readouterr().out
-    assert re.search(r"a +1000.000 +1110.000 +1.11  SLOWER", shown) and shown.count("SLOWER") == 1
-    assert "gone  only in the old run" in shown
-    assert compare.main([old, worse, "--threshold", "1.2"]) == 0
+SUITE = """
+import pytest
+from benchmarks.timing import CLOCK, record
+
+@pytest.mark.benchmark(timer=CLOCK.read)
+def test_recorded(benchmark):
+    record(benchmark, SECONDS)
+"""
 
 
-def test_compare_prefers_the_times_taken_side_by_side() -> None:
-    entry = {"name": "a", "stats": {"median": 5.0}, "extra_info": {"median_ms": {"ours": 2.0, "eager": 9.0}}}
-    assert runs.medians({"benchmarks": [entry]}) == {"a": 2e-3}
-
-
-def test_compare_refuses_what_it_cannot_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = written(tmp_path / "good.json", a=1.0)
-    (tmp_path / "text.json").write_text("text")
-    (tmp_path / "other.json").write_text('{"benchmarks": [{"title": 1}]}')
-    refused = {
-        str(tmp_path / "missing.json"): "No such file",
-        str(tmp_path / "text.json"): "is not JSON",
-        str(tmp_path / "other.json"): "is not a result of pytest --benchmark-json",
-        written(tmp_path / "apart.json", z=1.0): "no benchmark in common",
-        written(tmp_path / "gpu.json", device="B", a=1.0): "measured on A, .* on B",
-    }
-    for path, message in refused.items():
-        assert compare.main([good, path]) == 2
-        assert re.search(message, capsys.readouterr().err), path
-    assert compare.main([good, str(tmp_path / "gpu.json"), "--across-devices"]) == 0
+@pytest.mark.parametrize(("seconds", "status"), [(1.09, 0), (1.11, 1), (0.5, 0)])
+def test_a_regression_of_recorded_times_is_found(tmp_path: Path, seconds: float, status: int) -> None:
+    """By pytest-benchmark itself, whose clock repeats what contenders in turn took."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_suite.py")]
+    old = tmp_path / "old.json"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for value, options in (
+        (1.0, ["--benchmark-json", str(old)]),
+        (seconds, ["--benchmark-compare", str(old), "--benchmark-compare-fail", "median:10%"]),
+    ):
+        (tmp_path / "test_suite.py").write_text(SUITE.replace("SECONDS", str(value)))
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+    assert json.loads(old.read_text())["benchmarks"][0]["stats"]["median"] == 1.0
+    assert done.returncode == status, done.stdout
 
 
 def run_of(ratios: dict[str, float]) -> dict[str, Any]:
@@ -203,26 +191,26 @@ def run_of(ratios: dict[str, float]) -> dict[str, Any]:
 
 
 def test_table_is_written_between_its_markers(tmp_path: Path) -> None:
-    result, readme = tmp_path / "a.json", tmp_path / "README.md"
-    result.write_text(json.dumps(run_of({"eager": 4.25, COMPILED: 3.0})))
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert table_command.main([str(result), "--write", str(readme)]) == 0
-    before, inside, after = table.split(readme.read_text())
+    file, readme = tmp_path / "a.json", tmp_path / "README.md"
+    file.write_text(json.dumps(run_of({"eager": 4.25, COMPILED: 3.0})))
+    readme.write_text(f"before\n{result.BEGIN}\nold\n{result.END}\nafter\n")
+    assert table.main([str(file), "--write", str(readme)]) == 0
+    before, inside, after = result.split(readme.read_text())
     assert (before, after) == ("before\n", "\nafter\n")
     assert (
         inside.splitlines()[-1]
         == "| `taylor_scores` | Tiny | float32 | 16 | 1 | compiled | 1.5 | 12 | 97 | 4.25x | 3.00x |"
     )
     readme.write_text("no markers")
-    assert table_command.main([str(result), "--write", str(readme)]) == 1
+    assert table.main([str(file), "--write", str(readme)]) == 1
     assert readme.read_text() == "no markers"
 
 
 def test_the_table_of_steps_tells_the_host_time_where_it_was_taken() -> None:
-    info = {"step": "tiny", "fraction": 0.5, "macs_fraction": 0.498, "compilations": {}, "tflops": {"ours": 1.0}}
+    info = Info(step="tiny", fraction=0.5, macs_fraction=0.498, compilations={}, tflops={"ours": 1.0})
     info |= {"median_ms": {"ours": 2.0, "ours, scores": 2.1}, "ratio": {"ours, scores": 1.05}}
     info |= {"percent_of_matmul": {"ours": 50.0}, "peak_mb": {}}
-    lines = table.step_table([info, info | {"host_ms": {"ours": 0.3, "ours, scores": 0.31}}])
+    lines = table.step_table([info, Info(info | {"host_ms": {"ours": 0.3, "ours, scores": 0.31}})])
     assert lines[2] == lines[3] == "| Tiny | 50 % | 2 | 1 | 50 | 1.05x |"
     assert lines[4:] == ["", "Milliseconds of the host at 50 % of the MACs: ours: 0.3; ours, scores: 0.31."]
 
@@ -240,11 +228,10 @@ def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(steps, "make", failing)
     found = test_steps.Steps("tiny")
     assert list(found.all) == ["slices", "published"] and found.failed == {"ours": "RuntimeError: no compiler"}
-    info = found.info("tiny", {"slices": 2e-3, "published": 4e-3}, 1e9) | {"fraction": 1.0, "macs_fraction": 1.0}
-    lines = table.step_table([info, info | {"median_ms": {"slices": 2.0}, "ratio": {}}])
+    info = Info(found.info({"slices": 2e-3, "published": 4e-3}, 1e9)) | {"fraction": 1.0, "macs_fraction": 1.0}
+    lines = table.step_table([Info(info), Info(info | {"median_ms": {"slices": 2.0}, "ratio": {}})])
     assert lines[2].endswith("| 2.00x |") and lines[3].endswith("|  |")
     assert lines[-1] == "ours failed: RuntimeError: no compiler."
-    assert runs.name_of({"name": "test_step[1.0]", "extra_info": info}) == "test_step[1.0]: slices"
 
 
 def test_a_contender_that_is_not_ready_in_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,11 +273,11 @@ def test_a_captured_step_that_does_not_train_is_no_contender(monkeypatch: pytest
 def test_the_time_of_a_step_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the operators stand in: one call has so many of each, and the table takes the document."""
     x = torch.ones(300, 300)
-    found = profile.kernel_times(lambda: x @ x + x, rounds=2)
+    found = steps.kernel_times(lambda: x @ x + x, rounds=2)
     assert found["aten::mm"][1] == 1.0 and found["aten::add"][1] == 1.0 and found["aten::mm"][0] > 0
-    results = {"ours": {"1.0": {"step_ms": 1.0, "kernel_ms_per_step": found}}}
-    assert gpu.kind({"results": results}) == gpu.PROFILE
-    assert "aten::mm" in profile.summary(results)
+    results = Info(ours={"1.0": {"step_ms": 1.0, "kernel_ms_per_step": found}})
+    assert Result.of("a.json", Info(results=results)).kind == result.PROFILE
+    assert table.profile_table(results)[0] == "| milliseconds a step | ours, 100 % |"
 
 
 def test_the_peak_memory_of_a_call() -> None:
@@ -304,13 +291,22 @@ def test_the_peak_memory_of_a_call() -> None:
     assert peak_of_call(call, "cpu") == 8.0
 
 
+def test_the_peak_memory_of_a_process() -> None:
+    small, large = (peak_of_process(ones, size, "cpu") for size in (1, 50_000_000))
+    assert 190 < large - small < 220
+
+
+def ones(size: int, device: str) -> None:
+    torch.ones(size, device=device)
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(path for pattern in ("[cg]pu*", "h100-*") for path in RESULTS.glob(f"{pattern}.json")),
     ids=lambda path: path.name,
 )
 def test_committed_results_name_no_machine(path: Path) -> None:
-    run = runs.document(path)
+    run = json.loads(path.read_text())
     assert not {"node", "release", "machine_id"} & (set(run) | set(run.get("machine_info", {})))
     assert not re.search(r'"/|"[a-z_]+@', path.read_text()), "a path or an account"
 
@@ -318,7 +314,7 @@ def test_committed_results_name_no_machine(path: Path) -> None:
 def test_the_published_conversion_is_ours() -> None:
     batches = random_batches()
     found, expected = (
-        calibration.convert(tiny_vit(), batches),
+        test_passes.convert_published(tiny_vit(), batches),
         convert(tiny_vit(), batches, centering="batch"),
     )
     for a, b in zip(found.parameters(), expected.parameters(), strict=True):
@@ -364,27 +360,26 @@ def test_contenders_of_a_training_step_have_one_gradient() -> None:
 def test_fashion_mnist_in_the_docs_is_the_committed_result() -> None:
     """All budgets, both columns; and nothing of the machine it ran on but its processor."""
     file = ROOT / "benchmarks" / "results" / "fashion-mnist.json"
-    result = json.loads(file.read_text())
-    _, inside, _ = table.split((ROOT / "docs" / "ACCURACY.md").read_text(), fashion_mnist.BEGIN, fashion_mnist.END)
-    assert inside == fashion_mnist.table(result)
-    assert len(result["trained"]["curve"]) == 7 and (ROOT / "docs" / "fashion-mnist.png").is_file()
-    assert sum(result["seconds"].values()) < 40 * 60
+    found = Info(json.loads(file.read_text()))
+    _, inside, _ = result.split((ROOT / "docs" / "ACCURACY.md").read_text(), fashion_mnist.BEGIN, fashion_mnist.END)
+    assert inside == fashion_mnist.table(found)
+    assert len(found["trained"]["curve"]) == 7 and (ROOT / "docs" / "fashion-mnist.png").is_file()
+    assert sum(found["seconds"].values()) < 40 * 60
     assert "/home" not in file.read_text() and "/tmp" not in file.read_text()
 
 
 def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to send images give the same batches; the page has the committed result."""
     pytest.importorskip("webdataset")
-    monkeypatch.setattr(input_pipeline, "SHARDS", 1)
-    data, config = input_pipeline.write(tmp_path, 4), data_config(tiny_vit()) | {"num_classes": 2}
+    monkeypatch.setattr(throughput, "SHARDS", 1)
+    data, config = throughput.write(tmp_path, 4), data_config(tiny_vit()) | {"num_classes": 2}
     for source in data.values():
         ours, whole = (
-            next(iter(input_pipeline.make_loader(source, config, 0, sent, 4, "cpu")))[0]
-            for sent in input_pipeline.SENT
+            next(iter(throughput.make_loader(source, config, 0, sent, 4, "cpu")))[0] for sent in throughput.SENT
         )
         torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
-    document = json.loads((ROOT / "benchmarks" / "results" / "input-cpu.json").read_text())
-    assert input_pipeline.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()
+    document = Info(json.loads((RESULTS / "input-cpu.json").read_text()))
+    assert throughput.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()
 
 
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
@@ -396,25 +391,18 @@ def test_every_benchmark_can_be_imported(path: Path) -> None:
     importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: path.name)
-def test_each_folder_says_what_its_files_are(folder: Path) -> None:
-    """The docstring of `__init__.py` names every file and folder in it."""
-    text = importlib.import_module(".".join(folder.relative_to(ROOT).parts)).__doc__ or ""
+def test_the_docstring_of_the_package_says_what_its_files_are() -> None:
+    text = importlib.import_module("benchmarks").__doc__ or ""
     named = {line.split()[0].rstrip("/") for line in text.splitlines() if line.startswith("    ")}
-    there = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"__pycache__", "README.md"}
-    assert named | {"__init__.py"} == there
+    there = {path.name for path in (ROOT / "benchmarks").iterdir() if path.name[0] != "."}
+    assert named | {"__init__.py"} == there - {"__pycache__", "README.md"}
 
 
 def test_the_readme_of_the_benchmarks_names_every_command() -> None:
     """And no command that is not there."""
     text = (ROOT / "benchmarks" / "README.md").read_text()
     named = set(re.findall(r"python -m ([\w.]+)", text))
-    commands = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-        for path in FILES
-        if '__name__ == "__main__"' in path.read_text()
-    }
-    started_by_others = {"benchmarks.gpu_run.on_gpu", "benchmarks.gpu_run.small", "benchmarks.steps"}
-    assert named == commands - started_by_others
+    commands = {f"benchmarks.{path.stem}" for path in FILES if '__name__ == "__main__"' in path.read_text()}
+    assert named == commands - {"benchmarks.on_gpu"}  # run_on_gpu.sh starts it
     for path in re.findall(r"pytest (benchmarks/\S+\.py)", text):
         assert (ROOT / path).is_file(), path

@@ -19,7 +19,7 @@ from helpers import perturb, random_batches, tiny_vit
 from make_measured_lines import BEGIN, END, lines
 
 import skd
-from benchmarks.table import split
+from benchmarks.result import split
 from skd import cli
 
 # Models whose attention is cut by heads, or not at all: projections together with and without a bias, and apart.

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ("op", "quick", "registry", "measure", "registers", "compare", "table", "conftest", "test_operations")
-BENCHMARKS += ("gpu_run.on_gpu", "gpu_run.small")
+BENCHMARKS = ("op", "quick", "registry", "registers", "table", "conftest", "test_operations", "on_gpu", "pretend")
 FORBID = """
 import importlib.abc, sys
 

@@ -14,9 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import precompile
-from benchmarks.gpu_run import limited, on_gpu, prebuilt
-from benchmarks.gpu_run.limited import Command, Run
+from benchmarks import on_gpu, precompile
+from benchmarks.on_gpu import Command, Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +42,7 @@ def test_a_command_that_is_cut_keeps_what_it_wrote(tmp_path: Path) -> None:
 
 def test_commands_that_do_not_listen_are_killed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their graces do not add up."""
-    monkeypatch.setattr(limited, "GRACE", 1.0)
+    monkeypatch.setattr(on_gpu, "GRACE", 1.0)
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
     run = run_in(tmp_path, 60)
     run.part("part", [Command(f"deaf-{index}", python(deaf), 1.0) for index in range(6)], at_once=6)
@@ -56,7 +55,7 @@ def test_no_command_outlives_the_script(tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys, time
 from pathlib import Path
-from benchmarks.gpu_run.limited import Command, Run
+from benchmarks.on_gpu import Command, Run
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 run = Run(Path({str(tmp_path)!r}), time.monotonic() + 600, dict(os.environ), {{}})
@@ -118,10 +117,10 @@ def prebuilt_folder(place: Path) -> Path:
 
     (place / "cache" / "a").mkdir(parents=True)
     (place / "cache" / "a" / "flash_forward.cubin").touch()
-    precompile.pack(place / "cache", place / prebuilt.ARCHIVE)
+    precompile.pack(place / "cache", place / precompile.ARCHIVE)
     python = "{}.{}".format(*sys.version_info)
-    sources = prebuilt.digest()
-    prebuilt.Manifest(python, triton.__version__, "", torch.__version__, [90], 1, sources).write(place)
+    sources = precompile.digest()
+    precompile.Manifest(python, triton.__version__, "", torch.__version__, [90], 1, sources).write(place)
     return place
 
 

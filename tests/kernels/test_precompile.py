@@ -19,8 +19,7 @@ pytest.importorskip("triton")
 from mlp_checks import check
 
 import skd_kernels as kernels
-from benchmarks import precompile
-from benchmarks.gpu_run import prebuilt
+from benchmarks import precompile, pretend
 from skd_kernels.gpu import mlp
 from skd_kernels.gpu.launch import Launch, _describe, record
 
@@ -37,12 +36,12 @@ def call(device: str = "cuda") -> None:
     kernels.masked_mlp(*leaves, width, scores=torch.zeros(48, device=device)).sum().backward()
 
 
-def keys(launches: list[precompile.Wanted]) -> set[str]:
+def keys(launches: list[pretend.Wanted]) -> set[str]:
     """What Triton specialises the launches on, as `launch.record` writes it."""
     found = set()
     for wanted in launches:
         arguments = {
-            name: torch.empty(1, dtype=value.dtype, device="meta") if isinstance(value, precompile.Pointer) else value
+            name: torch.empty(1, dtype=value.dtype, device="meta") if isinstance(value, pretend.Pointer) else value
             for name, value in wanted.arguments.items()
         }
         options = wanted.options
@@ -66,10 +65,15 @@ def recorded() -> list[Launch]:
 
 def test_a_program_on_a_pretended_device_starts_what_it_would_start() -> None:
     before = torch.empty, torch.Tensor.to, torch.cuda.is_available
-    found = precompile.wanted_by(90, call)
+    found = pretend.wanted_by(90, call)
     assert keys(list(found.values())) == {launch.key() for launch in recorded()}
     assert (torch.empty, torch.Tensor.to, torch.cuda.is_available) == before
     assert torch.zeros(1).device.type == "cpu" and not torch.zeros(1, device="meta").is_cuda
+
+
+def test_the_device_is_pretended_before_the_benchmarks_look_for_it() -> None:
+    code = "import sys, benchmarks.pretend; raise SystemExit('benchmarks.timing' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_test_for_a_gpu_goes_to_its_end_on_a_pretended_device() -> None:
@@ -80,7 +84,7 @@ def test_a_test_for_a_gpu_goes_to_its_end_on_a_pretended_device() -> None:
         check(torch.bfloat16, (2, 75, 144), 256, 45, device="cuda", act="silu", gated=True)
         ended.append(True)
 
-    found = precompile.wanted_by(90, run)
+    found = pretend.wanted_by(90, run)
     assert ended and {launch.kernel.__name__ for launch in found.values()} > {"hidden_kernel", "gradient_kernel"}
 
 
@@ -93,8 +97,8 @@ def test_memory_that_begins_anywhere_is_noted() -> None:
         rows = torch.zeros(9, 33, dtype=torch.float16, device="cuda")[:, 1:]
         column_sums(rows, torch.tensor(3, device="cuda"), torch.zeros(32, dtype=torch.float16, device="cuda"))
 
-    pointers = [v for launch in precompile.wanted_by(90, run).values() for v in launch.arguments.values()]
-    assert any(isinstance(value, precompile.Pointer) and value.remainder == 2 for value in pointers)
+    pointers = [v for launch in pretend.wanted_by(90, run).values() for v in launch.arguments.values()]
+    assert any(isinstance(value, pretend.Pointer) and value.remainder == 2 for value in pointers)
 
 
 # The cache ------------------------------------------------------------------------------------------
@@ -107,10 +111,10 @@ import triton.runtime.cache
 
 if sys.argv[2]:
     triton.runtime.cache.triton_key = lambda: sys.argv[2]
-from benchmarks import precompile
+from benchmarks import precompile, pretend
 from test_precompile import CHEAP, call
 
-wanted = [w for w in precompile.wanted_by(90, call).values() if w.kernel.__name__ in CHEAP]
+wanted = [w for w in pretend.wanted_by(90, call).values() if w.kernel.__name__ in CHEAP]
 failed = precompile.compile_all(wanted, 90, Path(sys.argv[1]), 2)
 print(len(wanted), failed, triton.runtime.cache.triton_key(), sep="|")
 """
@@ -140,32 +144,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = place / "cache"
     count, failed, key = compile_cheap(cache, "another installation")
     assert failed == "[]" and int(count) >= 2
-    precompile.pack(cache, place / prebuilt.ARCHIVE)
-    compiled = prebuilt.compiled_in(cache)
+    precompile.pack(cache, place / precompile.ARCHIVE)
+    compiled = precompile.compiled_in(cache)
     assert set(CHEAP) < set(compiled.values())  # what starts them is there too
     (place / "cache").rename(place / "gone")  # its paths lead nowhere any more
     python = "{}.{}".format(*sys.version_info)
-    prebuilt.Manifest(
-        python, triton.__version__, key, torch.__version__, [90], len(compiled), prebuilt.digest()
+    precompile.Manifest(
+        python, triton.__version__, key, torch.__version__, [90], len(compiled), precompile.digest()
     ).write(place)
     return place
 
 
 def test_another_machine_compiles_nothing(folder: Path, tmp_path: Path) -> None:
-    used = prebuilt.use(folder, tmp_path, 90)
+    used = precompile.use(folder, tmp_path, 90)
     assert not used.extension  # none was made
     environment, cache = used.variables, tmp_path / "triton"
-    before = prebuilt.compiled_in(cache)
-    assert len(before) == prebuilt.Manifest.read(folder).compiled
+    before = precompile.compiled_in(cache)
+    assert len(before) == precompile.Manifest.read(folder).compiled
     assert compile_cheap(cache, **environment)[2] == "another installation"
-    assert set(prebuilt.compiled_since(cache, before)) <= OF_THE_MACHINE
+    assert set(precompile.compiled_since(cache, before)) <= OF_THE_MACHINE
 
 
 def test_without_its_key_everything_is_compiled_and_counted(folder: Path, tmp_path: Path) -> None:
-    prebuilt.use(folder, tmp_path)
-    before = prebuilt.compiled_in(tmp_path / "triton")
+    precompile.use(folder, tmp_path)
+    before = precompile.compiled_in(tmp_path / "triton")
     compile_cheap(tmp_path / "triton")
-    added = prebuilt.compiled_since(tmp_path / "triton", before)
+    added = precompile.compiled_since(tmp_path / "triton", before)
     # What starts them does not depend on who compiles the kernels.
     assert set(added) - OF_THE_MACHINE == set(CHEAP)
     added = Counter({name: added[name] for name in CHEAP})
@@ -183,32 +187,32 @@ def test_without_its_key_everything_is_compiled_and_counted(folder: Path, tmp_pa
 def test_other_versions_and_sources_are_refused(
     folder: Path, tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
-    document = json.loads((folder / prebuilt.MANIFEST).read_text())
-    (tmp_path / prebuilt.MANIFEST).write_text(json.dumps(document | change))
+    document = json.loads((folder / precompile.MANIFEST).read_text())
+    (tmp_path / precompile.MANIFEST).write_text(json.dumps(document | change))
     with pytest.raises(ValueError, match=reason):
-        prebuilt.use(tmp_path, tmp_path / "scratch")
+        precompile.use(tmp_path, tmp_path / "scratch")
     assert not (tmp_path / "scratch").exists()
     with pytest.raises(ValueError, match=r"is not what `python -m benchmarks.precompile` leaves"):
-        prebuilt.use(tmp_path / "nothing", tmp_path)
+        precompile.use(tmp_path / "nothing", tmp_path)
 
 
 def test_another_gpu_and_a_damaged_archive_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it is for the architectures \[90\], and this GPU is of 80"):
-        prebuilt.use(folder, tmp_path / "scratch", 80)
-    shutil.copy(folder / prebuilt.MANIFEST, tmp_path)
-    for damaged in ((folder / prebuilt.ARCHIVE).read_bytes()[:500], b"", None):
-        (tmp_path / prebuilt.ARCHIVE).unlink(missing_ok=True)
+        precompile.use(folder, tmp_path / "scratch", 80)
+    shutil.copy(folder / precompile.MANIFEST, tmp_path)
+    for damaged in ((folder / precompile.ARCHIVE).read_bytes()[:500], b"", None):
+        (tmp_path / precompile.ARCHIVE).unlink(missing_ok=True)
         if damaged is not None:
-            (tmp_path / prebuilt.ARCHIVE).write_bytes(damaged)
+            (tmp_path / precompile.ARCHIVE).write_bytes(damaged)
         with pytest.raises(ValueError, match=r"triton.tar.gz cannot be unpacked"):
-            prebuilt.use(tmp_path, tmp_path / "scratch")
+            precompile.use(tmp_path, tmp_path / "scratch")
     assert not list(tmp_path.glob("scratch/*"))
 
 
 def test_a_sitecustomize_that_was_there_is_still_read(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "sitecustomize.py").write_text("print('read')")
-    environment = prebuilt.use(folder, tmp_path).variables
+    environment = precompile.use(folder, tmp_path).variables
     environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(tmp_path / "there")])
     code = "import triton.runtime.cache as cache; print(cache.triton_key())"
     done = subprocess.run(
@@ -229,8 +233,8 @@ def test_kernels_of_torch_compile_are_counted_together(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.cubin"
         path.parent.mkdir()
         path.touch()
-    assert prebuilt.compiled_since(tmp_path, {}) == Counter({"torch.compile": 2, "flash_forward": 1})
-    before = prebuilt.compiled_in(tmp_path)
-    assert prebuilt.compiled_since(tmp_path, before) == Counter()
+    assert precompile.compiled_since(tmp_path, {}) == Counter({"torch.compile": 2, "flash_forward": 1})
+    before = precompile.compiled_in(tmp_path)
+    assert precompile.compiled_since(tmp_path, before) == Counter()
     os.utime(tmp_path / "c" / "flash_forward.cubin", (0, 0))  # compiled again in its place
-    assert prebuilt.compiled_since(tmp_path, before) == Counter({"flash_forward": 1})
+    assert precompile.compiled_since(tmp_path, before) == Counter({"flash_forward": 1})

@@ -1,6 +1,6 @@
 """``importance="online"`` against passes over calibration images: do they agree, what is saved, what is the curve.
 
-python -m benchmarks.training.online_importance --json FILE    a small ViT on digits, minutes on a CPU
+python -m benchmarks.train_importance --json FILE    a small ViT on digits, minutes on a CPU
 
 The same pre-trained and converted network is trained by PIAD twice. In the online run, whenever the list grows, the
 passes are made as well, at the same weights and widths, and the two orders compared; their time is not counted.
@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -22,7 +20,9 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 import skd
-from benchmarks.timing import provenance
+from benchmarks.result import Info
+from benchmarks.timing import JSON, provenance, write_json
+from skd.data.digits import Batches
 from skd.demo import running as demo
 from skd.planning import Proposal, propose
 from skd.training.online import OnlineImportance
@@ -33,7 +33,7 @@ SHARES = (1.0, 0.75, 0.5, 0.35, 0.25, 0.15)
 class Compared:
     """Stands in front of `OnlineImportance.propose` and makes the passes too."""
 
-    def __init__(self, calibration: Any) -> None:
+    def __init__(self, calibration: Batches) -> None:
         self.calibration, self.seconds = calibration, 0.0
         self.rounds: list[dict[str, float]] = []
         self.own = OnlineImportance.propose
@@ -67,25 +67,23 @@ def agreement(one: Proposal, other: Proposal) -> dict[str, float]:
     }
 
 
-def train(supernet: skd.SuperNet, data: Any, importance: str, epochs: int, seed: int) -> dict[str, Any]:
+def train(supernet: skd.SuperNet, data: demo.Data, importance: str, epochs: int, seed: int) -> Info:
     """One PIAD run: seconds, and top-1 of the largest sub-network within each share of the MACs."""
-    recipe = {**demo.RECIPE, "budgets": SHARES}
-    config = skd.TrainConfig(
-        epochs=epochs, warmup_epochs=0, eval_every=epochs, seed=seed, importance=importance, **recipe
-    )
+    recipe = {**demo.RECIPE, "budgets": SHARES, "importance": importance}
+    config = skd.TrainConfig(epochs=epochs, warmup_epochs=0, eval_every=epochs, seed=seed, **recipe)
     batches = demo.ShiftedBatches(data.train, demo.BATCH, seed)
     quiet = Console(quiet=True)
     history = skd.train(supernet, batches, data.test, config, calibration=data.calibration, console=quiet)
-    seconds = dict.fromkeys(("importance", "steps"), 0.0)
-    for row in history.epochs:
-        for name in seconds:
-            seconds[name] += row["seconds"].get(name, 0.0)
-    return {"seconds": seconds, "curve": history.curve, "area": history.area}
+    seconds: JSON = {
+        name: sum(row.seconds.get(name, 0.0) for row in history.epochs) for name in ("importance", "steps")
+    }
+    curve: JSON = [dict(row) for row in history.curve]
+    return Info(seconds=seconds, curve=curve, area=history.area)
 
 
-def run(seeds: int, stand_in_epochs: int, epochs: int) -> dict[str, Any]:
+def run(seeds: int, stand_in_epochs: int, epochs: int) -> Info:
     data = demo.prepare_data()
-    results = []
+    results: list[JSON] = []
     for seed in range(seeds):
         with demo.reproducible(seed):
             model = demo.train_stand_in(data, seed, stand_in_epochs, Console(quiet=True))
@@ -94,38 +92,42 @@ def run(seeds: int, stand_in_epochs: int, epochs: int) -> dict[str, Any]:
             compared = Compared(data.calibration)
             with mock.patch.object(OnlineImportance, "propose", partialmethod(compared)):
                 online = train(copy.deepcopy(converted), data, "online", epochs, seed + 1)
-            online["seconds"]["importance"] -= compared.seconds
-        results.append({"seed": seed, "passes": passes, "online": online, "agreement": compared.rounds})
-        print(summary(results[-1]))
-    return {"epochs": epochs, "stand_in_epochs": stand_in_epochs, "runs": results, **provenance()}
+        online.times("seconds")["importance"] -= compared.seconds
+        rounds: JSON = [Info(row) for row in compared.rounds]
+        result = Info(seed=seed, passes=passes, online=online, agreement=rounds)
+        print(summary(result))
+        results.append(result)
+    return Info(epochs=epochs, stand_in_epochs=stand_in_epochs, runs=results, **provenance())
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Info) -> str:
     lines = [f"seed {result['seed']}"]
     for name in ("passes", "online"):
-        part = result[name]
-        points = "  ".join(f"{row['macs_fraction']:.0%}: {row['top1']:.1f}" for row in part["curve"])
-        seconds = part["seconds"]
+        part = result.part(name)
+        points = "  ".join(
+            f"{row.number('macs_fraction'):.0%}: {row.number('top1'):.1f}" for row in part.rows("curve")
+        )
+        seconds = part.times("seconds")
         lines.append(
             f"  {name:7s} importance {seconds['importance']:.1f} s, steps {seconds['steps']:.1f} s; "
-            f"top-1 {points}; area {part['area']:.2f}"
+            f"top-1 {points}; area {part.number('area'):.2f}"
         )
-    for name in result["agreement"][0]:
-        values = [row[name] for row in result["agreement"]]
+    rows = result.rows("agreement")
+    for name in rows[0]:
+        values = [row.number(name) for row in rows]
         lines.append(f"  {name}: median {np.median(values):.2f}, {min(values):.2f}..{max(values):.2f}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--stand-in-epochs", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=30, help="of PIAD; a third grow the list")
     arguments = parser.parse_args()
     document = run(arguments.seeds, arguments.stand_in_epochs, arguments.epochs)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(arguments.json, document)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A mid-size real run by the command line: Fashion-MNIST's 70,000 images, a small ViT, under 40 minutes on a CPU.
 
-python -m benchmarks.training.fashion_mnist --data DIR --out DIR --json FILE    run it: DIR has the idx files
-python -m benchmarks.training.fashion_mnist --table FILE --write docs/ACCURACY.md    the page's table from it
-python -m benchmarks.training.fashion_mnist --table FILE --plot docs/fashion-mnist.png
+python -m benchmarks.train_fashion_mnist --data DIR --out DIR --json FILE    run it: DIR has the idx files
+python -m benchmarks.train_fashion_mnist --table FILE --write docs/ACCURACY.md    the page's table from it
+python -m benchmarks.train_fashion_mnist --table FILE --plot docs/fashion-mnist.png
 
 On Debian the images are in the package dataset-fashion-mnist (/usr/share/datasets/fashion-mnist).
 """
@@ -16,21 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from benchmarks.table import rewrite
-from benchmarks.timing import provenance
+from benchmarks.result import Info, rewrite, rows_of
+from benchmarks.timing import provenance, write_json
 
 BEGIN, END = "<!-- fashion-mnist:begin -->", "<!-- fashion-mnist:end -->"
-MODEL = {
-    "img_size": 28,
-    "patch_size": 7,
-    "in_chans": 1,
-    "num_classes": 10,
-    "embed_dim": 64,
-    "depth": 6,
-    "num_heads": 2,
-}
+MODEL = Info(img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=64, depth=6, num_heads=2)
 # Clothes are centred and upright: a mild crop, a flip, nothing else; a network this small bears no more.
 IMAGES = "--scale 0.8 1 --ratio 0.9 1.1 --aa none --reprob 0 --aug-repeats 1 --mixup 0 --cutmix 0 --color-jitter 0"
 RUN = f"{IMAGES} --drop-path 0 --batch-size 256 --no-model-ema --sched-on-updates --workers 1"
@@ -49,75 +40,67 @@ STAGES = {
 }
 
 
-def run(data: str, out: Path) -> dict[str, Any]:
-    """All stages in order, each a command in a process of its own; what they reported, and their seconds."""
+def run(data: str, out: Path) -> Info:
+    """All stages in order, each a command in a process of its own; what is worth keeping of what they reported."""
     out.mkdir(parents=True, exist_ok=True)
-    stages = {}
-    for name, template in STAGES.items():
-        command = template.format(
-            data=shlex.quote(data), out=shlex.quote(str(out)), model=shlex.quote(json.dumps(MODEL))
-        )
-        result = out / f"{name}.json"
+    names = {"data": shlex.quote(data), "out": shlex.quote(str(out)), "model": shlex.quote(json.dumps(MODEL))}
+    seconds, reports = Info(), {}
+    for stage, template in STAGES.items():
+        command, result = template.format(**names), out / f"{stage}.json"
         print(f"$ {command}", flush=True)
         start = time.perf_counter()
         words = shlex.split(command)[1:]
         subprocess.run([sys.executable, "-m", "skd", *words, "--json", str(result)], check=True)
-        seconds = time.perf_counter() - start
-        stages[name] = {"command": template, "seconds": seconds, "result": json.loads(result.read_text())}
-    return summary(stages)
-
-
-def summary(stages: dict[str, Any]) -> dict[str, Any]:
-    """The part of what the stages reported that is worth keeping."""
-    trained, planned = stages["train"]["result"], stages["evaluate"]["result"]
-    return {
-        "commands": {name: stage["command"] for name, stage in stages.items()},
-        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "model": MODEL,
-        "pretrained_top1": stages["pretrain"]["result"]["curve"][0]["top1"],
-        "planned": {"curve": planned["curve"], "area": planned["area"]},
-        "trained": {"curve": trained["curve"], "area": trained["area"], "entries": trained["entries"]},
-        "best_epoch": trained["best_epoch"],
-        "extracted_top1": stages["check"]["result"]["top1"],
+        seconds[stage] = time.perf_counter() - start
+        reports[stage] = Info(json.loads(result.read_text()))
+    trained, planned = reports["train"], reports["evaluate"]
+    return Info(
+        commands=Info(STAGES),
+        seconds=seconds,
+        model=MODEL,
+        pretrained_top1=reports["pretrain"].rows("curve")[0]["top1"],
+        planned={key: planned[key] for key in ("curve", "area")},
+        trained={key: trained[key] for key in ("curve", "area", "entries")},
+        best_epoch=trained["best_epoch"],
+        extracted_top1=reports["check"]["top1"],
         **provenance(),
-    }
+    )
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Info) -> str:
     """The page's text: one row per budget, planned only and trained."""
-    planned = {round(row["budget"], 6): row for row in result["planned"]["curve"]}
-    minutes = sum(result["seconds"].values()) / 60
+    planned = {round(row.number("budget"), 6): row for row in result.part("planned").rows("curve")}
+    seconds, torch, top1 = result.times("seconds"), result.part("versions")["torch"], result.number("pretrained_top1")
+    minutes = sum(seconds.values()) / 60
     lines = [
-        f"{result['device']}, {result['cores']} cores, torch {result['versions']['torch']}, {result['date']}; "
-        f"{minutes:.0f} minutes in all, {result['seconds']['pretrain'] / 60:.0f} of them for the pre-training.",
-        f"The network before conversion has {result['pretrained_top1']:.2f} % top-1 on the 10,000 test images.",
+        f"{result['device']}, {result['cores']} cores, torch {torch}, {result['date']}; "
+        f"{minutes:.0f} minutes in all, {seconds['pretrain'] / 60:.0f} of them for the pre-training.",
+        f"The network before conversion has {top1:.2f} % top-1 on the 10,000 test images.",
         "",
-        "| MACs (full) | of full | MACs (linear) | parameters | planned, no training | trained |",
-        "|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in result["trained"]["curve"]:
-        other = planned.get(round(row["budget"], 6))
-        untrained = f"{other['top1']:.2f}" if other else ""
-        lines.append(
-            f"| {row['macs'] / 1e6:.2f} M | {row['macs_fraction']:.1%} | {row['macs_linear'] / 1e6:.2f} M "
-            f"| {row['params']:,} | {untrained} | {row['top1']:.2f} |"
-        )
-    return "\n".join(lines)
+    rows = []
+    for row in result.part("trained").rows("curve"):
+        other = planned.get(round(row.number("budget"), 6))
+        macs = f"{row.number('macs') / 1e6:.2f} M", f"{row.number('macs_fraction'):.1%}"
+        cells = [*macs, f"{row.number('macs_linear') / 1e6:.2f} M", f"{row.number('params'):,}"]
+        rows.append([*cells, f"{other.number('top1'):.2f}" if other else "", f"{row.number('top1'):.2f}"])
+    columns = ["MACs (full)", "of full", "MACs (linear)", "parameters", "planned, no training", "trained"]
+    return "\n".join([*lines, *rows_of(columns, rows, 0)])
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: Info, path: Path) -> None:
     """PNG of both curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.axhline(result["pretrained_top1"], color="0.6", linestyle=":", label="the network before conversion")
+    axes.axhline(result.number("pretrained_top1"), color="0.6", linestyle=":", label="the network before conversion")
     for name, label, style in (
         ("trained", "trained (WPAC, then PIAD)", "o-C2"),
         ("planned", "planned only (WPAC)", "^--C0"),
     ):
-        rows = result[name]["curve"]
-        macs, top1 = [row["macs"] / 1e6 for row in rows], [row["top1"] for row in rows]
+        rows = result.part(name).rows("curve")
+        macs, top1 = [row.number("macs") / 1e6 for row in rows], [row.number("top1") for row in rows]
         axes.plot(macs, top1, style[:-2], color=style[-2:], markersize=5, label=label)
     axes.set(xlabel="MACs per image, full convention (millions)", ylabel="top-1 on Fashion-MNIST's test images (%)")
     axes.set_xlim(left=0)
@@ -128,7 +111,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training.fashion_mnist", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.train_fashion_mnist", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--data", metavar="DIR", help="folder with the idx files")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for networks and reports")
@@ -138,10 +121,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (.png)")
     args = parser.parse_args(arguments)
     if args.table is not None:
-        result = json.loads(args.table.read_text())
+        result = Info(json.loads(args.table.read_text()))
     elif args.data and args.out and args.json:
         result = run(args.data, args.out)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     else:
         parser.error("give --data, --out and --json, or --table")
     if args.write is not None:
