@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 PAD = 128  # a multiple of every tile along the hidden features
@@ -43,3 +45,9 @@ def contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def gradient_dtype(dtypes: Sequence[torch.dtype | None]) -> torch.dtype:
+    """In which an operation returns the gradients of parameters of these dtypes: theirs, or float32 if they differ."""
+    there = {dtype for dtype in dtypes if dtype is not None}
+    return there.pop() if len(there) == 1 else torch.float32
