@@ -1,6 +1,7 @@
 """Softmax attention on packed heads whose width is read on the device: forward, and a backward of two passes.
 
-Packed tensors are described in projections.py: qkv has 3 H groups, the output and its gradient H. Logits and
+Packed tensors are described in packing.py: qkv has 3 H groups, the output and its gradient H, in rows of a fixed
+length. What these kernels write ends in zeros, as far as the products read that come after. Logits and
 probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135); the backward pass recomputes them with the
 logarithm of each softmax's sum, which the forward pass stores. One pass of it owns blocks of queries and gives dq,
 the other owns blocks of keys and gives dk and dv, so every sum has a fixed order and nothing is added atomically; the
@@ -26,8 +27,13 @@ import triton
 import triton.language as tl
 
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.projections import kept, padded
-from skd_kernels.gpu.tiles import precision, width_kernel
+from skd_kernels.gpu.buffers import PAD
+from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
+
+
+# A multiple of every inner step of the products, and a divisor of the rows' length.
+STEP: tl.constexpr = tl.constexpr(64)
+assert PAD % 64 == 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,13 @@ def store_tokens(base, value, first, tokens, stride, pitch, ROWS: tl.constexpr, 
 
 
 @triton.jit
+def store_tail(base, size, first, tokens, stride, ROWS: tl.constexpr):
+    """Zeros behind the `size` packed coordinates of tokens first .. first + ROWS, up to the products' next step."""
+    zeros = tl.zeros((ROWS, STEP), tl.float32)
+    store_tokens(base + size, zeros, first, tokens, stride, tl.cdiv(size, STEP) * STEP - size, ROWS, STEP)
+
+
+@triton.jit
 def store_sums(bias_sums, score_sums, target, value, gradient, inside, keep, WIDTH: tl.constexpr):
     """Sums over the tokens that are `inside` of the gradient and of |value * gradient|, from `target` on."""
     column = tl.arange(0, WIDTH)
@@ -117,29 +130,31 @@ def forward_body(
     keep,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = padded(keep)
+    pitch = rounded(keep)
     blocks = tl.cdiv(tokens, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     pair = tl.program_id(0) // blocks
     image = (pair // heads).to(tl.int64)
     head = pair % heads
     inner = heads * pitch
-    query = qkv + image * tokens * (3 * inner) + head * pitch
+    query = qkv + image * tokens * stride_qkv + head * pitch
     key = query + inner
-    q = load_tokens(query, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
+    q = load_tokens(query, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     factor = scale * 1.4426950408889634
     for start in range(0, tokens, BLOCK_N):
-        k = load_tokens(key, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        v = load_tokens(key + inner, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
+        k = load_tokens(key, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
+        v = load_tokens(key + inner, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
         s = tl.dot(q, k.T, input_precision=PRECISION) * factor
         s = tl.where((tl.arange(0, BLOCK_N) < tokens - start)[None, :], s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1))
@@ -149,15 +164,17 @@ def forward_body(
         mean = tl.dot(p.to(v.dtype), v, mean * shrink[:, None], input_precision=PRECISION)
         largest = larger
     store_tokens(
-        out + image * tokens * inner + head * pitch,
+        out + image * tokens * stride_out + head * pitch,
         mean / total[:, None],
         first,
         tokens,
-        inner,
+        stride_out,
         pitch,
         BLOCK_M,
         WIDTH,
     )
+    if head == heads - 1:
+        store_tail(out + image * tokens * stride_out, inner, first, tokens, stride_out, BLOCK_M)
     row = tl.arange(0, BLOCK_M)
     tl.store(
         logsumexp + pair.to(tl.int64) * tokens + first + row, largest + tl.log2(total), mask=row < tokens - first
@@ -172,6 +189,8 @@ def flash_forward(
     width,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     head_dim,
     scale,
     BLOCK_M: tl.constexpr,
@@ -180,18 +199,14 @@ def flash_forward(
     LARGEST: tl.constexpr,
 ):
     """out = softmax(scale q k^T) v, packed; logsumexp (images, heads, tokens) float32, in base 2."""
-    keep = kept(width, head_dim)
-    if keep > 64:
-        if LARGEST > 64:
-            forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 128)
-    elif keep > 32:
-        if LARGEST > 32:
-            forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 64)
-    elif keep > 16:
-        if LARGEST > 16:
-            forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 32)
-    elif keep > 0:
-        forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 16)
+    keep = read_width(width, head_dim)
+    for bits in tl.static_range(4, 8):  # 16, 32, 64 and 128 coordinates
+        if (1 << bits) <= LARGEST:  # noqa: SIM102  (known at compile time)
+            if (keep <= (1 << bits)) & (keep > ((1 << bits) // 2 if bits > 4 else 0)):
+                forward_body(
+                    qkv, out, logsumexp, keep, tokens, heads, stride_qkv, stride_out, scale,
+                    BLOCK_M, BLOCK_N, PRECISION, 1 << bits,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -207,6 +222,8 @@ def queries_body(
     keep,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     head_dim,
     scale,
     BLOCK_M: tl.constexpr,
@@ -214,7 +231,7 @@ def queries_body(
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = padded(keep)
+    pitch = rounded(keep)
     blocks = tl.cdiv(tokens, BLOCK_M)
     block = tl.program_id(0) % blocks
     first = block * BLOCK_M
@@ -222,12 +239,12 @@ def queries_body(
     image = (pair // heads).to(tl.int64)
     head = pair % heads
     inner = heads * pitch
-    query = image * tokens * (3 * inner) + head * pitch
+    query = image * tokens * stride_qkv + head * pitch
     key = qkv + query + inner
-    output = image * tokens * inner + head * pitch
-    q = load_tokens(qkv + query, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    do = load_tokens(dout + output, first, tokens, inner, pitch, BLOCK_M, WIDTH)
-    o = load_tokens(out + output, first, tokens, inner, pitch, BLOCK_M, WIDTH)
+    output = image * tokens * stride_out + head * pitch
+    q = load_tokens(qkv + query, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
+    do = load_tokens(dout + output, first, tokens, stride_out, pitch, BLOCK_M, WIDTH)
+    o = load_tokens(out + output, first, tokens, stride_out, pitch, BLOCK_M, WIDTH)
     row = tl.arange(0, BLOCK_M)
     inside = row < tokens - first
     line = pair.to(tl.int64) * tokens + first + row
@@ -237,14 +254,14 @@ def queries_body(
     dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     factor = scale * 1.4426950408889634
     for start in range(0, tokens, BLOCK_N):
-        k = load_tokens(key, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        v = load_tokens(key + inner, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
+        k = load_tokens(key, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
+        v = load_tokens(key + inner, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
         p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * factor - log_total[:, None])
         ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - correction[:, None])
         ds = tl.where((tl.arange(0, BLOCK_N) < tokens - start)[None, :], ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= scale
-    store_tokens(dqkv + query, dq, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
+    store_tokens(dqkv + query, dq, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
     target = ((image * blocks + block) * 3 * heads + head) * head_dim
     store_sums(bias_sums, score_sums, target, q, dq, inside, keep, WIDTH)
 
@@ -262,6 +279,8 @@ def keys_body(
     keep,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     head_dim,
     scale,
     BLOCK_M: tl.constexpr,
@@ -269,7 +288,7 @@ def keys_body(
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = padded(keep)
+    pitch = rounded(keep)
     blocks = tl.cdiv(tokens, BLOCK_M)
     block = tl.program_id(0) % blocks
     first = block * BLOCK_M
@@ -277,17 +296,17 @@ def keys_body(
     image = (pair // heads).to(tl.int64)
     head = pair % heads
     inner = heads * pitch
-    query = qkv + image * tokens * (3 * inner) + head * pitch
-    key = image * tokens * (3 * inner) + inner + head * pitch
-    output = dout + image * tokens * inner + head * pitch
-    k = load_tokens(qkv + key, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    v = load_tokens(qkv + key + inner, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
+    query = qkv + image * tokens * stride_qkv + head * pitch
+    key = image * tokens * stride_qkv + inner + head * pitch
+    output = dout + image * tokens * stride_out + head * pitch
+    k = load_tokens(qkv + key, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
+    v = load_tokens(qkv + key + inner, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
     dk = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     factor = scale * 1.4426950408889634
     for start in range(0, tokens, BLOCK_N):
-        q = load_tokens(query, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        do = load_tokens(output, start, tokens, inner, pitch, BLOCK_N, WIDTH)
+        q = load_tokens(query, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
+        do = load_tokens(output, start, tokens, stride_out, pitch, BLOCK_N, WIDTH)
         # Past the last query q, dout and these two are zero: p is 1 there, what is added is zero.
         column = tl.arange(0, BLOCK_N)
         line = pair.to(tl.int64) * tokens + start + column
@@ -298,8 +317,10 @@ def keys_body(
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - correction[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dk *= scale
-    store_tokens(dqkv + key, dk, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    store_tokens(dqkv + key + inner, dv, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
+    store_tokens(dqkv + key, dk, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
+    store_tokens(dqkv + key + inner, dv, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
+    if head == heads - 1:
+        store_tail(dqkv + image * tokens * stride_qkv, 3 * inner, first, tokens, stride_qkv, BLOCK_M)
     inside = tl.arange(0, BLOCK_M) < tokens - first
     target = ((image * blocks + block) * 3 * heads + heads + head) * head_dim
     store_sums(bias_sums, score_sums, target, k, dk, inside, keep, WIDTH)
@@ -319,6 +340,8 @@ def flash_backward(
     width,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     head_dim,
     scale,
     BLOCK_M: tl.constexpr,
@@ -331,30 +354,14 @@ def flash_backward(
 
     delta is like logsumexp; bias_sums and score_sums are (images * blocks, 3, heads, head_dim) float32.
     """
-    keep = kept(width, head_dim)
-    if keep > 64:
-        if LARGEST > 64:
-            BODY(
-                qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-                keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 128,
-            )  # fmt: skip
-    elif keep > 32:
-        if LARGEST > 32:
-            BODY(
-                qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-                keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 64,
-            )  # fmt: skip
-    elif keep > 16:
-        if LARGEST > 16:
-            BODY(
-                qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-                keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 32,
-            )  # fmt: skip
-    elif keep > 0:
-        BODY(
-            qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-            keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 16,
-        )  # fmt: skip
+    keep = read_width(width, head_dim)
+    for bits in tl.static_range(4, 8):  # 16, 32, 64 and 128 coordinates
+        if (1 << bits) <= LARGEST:  # noqa: SIM102  (known at compile time)
+            if (keep <= (1 << bits)) & (keep > ((1 << bits) // 2 if bits > 4 else 0)):
+                BODY(
+                    qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums, keep, tokens, heads,
+                    stride_qkv, stride_out, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 1 << bits,
+                )  # fmt: skip
 
 
 # Launches ------------------------------------------------------------------------------------------
@@ -382,6 +389,8 @@ def attend(
         "width": width,
         "tokens": tokens,
         "heads": heads,
+        "stride_qkv": qkv.stride(0),
+        "stride_out": out.stride(0),
     }
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
@@ -423,6 +432,7 @@ def differentiate_attention(
         "dqkv": dqkv,
     }
     arguments |= {"bias_sums": bias_sums, "score_sums": score_sums, "width": width, "tokens": tokens, "heads": heads}
+    arguments |= {"stride_qkv": qkv.stride(0), "stride_out": out.stride(0)}
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
     for body in (queries_body, keys_body):

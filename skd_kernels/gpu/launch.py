@@ -14,7 +14,7 @@ time is what the host code would really start. A module with kernels takes part 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -122,6 +122,19 @@ def record(architecture: int) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
+_watchers: list[Callable[[str, dict[str, Any]], None]] = []
+
+
+@contextmanager
+def watch(look: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside the block ``look(name, arguments)`` is called for each kernel before it is started, by any thread."""
+    _watchers.append(look)
+    try:
+        yield
+    finally:
+        _watchers.remove(look)
+
+
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
@@ -160,6 +173,8 @@ def launch(
     if recorder is not None:
         recorder.launches.append(_describe(kernel, arguments, (num_warps, num_stages, max_registers), recorder.label))
         return
+    for look in _watchers:
+        look(kernel.__name__, arguments)
     tensors = (value.base if isinstance(value, TensorDescriptor) else value for value in arguments.values())
     first = next(value for value in tensors if isinstance(value, torch.Tensor))
     # Triton starts kernels on the current device, which need not be the tensors'.

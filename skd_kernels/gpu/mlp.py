@@ -130,7 +130,8 @@ def mlp_backward(
         needs: for each of the six results whether it is needed.
     """
     from skd_kernels.gpu.products import Width, gradient_rows, product
-    from skd_kernels.gpu.weight_gradient import column_sums, sums, weight_gradient
+    from skd_kernels.gpu.sums import column_sums, sums
+    from skd_kernels.gpu.weight_gradient import weight_gradient
 
     layout, kept = _layout(hidden, gated), Width(width, hidden)
     results = _gradients(x, hidden, gated, dtype, needs)

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from skd_kernels.gpu.buffers import PAD, ceil_div, contiguous, padded
+from skd_kernels.gpu.buffers import PAD, ceil_div, contiguous, packed_head, padded
 from skd_kernels.gpu.launch import launch
-from skd_kernels.gpu.tiles import UNIT, read_width, rounded, width_kernel
+from skd_kernels.gpu.tiles import read_width, rounded, width_kernel
 
 ROWS, COLUMNS = 16, 256  # that one program copies
 
@@ -58,7 +58,7 @@ class Layout:
         return self._pitch(self.columns)
 
     def _pitch(self, groups: int) -> int:
-        return padded(groups * ceil_div(self.full, UNIT) * UNIT) if self.packed else groups * self.part
+        return padded(groups * packed_head(self.full)) if self.packed else groups * self.part
 
 
 @triton.jit
@@ -112,12 +112,12 @@ def pack_kernel(
             source, live = source_of(r, keep, full, row_groups, part, PACKED)
             inside = live[:, None] & (c < channels)[None, :]
             value = tl.load(inward + source[:, None] * channels + c[None, :], mask=inside, other=0.0)
-            place = packed_inward + r[:, None] * pitch_inward + c[None, :]
+            place = packed_inward + r.to(tl.int64)[:, None] * pitch_inward + c[None, :]
             tl.store(place, value.to(packed_inward.dtype.element_ty), mask=(c < pitch_inward)[None, :])
             if bias is not None:  # noqa: SIM102  (known at compile time)
                 if program % across == 0:
-                    value = tl.load(bias + source, mask=live, other=0.0)
-                    tl.store(packed_bias + r, value.to(packed_bias.dtype.element_ty))
+                    shift = tl.load(bias + source, mask=live, other=0.0)
+                    tl.store(packed_bias + r, shift.to(packed_bias.dtype.element_ty))
     else:
         program -= inward_programs
         across = tl.cdiv(pitch_outward, COLUMNS)
@@ -127,10 +127,10 @@ def pack_kernel(
         if first < reach(keep, column_groups, PACKED, PAD):
             source, live = source_of(c, keep, full, column_groups, part, PACKED)
             inside = (r < channels)[:, None] & live[None, :]
-            value = tl.load(outward + r[:, None] * (column_groups * full) + source[None, :], mask=inside, other=0.0)
-            place = packed_outward + r[:, None] * pitch_outward + c[None, :]
+            moved = tl.load(outward + r[:, None] * (column_groups * full) + source[None, :], mask=inside, other=0.0)
+            place = packed_outward + r.to(tl.int64)[:, None] * pitch_outward + c[None, :]
             stored = (r < channels)[:, None] & (c < pitch_outward)[None, :]
-            tl.store(place, value.to(packed_outward.dtype.element_ty), mask=stored)
+            tl.store(place, moved.to(packed_outward.dtype.element_ty), mask=stored)
 
 
 def pack(

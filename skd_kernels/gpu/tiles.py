@@ -19,8 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from skd_kernels.gpu.launch import device_of
 
-UNIT = 8  # Kept coordinates are rounded up to so many: 16 bytes in half precision. It divides every tile.
-
 
 @dataclass(frozen=True)
 class Config:

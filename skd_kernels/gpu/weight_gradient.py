@@ -1,4 +1,4 @@
-"""Gradients summed over tokens: of a weight whose rows or columns stop at the width, and of biases.
+"""The gradients of weights whose rows or columns stop at the width: sums over tokens.
 
 A weight's gradient has few tiles and a long sum: DeiT-Base gives 72 tiles of 128 x 256, an H100 has 132
 multiprocessors, and at a small width most would idle. So the tokens are cut into as many parts as let the programs
@@ -229,102 +229,5 @@ def weight_gradient(
     launch(weight_gradient_kernel, (programs,), arguments, **config.settings())
     arguments = {"out": out, "programs": programs, "STRIP": STRIP, **shapes}
     grid = (ceil_div(rows, STRIP), ceil_div(columns, config.n))
-    launch(finish_kernel, grid, arguments, num_warps=4, num_stages=1)
-    return out
-
-
-# Sums over tokens ----------------------------------------------------------------------------------
-
-
-@width_kernel
-def column_sums_kernel(
-    a, partial, width, tokens, columns, stride_a, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """partial (chunks, columns): sums over `chunk` rows each; nothing at width 0."""
-    if tl.load(width) > 0:
-        j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        begin = tl.program_id(1) * chunk
-        count = tl.minimum(chunk, tokens - begin)
-        base = a + begin.to(tl.int64) * stride_a + j[None, :]
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, count, BLOCK_M):
-            i = start + tl.arange(0, BLOCK_M)
-            mask = (i < count)[:, None] & (j < columns)[None, :]
-            total += tl.load(base + i[:, None] * stride_a, mask=mask, other=0.0).to(tl.float32)
-        tl.store(partial + tl.program_id(1) * columns + j, tl.sum(total, 0), mask=j < columns)
-
-
-@width_kernel
-def sums_kernel(
-    partial,
-    bias,
-    scores,
-    width,
-    rows,
-    columns,
-    stride_row,
-    stride_part,
-    PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add `partial` (rows, PARTS + 1, >= columns) over its rows: to `bias` (PARTS * columns,), the last to `scores`.
-
-    Exact zeros past the width. WHOLE: all columns are kept unless the width is 0.
-    """
-    limit = read_width(width, columns)
-    if WHOLE:
-        limit = tl.where(limit > 0, columns, 0)
-    part = tl.program_id(1)
-    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if tl.program_id(0) * BLOCK_N < limit:
-        for start in range(0, rows, BLOCK_M):
-            i = start + tl.arange(0, BLOCK_M)
-            places = i[:, None].to(tl.int64) * stride_row + part * stride_part + j[None, :]
-            total += tl.load(partial + places, mask=(i < rows)[:, None] & (j < limit)[None, :], other=0.0)
-    result = tl.sum(total, 0)
-    if bias is not None:  # noqa: SIM102  (one is known at compile time)
-        if part < PARTS:
-            tl.store(bias + part * columns + j, result.to(bias.dtype.element_ty), mask=j < columns)
-    if scores is not None:  # noqa: SIM102
-        if part == PARTS:
-            tl.store(scores + j, result, mask=j < columns)
-
-
-def sums(
-    partial: torch.Tensor,
-    columns: int,
-    bias: torch.Tensor | None,
-    scores: torch.Tensor | None,
-    width: torch.Tensor,
-    *,
-    parts: int = 1,
-    whole: bool = False,
-) -> None:
-    """Fill `bias` (parts * columns,) and `scores` (columns,) from `partial` (rows, parts [+ 1], >= columns)."""
-    arguments: dict[str, Any] = {
-        **{"partial": partial, "bias": bias, "scores": scores, "width": width, "rows": partial.shape[0]},
-        **{"columns": columns, "stride_row": partial.stride(0), "stride_part": partial.stride(1)},
-        **{"PARTS": parts, "WHOLE": whole, "BLOCK_M": 32, "BLOCK_N": 32},
-    }
-    launch(sums_kernel, (ceil_div(columns, 32), parts + (scores is not None)), arguments, num_warps=4, num_stages=1)
-
-
-def column_sums(a: torch.Tensor, width: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out (C,) = the sum of a (T, C) over its rows; zeros at width 0."""
-    tokens, columns = a.shape
-    block = 64
-    # Four programs on every multiprocessor keep enough loads in flight.
-    chunks = max(1, min(ceil_div(tokens, 64), 4 * device_of(a).multiprocessors // ceil_div(columns, block)))
-    chunk = ceil_div(tokens, chunks)
-    chunks = ceil_div(tokens, chunk)
-    partial = uninitialised(a, chunks, 1, columns, dtype=torch.float32)
-    arguments: dict[str, Any] = {
-        **{"a": a, "partial": partial, "width": width, "tokens": tokens, "columns": columns},
-        **{"stride_a": a.stride(0), "chunk": chunk, "BLOCK_M": 64, "BLOCK_N": block},
-    }
-    launch(column_sums_kernel, (ceil_div(columns, block), chunks), arguments, num_warps=4, num_stages=1)
-    sums(partial, columns, out, None, width, whole=True)
+    launch(finish_kernel, grid, arguments, num_warps=8, num_stages=1)
     return out
