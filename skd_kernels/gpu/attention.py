@@ -147,7 +147,9 @@ def attention_backward(
             weight_gradient(dqkv, rows, width, dw_qkv, layout, by_rows=True)
         if needs[0]:
             into = Width(width, head_dim, 3 * num_heads)
-            product(dqkv, inward, None, as_rows(dx), into, ragged_columns=False, transposed=False, columns=x.shape[-1])
+            product(
+                dqkv, inward, None, as_rows(dx), into, ragged_columns=False, transposed=False, columns=x.shape[-1]
+            )
     return results
 
 

@@ -54,6 +54,6 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_dtype(dtypes: Sequence[torch.dtype | None]) -> torch.dtype:
-    """In which an operation returns the gradients of parameters of these dtypes: theirs, or float32 if they differ."""
+    """What an operation returns the gradients of parameters of these dtypes in: theirs, or float32 if they differ."""
     there = {dtype for dtype in dtypes if dtype is not None}
     return there.pop() if len(there) == 1 else torch.float32

@@ -26,10 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-from skd_kernels.gpu.launch import Device, device_of, launch
 from skd_kernels.gpu.buffers import PAD
+from skd_kernels.gpu.launch import Device, device_of, launch
 from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
-
 
 # A multiple of every inner step of the products, and a divisor of the rows' length.
 STEP: tl.constexpr = tl.constexpr(64)

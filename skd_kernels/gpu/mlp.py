@@ -235,9 +235,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     needed = ctx.needs_input_grad[:5]
     with_scores = ctx.scores is not None and any(needed[:3])
     dtype = gradient_dtype(ctx.dtypes)
-    dx, *gradients, added = mlp_backward(
-        dy, *ctx.saved_tensors, ctx.hidden, ctx.gated, dtype, [*needed, with_scores]
-    )
+    dx, *gradients, added = mlp_backward(dy, *ctx.saved_tensors, ctx.hidden, ctx.gated, dtype, [*needed, with_scores])
     if with_scores:
         ctx.scores.add_(added.detach())
     cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]

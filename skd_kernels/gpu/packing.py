@@ -2,8 +2,8 @@
 
 A masked operation has a weight into its coordinates, whose rows are kept (W_1, W_qkv), with a bias, and one out of
 them, whose columns are (W_2, W_proj). Coordinates come in groups. Those of attention, the heads' q, k and v, are
-packed: of each group the kept ones, rounded up to a multiple of 8, then at once the next group's. The parts of a gated
-MLP stay where they are, `part` rows apart. The rounding keeps pieces of 16 bytes whole at every width.
+packed: of each group the kept ones, rounded up to a multiple of 8, then at once the next group's. The parts of a
+gated MLP stay where they are, `part` rows apart. The rounding keeps pieces of 16 bytes whole at every width.
 
 One launch casts and packs what an operation needs. What lies past the width is written as zeros as far as the
 products' tiles reach, and left as it is behind that: NaN in a weight that is not kept does no harm.

@@ -113,7 +113,6 @@ def product_kernel(
     across = tl.cdiv(wide, BLOCK_N)
     TWO: tl.constexpr = PARTS == 2 and EPILOGUE == "activate"
     TURNS: tl.constexpr = PARTS if EPILOGUE == "linear" else 1
-    PIECE: tl.constexpr = BLOCK_N // PIECES
     for index in tl.range(tl.program_id(0), tall * across, tl.num_programs(0), flatten=FLATTEN):
         row, column = tile_of(index, tall, across, GROUP)
         row *= BLOCK_M
@@ -187,8 +186,8 @@ def finish(
             stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF, PIECES // 2,
         )  # fmt: skip
         finish(
-            right, other_right, bias, out, kept, features, sums, keep, row, column + HALF, rows, columns, part,
-            stride_out, stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF, PIECES // 2,
+            right, other_right, bias, out, kept, features, sums, keep, row, column + HALF, rows, columns, part, stride_out,
+            stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF, PIECES // 2,
         )  # fmt: skip
     elif EPILOGUE == "linear":
         if bias is not None:
@@ -330,7 +329,7 @@ def activate_config(like: torch.Tensor, gated: bool) -> Config:
     """
     small = single_precision_config(like)
     if small is not None:
-        return Config(64, 32, 32, warps=8, stages=2, registers=168) if gated else small
+        return Config(64, 32, 32, warps=8, stages=2, registers=255) if gated else small
     if gated:
         return Config(128, 64, inner_step(like), warps=8, stages=3, resident=2, pieces=2)
     return Config(128, 128, inner_step(like), warps=8, stages=3, resident=2, pieces=4, flatten=True)
@@ -343,7 +342,7 @@ def gradient_config(like: torch.Tensor, gated: bool) -> Config:
     """
     n = activate_config(like, gated).n
     if like.element_size() == 4:
-        return Config(64, n, 32, warps=8, stages=3, registers=168)
+        return Config(64, n, 32, warps=8, stages=3, registers=255)
     return Config(128, n, inner_step(like), warps=4, stages=3, resident=2, pieces=2)
 
 

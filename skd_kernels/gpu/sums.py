@@ -16,7 +16,6 @@ from skd_kernels.gpu.launch import device_of, launch
 from skd_kernels.gpu.tiles import read_width, width_kernel
 
 
-
 @width_kernel
 def column_sums_kernel(
     a, partial, width, tokens, columns, stride_a, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr

@@ -1,8 +1,8 @@
 """What the matrix products share: launch configurations, and how tiles are found, read and written.
 
-An operand is read in whole tiles. Where the device has descriptors of tensors (sm_90 and later), and the operand is of
-half precision and begins at multiples of 16 bytes, a descriptor made by the host copies tiles: past the last row and
-column it reads zeros and writes nothing. Elsewhere tiles are read and written through pointers, with the same
+An operand is read in whole tiles. Where the device has descriptors of tensors (sm_90 and later), and the operand is
+of half precision and begins at multiples of 16 bytes, a descriptor made by the host copies tiles: past the last row
+and column it reads zeros and writes nothing. Elsewhere tiles are read and written through pointers, with the same
 meaning. No loop selects elements by the width: whoever writes an operand writes zeros up to the end of its tile.
 """
 
@@ -79,7 +79,7 @@ def single_precision_config(like: torch.Tensor) -> Config | None:
     if like.element_size() < 4:
         return None
     if precision() == "ieee":  # left to itself, ptxas spills to fit in 128 registers
-        return Config(64, 64, 32, warps=8, stages=3, registers=168)
+        return Config(64, 64, 32, warps=8, stages=3, registers=255)
     return Config(128, 64, 32, warps=8, stages=3)
 
 

@@ -2,10 +2,10 @@
 
 A weight's gradient has few tiles and a long sum: DeiT-Base gives 72 tiles of 128 x 256, an H100 has 132
 multiprocessors, and at a small width most would idle. So the tokens are cut into as many parts as let the programs
-finish soonest, and each program sums tiles over parts: all tiles of a part run together, and share its rows in the L2
-cache. (Cutting tiles and tokens into equal shares balances better, but its programs read different rows: 0.51 ms
-against 0.103 at half of DeiT-Base's width on an H100.) The sums go to a workspace in float32; a second kernel adds the
-parts of a tile in order, unpacks the rows or columns (packing.py) and writes zeros where nothing is kept. How the
+finish soonest, and each program sums tiles over parts: all tiles of a part run together, and share its rows in the
+L2 cache. (Cutting tiles and tokens into equal shares balances better, but its programs read different rows: 0.51 ms
+against 0.103 at half of DeiT-Base's width on an H100.) The sums go to a workspace in float32; a second kernel adds
+the parts of a tile in order, unpacks the rows or columns (packing.py) and writes zeros where nothing is kept. How the
 work is cut follows from the width and the device alone: results repeat to the bit, and no atomic operation is used.
 """
 
@@ -41,7 +41,9 @@ OVERHEAD = 20
 
 
 @triton.jit
-def grid_of(keep, groups, rows, columns, PACKED: tl.constexpr, BY_ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def grid_of(
+    keep, groups, rows, columns, PACKED: tl.constexpr, BY_ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
     """(row tiles of one part, row tiles, column tiles) of the kept rows or columns."""
     size = groups * rounded(keep) if PACKED else keep
     if BY_ROWS:
@@ -54,7 +56,7 @@ def grid_of(keep, groups, rows, columns, PACKED: tl.constexpr, BY_ROWS: tl.const
 
 @triton.jit
 def cuts(tiles, steps, programs, OVERHEAD: tl.constexpr):
-    """Into how many parts the sum is cut: as many as fit in one turn of all programs, or in two if that ends sooner."""
+    """Into how many parts the sum is cut: as many as one turn of all programs takes, or two if that ends sooner."""
     tiles = tl.maximum(tiles, 1)
     one = tl.minimum(tl.maximum(programs // tiles, 1), steps)
     two = tl.minimum(tl.maximum(2 * programs // tiles, 1), steps)
@@ -110,9 +112,7 @@ def weight_gradient_kernel(
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(low, high):
             t = step * BLOCK_K
-            a_tile = load_tile(
-                a, t, top, tokens, rows, stride_a, BLOCK_K, BLOCK_M, WHOLE or BY_ROWS, DESCRIBED
-            )
+            a_tile = load_tile(a, t, top, tokens, rows, stride_a, BLOCK_K, BLOCK_M, WHOLE or BY_ROWS, DESCRIBED)
             b_tile = load_tile(
                 b, t, left, tokens, columns, stride_b, BLOCK_K, BLOCK_N, WHOLE or not BY_ROWS, DESCRIBED
             )

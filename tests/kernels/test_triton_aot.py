@@ -44,7 +44,7 @@ PRODUCTS = {"product_kernel", "weight_gradient_kernel"}
 
 
 def test_products_copy_tiles_by_descriptors_to_tensor_cores() -> None:
-    """On sm_90, and nothing else is read or written in the loop: neither by descriptors' predecessors nor by words."""
+    """On sm_90; no operand is read in another way, and what a linear epilogue writes leaves in tiles as well."""
     items = [item for item in gpu.launches(90, quick=True) if item.name in PRODUCTS]
     assert {item.constants.get("EPILOGUE") for item in items} == {"linear", "activate", "gradient", None}
     for item in items:
