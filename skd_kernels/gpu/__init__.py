@@ -2,9 +2,10 @@
 
 mlp.py, attention.py     the operators that PyTorch sees, and the order of their kernels
 packing.py               weights cast, and their kept coordinates side by side
-products.py              all matrix products but the gradients of weights: one kernel, three epilogues
+products.py              all matrix products but the gradients of weights: one kernel
+epilogues.py             what that does with its tiles
 weight_gradient.py       the gradients of weights: long sums over tokens
-flash.py                 attention's core: softmax(q k^T) v and its gradient
+flash.py                 attention's core, softmax(q k^T) v; flash_backward.py its gradient
 sums.py                  gradients of biases and Taylor scores, from what other kernels leave
 norm.py                  the kernels of residual_norm, whose operators are in skd_kernels/residual_norm.py
 tiles.py, activations.py what kernels share

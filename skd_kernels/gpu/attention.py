@@ -119,7 +119,7 @@ def attention_backward(
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
     """
-    from skd_kernels.gpu.flash import differentiate_attention
+    from skd_kernels.gpu.flash_backward import differentiate_attention
     from skd_kernels.gpu.products import Width, product
     from skd_kernels.gpu.sums import column_sums, sum_terms
     from skd_kernels.gpu.weight_gradient import weight_gradient
