@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from skd_kernels.gpu import launches
-from skd_kernels.gpu.launch import Launch
+from skd_kernels.gpu.launch import RECORDED_DEVICES, Launch
 
-# Shared memory that one block may ask for, in bytes (CUDA C++ Programming Guide, technical specifications).
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-TABLE = (80, 90, 100)  # for which the kernels of the masked operations are made
+# Shared memory that one block may ask for, in bytes.
+SHARED_LIMIT = {architecture: device.shared_memory for architecture, device in RECORDED_DEVICES.items()}
+TABLE = (80, 90, 100)
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,24 @@ def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options())
 
 
-def compile_launch(launch: Launch, architecture: int) -> Resources:
-    """Compile for `architecture` and read the binary."""
-    compiled = compile_for(launch, architecture)
+def _cuobjdump(compiled: Any, option: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(compiled: Any) -> list[str]:
+    """The names of a compiled kernel's machine instructions, in order."""
+    listing = _cuobjdump(compiled, "-sass")
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)", listing, re.MULTILINE)
+
+
+def compile_launch(launch: Launch, architecture: int) -> Resources:
+    """Compile for `architecture` and read the binary."""
+    compiled = compile_for(launch, architecture)
+    report = _cuobjdump(compiled, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump does not report the resources of {launch.name}: {report}")

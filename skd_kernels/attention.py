@@ -12,7 +12,7 @@ from skd_kernels import _native
 from skd_kernels._autograd import Context
 from skd_kernels._checks import check_alike, check_range, check_scores, check_tensor, check_width
 from skd_kernels._dispatch import TensorSpec, always, operation
-from skd_kernels.gpu.attention import LARGEST_HEAD, LARGEST_PACKED, attention_forward
+from skd_kernels.gpu.attention import LARGEST_HEAD, attention_forward
 from skd_kernels.gpu.entry import after_autocast, cast_as_linear, device_width, refuses_tensors, refuses_triton
 from skd_kernels.mlp import refuses_to_slice, select, select_bias
 from skd_kernels.taylor import with_taylor_scores
@@ -269,8 +269,6 @@ def refuses_to_launch(
     head_dim = w_proj.shape[1] // num_heads
     if head_dim > LARGEST_HEAD:
         return f"heads of {head_dim} coordinates; the kernels take up to {LARGEST_HEAD}"
-    if w_qkv.shape[0] > LARGEST_PACKED // 8:
-        return f"{w_qkv.shape[0]} rows of w_qkv; the kernels take up to {LARGEST_PACKED // 8}"
     return refuses_triton(x, w_qkv, b_qkv, w_proj, b_proj)
 
 
@@ -290,10 +288,11 @@ def masked_attention_triton(
     queries: int | None,
 ) -> torch.Tensor:
     """skd_kernels/gpu: the width is read on the device, so one graph and one compilation serve every width."""
-    tensors = cast_as_linear(x, w_qkv, b_qkv, w_proj, b_proj)
+    (x,) = cast_as_linear(x)
     assert scale is not None  # an empty head is refused
+    kept = device_width(width, x.device)
     out: torch.Tensor
-    out, *_ = attention_forward(*tensors, device_width(width, x.device), scores, num_heads, float(scale))
+    out, *_ = attention_forward(x, w_qkv, b_qkv, w_proj, b_proj, kept, scores, num_heads, float(scale))
     return out[:, :queries]
 
 

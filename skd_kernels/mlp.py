@@ -141,10 +141,11 @@ def masked_mlp_triton(
     scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """skd_kernels/gpu: the width is read on the device, so one graph and one compilation serve every width."""
-    tensors = cast_as_linear(x, w1, b1, w2, b2)
-    # z is kept only for the gradients that pass through the activation.
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
-    y, _, _ = mlp_forward(*tensors, device_width(width, x.device), scores, act, gated, save)
+    (x,) = cast_as_linear(x)
+    # Slopes are kept only for the gradients that pass through the activation.
+    inputs = (x, w1, b1)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    y, *_ = mlp_forward(x, w1, b1, w2, b2, device_width(width, x.device), scores, act, gated, save)
     return y
 
 

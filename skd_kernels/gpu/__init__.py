@@ -1,13 +1,16 @@
 """The Triton kernels of the masked operations and of the norm. Importing this package does not import Triton.
 
-mlp.py, attention.py              the operators that PyTorch sees, and the order of their kernels
-hidden.py, linear.py,             the kernels of masked_mlp: hidden features, output and input gradient,
-    weight_gradient.py            gradients summed over tokens
-flash.py, projections.py          the kernels of masked_attention
-norm.py                           the kernels of residual_norm, whose operators are in skd_kernels/residual_norm.py
-tiles.py, activations.py          what kernels share
-entry.py, buffers.py              arguments and memory
-launch.py                         how kernels are started, and recorded to be compiled without a GPU
+mlp.py, attention.py     the operators that PyTorch sees, and the order of their kernels
+packing.py               weights cast, and their kept coordinates side by side
+products.py              all matrix products but the gradients of weights: one kernel
+epilogues.py             what that does with its tiles
+weight_gradient.py       the gradients of weights: long sums over tokens
+flash.py                 attention's core, softmax(q k^T) v; flash_backward.py its gradient
+sums.py                  gradients of biases and Taylor scores, from what other kernels leave
+norm.py                  the kernels of residual_norm, whose operators are in skd_kernels/residual_norm.py
+tiles.py, activations.py what kernels share
+entry.py, buffers.py     arguments and memory
+launch.py                how kernels are started, watched, and recorded to be compiled without a GPU
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`masked_attention` in Triton: the order of its kernels, and what torch.library has to know of them.
 
-Forward: transpose the kept columns of W_proj; qkv = x W_qkv^T + b; attention; out = o W_proj^T + b. Backward: the
-gradient at o, at qkv (two passes), at x, and of the parameters; what no input needs is not computed. qkv and o are
-packed (projections.py) and saved with the softmax's logarithms, and so is the transposed W_proj.
+Forward: cast and pack the kept rows of W_qkv and columns of W_proj; qkv = x W_qkv^T + b; attention; out = o W_proj^T
++ b. Backward: the gradient at o, at qkv (two passes), at x, and of the parameters; what no input needs is not
+computed. qkv and o are packed (packing.py) and saved with the softmax's logarithms, and so are the packed weights.
 
 Two opaque operators, so that a compiled graph holds one node for each and never sees the width's value. Importing
 this module does not import Triton.
@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from skd_kernels.gpu.buffers import contiguous, uninitialised
+from skd_kernels.gpu.buffers import as_rows, contiguous, gradient_dtype, packed_head, padded, uninitialised
+
+if TYPE_CHECKING:
+    from skd_kernels.gpu.packing import Layout
 
 LARGEST_HEAD = 128  # coordinates; more would not fit the registers of one program
-LARGEST_PACKED = 2**20 - 256  # columns of q, k and v side by side, see projections.head_of
 
 
 @torch.library.custom_op("skd_kernels::masked_attention_triton", mutates_args=())
@@ -34,25 +36,30 @@ def attention_forward(
     scores: Tensor | None,
     num_heads: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as `masked_attention`, of one dtype; width a 0-d int32 tensor; scores only meant for the backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as `masked_attention`; width a 0-d int32 tensor; scores only meant for the backward.
+
+    x has the dtype to compute in; the parameters, whatever theirs is, are cast to it.
 
     Returns:
-        out (B, N, C), and what the backward needs, uninitialised past the width: qkv (B N, 3 H P) and o (B N, H P)
-        packed, P being D rounded up to a multiple of 8; logsumexp (B, H, N) float32; W_proj transposed (H D, C).
+        out (B, N, C), and what the backward needs, uninitialised past the width: qkv (B N, >= 3 H D) and o
+        (B N, >= H D) packed; logsumexp (B, H, N) float32; and the packed weights.
     """
     from skd_kernels.gpu.flash import attend
-    from skd_kernels.gpu.projections import project, transpose_weight
+    from skd_kernels.gpu.packing import pack
+    from skd_kernels.gpu.products import Width, product
 
     head_dim = w_proj.shape[1] // num_heads
-    out, qkv, o, logsumexp, transposed = _outputs(x, w_proj, num_heads)
-    rows, w_qkv, w_proj = (contiguous(tensor) for tensor in (x.reshape(-1, x.shape[-1]), w_qkv, w_proj))
-    b_qkv, b_proj = (None if bias is None else contiguous(bias) for bias in (b_qkv, b_proj))
-    transpose_weight(w_proj, transposed, width, num_heads)
-    project(True, rows, w_qkv, b_qkv, qkv, width, head_dim)
+    layout, rows = _layout(head_dim, num_heads), as_rows(x)
+    out, qkv, o, logsumexp, inward, outward = _outputs(x, w_proj, num_heads)
+    bias = None if b_qkv is None else uninitialised(x, layout.row_pitch)
+    pack(w_qkv, b_qkv, w_proj, (inward, bias, outward), width, layout)
+    into = Width(width, head_dim, 3 * num_heads)
+    product(rows, inward, bias, qkv, into, ragged_columns=True, transposed=True, columns=layout.row_pitch)
     attend(qkv, o, logsumexp, width, head_dim, scale)
-    project(False, o, transposed, b_proj, out.view(rows.shape), width, head_dim)
-    return out, qkv, o, logsumexp, transposed
+    b_proj, out_of = None if b_proj is None else contiguous(b_proj), Width(width, head_dim, num_heads)
+    product(o, outward, b_proj, as_rows(out), out_of, ragged_columns=False, transposed=True, columns=x.shape[-1])
+    return out, qkv, o, logsumexp, inward, outward
 
 
 @attention_forward.register_fake
@@ -66,20 +73,26 @@ def _(
     scores: Tensor | None,
     num_heads: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _outputs(x, w_proj, num_heads)
 
 
-def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _layout(head_dim: int, num_heads: int) -> Layout:
+    from skd_kernels.gpu.packing import Layout
+
+    return Layout(head_dim, rows=3 * num_heads, columns=num_heads, packed=True)
+
+
+def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, tokens, channels = x.shape
-    inner = w_proj.shape[1]
-    pitch = (inner // num_heads + 7) // 8 * 8
+    inner = num_heads * packed_head(w_proj.shape[1] // num_heads)
     return (
-        x.new_empty(x.shape),
-        uninitialised(x, images * tokens, 3 * num_heads * pitch),
-        uninitialised(x, images * tokens, num_heads * pitch),
+        uninitialised(x, *x.shape),
+        uninitialised(x, images * tokens, padded(3 * inner)),
+        uninitialised(x, images * tokens, padded(inner)),
         uninitialised(x, images, num_heads, tokens, dtype=torch.float32),
-        uninitialised(x, inner, channels),
+        uninitialised(x, padded(3 * inner), padded(channels)),
+        uninitialised(x, channels, padded(inner)),
     )
 
 
@@ -87,37 +100,42 @@ def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor,
 def attention_backward(
     dout: Tensor,
     x: Tensor,
-    w_qkv: Tensor,
     qkv: Tensor,
     o: Tensor,
     logsumexp: Tensor,
-    transposed: Tensor,
+    inward: Tensor,
+    outward: Tensor,
     width: Tensor,
+    head_dim: int,
     scale: float,
+    dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w_qkv, b_qkv, w_proj and b_proj, and the scores (3 H D,) float32; empty where not needed.
 
     Args:
-        dout: (B, N, C). qkv ... transposed: what the forward returned.
+        dout: (B, N, C). qkv ... outward: what the forward returned.
+        head_dim: D.
+        dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
     """
-    from skd_kernels.gpu.flash import differentiate_attention
-    from skd_kernels.gpu.projections import differentiate_weight, project, sum_terms
-    from skd_kernels.gpu.weight_gradient import column_sums
+    from skd_kernels.gpu.flash_backward import differentiate_attention
+    from skd_kernels.gpu.products import Width, product
+    from skd_kernels.gpu.sums import column_sums, sum_terms
+    from skd_kernels.gpu.weight_gradient import weight_gradient
 
     num_heads = logsumexp.shape[1]
-    inner, channels = transposed.shape
-    head_dim = inner // num_heads
-    results = _gradients(x, w_qkv, transposed, needs)
+    layout = _layout(head_dim, num_heads)
+    results = _gradients(x, num_heads * head_dim, dtype, needs)
     dx, dw_qkv, db_qkv, dw_proj, db_proj, scores = results
-    rows, drows = (contiguous(tensor.reshape(-1, channels)) for tensor in (x, dout))
+    rows, drows = as_rows(x), as_rows(dout)
     if needs[3]:
-        differentiate_weight(o, drows, dw_proj, width, num_heads, transposed=True)
+        weight_gradient(drows, o, width, dw_proj, layout, by_rows=False)
     if needs[4]:
         column_sums(drows, width, db_proj)
     if needs[0] or needs[1] or needs[2] or needs[5]:
-        do = project(True, drows, transposed, None, torch.empty_like(o), width, head_dim)
+        do, out_of = uninitialised(o, *o.shape), Width(width, head_dim, num_heads)
+        product(drows, outward, None, do, out_of, ragged_columns=True, transposed=False, columns=layout.column_pitch)
         dqkv, bias_sums, score_sums = differentiate_attention(
             qkv, o, do, logsumexp, width, head_dim, scale, bias=needs[2], scores=needs[5]
         )
@@ -126,9 +144,12 @@ def attention_backward(
         if score_sums is not None:
             sum_terms(score_sums, scores, width, head_dim)
         if needs[1]:
-            differentiate_weight(dqkv, rows, dw_qkv, width, 3 * num_heads, transposed=False)
+            weight_gradient(dqkv, rows, width, dw_qkv, layout, by_rows=True)
         if needs[0]:
-            project(False, dqkv, contiguous(w_qkv), None, dx.view(rows.shape), width, head_dim)
+            into = Width(width, head_dim, 3 * num_heads)
+            product(
+                dqkv, inward, None, as_rows(dx), into, ragged_columns=False, transposed=False, columns=x.shape[-1]
+            )
     return results
 
 
@@ -136,55 +157,60 @@ def attention_backward(
 def _(
     dout: Tensor,
     x: Tensor,
-    w_qkv: Tensor,
     qkv: Tensor,
     o: Tensor,
     logsumexp: Tensor,
-    transposed: Tensor,
+    inward: Tensor,
+    outward: Tensor,
     width: Tensor,
+    head_dim: int,
     scale: float,
+    dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(x, w_qkv, transposed, needs)
+    return _gradients(x, logsumexp.shape[1] * head_dim, dtype, needs)
 
 
 def _gradients(
-    x: Tensor, w_qkv: Tensor, transposed: Tensor, needs: Sequence[bool]
+    x: Tensor, inner: int, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inner, channels = transposed.shape
+    def empty(index: int, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return uninitialised(x, *(shape if needs[index] else (0,)), dtype=dtype)
 
-    def empty(index: int, shape: Sequence[int], dtype: torch.dtype = x.dtype) -> Tensor:
-        return x.new_empty(shape if needs[index] else (0,), dtype=dtype)
-
+    channels = x.shape[-1]
     return (
-        empty(0, x.shape),
-        empty(1, w_qkv.shape),
-        empty(2, (3 * inner,)),
-        empty(3, (channels, inner)),
-        empty(4, (channels,)),
-        empty(5, (3 * inner,), torch.float32),
+        empty(0, *x.shape, dtype=x.dtype),
+        empty(1, 3 * inner, channels),
+        empty(2, 3 * inner),
+        empty(3, channels, inner),
+        empty(4, channels),
+        empty(5, 3 * inner, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_qkv, _, _, _, width, ctx.scores, _, ctx.scale = inputs
+    x, *parameters, width, ctx.scores, num_heads, ctx.scale = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # or zeros as large as qkv are made for each of them
-    ctx.save_for_backward(x, w_qkv, *saved, width)
+    ctx.save_for_backward(x, *saved, width)
+    ctx.head_dim = parameters[2].shape[1] // num_heads
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 9
-    needed = ctx.needs_input_grad
-    scores = ctx.scores
-    with_scores = scores is not None and any(needed[:3])
-    needs = [*needed[:5], with_scores]
-    *gradients, added = attention_backward(dout, *ctx.saved_tensors, ctx.scale, needs)
+    needed = ctx.needs_input_grad[:5]
+    with_scores = ctx.scores is not None and any(needed[:3])
+    dtype = gradient_dtype(ctx.dtypes)
+    dx, *gradients, added = attention_backward(
+        dout, *ctx.saved_tensors, ctx.head_dim, ctx.scale, dtype, [*needed, with_scores]
+    )
     if with_scores:
-        scores.add_(added.detach().view(scores.shape))
-    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *(None,) * 4)
+        ctx.scores.add_(added.detach().view(ctx.scores.shape))
+    cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return (*(gradient if need else None for gradient, need in zip([dx, *cast], needed, strict=True)), *(None,) * 4)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -217,7 +243,7 @@ def _example(
     attention_forward._init_fn(x, w_qkv, None, w_proj, None, width, None, num_heads, 0.125)
     for bias, scores in ((True, True), (True, False), (False, False)):
         needs = [True, True, bias, True, bias, scores]
-        attention_backward._init_fn(x, x, w_qkv, *saved, width, 0.125, needs)
+        attention_backward._init_fn(x, x, *saved, width, head_dim, 0.125, dtype, needs)
 
 
 def _example_tf32() -> None:

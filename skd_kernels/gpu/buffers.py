@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 PAD = 128  # a multiple of every tile along the hidden features
+UNIT = 8  # Kept coordinates are rounded up to so many: 16 bytes in half precision. It divides every tile.
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -14,6 +17,11 @@ def ceil_div(a: int, b: int) -> int:
 def padded(size: int) -> int:
     """Row length of our own buffers: no tile that starts inside a row reaches past its end."""
     return ceil_div(size, PAD) * PAD
+
+
+def packed_head(size: int) -> int:
+    """Coordinates of a head rounded up to 16 bytes in half precision, see packing.py."""
+    return ceil_div(size, UNIT) * UNIT
 
 
 def uninitialised(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -43,3 +51,9 @@ def contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def gradient_dtype(dtypes: Sequence[torch.dtype | None]) -> torch.dtype:
+    """What an operation returns the gradients of parameters of these dtypes in: theirs, or float32 if they differ."""
+    there = {dtype for dtype in dtypes if dtype is not None}
+    return there.pop() if len(there) == 1 else torch.float32

@@ -1,11 +1,9 @@
-"""Softmax attention on packed heads whose width is read on the device: forward, and a backward of two passes.
+"""Softmax attention on packed heads whose width is read on the device; flash_backward.py has its gradient.
 
-Packed tensors are described in projections.py: qkv has 3 H groups, the output and its gradient H. Logits and
+Packed tensors are described in packing.py: qkv has 3 H groups, the output and its gradient H, in rows of a fixed
+length. What these kernels write ends in zeros, as far as the products read that come after. Logits and
 probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135); the backward pass recomputes them with the
-logarithm of each softmax's sum, which the forward pass stores. One pass of it owns blocks of queries and gives dq,
-the other owns blocks of keys and gives dk and dv, so every sum has a fixed order and nothing is added atomically; the
-price is that logits are computed twice. The first pass also leaves ``delta``, the sum over coordinates of out * dout,
-to the second. Both leave sums over their tokens of dqkv (the bias gradient) and of |qkv * dqkv| (the Taylor scores).
+logarithm of each softmax's sum, which the forward pass stores.
 
 The matrix unit works on 16, 32, 64 or 128 coordinates: each kernel holds one body for each and branches on the width.
 The padding up to the pitch is exact zeros in memory, the rest up to the body's size is not read.
@@ -25,9 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
+from skd_kernels.gpu.buffers import PAD
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.projections import kept, padded
-from skd_kernels.gpu.tiles import precision, width_kernel
+from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
+
+# A multiple of every inner step of the products, and a divisor of the rows' length.
+STEP: tl.constexpr = tl.constexpr(64)
+assert PAD % 64 == 0
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,6 @@ def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
     return Blocks(64, 32, warps=4, stages=3)
 
 
-def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
-    """As forward: 64 by 32 takes 138 and 168 registers on sm_90 (64 by 64: 174 and 225, one program less in each).
-
-    sm_80 holds the operands of its mma instructions in registers, and owns 32 tokens. At 128 coordinates dk and dv of
-    64 keys need 8 warps. For sm_100 ptxas aims at fewer registers than it needs (96 of 120) unless told not to.
-    """
-    if dtype == torch.float32:
-        return Blocks(16, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(16, 16, 8, 1, registers=255)
-    if device.architecture < 90:
-        return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2)
-    if head_dim <= 64:
-        return Blocks(64, 32, 4, stages=2, registers=255 if device.architecture >= 100 else None)
-    return Blocks(64, 32, 8, stages=2, registers=255)
-
-
 # Kernels -------------------------------------------------------------------------------------------
 
 
@@ -99,14 +86,10 @@ def store_tokens(base, value, first, tokens, stride, pitch, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def store_sums(bias_sums, score_sums, target, value, gradient, inside, keep, WIDTH: tl.constexpr):
-    """Sums over the tokens that are `inside` of the gradient and of |value * gradient|, from `target` on."""
-    column = tl.arange(0, WIDTH)
-    gradient = tl.where(inside[:, None], gradient, 0.0)
-    if bias_sums is not None:
-        tl.store(bias_sums + target + column, tl.sum(gradient, 0), mask=column < keep)
-    if score_sums is not None:
-        tl.store(score_sums + target + column, tl.sum(tl.abs(value.to(tl.float32) * gradient), 0), mask=column < keep)
+def store_tail(base, size, first, tokens, stride, ROWS: tl.constexpr):
+    """Zeros behind the `size` packed coordinates of tokens first .. first + ROWS, up to the products' next step."""
+    zeros = tl.zeros((ROWS, STEP), tl.float32)
+    store_tokens(base + size, zeros, first, tokens, stride, tl.cdiv(size, STEP) * STEP - size, ROWS, STEP)
 
 
 @triton.jit
@@ -117,29 +100,31 @@ def forward_body(
     keep,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     scale,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = padded(keep)
+    pitch = rounded(keep)
     blocks = tl.cdiv(tokens, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     pair = tl.program_id(0) // blocks
     image = (pair // heads).to(tl.int64)
     head = pair % heads
     inner = heads * pitch
-    query = qkv + image * tokens * (3 * inner) + head * pitch
+    query = qkv + image * tokens * stride_qkv + head * pitch
     key = query + inner
-    q = load_tokens(query, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
+    q = load_tokens(query, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     factor = scale * 1.4426950408889634
     for start in range(0, tokens, BLOCK_N):
-        k = load_tokens(key, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        v = load_tokens(key + inner, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
+        k = load_tokens(key, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
+        v = load_tokens(key + inner, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
         s = tl.dot(q, k.T, input_precision=PRECISION) * factor
         s = tl.where((tl.arange(0, BLOCK_N) < tokens - start)[None, :], s, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1))
@@ -149,15 +134,17 @@ def forward_body(
         mean = tl.dot(p.to(v.dtype), v, mean * shrink[:, None], input_precision=PRECISION)
         largest = larger
     store_tokens(
-        out + image * tokens * inner + head * pitch,
+        out + image * tokens * stride_out + head * pitch,
         mean / total[:, None],
         first,
         tokens,
-        inner,
+        stride_out,
         pitch,
         BLOCK_M,
         WIDTH,
     )
+    if head == heads - 1:
+        store_tail(out + image * tokens * stride_out, inner, first, tokens, stride_out, BLOCK_M)
     row = tl.arange(0, BLOCK_M)
     tl.store(
         logsumexp + pair.to(tl.int64) * tokens + first + row, largest + tl.log2(total), mask=row < tokens - first
@@ -172,6 +159,8 @@ def flash_forward(
     width,
     tokens,
     heads,
+    stride_qkv,
+    stride_out,
     head_dim,
     scale,
     BLOCK_M: tl.constexpr,
@@ -180,181 +169,14 @@ def flash_forward(
     LARGEST: tl.constexpr,
 ):
     """out = softmax(scale q k^T) v, packed; logsumexp (images, heads, tokens) float32, in base 2."""
-    keep = kept(width, head_dim)
-    if keep > 64:
-        if LARGEST > 64:
-            forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 128)
-    elif keep > 32:
-        if LARGEST > 32:
-            forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 64)
-    elif keep > 16:
-        if LARGEST > 16:
-            forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 32)
-    elif keep > 0:
-        forward_body(qkv, out, logsumexp, keep, tokens, heads, scale, BLOCK_M, BLOCK_N, PRECISION, 16)
-
-
-@triton.jit
-def queries_body(
-    qkv,
-    out,
-    dout,
-    logsumexp,
-    delta,
-    dqkv,
-    bias_sums,
-    score_sums,
-    keep,
-    tokens,
-    heads,
-    head_dim,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    pitch = padded(keep)
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    first = block * BLOCK_M
-    pair = tl.program_id(0) // blocks
-    image = (pair // heads).to(tl.int64)
-    head = pair % heads
-    inner = heads * pitch
-    query = image * tokens * (3 * inner) + head * pitch
-    key = qkv + query + inner
-    output = image * tokens * inner + head * pitch
-    q = load_tokens(qkv + query, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    do = load_tokens(dout + output, first, tokens, inner, pitch, BLOCK_M, WIDTH)
-    o = load_tokens(out + output, first, tokens, inner, pitch, BLOCK_M, WIDTH)
-    row = tl.arange(0, BLOCK_M)
-    inside = row < tokens - first
-    line = pair.to(tl.int64) * tokens + first + row
-    log_total = tl.load(logsumexp + line, mask=inside, other=0.0)
-    correction = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + line, correction, mask=inside)
-    dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    factor = scale * 1.4426950408889634
-    for start in range(0, tokens, BLOCK_N):
-        k = load_tokens(key, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        v = load_tokens(key + inner, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * factor - log_total[:, None])
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - correction[:, None])
-        ds = tl.where((tl.arange(0, BLOCK_N) < tokens - start)[None, :], ds, 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq *= scale
-    store_tokens(dqkv + query, dq, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    target = ((image * blocks + block) * 3 * heads + head) * head_dim
-    store_sums(bias_sums, score_sums, target, q, dq, inside, keep, WIDTH)
-
-
-@triton.jit
-def keys_body(
-    qkv,
-    out,
-    dout,
-    logsumexp,
-    delta,
-    dqkv,
-    bias_sums,
-    score_sums,
-    keep,
-    tokens,
-    heads,
-    head_dim,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    pitch = padded(keep)
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    block = tl.program_id(0) % blocks
-    first = block * BLOCK_M
-    pair = tl.program_id(0) // blocks
-    image = (pair // heads).to(tl.int64)
-    head = pair % heads
-    inner = heads * pitch
-    query = qkv + image * tokens * (3 * inner) + head * pitch
-    key = image * tokens * (3 * inner) + inner + head * pitch
-    output = dout + image * tokens * inner + head * pitch
-    k = load_tokens(qkv + key, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    v = load_tokens(qkv + key + inner, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    dk = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    dv = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    factor = scale * 1.4426950408889634
-    for start in range(0, tokens, BLOCK_N):
-        q = load_tokens(query, start, tokens, 3 * inner, pitch, BLOCK_N, WIDTH)
-        do = load_tokens(output, start, tokens, inner, pitch, BLOCK_N, WIDTH)
-        # Past the last query q, dout and these two are zero: p is 1 there, what is added is zero.
-        column = tl.arange(0, BLOCK_N)
-        line = pair.to(tl.int64) * tokens + start + column
-        log_total = tl.load(logsumexp + line, mask=column < tokens - start, other=0.0)
-        correction = tl.load(delta + line, mask=column < tokens - start, other=0.0)
-        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * factor - log_total[None, :])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - correction[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    dk *= scale
-    store_tokens(dqkv + key, dk, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    store_tokens(dqkv + key + inner, dv, first, tokens, 3 * inner, pitch, BLOCK_M, WIDTH)
-    inside = tl.arange(0, BLOCK_M) < tokens - first
-    target = ((image * blocks + block) * 3 * heads + heads + head) * head_dim
-    store_sums(bias_sums, score_sums, target, k, dk, inside, keep, WIDTH)
-    store_sums(bias_sums, score_sums, target + heads * head_dim, v, dv, inside, keep, WIDTH)
-
-
-@width_kernel
-def flash_backward(
-    qkv,
-    out,
-    dout,
-    logsumexp,
-    delta,
-    dqkv,
-    bias_sums,
-    score_sums,
-    width,
-    tokens,
-    heads,
-    head_dim,
-    scale,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LARGEST: tl.constexpr,
-    BODY: tl.constexpr,
-):
-    """One pass: with `queries_body` dq and delta, then with `keys_body` dk and dv; the sums, unless None, in both.
-
-    delta is like logsumexp; bias_sums and score_sums are (images * blocks, 3, heads, head_dim) float32.
-    """
-    keep = kept(width, head_dim)
-    if keep > 64:
-        if LARGEST > 64:
-            BODY(
-                qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-                keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 128,
-            )  # fmt: skip
-    elif keep > 32:
-        if LARGEST > 32:
-            BODY(
-                qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-                keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 64,
-            )  # fmt: skip
-    elif keep > 16:
-        if LARGEST > 16:
-            BODY(
-                qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-                keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 32,
-            )  # fmt: skip
-    elif keep > 0:
-        BODY(
-            qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums,
-            keep, tokens, heads, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 16,
-        )  # fmt: skip
+    keep = read_width(width, head_dim)
+    for bits in tl.static_range(4, 8):  # 16, 32, 64 and 128 coordinates
+        if (1 << bits) <= LARGEST:  # noqa: SIM102  (known at compile time)
+            if (keep <= (1 << bits)) & (keep > ((1 << bits) // 2 if bits > 4 else 0)):
+                forward_body(
+                    qkv, out, logsumexp, keep, tokens, heads, stride_qkv, stride_out, scale,
+                    BLOCK_M, BLOCK_N, PRECISION, 1 << bits,
+                )  # fmt: skip
 
 
 # Launches ------------------------------------------------------------------------------------------
@@ -382,54 +204,10 @@ def attend(
         "width": width,
         "tokens": tokens,
         "heads": heads,
+        "stride_qkv": qkv.stride(0),
+        "stride_out": out.stride(0),
     }
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
     grid = (triton.cdiv(tokens, blocks.rows) * images * heads,)
     launch(flash_forward, grid, arguments, **blocks.settings())
-
-
-def differentiate_attention(
-    qkv: torch.Tensor,
-    out: torch.Tensor,
-    dout: torch.Tensor,
-    logsumexp: torch.Tensor,
-    width: torch.Tensor,
-    head_dim: int,
-    scale: float,
-    *,
-    bias: bool,
-    scores: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradient at qkv, packed like it, of attention whose `attend` gave out and logsumexp.
-
-    Returns:
-        dqkv, and if `bias` and `scores` ask for them, sums of dqkv and of |qkv * dqkv| over blocks of tokens:
-        (blocks, 3 H head_dim) float32, unwritten past the width.
-    """
-    images, heads, tokens = logsumexp.shape
-    blocks = backward_blocks(qkv.dtype, head_dim, device_of(qkv))
-    count = triton.cdiv(tokens, blocks.rows)
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(logsumexp)
-    shape = (images * count, 3 * heads * head_dim)
-    bias_sums = qkv.new_empty(shape, dtype=torch.float32) if bias else None
-    score_sums = qkv.new_empty(shape, dtype=torch.float32) if scores else None
-    arguments: dict[str, Any] = {
-        "qkv": qkv,
-        "out": out,
-        "dout": dout,
-        "logsumexp": logsumexp,
-        "delta": delta,
-        "dqkv": dqkv,
-    }
-    arguments |= {"bias_sums": bias_sums, "score_sums": score_sums, "width": width, "tokens": tokens, "heads": heads}
-    arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
-    arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
-    for body in (queries_body, keys_body):
-        launch(
-            flash_backward,
-            (count * images * heads,),
-            {**arguments, "BODY": body},
-            **blocks.settings(),
-        )
-    return dqkv, bias_sums, score_sums

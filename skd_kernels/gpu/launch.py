@@ -14,13 +14,14 @@ time is what the host code would really start. A module with kernels takes part 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -43,6 +44,16 @@ class Device:
 
     architecture: int
     multiprocessors: int
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that one block may ask for (CUDA C++ Programming Guide, technical specifications)."""
+        return {80: 163, 90: 227, 100: 227, 103: 227}.get(self.architecture, 99) * 1024
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether tiles are copied between memory and shared memory by descriptors of tensors (TMA)."""
+        return self.architecture >= 90
 
 
 RECORDED_DEVICES = {
@@ -111,6 +122,19 @@ def record(architecture: int) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
+_watchers: list[Callable[[str, dict[str, Any]], None]] = []
+
+
+@contextmanager
+def watch(look: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside the block ``look(name, arguments)`` is called for each kernel before it is started, by any thread."""
+    _watchers.append(look)
+    try:
+        yield
+    finally:
+        _watchers.remove(look)
+
+
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
@@ -139,9 +163,9 @@ def launch(
     Args:
         kernel: a ``triton.jit`` function.
         grid: one to three numbers of programs.
-        arguments: every parameter of the kernel by name, constants included. Tensors may be None; a tensor's storage
-            must start at a multiple of 16 bytes for the code to be the one that `record` notes, unless the kernel
-            does not specialise on its alignment.
+        arguments: every parameter of the kernel by name, constants included: tensors, descriptors of tensors,
+            numbers, or None. A tensor's storage must start at a multiple of 16 bytes for the code to be the one that
+            `record` notes, unless the kernel does not specialise on its alignment.
         num_warps, num_stages: as Triton defines them.
         max_registers: of a thread. Without it ptxas may choose a limit of its own, and spill to keep it.
     """
@@ -149,7 +173,10 @@ def launch(
     if recorder is not None:
         recorder.launches.append(_describe(kernel, arguments, (num_warps, num_stages, max_registers), recorder.label))
         return
-    first = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+    for look in _watchers:
+        look(kernel.__name__, arguments)
+    tensors = (value.base if isinstance(value, TensorDescriptor) else value for value in arguments.values())
+    first = next(value for value in tensors if isinstance(value, torch.Tensor))
     # Triton starts kernels on the current device, which need not be the tensors'.
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         kernel[tuple(grid)](**arguments, **options(num_warps, num_stages, max_registers))
@@ -168,6 +195,9 @@ def _describe(kernel: Any, arguments: dict[str, Any], settings: tuple[int, int, 
         special = not param.do_not_specialize
         if param.is_constexpr or value is None or (type(value) is int and value == 1 and special):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            element = TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             if not param.do_not_specialize_on_alignment:

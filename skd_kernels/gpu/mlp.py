@@ -1,8 +1,9 @@
 """`masked_mlp` in Triton: the order of its kernels, and what torch.library has to know of them.
 
-Forward: the hidden features h, and z before the activation, of the first `width` neurons; then the output. Backward:
-the gradient at z, which adds up the gradient of b1 and the Taylor scores on its way; from it those of x and w1; and
-from the saved h that of w2. What no input needs is not computed.
+Forward: cast and pack the weights; the hidden features h of the first `width` neurons, and the slopes of their
+activation for the backward pass; then the output. Backward: the gradient at the first layer's output, which adds up
+the gradient of b1 and the Taylor scores on its way; from it those of x and w1; and from the saved h that of w2. What
+no input needs is not computed.
 
 Two opaque operators, so that a compiled graph holds one node for each and never sees the width's value. Importing
 this module does not import Triton.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from skd_kernels.gpu.buffers import as_rows, contiguous, padded, uninitialised
+from skd_kernels.gpu.buffers import as_rows, contiguous, gradient_dtype, padded, uninitialised
+
+if TYPE_CHECKING:
+    from skd_kernels.gpu.packing import Layout
 
 
 @torch.library.custom_op("skd_kernels::masked_mlp_triton", mutates_args=())
@@ -32,21 +36,40 @@ def mlp_forward(
     act: str,
     gated: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments as `masked_mlp`, of one dtype; width a 0-d int32 tensor; scores only meant for the backward.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Arguments as `masked_mlp`; width a 0-d int32 tensor; scores only meant for the backward.
+
+    x has the dtype to compute in; the parameters, whatever theirs is, are cast to it.
 
     Returns:
         y (B, N, C), and what the backward needs, uninitialised past the width's tile: h (B N, P), P being F rounded
-        up to whole tiles, and z (B N, 1 or, if gated, 2, P), which is empty unless `save`.
+        up to whole tiles; the slopes (B N, P or, if gated, 2 P), empty unless `save`; and the packed weights.
     """
-    from skd_kernels.gpu.hidden import hidden_features
-    from skd_kernels.gpu.linear import output
+    from skd_kernels.gpu.packing import pack
+    from skd_kernels.gpu.products import Width, product
 
-    y, h, z = _outputs(x, w2, gated, save)
-    b1, b2 = (None if bias is None else contiguous(bias) for bias in (b1, b2))
-    hidden_features(as_rows(x), as_rows(w1), b1, width, h, z if save else None, act, gated)
-    output(h, as_rows(w2), b2, width, as_rows(y))
-    return y, h, z
+    y, h, slopes, inward, outward = _outputs(x, w2, gated, save)
+    layout, rows, hidden = _layout(w2.shape[1], gated), as_rows(x), Width(width, w2.shape[1])
+    bias = None if b1 is None else uninitialised(x, layout.row_pitch)
+    pack(w1, b1, w2, (inward, bias, outward), width, layout)
+    product(
+        rows,
+        inward,
+        bias,
+        h,
+        hidden,
+        epilogue="activate",
+        ragged_columns=True,
+        transposed=True,
+        parts=layout.rows,
+        part=layout.part,
+        act=act,
+        kept=slopes if save else None,
+        columns=layout.part,
+    )
+    b2 = None if b2 is None else contiguous(b2)
+    product(h, outward, b2, as_rows(y), hidden, ragged_columns=False, transposed=True, columns=y.shape[-1])
+    return y, h, slopes, inward, outward
 
 
 @mlp_forward.register_fake
@@ -61,16 +84,26 @@ def _(
     act: str,
     gated: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _outputs(x, w2, gated, save)
 
 
-def _outputs(x: Tensor, w2: Tensor, gated: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, pitch = x.shape[0] * x.shape[1], padded(w2.shape[1])
+def _layout(hidden: int, gated: bool) -> Layout:
+    from skd_kernels.gpu.packing import Layout
+
+    return Layout(hidden, rows=2 if gated else 1, columns=1, packed=False)
+
+
+def _outputs(x: Tensor, w2: Tensor, gated: bool, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, (channels, hidden) = x.shape[0] * x.shape[1], w2.shape
+    pitch = padded(hidden)
+    parts = 2 * pitch if gated else pitch
     return (
         uninitialised(x, *x.shape),
         uninitialised(x, tokens, pitch),
-        uninitialised(x, *((tokens, 2 if gated else 1, pitch) if save else (0,))),
+        uninitialised(x, *((tokens, parts) if save else (0,))),
+        uninitialised(x, parts, padded(channels)),
+        uninitialised(x, channels, pitch),
     )
 
 
@@ -78,42 +111,74 @@ def _outputs(x: Tensor, w2: Tensor, gated: bool, save: bool) -> tuple[Tensor, Te
 def mlp_backward(
     dy: Tensor,
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
     h: Tensor,
-    z: Tensor,
+    slopes: Tensor,
+    inward: Tensor,
+    outward: Tensor,
     width: Tensor,
-    act: str,
+    hidden: int,
     gated: bool,
+    dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, w1, b1, w2 and b2, and the scores (F,) float32; empty where not needed.
 
     Args:
-        dy: (B, N, C). h, z: what the forward returned.
+        dy: (B, N, C). h ... outward: what the forward returned.
+        hidden: F.
+        dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
     """
-    from skd_kernels.gpu.hidden import hidden_gradient
-    from skd_kernels.gpu.linear import input_gradient
-    from skd_kernels.gpu.weight_gradient import column_sums, sums, weight_gradient
+    from skd_kernels.gpu.products import Width, gradient_rows, product
+    from skd_kernels.gpu.sums import column_sums, sums
+    from skd_kernels.gpu.weight_gradient import weight_gradient
 
-    results = _gradients(x, w1, w2, needs)
+    layout, kept = _layout(hidden, gated), Width(width, hidden)
+    results = _gradients(x, hidden, gated, dtype, needs)
     dx, dw1, db1, dw2, db2, scores = results
     need_x, need_w1, need_b1, need_w2, need_b2, need_scores = needs
-    parts, hidden = 2 if gated else 1, w2.shape[1]
-    dy, x, w1, w2 = as_rows(dy), as_rows(x), as_rows(w1), as_rows(w2)
+    parts, part = layout.rows, layout.part
+    dy, x = as_rows(dy), as_rows(x)
     if need_x or need_w1 or need_b1 or need_scores:
-        keep, add_up = need_x or need_w1, need_b1 or need_scores
-        dz, pieces = hidden_gradient(dy, w2, z, width, act, keep=keep, add_up=add_up)
-        if pieces is not None:
-            bias, total = db1 if need_b1 else None, scores if need_scores else None
-            sums(pieces, hidden, bias, total, width, parts=parts)
+        dz = uninitialised(slopes, *slopes.shape) if need_x or need_w1 else None
+        terms = None
+        if need_b1 or need_scores:
+            terms = uninitialised(x, gradient_rows(dy, gated), parts + 1, part, dtype=torch.float32)
+        product(
+            dy,
+            outward,
+            None,
+            dz,
+            kept,
+            epilogue="gradient",
+            ragged_columns=True,
+            transposed=False,
+            parts=parts,
+            part=part,
+            kept=slopes,
+            features=h if need_scores else None,
+            sums=terms,
+            columns=part,
+        )
+        if terms is not None:
+            sums(terms, hidden, db1 if need_b1 else None, scores if need_scores else None, width, parts=parts)
         if dz is not None and need_x:
-            input_gradient(dz, w1, width, as_rows(dx))
+            product(
+                dz,
+                inward,
+                None,
+                as_rows(dx),
+                kept,
+                ragged_columns=False,
+                transposed=False,
+                parts=parts,
+                part=part,
+                columns=dx.shape[-1],
+            )
         if dz is not None and need_w1:
-            weight_gradient(dz.flatten(1), x, width, dw1, by_rows=True, parts=parts)
+            weight_gradient(dz, x, width, dw1, layout, by_rows=True)
     if need_w2:
-        weight_gradient(dy, h, width, dw2, by_rows=False)
+        weight_gradient(dy, h, width, dw2, layout, by_rows=False)
     if need_b2:
         column_sums(dy, width, db2)
     return results
@@ -123,42 +188,45 @@ def mlp_backward(
 def _(
     dy: Tensor,
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
     h: Tensor,
-    z: Tensor,
+    slopes: Tensor,
+    inward: Tensor,
+    outward: Tensor,
     width: Tensor,
-    act: str,
+    hidden: int,
     gated: bool,
+    dtype: torch.dtype,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(x, w1, w2, needs)
+    return _gradients(x, hidden, gated, dtype, needs)
 
 
 def _gradients(
-    x: Tensor, w1: Tensor, w2: Tensor, needs: Sequence[bool]
+    x: Tensor, hidden: int, gated: bool, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def empty(index: int, shape: Sequence[int], dtype: torch.dtype = x.dtype) -> Tensor:
+    def empty(index: int, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return uninitialised(x, *(shape if needs[index] else (0,)), dtype=dtype)
 
+    channels, rows = x.shape[-1], 2 * hidden if gated else hidden
     return (
-        empty(0, x.shape),
-        empty(1, w1.shape),
-        empty(2, w1.shape[:1]),
-        empty(3, w2.shape),
-        empty(4, w2.shape[:1]),
-        empty(5, w2.shape[1:], torch.float32),
+        empty(0, *x.shape, dtype=x.dtype),
+        empty(1, rows, channels),
+        empty(2, rows),
+        empty(3, channels, hidden),
+        empty(4, channels),
+        empty(5, hidden, dtype=torch.float32),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, _, w2, _, width, scores, act, gated, _ = inputs
-    _, h, z = output
-    ctx.mark_non_differentiable(h, z)
-    ctx.set_materialize_grads(False)  # or zeros as large as h and z are made for them
-    ctx.save_for_backward(x, w1, w2, h, z, width)
+    x, *parameters, width, scores, _, gated, _ = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # or zeros as large as h and the slopes are made for them
+    ctx.save_for_backward(x, *saved, width)
     # The buffer is written in the backward pass, perhaps several times: a saved tensor must not change.
-    ctx.scores, ctx.act, ctx.gated = scores, act, gated
+    ctx.scores, ctx.gated, ctx.hidden = scores, gated, parameters[2].shape[1]
+    ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -166,10 +234,12 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         return (None,) * 10
     needed = ctx.needs_input_grad[:5]
     with_scores = ctx.scores is not None and any(needed[:3])
-    *gradients, added = mlp_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gated, [*needed, with_scores])
+    dtype = gradient_dtype(ctx.dtypes)
+    dx, *gradients, added = mlp_backward(dy, *ctx.saved_tensors, ctx.hidden, ctx.gated, dtype, [*needed, with_scores])
     if with_scores:
         ctx.scores.add_(added.detach())
-    return (*(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *(None,) * 5)
+    cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return (*(gradient if need else None for gradient, need in zip([dx, *cast], needed, strict=True)), *(None,) * 5)
 
 
 mlp_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -209,10 +279,10 @@ def _example(
         for size in (shape, (rows, channels), (rows,), (channels, hidden), (channels,))
     )
     width = torch.empty((), dtype=torch.int32, device="meta")
-    _, h, z = mlp_forward._init_fn(x, w1, b1, w2, b2, width, None, act, gated, True)
+    _, *saved = mlp_forward._init_fn(x, w1, b1, w2, b2, width, None, act, gated, True)
     mlp_forward._init_fn(x, w1, None, w2, None, width, None, act, gated, False)
-    mlp_backward._init_fn(x, x, w1, w2, h, z, width, act, gated, [True] * 6)
-    mlp_backward._init_fn(x, x, w1, w2, h, z, width, act, gated, [True, False, False, False, False, False])
+    for needs in ([True] * 6, [True] * 5 + [False], [True] + [False] * 5):
+        mlp_backward._init_fn(x, x, *saved, width, hidden, gated, dtype, needs)
 
 
 def _example_tf32(gated: bool) -> None:

@@ -1,19 +1,21 @@
-"""What the matrix products share: the order of tiles, the loops over the inner dimension, launch configurations.
+"""What the matrix products share: launch configurations, and how tiles are found, read and written.
 
-The inner loops load whole tiles without a mask along the contiguous dimension, which would forbid asynchronous
-copies. Only the last, incomplete step is selected in registers; selected and not multiplied, since whatever lies past
-the width may be NaN.
+An operand is read in whole tiles. Where the device has descriptors of tensors (sm_90 and later), and the operand is
+of half precision and begins at multiples of 16 bytes, a descriptor made by the host copies tiles: past the last row
+and column it reads zeros and writes nothing. Elsewhere tiles are read and written through pointers, with the same
+meaning. No loop selects elements by the width: whoever writes an operand writes zeros up to the end of its tile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from skd_kernels.gpu.launch import device_of
 
@@ -25,8 +27,11 @@ class Config:
     Attributes:
         m, n, k: rows and columns of the tile that a program computes, and the length of one inner step.
         warps, stages: as Triton defines them.
-        registers: the most that a thread may take; None leaves it to ptxas.
         resident: programs that fit on a multiprocessor together, by registers and shared memory.
+        pieces: into how many pieces of columns the tile is cut for what follows the product: 1, 2 or 4.
+        flatten: whether the loops over tiles and steps become one, so that the next tile's loads are under way
+            while this tile is finished.
+        registers: the most that a thread may take; None leaves it to ptxas.
     """
 
     m: int
@@ -34,8 +39,10 @@ class Config:
     k: int
     warps: int
     stages: int
-    registers: int | None = None
     resident: int = 1
+    pieces: int = 1
+    flatten: bool = False
+    registers: int | None = None
 
     def programs(self, like: torch.Tensor, tiles: int) -> int:
         """Programs of a persistent grid: they fill the device once and walk over the tiles of the current width."""
@@ -45,8 +52,15 @@ class Config:
         """For `launch`."""
         return {"num_warps": self.warps, "num_stages": self.stages, "max_registers": self.registers}
 
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+    def blocks(self) -> dict[str, Any]:
+        """The constants of a kernel that loops over tiles."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "FLATTEN": self.flatten}
+
+    def fitted(self, like: torch.Tensor) -> Config:
+        """With as many stages as the device's shared memory holds beside the tile that leaves through it."""
+        free = device_of(like).shared_memory - self.m * self.n // self.pieces * like.element_size()
+        stages = free // ((self.m + self.n) * self.k * like.element_size())
+        return replace(self, stages=max(1, min(self.stages, stages)))
 
 
 def precision() -> str:
@@ -57,26 +71,43 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def small_config(like: torch.Tensor, *strides: int) -> Config | None:
-    """The configuration of products on which the large tiles would spill, or None.
+def single_precision_config(like: torch.Tensor) -> Config | None:
+    """The configuration of products in float32, or None for half precision.
 
-    float32 without TF32 runs on the ordinary cores, which keep their operands in registers. And Triton asks of a row
-    length only whether 16 divides it: otherwise it loads element by element, with an address for each.
+    Without TF32 they run on the ordinary cores, which keep their operands in registers: larger tiles would spill.
     """
-    uneven = any(stride % 16 for stride in strides)
-    if like.dtype == torch.float32 and precision() == "ieee":
-        if uneven:  # longer steps, or steps that overlap, would need more registers than ptxas finds
-            return Config(32, 32, 32, warps=8, stages=1, registers=255)
-        return Config(64, 64, 32, warps=8, stages=3, registers=168)  # left to itself, ptxas spills to fit in 128
-    return Config(64, 64, 32, warps=8, stages=3) if uneven else None
+    if like.element_size() < 4:
+        return None
+    if precision() == "ieee":  # left to itself, ptxas spills to fit in 128 registers
+        return Config(64, 64, 32, warps=8, stages=3, registers=255)
+    return Config(128, 64, 32, warps=8, stages=3)
 
 
 def inner_step(like: torch.Tensor) -> int:
-    """128 bytes of a row: what a swizzled tile in shared memory holds of it, and one cache line.
-
-    Every tile of hidden features has a multiple of that many columns: a step that begins in a tile ends in it.
-    """
+    """128 bytes of a row: what a swizzled tile in shared memory holds of it, and one cache line."""
     return 128 // like.element_size()
+
+
+def described(*matrices: torch.Tensor | None) -> bool:
+    """Whether descriptors can describe all of these matrices, as far as they are there."""
+    there = [matrix for matrix in matrices if matrix is not None]
+    even = all(matrix.element_size() == 2 and matrix.stride(0) % 8 == 0 for matrix in there)
+    return even and device_of(there[0]).has_descriptors
+
+
+def operand(matrix: torch.Tensor | None, rows: int, columns: int, by_descriptor: bool) -> Any:
+    """`matrix` as a kernel takes it that reads or writes it in tiles of rows x columns.
+
+    Its memory begins at a multiple of 16 bytes (`buffers.as_rows`).
+    """
+    if matrix is None or not by_descriptor:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """The element type `dtype` as kernels name it."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
 # Triton would compile twice, for 16-byte-aligned and for other addresses. A width may be an element of a table, at
@@ -91,6 +122,12 @@ def read_width(width, full):
 
 
 @triton.jit
+def rounded(kept):
+    """Kept coordinates of one group, with the zeros behind them up to a multiple of UNIT."""
+    return (kept + 7) // 8 * 8
+
+
+@triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
     """(row, column) of a tile: bands of GROUP rows, column by column, so that neighbours share operands in L2."""
     band = GROUP * columns
@@ -100,83 +137,61 @@ def tile_of(index, rows, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def dot_nt(
-    total,
-    a,
-    a_rows,
-    b,
-    b_rows,
-    depth,
-    size,
-    BLOCK_K: tl.constexpr,
-    TAIL: tl.constexpr,
-    EVEN: tl.constexpr,
-    PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+def load_tile(
+    matrix,
+    row,
+    column,
+    rows,
+    columns,
+    stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """total + a[:, :depth] b[:, :depth]^T, both contiguous along the inner dimension.
+    """The tile of `matrix` (rows, columns) that begins at (row, column); zeros past its end.
 
-    a_rows (rows, 1) and b_rows (columns, 1) are where the rows begin, counted from the scalar pointers a and b: one
-    32-bit register for each address, which a tensor of pointers would double. `size` is how much of b's rows may be
-    read; EVEN: it is a multiple of BLOCK_K. PADDED: a is zero from depth to the end of the step. TAIL False: depth is
-    a multiple of BLOCK_K.
+    WHOLE: no tile ends past the last column. A mask along the contiguous dimension forbids asynchronous copies.
     """
-    k = tl.arange(0, BLOCK_K)[None, :]
-    whole = depth // BLOCK_K * BLOCK_K
-    for start in range(0, whole, BLOCK_K):
-        left = tl.load(a + start + (a_rows + k))
-        right = tl.load(b + start + (b_rows + k))
-        total = tl.dot(left, right.T, total, input_precision=PRECISION)
-    if TAIL:  # noqa: SIM102  (known at compile time)
-        if whole < depth:
-            rest = whole + k
-            if EVEN:
-                right = tl.load(b + whole + (b_rows + k))
-            else:
-                right = tl.load(b + whole + (b_rows + k), mask=rest < size, other=0.0)
-            if PADDED:
-                left = tl.load(a + whole + (a_rows + k))
-            else:
-                left = tl.load(a + whole + (a_rows + k), mask=rest < depth, other=0.0)
-            right = tl.where(rest < depth, right, 0.0)
-            total = tl.dot(left, right.T, total, input_precision=PRECISION)
-    return total
+    if DESCRIBED:
+        return matrix.load([row, column])
+    else:
+        i = tl.arange(0, HEIGHT)
+        j = tl.arange(0, WIDTH)
+        # One scalar pointer, and a register of 32 bits for each address: a tensor of pointers would take two.
+        start = matrix + tl.cast(row, tl.int64) * stride + column
+        inside = (i < rows - row)[:, None]
+        if not WHOLE:
+            inside = inside & (j < columns - column)[None, :]
+        return tl.load(start + (i[:, None] * stride + j[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
-def dot_nn(
-    total,
-    a,
-    a_rows,
-    b,
-    b_columns,
-    stride_b,
-    inside,
-    depth,
-    BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PADDED: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+def store_tile(
+    matrix,
+    value,
+    row,
+    column,
+    rows,
+    columns,
+    stride,
+    TYPE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """total + a[:, :depth] b[:depth], a contiguous along the inner dimension and b along its columns.
+    """Write a tile of float32 values as TYPE; what lies past the end of `matrix` is left out."""
+    if DESCRIBED:
+        matrix.store([row, column], value.to(TYPE))
+    else:
+        i = tl.arange(0, HEIGHT)
+        j = tl.arange(0, WIDTH)
+        start = matrix + tl.cast(row, tl.int64) * stride + column
+        inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
+        tl.store(start + (i[:, None] * stride + j[None, :]), value.to(TYPE), mask=inside)
 
-    a, a_rows, PADDED: as in `dot_nt`. b_columns (1, columns) are places in b's first row; `inside` (1, columns) says
-    which of them exist, EVEN_N that all do. WHOLE: depth is a multiple of BLOCK_K. A mask on b's rows is the same
-    along the contiguous dimension, so it forbids nothing.
-    """
-    k = tl.arange(0, BLOCK_K)
-    for start in range(0, depth, BLOCK_K):
-        if WHOLE or PADDED:
-            left = tl.load(a + start + (a_rows + k[None, :]))
-        else:
-            left = tl.load(a + start + (a_rows + k[None, :]), mask=k[None, :] < depth - start, other=0.0)
-        places = b + start * stride_b + (k[:, None] * stride_b + b_columns)
-        if WHOLE and EVEN_N:
-            right = tl.load(places)
-        elif EVEN_N:
-            right = tl.load(places, mask=k[:, None] < depth - start, other=0.0)
-        else:
-            right = tl.load(places, mask=(k[:, None] < depth - start) & inside, other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
-    return total
+
+@triton.jit
+def halves(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape((HEIGHT, 2, WIDTH // 2)).permute((0, 2, 1)).split()

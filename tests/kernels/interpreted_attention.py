@@ -14,18 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from attention_checks import NAMES, check, make_inputs, relative_error, run
 from layouts import LAYOUTS
 from tolerances import UNIT_ROUNDOFF, kernel_tolerance
-from watched_launches import check_alignment, watch
+from watched_launches import check_alignment, names_of_launches
 
 import skd_kernels as kernels
 from skd_kernels.gpu import attention as operator
-from skd_kernels.gpu import flash, projections, weight_gradient
+from skd_kernels.gpu.launch import watch
 
-MODULES = (flash, projections, weight_gradient)
 ERRORS: dict[str, list[float]] = {}
 
 
@@ -149,13 +146,12 @@ def test_views_and_strides() -> None:
         torch.testing.assert_close(found, want)
 
 
-def test_operands_begin_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operands_begin_at_multiples_of_16_bytes() -> None:
     """Every operand begins at a multiple of 16 bytes, even a view, as kernels compiled ahead of time assume."""
     leaves: list[Any] = [LAYOUTS["unaligned"](tensor).requires_grad_() for tensor in make_inputs((1, 9, 32), 2, 16)]
-    watch(monkeypatch, MODULES, check_alignment)
-    with kernels.use("triton"):
+    with kernels.use("triton"), watch(check_alignment):
         out = kernels.masked_attention(*leaves, 8, num_heads=2)
-    found = torch.autograd.grad(out, leaves, LAYOUTS["unaligned"](torch.ones(out.shape)))
+        found = torch.autograd.grad(out, leaves, LAYOUTS["unaligned"](torch.ones(out.shape)))
     for got, want in zip(found, run("reference", leaves, 8, 2, torch.ones(out.shape), None)[1:], strict=True):
         torch.testing.assert_close(got, want)
 
@@ -170,18 +166,16 @@ def test_the_graph_of_a_gradient_keeps_the_scores_out() -> None:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that are started."""
-    names: list[str] = []
-    watch(monkeypatch, MODULES, lambda name, arguments: names.append(name))
-    return names
+def launched() -> Iterator[list[str]]:
+    with names_of_launches() as names:
+        yield names
 
 
 NEEDED = {
-    "x": {"into_heads", "flash_backward", "out_of_heads"},
-    "w_qkv": {"into_heads", "flash_backward", "weight_gradient", "finish_weight_gradient"},
-    "b_qkv": {"into_heads", "flash_backward", "add_terms"},
-    "w_proj": {"weight_gradient", "finish_weight_gradient"},
+    "x": {"linear", "flash_backward"},
+    "w_qkv": {"linear", "flash_backward", "weight_gradient_kernel", "finish_kernel"},
+    "b_qkv": {"linear", "flash_backward", "add_terms"},
+    "w_proj": {"weight_gradient_kernel", "finish_kernel"},
     "b_proj": {"column_sums_kernel", "sums_kernel"},
 }
 
@@ -200,6 +194,7 @@ def test_only_what_is_asked_for_is_computed(count: int, launched: list[str]) -> 
         expected = set().union(*(NEEDED[name] for name in chosen))
         scored = not {"x", "w_qkv", "b_qkv"}.isdisjoint(chosen)
         assert set(launched) == (expected | {"add_terms"} if scored else expected)
+        assert launched.count("linear") == scored + ("x" in chosen)  # the gradients at o and at x
         assert bool(scores[..., :5].gt(0).all()) == scored
         for name, leaf in zip(NAMES, leaves, strict=True):
             if name in chosen:
@@ -228,19 +223,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
     yield products
-
-
-@triton.jit
-def heads_kernel(out, pitch, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + place, projections.head_of(place, pitch))
-
-
-def test_the_head_of_a_column_is_exact() -> None:
-    found = torch.empty(2**20, dtype=torch.int32)
-    for pitch in range(8, operator.LARGEST_HEAD + 1, 8):
-        heads_kernel[(8,)](found, pitch, BLOCK=2**17)
-        assert torch.equal(found, torch.arange(2**20, dtype=torch.int32) // pitch)
 
 
 def test_work_shrinks_with_the_width(counted: list[int]) -> None:
@@ -304,7 +286,8 @@ def test_torch_library_accepts_the_operators(width: int) -> None:
         x, w_qkv, b_qkv, w_proj, b_proj = (tensor.detach() for tensor in leaves)
         out, *saved = operator.attention_forward(x, w_qkv, b_qkv, w_proj, b_proj, count, None, 2, 0.3)
         for needs in ([True] * 6, [False, True, False, False, True, False]):
-            torch.library.opcheck(operator.attention_backward, (out, x, w_qkv, *saved, count, 0.3, needs))
+            call = (out, x, *saved, count, 8, 0.3, torch.float32, needs)
+            torch.library.opcheck(operator.attention_backward, call)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -1,0 +1,169 @@
+"""What the matrix products do with a tile while it is in registers: products.py says which epilogue does what.
+
+The tile is taken in pieces of columns, one after the other, since each needs registers of its own.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skd_kernels.gpu.activations import activate
+from skd_kernels.gpu.tiles import halves, load_tile, store_tile
+
+
+@triton.jit
+def finish(
+    total,
+    other,
+    bias,
+    out,
+    kept,
+    features,
+    sums,
+    keep,
+    row,
+    column,
+    rows,
+    columns,
+    part,
+    stride_out,
+    stride_kept,
+    stride_features,
+    EPILOGUE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACT: tl.constexpr,
+    TYPE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """The epilogue on the tile at (row, column), in PIECES of columns."""
+    if PIECES > 1:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = halves(total, HEIGHT, WIDTH)
+        if other is None:
+            other_left = None
+            other_right = None
+        else:
+            other_left, other_right = halves(other, HEIGHT, WIDTH)
+        finish(
+            left, other_left, bias, out, kept, features, sums, keep, row, column, rows, columns, part, stride_out,
+            stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF, PIECES // 2,
+        )  # fmt: skip
+        finish(
+            right, other_right, bias, out, kept, features, sums, keep, row, column + HALF, rows, columns, part,
+            stride_out, stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF,
+            PIECES // 2,
+        )  # fmt: skip
+    elif EPILOGUE == "linear":
+        if bias is not None:
+            shift = load_bias(bias, column, columns, TYPE, WIDTH)
+            total += tl.where(keep > 0, shift, 0.0)[None, :]
+        store_tile(out, total, row, column, rows, columns, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
+    elif EPILOGUE == "activate":
+        activate_tile(
+            total, other, bias, out, kept, row, column, rows, columns, part, stride_out, stride_kept,
+            ACT, TYPE, DESCRIBED, HEIGHT, WIDTH,
+        )  # fmt: skip
+    else:
+        tl.static_assert(EPILOGUE == "gradient")
+        differentiate_tile(
+            total, out, kept, features, sums, row, column, rows, columns, part, stride_out, stride_kept,
+            stride_features, PARTS, TYPE, DESCRIBED, HEIGHT, WIDTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_bias(bias, column, columns, TYPE: tl.constexpr, WIDTH: tl.constexpr):
+    """A bias as a linear layer adds it that computes in TYPE."""
+    j = column + tl.arange(0, WIDTH)
+    return tl.load(bias + j, mask=j < columns, other=0.0).to(TYPE).to(tl.float32)
+
+
+@triton.jit
+def activate_tile(
+    gate,
+    value,
+    bias,
+    out,
+    kept,
+    row,
+    column,
+    rows,
+    columns,
+    part,
+    stride_out,
+    stride_kept,
+    ACT: tl.constexpr,
+    TYPE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out = act(gate), and for the backward pass (kept, unless None) act'(gate).
+
+    Gated, out = act(gate) value, and kept are its derivatives by the gate and by the value: act'(gate) value and
+    act(gate). So the backward pass multiplies, and knows no activation.
+    """
+    if bias is not None:
+        gate += load_bias(bias, column, columns, TYPE, WIDTH)[None, :]
+    result, slope = activate(gate, ACT)
+    if value is None:
+        if kept is not None:
+            store_tile(kept, slope, row, column, rows, columns, stride_kept, TYPE, HEIGHT, WIDTH, DESCRIBED)
+        store_tile(out, result, row, column, rows, columns, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
+    else:
+        if bias is not None:
+            value += load_bias(bias, part + column, part + columns, TYPE, WIDTH)[None, :]
+        if kept is not None:
+            end = part + columns
+            by_gate = slope * value
+            store_tile(kept, by_gate, row, column, rows, columns, stride_kept, TYPE, HEIGHT, WIDTH, DESCRIBED)
+            store_tile(kept, result, row, part + column, rows, end, stride_kept, TYPE, HEIGHT, WIDTH, DESCRIBED)
+        product = result * value
+        store_tile(out, product, row, column, rows, columns, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
+
+
+@triton.jit
+def differentiate_tile(
+    dh,
+    out,
+    kept,
+    features,
+    sums,
+    row,
+    column,
+    rows,
+    columns,
+    part,
+    stride_out,
+    stride_kept,
+    stride_features,
+    PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out = dh kept, for each part; each of out, features and sums may be None.
+
+    sums (rows of tiles, PARTS + 1, columns) float32: the column sums of `out`, and of |dh features| (Taylor scores).
+    """
+    place = None
+    if sums is not None:
+        place = sums + row // HEIGHT * (PARTS + 1) * columns + column + tl.arange(0, WIDTH)
+    for p in tl.static_range(PARTS):
+        at = p * part + column
+        end = p * part + columns
+        slope = load_tile(kept, row, at, rows, end, stride_kept, HEIGHT, WIDTH, True, DESCRIBED)
+        dz = dh * slope.to(tl.float32)
+        if out is not None:
+            store_tile(out, dz, row, at, rows, end, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
+        if sums is not None:
+            tl.store(place + p * columns, tl.sum(dz, 0))
+    if features is not None:
+        h = load_tile(features, row, column, rows, columns, stride_features, HEIGHT, WIDTH, True, DESCRIBED)
+        tl.store(place + PARTS * columns, tl.sum(tl.abs(h.to(tl.float32) * dh), 0))
