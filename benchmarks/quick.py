@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,14 @@ from benchmarks.table import products_table
 from benchmarks.timing import DEVICE, GPU, JSON, SIZES, Call
 
 WHAT = "Kernels at full width, next to calls of the library; forward and backward of the operations in one graph."
+
+
+class Placed(TypedDict, total=False):
+    """Arguments of `skd_kernels.gpu.products.product` that say where the width is, and how long rows are."""
+
+    ragged_columns: Required[bool]
+    columns: Required[int]
+    part: int
 
 
 class Questions:
@@ -66,42 +75,60 @@ class Questions:
 
     def mlp(self) -> None:
         """fc1 with GELU, fc2, dZ, and the gradients of an input and of a weight, at full width."""
-        from skd_kernels.gpu.buffers import padded
-        from skd_kernels.gpu.hidden import hidden_features, hidden_gradient
-        from skd_kernels.gpu.linear import input_gradient, output
+        from skd_kernels.gpu.layout import Layout
+        from skd_kernels.gpu.packing import pack
+        from skd_kernels.gpu.products import Width, gradient_rows, product
         from skd_kernels.gpu.weight_gradient import weight_gradient
 
         rows, channels = self.batch * self.tokens, self.heads * HEAD_WIDTH
         hidden = 4 * channels
+        layout = Layout(hidden, rows=1, columns=1, packed=False)
         x, dy = self.randn(rows, channels), self.randn(rows, channels)
         w1, b1 = self.randn(hidden, channels, scale=channels**-0.5), self.randn(hidden)
         w2 = self.randn(channels, hidden, scale=hidden**-0.5)
         width = torch.full((), hidden, dtype=torch.int32, device=self.device)
-        h = self.randn(rows, padded(hidden))
-        z, y, dw1 = h.clone().view(rows, 1, -1), torch.empty_like(x), torch.empty_like(w1)
-        dz, flops = z.clone(), 2.0 * rows * channels * hidden
-        flat = h[:, :hidden]
+        (inward, outward), bias = layout.empty_weights(x, channels), torch.empty_like(b1)
+        pack(w1, b1, w2, (inward, bias, outward), width, layout)
+        h, y, dw1 = self.randn(rows, layout.part), torch.empty_like(x), torch.empty_like(w1)
+        slopes, dz, flops = h.clone(), h.clone(), 2.0 * rows * channels * hidden
+        sums = torch.empty(gradient_rows(dy, False), 2, layout.part, device=self.device)
+        flat, kept = h[:, :hidden], Width(width, hidden)
+        into: Placed = {"ragged_columns": True, "part": layout.part, "columns": layout.part}
+        out_of: Placed = {"ragged_columns": False, "columns": channels}
 
         def features() -> None:
-            hidden_features(x, w1, b1, width, h, z, "gelu", False)
+            product(x, inward, bias, h, kept, epilogue="activate", transposed=True, act="gelu", kept=slopes, **into)
 
         self.ask("fc1 + GELU", features, lambda: x @ w1.T, flops)
-        self.ask("fc2", lambda: output(h, w2, None, width, y), lambda: flat @ w2.T, flops)
+        second = partial(product, h, outward, None, y, kept, transposed=True, **out_of)
+        self.ask("fc2", second, lambda: flat @ w2.T, flops)
 
-        def gradient() -> object:
-            return hidden_gradient(dy, w2, z, width, "gelu", keep=True, add_up=True)
+        def gradient(scores: bool) -> None:
+            features = h if scores else None
+            product(
+                dy,
+                outward,
+                None,
+                dz,
+                kept,
+                epilogue="gradient",
+                transposed=False,
+                kept=slopes,
+                features=features,
+                sums=sums,
+                **into,
+            )
 
-        self.ask("dZ, db1 and scores", gradient, lambda: dy @ w2, flops)
-        self.ask("dX", lambda: input_gradient(dz, w1, width, y), lambda: flat @ w1, flops)
-
-        def by_rows() -> object:
-            return weight_gradient(dz.flatten(1), x, width, dw1, by_rows=True, parts=1)
-
-        self.ask("dW1", by_rows, lambda: flat.T @ x, flops)
+        self.ask("dZ and db1", lambda: gradient(False), lambda: dy @ w2, flops)
+        self.ask("dZ, db1 and scores", lambda: gradient(True), lambda: dy @ w2, flops)
+        back = partial(product, dz, inward, None, y, kept, transposed=False, **out_of)
+        self.ask("dX", back, lambda: flat @ w1, flops)
+        self.ask("dW1", lambda: weight_gradient(dz, x, width, dw1, layout, by_rows=True), lambda: flat.T @ x, flops)
 
     def attention(self) -> None:
         """The core alone at full width. The library's products are counted, not those that either computes twice."""
-        from skd_kernels.gpu.flash import attend, differentiate_attention
+        from skd_kernels.gpu.flash import attend
+        from skd_kernels.gpu.flash_backward import differentiate_attention
 
         shape, inner = (self.batch, self.tokens, 3, self.heads, HEAD_WIDTH), self.heads * HEAD_WIDTH
         packed = self.randn(self.batch * self.tokens, 3 * inner)

@@ -59,7 +59,7 @@ def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options())
 
 
-def _cuobjdump(compiled: Any, option: str) -> str:
+def _cuobjdump(compiled: CompiledKernel, option: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -67,7 +67,7 @@ def _cuobjdump(compiled: Any, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def machine_code(compiled: Any) -> list[str]:
+def machine_code(compiled: CompiledKernel) -> list[str]:
     """The names of a compiled kernel's machine instructions, in order."""
     listing = _cuobjdump(compiled, "-sass")
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_]+)", listing, re.MULTILINE)

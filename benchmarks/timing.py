@@ -330,6 +330,15 @@ def printed(*command: str) -> str:
     return ""
 
 
+def as_json(value: object) -> JSON:
+    """`value` with dictionaries of any kind and sequences as JSON has them; what JSON lacks as text."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def machine() -> dict[str, JSON]:
     """The provenance, every GPU that PyTorch sees, the driver, what is compiled, and why skd cannot be imported."""
     devices: list[JSON] = []
@@ -341,7 +350,7 @@ def machine() -> dict[str, JSON]:
     driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     info = skd_kernels.build_info()
     keys = ("compiled", "reason", "built_with_torch", "cuda", "cuda_toolkit", "cuda_architectures")
-    compiled = {name: info.get(name) for name in keys}
+    compiled = as_json({name: info.get(name) for name in keys})
     return {**provenance(), "devices": devices, "driver": driver, "build": compiled, "skd": refusal_of_skd()}
 
 

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 import skd
 from benchmarks.result import Info
-from benchmarks.timing import JSON, provenance, write_json
+from benchmarks.timing import JSON, as_json, provenance, write_json
 from skd.data.digits import Batches
 from skd.demo import running as demo
 from skd.planning import Proposal, propose
@@ -77,7 +77,7 @@ def train(supernet: skd.SuperNet, data: demo.Data, importance: str, epochs: int,
     seconds: JSON = {
         name: sum(row.seconds.get(name, 0.0) for row in history.epochs) for name in ("importance", "steps")
     }
-    curve: JSON = [dict(row) for row in history.curve]
+    curve: JSON = [as_json(row) for row in history.curve]
     return Info(seconds=seconds, curve=curve, area=history.area)
 
 

@@ -9,6 +9,7 @@ flash.py                 attention's core, softmax(q k^T) v; flash_backward.py i
 sums.py                  gradients of biases and Taylor scores, from what other kernels leave
 norm.py                  the kernels of residual_norm, whose operators are in skd_kernels/residual_norm.py
 tiles.py, activations.py what kernels share
+layout.py                where coordinates lie in weights and activations
 entry.py, buffers.py     arguments and memory
 launch.py                how kernels are started, watched, and recorded to be compiled without a GPU
 """

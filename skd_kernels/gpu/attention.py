@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skd_kernels.gpu.buffers import as_rows, contiguous, gradient_dtype, packed_head, padded, uninitialised
-
-if TYPE_CHECKING:
-    from skd_kernels.gpu.packing import Layout
+from skd_kernels.gpu.buffers import as_rows, contiguous, gradient_dtype, uninitialised
+from skd_kernels.gpu.layout import Layout
 
 LARGEST_HEAD = 128  # coordinates; more would not fit the registers of one program
 
@@ -78,21 +76,18 @@ def _(
 
 
 def _layout(head_dim: int, num_heads: int) -> Layout:
-    from skd_kernels.gpu.packing import Layout
-
     return Layout(head_dim, rows=3 * num_heads, columns=num_heads, packed=True)
 
 
 def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, tokens, channels = x.shape
-    inner = num_heads * packed_head(w_proj.shape[1] // num_heads)
+    layout = _layout(w_proj.shape[1] // num_heads, num_heads)
     return (
         uninitialised(x, *x.shape),
-        uninitialised(x, images * tokens, padded(3 * inner)),
-        uninitialised(x, images * tokens, padded(inner)),
+        uninitialised(x, images * tokens, layout.row_pitch),
+        uninitialised(x, images * tokens, layout.column_pitch),
         uninitialised(x, images, num_heads, tokens, dtype=torch.float32),
-        uninitialised(x, padded(3 * inner), padded(channels)),
-        uninitialised(x, channels, padded(inner)),
+        *layout.empty_weights(x, channels),
     )
 
 

@@ -19,11 +19,6 @@ def padded(size: int) -> int:
     return ceil_div(size, PAD) * PAD
 
 
-def packed_head(size: int) -> int:
-    """Coordinates of a head rounded up to 16 bytes in half precision, see packing.py."""
-    return ceil_div(size, UNIT) * UNIT
-
-
 def uninitialised(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Memory on the device of `like`, with any content; zeros under ``torch.use_deterministic_algorithms``.
 

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skd_kernels.gpu.buffers import as_rows, contiguous, gradient_dtype, padded, uninitialised
-
-if TYPE_CHECKING:
-    from skd_kernels.gpu.packing import Layout
+from skd_kernels.gpu.buffers import as_rows, contiguous, gradient_dtype, uninitialised
+from skd_kernels.gpu.layout import Layout
 
 
 @torch.library.custom_op("skd_kernels::masked_mlp_triton", mutates_args=())
@@ -89,21 +87,17 @@ def _(
 
 
 def _layout(hidden: int, gated: bool) -> Layout:
-    from skd_kernels.gpu.packing import Layout
-
     return Layout(hidden, rows=2 if gated else 1, columns=1, packed=False)
 
 
 def _outputs(x: Tensor, w2: Tensor, gated: bool, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, (channels, hidden) = x.shape[0] * x.shape[1], w2.shape
-    pitch = padded(hidden)
-    parts = 2 * pitch if gated else pitch
+    layout = _layout(hidden, gated)
     return (
         uninitialised(x, *x.shape),
-        uninitialised(x, tokens, pitch),
-        uninitialised(x, *((tokens, parts) if save else (0,))),
-        uninitialised(x, parts, padded(channels)),
-        uninitialised(x, channels, pitch),
+        uninitialised(x, tokens, layout.column_pitch),
+        uninitialised(x, *((tokens, layout.row_pitch) if save else (0,))),
+        *layout.empty_weights(x, channels),
     )
 
 

@@ -12,53 +12,18 @@ products' tiles reach, and left as it is behind that: NaN in a weight that is no
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from skd_kernels.gpu.buffers import PAD, ceil_div, contiguous, packed_head, padded
+from skd_kernels.gpu.buffers import PAD, ceil_div, contiguous
 from skd_kernels.gpu.launch import launch
+from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import read_width, rounded, width_kernel
 
 ROWS, COLUMNS = 16, 256  # that one program copies
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the coordinates of an operation lie.
-
-    Attributes:
-        full: coordinates of a group: F, or D of every head.
-        rows: groups of the weight into them: 1 or, gated, 2; for attention three times the heads.
-        columns: groups of the weight out of them: 1, or the heads.
-        packed: whether the groups are packed.
-    """
-
-    full: int
-    rows: int
-    columns: int
-    packed: bool
-
-    @property
-    def part(self) -> int:
-        """Rows, or columns of activations, from one group to the next where they are not packed."""
-        return padded(self.full)
-
-    @property
-    def row_pitch(self) -> int:
-        """Rows of the packed weight, and columns of the activations at its output."""
-        return self._pitch(self.rows)
-
-    @property
-    def column_pitch(self) -> int:
-        """Columns of the packed weight out of the coordinates."""
-        return self._pitch(self.columns)
-
-    def _pitch(self, groups: int) -> int:
-        return padded(groups * packed_head(self.full)) if self.packed else groups * self.part
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
 from skd_kernels.gpu.launch import device_of, launch
-from skd_kernels.gpu.packing import Layout
+from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import (
     Config,
     described,
