@@ -29,7 +29,7 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks
     if dtype == torch.float32:
         return Blocks(16, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(16, 16, 8, 1, registers=255)
     if device.architecture < 90:
-        return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2)
+        return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2, registers=255)
     if head_dim <= 64:
         return Blocks(64, 32, 4, stages=2, registers=255 if device.architecture >= 100 else None)
     return Blocks(64, 32, 8, stages=2, registers=255)

@@ -175,20 +175,22 @@ def activate_config(like: torch.Tensor, gated: bool) -> Config:
     return Config(128, 128, inner_step(like), warps=8, stages=3, resident=2, pieces=4, flatten=True)
 
 
-def gradient_config(like: torch.Tensor, gated: bool) -> Config:
+def gradient_config(like: torch.Tensor, gated: bool, by_descriptor: bool) -> Config:
     """For "gradient", with the columns of `activate_config`: what that wrote is what this reads.
 
-    On an H100 (prototypes, DeiT-Base) 0.263 ms, with scores 0.340.
+    On an H100 (prototypes, DeiT-Base) 0.263 ms, with scores 0.340. Without wgmma, or with addresses of pointers, the
+    registers of 4 warps are too few.
     """
     n = activate_config(like, gated).n
     if like.element_size() == 4:
         return Config(64, n, 32, warps=8, stages=3, registers=255)
-    return Config(128, n, inner_step(like), warps=4, stages=3, resident=2, pieces=2)
+    fits = by_descriptor and device_of(like).architecture < 120
+    return Config(128, n, inner_step(like), warps=4 if fits else 8, stages=3, resident=2 if fits else 1, pieces=2)
 
 
 def gradient_rows(dy: torch.Tensor, gated: bool) -> int:
     """Rows of tiles of "gradient" on dy (T, C), each of which has sums of its own."""
-    return ceil_div(dy.shape[0], gradient_config(dy, gated).m)
+    return ceil_div(dy.shape[0], gradient_config(dy, gated, by_descriptor=False).m)
 
 
 # Launches ------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def product(
     config = {
         "linear": lambda: linear_config(a, columns, by_descriptor),
         "activate": lambda: activate_config(a, parts == 2),
-        "gradient": lambda: gradient_config(a, parts == 2),
+        "gradient": lambda: gradient_config(a, parts == 2, by_descriptor),
     }[epilogue]().fitted(a)
     m, n, k, piece = config.m, config.n, config.k, config.n // config.pieces
     tall, across = ceil_div(rows, m), ceil_div(columns, n)
