@@ -12,7 +12,6 @@ work is cut follows from the width and the device alone: results repeat to the b
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from skd_kernels.gpu.tiles import (
     precision,
     read_width,
     rounded,
-    single_precision_config,
+    small_config,
     width_kernel,
 )
 
@@ -179,12 +178,12 @@ def finish_kernel(
     tl.store(places, total.to(out.dtype.element_ty), mask=stored)
 
 
-def weight_gradient_config(like: torch.Tensor, columns: int) -> Config:
+def weight_gradient_config(like: torch.Tensor, channels: int, columns: int, by_descriptor: bool) -> Config:
     """On an H100 (prototypes, DeiT-Base): 0.103 and 0.064 ms at half and quarter width with 128 x 256."""
-    small = single_precision_config(like)
+    small = small_config(like, channels, by_descriptor)
     if small is not None:
         return small
-    wide = 90 <= device_of(like).architecture < 120 and columns > 128
+    wide = by_descriptor and device_of(like).architecture < 120 and columns > 128
     return Config(128, 256 if wide else 128, inner_step(like), warps=8, stages=3, flatten=wide)
 
 
@@ -204,10 +203,8 @@ def weight_gradient(
         by_rows: whether the width limits the rows of `out` or its columns.
     """
     tokens, (rows, columns) = a.shape[0], out.shape
-    config = weight_gradient_config(a, columns).fitted(a)
     by_descriptor = described(a, b)
-    if not by_descriptor and config.n > 128:
-        config = replace(config, n=128)
+    config = weight_gradient_config(a, columns if by_rows else rows, columns, by_descriptor).fitted(a)
     groups = layout.rows if by_rows else layout.columns
     high, wide = (a.shape[1], columns) if by_rows else (rows, b.shape[1])
     tiles = ceil_div(high, config.m) * ceil_div(wide, config.n)
