@@ -7,14 +7,15 @@ The step is that of `benchmarks.steps` as a CUDA graph captures it, with stochas
 super-network with widths on the device, under autocast to bfloat16, then fused AdamW and the average of the weights.
 It runs on a device that is not there (pretend.py). The launches are the same at every width; the bytes are those of
 the full width: each tensor that an operation takes or gives is counted once, and as a whole, so what a kernel reads
-twice, or leaves out, is not seen. Triton kernels are launches. PyTorch's operations are those that its dispatcher sees:
-one may be several kernels (a sum, `slice_backward`, an update of many weights), and views are left out.
+twice, or leaves out, is not seen. Of a workspace what is filled of it counts. A Triton kernel is a launch; operations
+of PyTorch are what its dispatcher sees: one may be several kernels (a sum, `slice_backward`, an update of many
+weights), and views are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def described(name: str, purpose: str, tensors: Sequence[torch.Tensor]) -> Opera
 
 
 def filled(finish: Arguments) -> int:
-    """The bytes that the parts of a weight's gradient fill of their workspace, whose size is the largest there may be.
+    """The bytes that the parts of a weight's gradient fill of their workspace, which is as large as it may have to be.
 
     Args:
         finish: the arguments of `finish_kernel`, which reads them; weight_gradient.py says how the work is cut.
@@ -188,26 +189,28 @@ def one_step(network: Callable[[], VisionTransformer], batch: int) -> list[Opera
     def run(begin: Callable[[], None]) -> None:
         import skd
         from benchmarks import steps  # it looks for the device when it is imported
+        from skd.training.dropping import drop_paths
         from skd.training.step import by_hand
 
         model = network()
         supernet = skd.SuperNet(model.to("cuda")).train()
         supernet.dropout_list = steps.dropout_list(supernet)
-        step = by_hand(supernet, replace(steps.RECIPE, drop_path=DROP_PATH, batch_size=batch, cuda_graph=True))
+        step = by_hand(supernet, replace(steps.RECIPE, batch_size=batch, cuda_graph=True))
         capture = step.capture
         if capture is None:
             raise RuntimeError("skd refused to use a CUDA graph here")
         recorded = capture.function
 
-        def counted(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def counted(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
             begin()
             return recorded(inputs)
 
         capture.function = counted
         images = torch.empty(batch, *model.pretrained_cfg["input_size"], device="cuda")
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
-        for _ in range(2):  # the optimizer makes its state in the first
-            step([(images, labels)], 0)
+        with drop_paths(supernet, DROP_PATH, seed=0) as step.state.paths:
+            for _ in range(2):  # the optimizer makes its state in the first
+                step([(images, labels)], 0)
 
     return count(run)
 
@@ -252,7 +255,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_kernels", description="Kernels of a step, counted.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_kernels", description="Kernels of a step.")
     parser.add_argument("--model", choices=HEADS, default="base")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--json", type=Path)
