@@ -109,7 +109,7 @@ def described(name: str, purpose: str, tensors: Sequence[torch.Tensor]) -> Opera
 
 
 def filled(finish: Arguments) -> int:
-    """The bytes that the parts of a weight's gradient fill of their workspace, which is as large as it may have to be.
+    """The bytes that the parts of a weight's gradient fill of their workspace, which is as large as need be.
 
     Args:
         finish: the arguments of `finish_kernel`, which reads them; weight_gradient.py says how the work is cut.

@@ -188,7 +188,9 @@ def gradient_config(like: torch.Tensor, gated: bool) -> Config:
     n = activate_config(like, gated).n
     if like.element_size() == 4:
         return Config(64, n, 32, warps=8, stages=3, registers=255)
-    return Config(128, n, inner_step(like), warps=4, stages=3, resident=2, pieces=2)
+    # Without descriptors the addresses of what is read and written take registers too: half as many threads spill.
+    warps, resident = (4, 2) if device_of(like).has_descriptors else (8, 1)
+    return Config(128, n, inner_step(like), warps=warps, stages=3, resident=resident, pieces=2)
 
 
 def gradient_rows(dy: torch.Tensor, gated: bool) -> int:
