@@ -23,6 +23,7 @@ README.md says which command answers which question. The files:
     results/                what was measured
     result.py               reads a result; cells of tables
     table.py                command: the tables of docs/PERFORMANCE.md
+    kernel_tables.py        command: the tables of docs/KERNELS.md
     short.py                the short tables at its top, and the sentences below them
 
     train_fashion_mnist.py  command: every stage of the method on Fashion-MNIST, 40 minutes on a CPU

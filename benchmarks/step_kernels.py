@@ -264,11 +264,16 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(table(rows)))
     from benchmarks import timing
 
-    versions: dict[str, JSON] = {key: timing.provenance()[key] for key in ("versions", "commit", "date")}
     kernels: list[JSON] = [
         {"name": row.name, "what for": row.purpose, "launches": row.count, "bytes": row.bytes} for row in rows
     ]
-    document = {"what": WHAT, "model": args.model, "batch": args.batch, **versions, "results": {"kernels": kernels}}
+    document = {
+        "what": WHAT,
+        "model": args.model,
+        "batch": args.batch,
+        **timing.provenance_without_device(),
+        "results": {"kernels": kernels},
+    }
     timing.write_json(args.json, document)
     return 0
 
