@@ -38,7 +38,7 @@ BARS: tuple[tuple[str, str, dict[str, int]], ...] = (
     ("attention core", r"(flash_forward|flash_backward|add_terms)$", {}),
     ("projections of attention", r"(into_heads|out_of_heads|transpose_kept)$", {}),
     ("their weight gradients", r"(finish_)?weight_gradient$", {}),
-    ("patch embedding, AdamW, average, sums, copies", r".*", {}),
+    ("patch embedding, optimizer, sums, copies", r".*", {}),
 )
 WIDTH, LEFT, SCALE, STEP, TOP = 900, 318, 36.0, 44, 104
 INK, QUIET, PAPER, EDGE, BEFORE, PROTOTYPE = "#1f2933", "#52606d", "#f7f9fb", "#cbd2d9", "#0b3c6f", "#8a5a00"
