@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from skd_kernels.gpu.activations import in_kernel
@@ -42,7 +43,6 @@ from skd_kernels.gpu.tiles import (
     small_config,
     tile_of,
     triton_type,
-    width_kernel,
 )
 
 
@@ -61,7 +61,12 @@ class Width:
     groups: int = 1
 
 
-@width_kernel
+def name_in_profiles(specialization: Any) -> str:
+    """product_linear, product_activate or product_gradient."""
+    return f"product_{specialization.constants['EPILOGUE']}"
+
+
+@triton.jit(do_not_specialize_on_alignment=["width"], repr=name_in_profiles)  # as tiles.width_kernel, and named
 def product_kernel(
     a,
     b,
