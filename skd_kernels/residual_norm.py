@@ -86,7 +86,9 @@ def residual_norm(
         raise ValueError(f"kind is {kind!r}; it may be one of {list(KINDS)}")
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not eps >= 0:
         raise ValueError(f"eps is {eps!r}; it must be a number, zero or more")
-    result: tuple[Tensor, Tensor] = _operation(
+    # Only the reference runs there: on small tensors the search for it would take as long as its work.
+    call = residual_norm_reference if not x.is_cuda and forced() is None else _operation
+    result: tuple[Tensor, Tensor] = call(
         x=x,
         branch=branch,
         weight=weight,
@@ -201,20 +203,25 @@ def residual_norm_reference(
 ) -> tuple[Tensor, Tensor]:
     """The specification. All of it in float32, or in float64 if that is what there is; only the result is rounded."""
     dtype, wide = normed_dtype(x, branch, weight, bias), sum_dtype(x)
-    total = x.to(wide)
+    total = _cast(x, wide)
     if branch is not None:
-        added = branch.to(wide)
-        added = added if branch_bias is None else added + branch_bias.to(wide)
+        added = _cast(branch, wide)
+        added = added if branch_bias is None else added + _cast(branch_bias, wide)
         added = added if branch_width is None else torch.where(branch_width > 0, added, 0.0)
-        added = added if scale is None else added * scale.to(wide)
-        added = added if mask is None else added * mask.to(wide)[:, None, None]
+        added = added if scale is None else added * _cast(scale, wide)
+        added = added if mask is None else added * _cast(mask, wide)[:, None, None]
         total = total + added
     shape = total.shape[-1:]
-    weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+    weight, bias = (None if vector is None else _cast(vector, wide) for vector in (weight, bias))
     if kind == "layer":
-        return total, F.layer_norm(total, shape, weight, bias, eps).to(dtype)
+        return total, _cast(F.layer_norm(total, shape, weight, bias, eps), dtype)
     normed = F.rms_norm(total, shape, weight, eps)
-    return total, (normed if bias is None else normed + bias).to(dtype)
+    return total, _cast(normed if bias is None else normed + bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes longer to find out that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 # The operators of the kernels ------------------------------------------------------------------------
