@@ -15,7 +15,7 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from mlp_checks import relative_error
-from norm_checks import NAMES, OPTIONAL, check, make_inputs, run
+from norm_checks import NAMES, OF_A_BRANCH, OPTIONAL, PLAIN, check, in_double, make_inputs, run
 from tolerances import UNIT_ROUNDOFF, kernel_tolerance
 from watched_launches import check_alignment, watch
 
@@ -24,6 +24,7 @@ from skd_kernels.gpu import norm
 from skd_kernels.residual_norm import KINDS, residual_norm_backward, residual_norm_forward
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FIRST = ("branch", *OF_A_BRANCH)  # what the first norm of a network is without
 ERRORS: dict[str, list[float]] = {}
 
 
@@ -38,11 +39,12 @@ def report() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer that the operation makes is born full of NaN."""
+    """Every buffer that the operation makes is born full of NaN; the interpreter makes empty ones of integers."""
     make = torch.Tensor.new_empty
 
     def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return make(*args, **kwargs).fill_(torch.nan)
+        made = make(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", filled)
 
@@ -71,7 +73,7 @@ def test_everything_at_once(kind: str, dtype: torch.dtype, mixed: bool) -> None:
 @pytest.mark.parametrize("count", range(1, len(OPTIONAL) + 1))
 def test_whatever_is_left_out(count: int, kind: str) -> None:
     for without in itertools.combinations(OPTIONAL, count):
-        if "branch" not in without or {"scale", "mask", "branch_bias"} <= set(without):
+        if "branch" not in without or set(OF_A_BRANCH) <= set(without):
             verify(torch.float32, (2, 4, 72), kind, without=without)
 
 
@@ -80,7 +82,7 @@ def test_whatever_is_left_out(count: int, kind: str) -> None:
 def test_so_few_channels_that_most_of_a_gradient_cancels(kind: str, channels: int) -> None:
     """What is left of it is as far off as the terms were rounded; of one channel, nothing is left."""
     inputs, grads = make_inputs((2, 9, channels)), grads_of((2, 9, channels))
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact = in_double(inputs)
     expected = run("reference", exact, kind, grads)
     for name, got in run("triton", inputs, kind, grads).items():
         torch.testing.assert_close(got.double(), expected[name], rtol=1e-5, atol=1e-5)
@@ -90,7 +92,7 @@ def test_so_few_channels_that_most_of_a_gradient_cancels(kind: str, channels: in
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_channels(kind: str, channels: int) -> None:
     verify(torch.float32, (2, 3, channels), kind)
-    verify(torch.bfloat16, (1, 3, channels), kind, mixed=True, without=("scale", "mask", "branch_bias"))
+    verify(torch.bfloat16, (1, 3, channels), kind, mixed=True, without=OF_A_BRANCH)
 
 
 @pytest.mark.parametrize(("images", "tokens"), [(1, 1), (1, 2), (5, 1), (1, 97), (7, 31)])
@@ -108,10 +110,10 @@ def test_a_mean_far_above_the_deviation(kind: str, mean: float) -> None:
     What is left is the rounding of the mean itself, as large as one of an element: it moves every centred element by
     up to `mean` roundings, where those deviate by 1.
     """
-    inputs = make_inputs((2, 20, 96), without=("branch", "scale", "mask", "branch_bias"))
+    inputs = make_inputs((2, 20, 96), without=FIRST)
     inputs["x"] += mean
     grads = grads_of((2, 20, 96))
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact = in_double(inputs)
     expected, plain = run("reference", exact, kind, grads), run("reference", inputs, kind, grads)
     for name, got in run("triton", inputs, kind, grads).items():
         other, moved = relative_error(plain[name], expected[name]), 2 * mean * UNIT_ROUNDOFF[torch.float32]
@@ -120,7 +122,7 @@ def test_a_mean_far_above_the_deviation(kind: str, mean: float) -> None:
 
 
 def test_rows_without_deviation_are_ruled_by_eps() -> None:
-    inputs = make_inputs((1, 4, 40), without=("branch", "scale", "mask", "branch_bias"))
+    inputs = make_inputs((1, 4, 40), without=FIRST)
     inputs["x"] = torch.full((1, 4, 40), 2.0)
     grads = grads_of((1, 4, 40))
     found, expected = (run(name, inputs, "layer", grads) for name in ("triton", "reference"))
@@ -148,16 +150,16 @@ def test_nan_and_inf_pass_and_stay_in_their_row(where: str, bad: float, kind: st
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts(layout: str) -> None:
     """Also of the gradients; whatever tensors are parts of, kernels get rows without gaps from 16 bytes on."""
     lay_out = LAYOUTS[layout]
     inputs = make_inputs((2, 5, 48))
     inputs = {name: lay_out(value) if value.ndim > 1 else value for name, value in inputs.items()}
     column = torch.stack([inputs["weight"], torch.full((48,), torch.nan)], 1)[:, 0]
     inputs |= {"weight": column, "bias": inputs["bias"][:1].expand(48)}
-    watch(monkeypatch, (norm,), check_alignment)
     grads = [lay_out(grad) for grad in grads_of((2, 5, 48))]
-    found, expected = (run(name, inputs, "layer", grads) for name in ("triton", "reference"))
+    with watch(check_alignment):
+        found, expected = (run(name, inputs, "layer", grads) for name in ("triton", "reference"))
     for name, got in found.items():
         torch.testing.assert_close(got, expected[name])
 
@@ -174,6 +176,31 @@ def test_only_one_output_is_read() -> None:
                 torch.testing.assert_close(found[name], want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_width_of_zero_leaves_the_branch_out(width: int, kind: str) -> None:
+    """Its bias too, whatever is in both, and the gradients of both and of scale are exact zeros."""
+    verify(torch.float32, (2, 9, 72), kind, width=width)
+    verify(torch.bfloat16, (2, 9, 72), kind, width=width, mixed=True)
+    inputs, grads = make_inputs((2, 9, 72), width=width), grads_of((2, 9, 72))
+    inputs["branch"], inputs["branch_bias"] = torch.full((2, 9, 72), torch.nan), torch.full((72,), torch.inf)
+    expected = run("reference", inputs | dict.fromkeys(FIRST), kind, grads)
+    for name in ("triton", "reference"):
+        found = run(name, inputs, kind, grads)
+        for key in ("branch", "scale", "branch_bias"):
+            assert torch.equal(found.pop(key), torch.zeros_like(inputs[key])), (name, key)
+        for key, got in found.items():
+            torch.testing.assert_close(got, expected[key])
+
+
+@pytest.mark.parametrize("width", [0, 1])
+def test_widths_of_either_integer_type(width: int) -> None:
+    inputs, grads = make_inputs((2, 5, 24), width=width), grads_of((2, 5, 24))
+    found = run("triton", inputs, "layer", grads)
+    for key, got in run("triton", inputs | {"branch_width": torch.tensor(width)}, "layer", grads).items():
+        assert torch.equal(got, found[key])
+
+
 def test_runs_repeat_to_the_bit() -> None:
     inputs, grads = make_inputs((3, 70, 72)), grads_of((3, 70, 72))
     first, again = (run("triton", inputs, "layer", grads) for _ in range(2))
@@ -188,11 +215,11 @@ def test_the_second_stage_takes_several_turns(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def launched() -> Iterator[list[dict[str, Any]]]:
     """The arguments of the kernels that are started, with their names."""
     found: list[dict[str, Any]] = []
-    watch(monkeypatch, (norm,), lambda name, arguments: found.append({"kernel": name, **arguments}))
-    return found
+    with watch(lambda name, arguments: found.append({"kernel": name, **arguments})):
+        yield found
 
 
 @pytest.mark.parametrize("count", range(1, len(NAMES)))
@@ -216,10 +243,12 @@ def test_only_what_is_asked_for_is_computed(count: int, launched: list[dict[str,
 
 def test_equal_gradients_of_the_two_streams_are_written_once(launched: list[dict[str, Any]]) -> None:
     grads = grads_of((2, 5, 24))
-    for without, once in (((), False), (("scale",), False), (("mask",), False), (("scale", "mask"), True)):
+    for kept in ("scale", "mask", "branch_width", "branch_bias"):
+        without, once = {"scale", "mask", "branch_width"} - {kept}, kept == "branch_bias"
         launched.clear()
         found = run("triton", make_inputs((2, 5, 24), without=without), "layer", grads)
-        assert (launched[1]["dbranch"] is None) == torch.equal(found["x"], found["branch"]) == once
+        assert (launched[1]["dbranch"] is None) == once
+        assert torch.equal(found["x"], found["branch"]) == (once or kept == "branch_width")
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
@@ -239,17 +268,17 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_column_sums_without_a_branch_bias(kind: str) -> None:
     """A layer that knows its own bias asks the operator for the sums of the branch's gradient over tokens."""
-    inputs = make_inputs((2, 30, 72), without=("branch_bias",))
+    inputs = make_inputs((2, 30, 72), without=("branch_bias", "branch_width"))
     dsum, dnormed = grads_of((2, 30, 72))
     x, branch, weight, scale, mask = (inputs[name] for name in ("x", "branch", "weight", "scale", "mask"))
     total, _, mean, rstd = residual_norm_forward(
-        x, branch, weight, None, scale, mask, None, 1e-6, kind == "layer", torch.float32
+        x, branch, weight, None, scale, mask, None, None, 1e-6, kind == "layer", torch.float32
     )
     dtypes, needs = (torch.float32, torch.bfloat16), [False, True, False, False, False, True]
     _, dbranch, *_, sums = residual_norm_backward(
-        dsum, dnormed, total, None, weight, scale, mask, None, mean, rstd, *dtypes, needs
+        dsum, dnormed, total, None, weight, scale, mask, None, None, mean, rstd, *dtypes, needs
     )
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact = in_double(inputs)
     expected = run("reference", exact, kind, (dsum, dnormed))["branch"]
     assert dbranch.dtype == torch.bfloat16 and sums.dtype == torch.float32
     assert relative_error(dbranch, expected) <= UNIT_ROUNDOFF[torch.bfloat16]
@@ -259,14 +288,14 @@ def test_column_sums_without_a_branch_bias(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_library_accepts_the_operators(kind: str) -> None:
     inputs = make_inputs((2, 3, 20), torch.bfloat16, stream=torch.float32)
-    layer, order = kind == "layer", ("x", "branch", "weight", "bias", "scale", "mask", "branch_bias")
-    leaves = [inputs[name].requires_grad_(name != "mask") for name in order]
+    layer, order = kind == "layer", ("x", *OPTIONAL)
+    leaves = [inputs[name].requires_grad_(name not in PLAIN) for name in order]
     torch.library.opcheck(residual_norm_forward, (*leaves, 1e-6, layer, torch.bfloat16))
-    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 6, 1e-6, layer, torch.float32))
+    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 7, 1e-6, layer, torch.float32))
     vectors = [leaf.detach() for leaf in leaves]
-    _, branch, weight, _, scale, mask, branch_bias = vectors
+    _, branch, weight, _, scale, mask, branch_bias, width = vectors
     total, normed, mean, rstd = residual_norm_forward(*vectors, 1e-6, layer, torch.bfloat16)
-    read = total, branch, weight, scale, mask, branch_bias, mean, rstd, torch.float32, torch.bfloat16
+    read = total, branch, weight, scale, mask, branch_bias, width, mean, rstd, torch.float32, torch.bfloat16
     for needs in ([True] * 6, [False, True, True, False, False, False]):
         torch.library.opcheck(residual_norm_backward, (total, normed, *read, needs))
     torch.library.opcheck(residual_norm_backward, (total, None, *read, [True, True, False, False, False, False]))
@@ -275,9 +304,10 @@ def test_torch_library_accepts_the_operators(kind: str) -> None:
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_is_compiled_and_gives_the_same(kind: str, first: bool) -> None:
-    without = ("branch", "scale", "mask", "branch_bias") if first else ()
+    """At every width of the branch: what changes within the buffer is not compiled in."""
+    without = FIRST if first else ()
     inputs = make_inputs((2, 5, 24), torch.bfloat16, stream=torch.float32, without=without)
-    leaves = {n: None if v is None else v.requires_grad_(n != "mask") for n, v in inputs.items()}
+    leaves = {n: None if v is None else v.requires_grad_(n not in PLAIN) for n, v in inputs.items()}
     chosen = [leaf for leaf in leaves.values() if leaf is not None and leaf.requires_grad]
 
     def call() -> torch.Tensor:
@@ -287,12 +317,15 @@ def test_one_graph_is_compiled_and_gives_the_same(kind: str, first: bool) -> Non
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    with kernels.use("triton"):
-        results = [function() for function in (compiled, call)]
-    gradients = [torch.autograd.grad(result, chosen) for result in results]
-    torch.testing.assert_close(*results)
-    for found, want in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, want)
+    for width in (3,) if first else (3, 0):
+        if not first:
+            inputs["branch_width"].fill_(width)
+        with kernels.use("triton"), torch.compiler.set_stance("default" if width else "fail_on_recompile"):
+            results = [function() for function in (compiled, call)]
+        gradients = [torch.autograd.grad(result, chosen) for result in results]
+        torch.testing.assert_close(*results)
+        for found, want in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, want)
 
 
 def test_a_chain_of_norms_is_a_residual_stream() -> None:

@@ -13,7 +13,9 @@ from tolerances import kernel_tolerance
 import skd_kernels as kernels
 
 NAMES = ("x", "branch", "weight", "bias", "scale", "branch_bias")  # those that have a gradient
-OPTIONAL = ("branch", "weight", "bias", "scale", "mask", "branch_bias")
+PLAIN = ("mask", "branch_width")  # those that have none
+OF_A_BRANCH = ("scale", "mask", "branch_bias", "branch_width")
+OPTIONAL = ("branch", "weight", "bias", *OF_A_BRANCH)
 Inputs = dict[str, Any]
 
 
@@ -24,11 +26,12 @@ def make_inputs(
     stream: torch.dtype | None = None,
     without: Collection[str] = (),
     device: str = "cpu",
+    width: int = 3,
 ) -> Inputs:
     """All that residual_norm takes, or None for what is left out; `stream` is the dtype of all but the branch.
 
     Exactly representable in `dtype`, so that every precision computes on the same numbers. One image of several is
-    dropped.
+    dropped. `width` is the branch's.
     """
     images, _, channels = shape
     generator = torch.Generator().manual_seed(sum(shape))
@@ -44,9 +47,17 @@ def make_inputs(
     }
     found |= {"scale": randn(channels), "branch_bias": randn(channels)}
     found["mask"] = torch.where(torch.arange(images) == 1, 0.0, 1.25).to(dtype)
+    found = {name: value.to(device, dtype if name == "branch" else stream or dtype) for name, value in found.items()}
+    # An element of a table, at an odd address.
+    found["branch_width"] = torch.tensor([-1, width, -1], dtype=torch.int32, device=device)[1]
+    return {name: None if name in without else value for name, value in found.items()}
+
+
+def in_double(inputs: Inputs) -> Inputs:
+    """The same numbers, for the specification; a width stays an integer."""
     return {
-        name: None if name in without else value.to(device, dtype if name == "branch" else stream or dtype)
-        for name, value in found.items()
+        name: value.double() if value is not None and value.is_floating_point() else value
+        for name, value in inputs.items()
     }
 
 
@@ -78,6 +89,7 @@ def check(
     mixed: bool = False,
     without: Collection[str] = (),
     device: str = "cpu",
+    width: int = 3,
 ) -> dict[str, tuple[float, float]]:
     """Outputs and gradients against float64, in the dtypes that the reference has.
 
@@ -87,11 +99,12 @@ def check(
     Returns:
         For each of them the kernels' error and that of plain PyTorch in the same precision.
     """
-    inputs = make_inputs(shape, dtype, stream=torch.float32 if mixed else None, without=without, device=device)
+    inputs = make_inputs(
+        shape, dtype, stream=torch.float32 if mixed else None, without=without, device=device, width=width
+    )
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2)]
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
-    expected = run("reference", exact, kind, grads)
+    expected = run("reference", in_double(inputs), kind, grads)
     with torch.autocast(device, dtype) if mixed else nullcontext():
         plain, found = (run(name, inputs, kind, grads) for name in ("reference", "triton"))
     errors, terms = {}, max(shape[0] * shape[1], shape[2])

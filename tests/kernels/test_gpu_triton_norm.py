@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mlp_checks import relative_error
-from norm_checks import NAMES, check, make_inputs, run
+from norm_checks import NAMES, OF_A_BRANCH, PLAIN, check, make_inputs, run
 from tolerances import kernel_tolerance
 
 import skd_kernels as kernels
@@ -18,7 +18,6 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("layer", "rms")
-PLAIN = ("scale", "mask", "branch_bias")
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +48,13 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("channels", [192, 384, 768, 1152, 2048, 4096, 200, 45])
 def test_real_sizes(channels: int, kind: str) -> None:
-    """Between two layers without LayerScale, at the start of a network, and with all that there is."""
+    """Between two layers, with the second one's bias or without, at the start of a network, and with all there is."""
     shape = (16, 197, channels)
-    check(torch.bfloat16, shape, kind, device="cuda", mixed=True, without=PLAIN)
-    check(torch.bfloat16, shape, kind, device="cuda", mixed=True, without=("branch", *PLAIN))
+    check(torch.bfloat16, shape, kind, device="cuda", mixed=True, without=OF_A_BRANCH)
+    check(torch.bfloat16, shape, kind, device="cuda", mixed=True, without=("branch", *OF_A_BRANCH))
+    check(torch.bfloat16, shape, kind, device="cuda", mixed=True, without=("scale", "mask"))
     check(torch.float32, shape, kind, device="cuda")
+    check(torch.float32, shape, kind, device="cuda", width=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,7 +73,7 @@ def test_runs_repeat_to_the_bit() -> None:
 def test_it_is_chosen_and_never_stops_the_host() -> None:
     inputs = make_inputs((2, 50, 64), device="cuda")
     assert kernels.explain("residual_norm", **inputs, eps=1e-6).chosen == "triton"
-    leaves = {name: value.requires_grad_(name != "mask") for name, value in inputs.items()}
+    leaves = {name: value.requires_grad_(name not in PLAIN) for name, value in inputs.items()}
 
     def step() -> None:
         total, normed = kernels.residual_norm(**leaves, eps=1e-6)
@@ -89,7 +90,7 @@ def test_it_is_chosen_and_never_stops_the_host() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_compile_gives_the_same(kind: str) -> None:
     inputs = make_inputs((4, 50, 64), torch.bfloat16, stream=torch.float32, device="cuda")
-    leaves = {name: value.requires_grad_(name != "mask") for name, value in inputs.items()}
+    leaves = {name: value.requires_grad_(name not in PLAIN) for name, value in inputs.items()}
     grads = grads_of((4, 50, 64))
     torch._dynamo.reset()
     compiled = torch.compile(kernels.residual_norm, fullgraph=True)
@@ -103,10 +104,10 @@ def test_torch_compile_gives_the_same(kind: str) -> None:
         assert torch.equal(found, want)
 
 
-def test_one_cuda_graph_replays_every_mask() -> None:
-    """Forward and backward; the dropped images, and nothing else, change between replays."""
+def test_one_cuda_graph_replays_every_mask_and_width() -> None:
+    """Forward and backward; the dropped images, and whether the branch counts, change between replays."""
     inputs = make_inputs((4, 50, 64), torch.bfloat16, stream=torch.float32, device="cuda")
-    leaves = {name: value.requires_grad_(name != "mask") for name, value in inputs.items()}
+    leaves = {name: value.requires_grad_(name not in PLAIN) for name, value in inputs.items()}
     given = grads_of((4, 50, 64))
 
     def step() -> list[torch.Tensor]:
@@ -123,9 +124,11 @@ def test_one_cuda_graph_replays_every_mask() -> None:
         results = step()
     for mask in ((0, 0, 0, 0), (1, 0, 2, 0), (1.25, 1.25, 1.25, 1.25)):
         leaves["mask"].copy_(torch.tensor(mask, dtype=torch.float32))
-        graph.replay()
-        for found, want in zip(results, step(), strict=True):
-            assert torch.equal(found, want)
+        for width in (3, 0):
+            leaves["branch_width"].fill_(width)
+            graph.replay()
+            for found, want in zip(results, step(), strict=True):
+                assert torch.equal(found, want)
 
 
 @pytest.mark.xdist_group("memory")
