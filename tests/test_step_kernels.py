@@ -41,8 +41,7 @@ BLOCK = {
     ("product_kernel", "gradients at the norms' outputs"): 2,
     ("weight_gradient_kernel", "gradients of weights, in parts of the tokens"): 4,
     ("finish_kernel", "gradients of weights, the parts added up"): 4,
-    ("column_sums_kernel", "gradients of output biases, in parts of the tokens"): 2,
-    ("sums_kernel", "gradients of biases, the parts added up"): 3,
+    ("sums_kernel", "gradients of biases, the parts added up"): 1,  # of fc1; output biases are the norms' affair
 }
 STREAM, ONE, WEIGHT = (BATCH, TOKENS, CHANNELS), (1, TOKENS, CHANNELS), (CHANNELS, 768)
 EMBEDDED, ROWS, HEAD = (BATCH, 196, CHANNELS), (BATCH * 196, CHANNELS), (CLASSES, CHANNELS)
@@ -128,7 +127,8 @@ def test_bytes_are_those_of_the_tensors() -> None:
     found = [operation for operation in step(2) if operation.name == "residual_norm_kernel"][1]
     stream = 4 * rows * CHANNELS  # bytes, in float32
     assert sorted(found.tensors)[-4:] == [stream // 2, stream // 2, stream, stream]
-    small = 4 * (2 * CHANNELS + 2 * rows + BATCH)  # weight and bias, mean and deviation, and the mask
+    # Weight and bias, the branch's bias and its width, mean and deviation, and the mask.
+    small = 4 * (2 * CHANNELS + CHANNELS + 1 + 2 * rows + BATCH)
     assert found.bytes == 3 * stream + small
     casts = [operation for operation in step(2) if operation.shapes == (IMAGES, IMAGES)]
     assert [operation.tensors for operation in casts] == [(4 * prod(IMAGES), 2 * prod(IMAGES))]
