@@ -43,6 +43,8 @@ class Resources:
     stack: int
     local: int
     shared: int
+    threads: int = 32
+    resident: int = 1
 
     def faults(self, architecture: int) -> str:
         """Why this kernel must not be shipped, or an empty string."""
@@ -50,7 +52,18 @@ class Resources:
             return f"{self.stack} bytes of stack and {self.local} of local memory: registers are spilled"
         if self.shared > SHARED_LIMIT[architecture]:
             return f"{self.shared} bytes of shared memory; sm_{architecture} has {SHARED_LIMIT[architecture]}"
+        if self.resident > 1 and self.fit(architecture) < self.resident:
+            return f"{self.fit(architecture)} programs fit on a multiprocessor; {self.resident} are started"
         return ""
+
+    def fit(self, architecture: int) -> int:
+        """Programs that fit on a multiprocessor together.
+
+        Each takes 1 KiB of shared memory for the system, of which there is 1 KiB more than one program may have, and
+        its registers in units of 8 for each thread, of 65,536 (CUDA C++ Programming Guide, technical specifications).
+        """
+        shared = (SHARED_LIMIT[architecture] + 1024) // (self.shared + 1024)
+        return min(shared, 65_536 // (-(-self.registers // 8) * 8 * self.threads))
 
 
 def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
@@ -87,7 +100,7 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     if found is None:
         raise RuntimeError(f"cuobjdump does not report the resources of {launch.name}: {report}")
     registers, stack, local = map(int, found.groups())
-    return Resources(registers, stack, local, compiled.metadata.shared)
+    return Resources(registers, stack, local, compiled.metadata.shared, 32 * launch.num_warps, launch.resident)
 
 
 def name_in_profiles(launch: Launch) -> str:

@@ -148,7 +148,7 @@ def product_kernel(
 # Launch configurations -------------------------------------------------------------------------------
 
 
-def linear_config(like: torch.Tensor, channels: int, columns: int, by_descriptor: bool) -> Config:
+def linear_config(like: torch.Tensor, channels: int, columns: int, depth: int, by_descriptor: bool) -> Config:
     """For "linear". On an H100 (prototypes, DeiT-Base): 687 TFLOP/s with 128 x 256 and 4 stages, flattened.
 
     Other widths of a network than multiples of 256 take the widest tile that wastes nothing. sm_80 feeds its tensor
@@ -159,11 +159,13 @@ def linear_config(like: torch.Tensor, channels: int, columns: int, by_descriptor
         return small
     step = inner_step(like)
     if by_descriptor and device_of(like).architecture < 120:
+        if depth <= 384:  # few steps: another program's product runs beside this one's epilogue
+            return Config(128, 128 if columns > 64 else 64, step, warps=4, stages=3, resident=2, pieces=2)
         if columns % 256 == 0 or columns > 1024:
             return Config(128, 256, step, warps=8, stages=4, pieces=2, flatten=True)
         if columns % 128 == 0 or columns > 256:
             return Config(128, 128, step, warps=4, stages=4, pieces=2, flatten=True)
-        return Config(128, 64, step, warps=4, stages=3, resident=3)
+        return Config(128, 64, step, warps=4, stages=4, resident=2)
     return Config(128, 128, step, warps=8, stages=3)
 
 
@@ -233,8 +235,10 @@ def product(
     rows, depth = a.shape
     by_descriptor = described(a, b, out, kept, features)
     channels, gated = depth if ragged_columns else columns, parts == 2
+    kept = width.groups * width.full  # at most, where buffers are padded
+    wide, deep = (kept, depth) if ragged_columns else (columns, parts * kept)
     config = {
-        "linear": lambda: linear_config(a, channels, columns, by_descriptor),
+        "linear": lambda: linear_config(a, channels, wide, deep, by_descriptor),
         "activate": lambda: activate_config(a, channels, gated, by_descriptor),
         "gradient": lambda: gradient_config(a, channels, gated, by_descriptor),
     }[epilogue]().fitted(a)

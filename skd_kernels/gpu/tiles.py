@@ -50,7 +50,8 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """For `launch`."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "max_registers": self.registers}
+        launched = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**launched, "max_registers": self.registers, "resident": self.resident}
 
     def blocks(self) -> dict[str, Any]:
         """The constants of a kernel that loops over tiles."""
@@ -134,9 +135,10 @@ def rounded(kept):
 @triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
     """(row, column) of a tile: bands of GROUP rows, column by column, so that neighbours share operands in L2."""
-    band = GROUP * columns
+    # A flattened loop computes the first tile even if there is none: nothing is divided by zero.
+    band = GROUP * tl.maximum(columns, 1)
     first = index // band * GROUP
-    height = tl.minimum(rows - first, GROUP)
+    height = tl.maximum(tl.minimum(rows - first, GROUP), 1)
     return first + index % band % height, index % band // height
 
 
