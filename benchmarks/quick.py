@@ -40,7 +40,7 @@ class Placed(TypedDict, total=False):
 
     ragged_columns: Required[bool]
     columns: Required[int]
-    part: int
+    part_stride: int
 
 
 class Questions:
@@ -77,27 +77,27 @@ class Questions:
         """fc1 with GELU, fc2, dZ, and the gradients of an input and of a weight, at full width."""
         from skd_kernels.gpu.layout import Layout
         from skd_kernels.gpu.packing import pack
-        from skd_kernels.gpu.products import Width, gradient_rows, product
+        from skd_kernels.gpu.products import Ragged, gradient_rows, product
         from skd_kernels.gpu.weight_gradient import weight_gradient
 
         rows, channels = self.batch * self.tokens, self.heads * HEAD_WIDTH
         hidden = 4 * channels
-        layout = Layout(hidden, rows=1, columns=1, packed=False)
+        layout = Layout(hidden, row_groups=1, column_groups=1, packed=False)
         x, dy = self.randn(rows, channels), self.randn(rows, channels)
         w1, b1 = self.randn(hidden, channels, scale=channels**-0.5), self.randn(hidden)
         w2 = self.randn(channels, hidden, scale=hidden**-0.5)
         width = torch.full((), hidden, dtype=torch.int32, device=self.device)
         (inward, outward), bias = layout.empty_weights(x, channels), torch.empty_like(b1)
         pack(w1, b1, w2, (inward, bias, outward), width, layout)
-        h, y, dw1 = self.randn(rows, layout.part), torch.empty_like(x), torch.empty_like(w1)
+        h, y, dw1 = self.randn(rows, layout.part_stride), torch.empty_like(x), torch.empty_like(w1)
         slopes, dz, flops = h.clone(), h.clone(), 2.0 * rows * channels * hidden
-        sums = torch.empty(gradient_rows(dy, False), 2, layout.part, device=self.device)
-        flat, kept = h[:, :hidden], Width(width, hidden)
-        into: Placed = {"ragged_columns": True, "part": layout.part, "columns": layout.part}
+        sums = torch.empty(gradient_rows(dy, False), 2, layout.part_stride, device=self.device)
+        flat, kept = h[:, :hidden], Ragged(width, hidden)
+        into: Placed = {"ragged_columns": True, "part_stride": layout.part_stride, "columns": layout.part_stride}
         out_of: Placed = {"ragged_columns": False, "columns": channels}
 
         def features() -> None:
-            product(x, inward, bias, h, kept, epilogue="activate", transposed=True, act="gelu", kept=slopes, **into)
+            product(x, inward, bias, h, kept, epilogue="activate", transposed=True, act="gelu", slopes=slopes, **into)
 
         self.ask("fc1 + GELU", features, lambda: x @ w1.T, flops)
         second = partial(product, h, outward, None, y, kept, transposed=True, **out_of)
@@ -113,7 +113,7 @@ class Questions:
                 kept,
                 epilogue="gradient",
                 transposed=False,
-                kept=slopes,
+                slopes=slopes,
                 features=features,
                 sums=sums,
                 **into,

@@ -35,7 +35,7 @@ def attention_forward(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as `masked_attention`; width a 0-d int32 tensor; scores only meant for the backward.
+    """Arguments as `masked_attention`; width a 0-d int32 tensor; only the backward pass uses scores.
 
     x has the dtype to compute in; the parameters, whatever theirs is, are cast to it.
 
@@ -45,17 +45,17 @@ def attention_forward(
     """
     from skd_kernels.gpu.flash import attend
     from skd_kernels.gpu.packing import pack
-    from skd_kernels.gpu.products import Width, product
+    from skd_kernels.gpu.products import Ragged, product
 
     head_dim = w_proj.shape[1] // num_heads
     layout, rows = _layout(head_dim, num_heads), as_rows(x)
     out, qkv, o, logsumexp, inward, outward = _outputs(x, w_proj, num_heads)
     bias = None if b_qkv is None else uninitialised(x, layout.row_pitch)
     pack(w_qkv, b_qkv, w_proj, (inward, bias, outward), width, layout)
-    into = Width(width, head_dim, 3 * num_heads)
+    into = Ragged(width, head_dim, 3 * num_heads)
     product(rows, inward, bias, qkv, into, ragged_columns=True, transposed=True, columns=layout.row_pitch)
     attend(qkv, o, logsumexp, width, head_dim, scale)
-    b_proj, out_of = None if b_proj is None else contiguous(b_proj), Width(width, head_dim, num_heads)
+    b_proj, out_of = None if b_proj is None else contiguous(b_proj), Ragged(width, head_dim, num_heads)
     product(o, outward, b_proj, as_rows(out), out_of, ragged_columns=False, transposed=True, columns=x.shape[-1])
     return out, qkv, o, logsumexp, inward, outward
 
@@ -76,7 +76,7 @@ def _(
 
 
 def _layout(head_dim: int, num_heads: int) -> Layout:
-    return Layout(head_dim, rows=3 * num_heads, columns=num_heads, packed=True)
+    return Layout(head_dim, row_groups=3 * num_heads, column_groups=num_heads, packed=True)
 
 
 def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -115,7 +115,7 @@ def attention_backward(
         needs: for each of the six results whether it is needed.
     """
     from skd_kernels.gpu.flash_backward import differentiate_attention
-    from skd_kernels.gpu.products import Width, product
+    from skd_kernels.gpu.products import Ragged, product
     from skd_kernels.gpu.sums import column_sums, sum_terms
     from skd_kernels.gpu.weight_gradient import weight_gradient
 
@@ -129,7 +129,7 @@ def attention_backward(
     if needs[4]:
         column_sums(drows, width, db_proj)
     if needs[0] or needs[1] or needs[2] or needs[5]:
-        do, out_of = uninitialised(o, *o.shape), Width(width, head_dim, num_heads)
+        do, out_of = uninitialised(o, *o.shape), Ragged(width, head_dim, num_heads)
         product(drows, outward, None, do, out_of, ragged_columns=True, transposed=False, columns=layout.column_pitch)
         dqkv, bias_sums, score_sums = differentiate_attention(
             qkv, o, do, logsumexp, width, head_dim, scale, bias=needs[2], scores=needs[5]
@@ -141,7 +141,7 @@ def attention_backward(
         if needs[1]:
             weight_gradient(dqkv, rows, width, dw_qkv, layout, by_rows=True)
         if needs[0]:
-            into = Width(width, head_dim, 3 * num_heads)
+            into = Ragged(width, head_dim, 3 * num_heads)
             product(
                 dqkv, inward, None, as_rows(dx), into, ragged_columns=False, transposed=False, columns=x.shape[-1]
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-PAD = 128  # a multiple of every tile along the hidden features
+PAD = 128  # A multiple of every inner step of the products, and of every tile of hidden features.
 UNIT = 8  # Kept coordinates are rounded up to so many: 16 bytes in half precision. It divides every tile.
 
 
@@ -15,7 +15,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def padded(size: int) -> int:
-    """Row length of our own buffers: no tile that starts inside a row reaches past its end."""
+    """Row length of our own buffers: where pointers read a tile that starts inside a row, it ends inside."""
     return ceil_div(size, PAD) * PAD
 
 
@@ -32,8 +32,8 @@ def uninitialised(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = N
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as (rows, last dimension), contiguous along the last, from a multiple of 16 bytes on.
 
-    A view where there is one. Parts of other tensors begin anywhere: kernels for those would be other ones than are
-    compiled ahead of time, with more pointers than there are registers.
+    It is a view where there is one. What begins elsewhere, as parts of other tensors may, is copied: Triton would
+    compile another kernel for it than was compiled ahead of time, one that needs more registers than there are.
     """
     flat = tensor.reshape(-1, tensor.shape[-1])
     # Rows may be farther apart than they are long, by multiples of 16; one row that stands for all has no distance.

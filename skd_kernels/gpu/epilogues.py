@@ -19,7 +19,7 @@ def finish(
     other,
     bias,
     out,
-    kept,
+    slopes,
     features,
     sums,
     keep,
@@ -27,9 +27,9 @@ def finish(
     column,
     rows,
     columns,
-    part,
+    part_stride,
     stride_out,
-    stride_kept,
+    stride_slopes,
     stride_features,
     EPILOGUE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -50,13 +50,14 @@ def finish(
         else:
             other_left, other_right = halves(other, HEIGHT, WIDTH)
         finish(
-            left, other_left, bias, out, kept, features, sums, keep, row, column, rows, columns, part, stride_out,
-            stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF, PIECES // 2,
+            left, other_left, bias, out, slopes, features, sums, keep, row, column, rows, columns, part_stride,
+            stride_out, stride_slopes, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF,
+            PIECES // 2,
         )  # fmt: skip
         finish(
-            right, other_right, bias, out, kept, features, sums, keep, row, column + HALF, rows, columns, part,
-            stride_out, stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT, HALF,
-            PIECES // 2,
+            right, other_right, bias, out, slopes, features, sums, keep, row, column + HALF, rows, columns,
+            part_stride, stride_out, stride_slopes, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, HEIGHT,
+            HALF, PIECES // 2,
         )  # fmt: skip
     elif EPILOGUE == "linear":
         if bias is not None:
@@ -65,13 +66,13 @@ def finish(
         store_tile(out, total, row, column, rows, columns, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
     elif EPILOGUE == "activate":
         activate_tile(
-            total, other, bias, out, kept, row, column, rows, columns, part, stride_out, stride_kept,
+            total, other, bias, out, slopes, row, column, rows, columns, part_stride, stride_out, stride_slopes,
             ACT, TYPE, DESCRIBED, HEIGHT, WIDTH,
         )  # fmt: skip
     else:
         tl.static_assert(EPILOGUE == "gradient")
         differentiate_tile(
-            total, out, kept, features, sums, row, column, rows, columns, part, stride_out, stride_kept,
+            total, out, slopes, features, sums, row, column, rows, columns, part_stride, stride_out, stride_slopes,
             stride_features, PARTS, TYPE, DESCRIBED, HEIGHT, WIDTH,
         )  # fmt: skip
 
@@ -89,40 +90,42 @@ def activate_tile(
     value,
     bias,
     out,
-    kept,
+    slopes,
     row,
     column,
     rows,
     columns,
-    part,
+    part_stride,
     stride_out,
-    stride_kept,
+    stride_slopes,
     ACT: tl.constexpr,
     TYPE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out = act(gate), and for the backward pass (kept, unless None) act'(gate).
+    """out = act(gate); `slopes`, unless it is None, gets act'(gate), with which the backward pass only multiplies.
 
-    Gated, out = act(gate) value, and kept are its derivatives by the gate and by the value: act'(gate) value and
-    act(gate). So the backward pass multiplies, and knows no activation.
+    Gated, out = act(gate) value, and the slopes are its derivatives by the gate and by the value: act'(gate) value
+    and act(gate).
     """
     if bias is not None:
         gate += load_bias(bias, column, columns, TYPE, WIDTH)[None, :]
     result, slope = activate(gate, ACT)
     if value is None:
-        if kept is not None:
-            store_tile(kept, slope, row, column, rows, columns, stride_kept, TYPE, HEIGHT, WIDTH, DESCRIBED)
+        if slopes is not None:
+            store_tile(slopes, slope, row, column, rows, columns, stride_slopes, TYPE, HEIGHT, WIDTH, DESCRIBED)
         store_tile(out, result, row, column, rows, columns, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
     else:
         if bias is not None:
-            value += load_bias(bias, part + column, part + columns, TYPE, WIDTH)[None, :]
-        if kept is not None:
-            end = part + columns
+            value += load_bias(bias, part_stride + column, part_stride + columns, TYPE, WIDTH)[None, :]
+        if slopes is not None:
+            end = part_stride + columns
             by_gate = slope * value
-            store_tile(kept, by_gate, row, column, rows, columns, stride_kept, TYPE, HEIGHT, WIDTH, DESCRIBED)
-            store_tile(kept, result, row, part + column, rows, end, stride_kept, TYPE, HEIGHT, WIDTH, DESCRIBED)
+            store_tile(slopes, by_gate, row, column, rows, columns, stride_slopes, TYPE, HEIGHT, WIDTH, DESCRIBED)
+            store_tile(
+                slopes, result, row, part_stride + column, rows, end, stride_slopes, TYPE, HEIGHT, WIDTH, DESCRIBED
+            )
         product = result * value
         store_tile(out, product, row, column, rows, columns, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)
 
@@ -131,16 +134,16 @@ def activate_tile(
 def differentiate_tile(
     dh,
     out,
-    kept,
+    slopes,
     features,
     sums,
     row,
     column,
     rows,
     columns,
-    part,
+    part_stride,
     stride_out,
-    stride_kept,
+    stride_slopes,
     stride_features,
     PARTS: tl.constexpr,
     TYPE: tl.constexpr,
@@ -148,7 +151,7 @@ def differentiate_tile(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out = dh kept, for each part; each of out, features and sums may be None.
+    """out = dh slopes, for each part; each of out, features and sums may be None.
 
     sums (rows of tiles, PARTS + 1, columns) float32: the column sums of `out`, and of |dh features| (Taylor scores).
     """
@@ -156,9 +159,9 @@ def differentiate_tile(
     if sums is not None:
         place = sums + row // HEIGHT * (PARTS + 1) * columns + column + tl.arange(0, WIDTH)
     for p in tl.static_range(PARTS):
-        at = p * part + column
-        end = p * part + columns
-        slope = load_tile(kept, row, at, rows, end, stride_kept, HEIGHT, WIDTH, True, DESCRIBED)
+        at = p * part_stride + column
+        end = p * part_stride + columns
+        slope = load_tile(slopes, row, at, rows, end, stride_slopes, HEIGHT, WIDTH, True, DESCRIBED)
         dz = dh * slope.to(tl.float32)
         if out is not None:
             store_tile(out, dz, row, at, rows, end, stride_out, TYPE, HEIGHT, WIDTH, DESCRIBED)

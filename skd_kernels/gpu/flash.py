@@ -6,7 +6,7 @@ probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135); the backw
 logarithm of each softmax's sum, which the forward pass stores.
 
 The matrix unit works on 16, 32, 64 or 128 coordinates: each kernel holds one body for each and branches on the width.
-The padding up to the pitch is exact zeros in memory, the rest up to the body's size is not read.
+Each head has `pitch` columns, its kept coordinates and zeros up to a multiple of 8; loads are masked beyond them.
 
 Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. The configurations compile without spills. Timed
 on an H100 in bfloat16 at DeiT-Base (benchmarks/results/h100-sweep.json), ten others of the forward pass are no

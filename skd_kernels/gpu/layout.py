@@ -15,33 +15,33 @@ class Layout:
 
     Attributes:
         full: coordinates of a group: F, or D of every head.
-        rows: groups of the weight into them: 1 or, gated, 2; for attention three times the heads.
-        columns: groups of the weight out of them: 1, or the heads.
+        row_groups: groups along the rows of the weight into them: 1 or, gated, 2; for qkv three times the heads.
+        column_groups: groups along the columns of the weight out of them: 1, or the heads.
         packed: whether the groups are packed.
     """
 
     full: int
-    rows: int
-    columns: int
+    row_groups: int
+    column_groups: int
     packed: bool
 
     @property
-    def part(self) -> int:
+    def part_stride(self) -> int:
         """Rows, or columns of activations, from one group to the next where they are not packed."""
         return padded(self.full)
 
     @property
     def row_pitch(self) -> int:
         """Rows of the packed weight, and columns of the activations at its output."""
-        return self._pitch(self.rows)
+        return self._pitch(self.row_groups)
 
     @property
     def column_pitch(self) -> int:
         """Columns of the packed weight out of the coordinates."""
-        return self._pitch(self.columns)
+        return self._pitch(self.column_groups)
 
     def _pitch(self, groups: int) -> int:
-        return padded(groups * ceil_div(self.full, UNIT) * UNIT) if self.packed else groups * self.part
+        return padded(groups * ceil_div(self.full, UNIT) * UNIT) if self.packed else groups * self.part_stride
 
     def empty_weights(self, like: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Memory for the packed weight into the coordinates and the one out of them, in the dtype of `like`."""

@@ -35,7 +35,7 @@ def mlp_forward(
     gated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as `masked_mlp`; width a 0-d int32 tensor; scores only meant for the backward.
+    """Arguments as `masked_mlp`; width a 0-d int32 tensor; only the backward pass uses scores.
 
     x has the dtype to compute in; the parameters, whatever theirs is, are cast to it.
 
@@ -44,10 +44,10 @@ def mlp_forward(
         up to whole tiles; the slopes (B N, P or, if gated, 2 P), empty unless `save`; and the packed weights.
     """
     from skd_kernels.gpu.packing import pack
-    from skd_kernels.gpu.products import Width, product
+    from skd_kernels.gpu.products import Ragged, product
 
     y, h, slopes, inward, outward = _outputs(x, w2, gated, save)
-    layout, rows, hidden = _layout(w2.shape[1], gated), as_rows(x), Width(width, w2.shape[1])
+    layout, rows, neurons = _layout(w2.shape[1], gated), as_rows(x), Ragged(width, w2.shape[1])
     bias = None if b1 is None else uninitialised(x, layout.row_pitch)
     pack(w1, b1, w2, (inward, bias, outward), width, layout)
     product(
@@ -55,18 +55,18 @@ def mlp_forward(
         inward,
         bias,
         h,
-        hidden,
+        neurons,
         epilogue="activate",
         ragged_columns=True,
         transposed=True,
-        parts=layout.rows,
-        part=layout.part,
+        parts=layout.row_groups,
+        part_stride=layout.part_stride,
         act=act,
-        kept=slopes if save else None,
-        columns=layout.part,
+        slopes=slopes if save else None,
+        columns=layout.part_stride,
     )
     b2 = None if b2 is None else contiguous(b2)
-    product(h, outward, b2, as_rows(y), hidden, ragged_columns=False, transposed=True, columns=y.shape[-1])
+    product(h, outward, b2, as_rows(y), neurons, ragged_columns=False, transposed=True, columns=y.shape[-1])
     return y, h, slopes, inward, outward
 
 
@@ -87,7 +87,7 @@ def _(
 
 
 def _layout(hidden: int, gated: bool) -> Layout:
-    return Layout(hidden, rows=2 if gated else 1, columns=1, packed=False)
+    return Layout(hidden, row_groups=2 if gated else 1, column_groups=1, packed=False)
 
 
 def _outputs(x: Tensor, w2: Tensor, gated: bool, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -123,15 +123,15 @@ def mlp_backward(
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
     """
-    from skd_kernels.gpu.products import Width, gradient_rows, product
+    from skd_kernels.gpu.products import Ragged, gradient_rows, product
     from skd_kernels.gpu.sums import column_sums, sums
     from skd_kernels.gpu.weight_gradient import weight_gradient
 
-    layout, kept = _layout(hidden, gated), Width(width, hidden)
+    layout, neurons = _layout(hidden, gated), Ragged(width, hidden)
     results = _gradients(x, hidden, gated, dtype, needs)
     dx, dw1, db1, dw2, db2, scores = results
     need_x, need_w1, need_b1, need_w2, need_b2, need_scores = needs
-    parts, part = layout.rows, layout.part
+    parts, part = layout.row_groups, layout.part_stride
     dy, x = as_rows(dy), as_rows(x)
     if need_x or need_w1 or need_b1 or need_scores:
         dz = uninitialised(slopes, *slopes.shape) if need_x or need_w1 else None
@@ -143,13 +143,13 @@ def mlp_backward(
             outward,
             None,
             dz,
-            kept,
+            neurons,
             epilogue="gradient",
             ragged_columns=True,
             transposed=False,
             parts=parts,
-            part=part,
-            kept=slopes,
+            part_stride=part,
+            slopes=slopes,
             features=h if need_scores else None,
             sums=terms,
             columns=part,
@@ -162,11 +162,11 @@ def mlp_backward(
                 inward,
                 None,
                 as_rows(dx),
-                kept,
+                neurons,
                 ragged_columns=False,
                 transposed=False,
                 parts=parts,
-                part=part,
+                part_stride=part,
                 columns=dx.shape[-1],
             )
         if dz is not None and need_w1:

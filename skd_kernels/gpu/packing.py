@@ -1,9 +1,11 @@
-"""Weights as the products read them: cast, the kept coordinates side by side, zeros from there to the end of a tile.
+"""Weights as the products read them: cast, and the kept rows or columns side by side.
+
+Behind them come zeros up to the next multiple of 128, so that the products load whole tiles without masks.
 
 A masked operation has a weight into its coordinates, whose rows are kept (W_1, W_qkv), with a bias, and one out of
 them, whose columns are (W_2, W_proj). Coordinates come in groups. Those of attention, the heads' q, k and v, are
 packed: of each group the kept ones, rounded up to a multiple of 8, then at once the next group's. The parts of a
-gated MLP stay where they are, `part` rows apart. The rounding keeps pieces of 16 bytes whole at every width.
+gated MLP stay where they are, `part_stride` rows apart. The rounding keeps pieces of 16 bytes whole at every width.
 
 One launch casts and packs what an operation needs. What lies past the width is written as zeros as far as the
 products' tiles reach, and left as it is behind that: NaN in a weight that is not kept does no harm.
@@ -27,9 +29,9 @@ ROWS, COLUMNS = 16, 256  # that one program copies
 
 
 @triton.jit
-def source_of(place, keep, full, groups, part, PACKED: tl.constexpr):
+def source_of(place, keep, full, groups, part_stride, PACKED: tl.constexpr):
     """(the coordinate that lies at `place`, counted through all groups; whether there is one)."""
-    pitch = tl.maximum(rounded(keep), 8) if PACKED else part
+    pitch = tl.maximum(rounded(keep), 8) if PACKED else part_stride
     group = place // pitch
     coordinate = place - group * pitch
     return group * full + coordinate, (coordinate < keep) & (group < groups)
@@ -55,7 +57,7 @@ def pack_kernel(
     full,
     row_groups,
     column_groups,
-    part,
+    part_stride,
     pitch_inward,
     pitch_outward,
     inward_programs,
@@ -72,9 +74,9 @@ def pack_kernel(
         first = program // across * ROWS
         r = first + tl.arange(0, ROWS)
         c = program % across * COLUMNS + tl.arange(0, COLUMNS)
-        begin = first if PACKED else first % part
+        begin = first if PACKED else first % part_stride
         if begin < reach(keep, row_groups, PACKED, PAD):
-            source, live = source_of(r, keep, full, row_groups, part, PACKED)
+            source, live = source_of(r, keep, full, row_groups, part_stride, PACKED)
             inside = live[:, None] & (c < channels)[None, :]
             value = tl.load(inward + source[:, None] * channels + c[None, :], mask=inside, other=0.0)
             place = packed_inward + r.to(tl.int64)[:, None] * pitch_inward + c[None, :]
@@ -90,7 +92,7 @@ def pack_kernel(
         first = program % across * COLUMNS
         c = first + tl.arange(0, COLUMNS)
         if first < reach(keep, column_groups, PACKED, PAD):
-            source, live = source_of(c, keep, full, column_groups, part, PACKED)
+            source, live = source_of(c, keep, full, column_groups, part_stride, PACKED)
             inside = (r < channels)[:, None] & live[None, :]
             moved = tl.load(outward + r[:, None] * (column_groups * full) + source[None, :], mask=inside, other=0.0)
             place = packed_outward + r.to(tl.int64)[:, None] * pitch_outward + c[None, :]
@@ -115,8 +117,12 @@ def pack(
     arguments: dict[str, Any] = {
         **{"inward": inward, "bias": None if bias is None else contiguous(bias), "outward": outward},
         **{"packed_inward": packed_inward, "packed_bias": packed_bias, "packed_outward": packed_outward},
-        **{"width": width, "channels": channels, "full": layout.full, "row_groups": layout.rows},
-        **{"column_groups": layout.columns, "part": layout.part, "pitch_inward": packed_inward.shape[1]},
+        **{"width": width, "channels": channels, "full": layout.full, "row_groups": layout.row_groups},
+        **{
+            "column_groups": layout.column_groups,
+            "part_stride": layout.part_stride,
+            "pitch_inward": packed_inward.shape[1],
+        },
         **{"pitch_outward": packed_outward.shape[1], "inward_programs": inward_programs},
         **{"PACKED": layout.packed, "PAD": PAD, "ROWS": ROWS, "COLUMNS": COLUMNS},
     }

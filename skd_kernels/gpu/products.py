@@ -12,9 +12,9 @@ either the columns or the inner dimension stop at a width that the kernel reads 
     "activate"    h = act(x W_1^T + bias)                                       columns
     "gradient"    dz = (dy W_2) act'                                            columns
 
-Weights come packed (packing.py): kept coordinates side by side, and zeros from there to the end of the tile. So do
-the activations that these kernels write themselves, which is why no loop selects anything, and whatever lies further
-behind is never read. A grid of programs that fills the device once walks over the tiles of the present width.
+Weights come packed (packing.py): kept coordinates side by side, then zeros up to the end of the last tile that is
+read. Activations are written likewise. So the inner loops need no mask for the width, and what lies behind, which may
+be NaN, is never read. A grid of programs that fills the device once walks over the tiles of the present width.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -47,7 +47,7 @@ from skd_kernels.gpu.tiles import (
 
 
 @dataclass(frozen=True)
-class Width:
+class Ragged:
     """What stops at the width: `groups` times the kept ones of `full` coordinates.
 
     Attributes:
@@ -72,7 +72,7 @@ def product_kernel(
     b,
     bias,
     out,
-    kept,
+    slopes,
     features,
     sums,
     width,
@@ -82,11 +82,11 @@ def product_kernel(
     b_rows,
     full,
     groups,
-    part,
+    part_stride,
     stride_a,
     stride_b,
     stride_out,
-    stride_kept,
+    stride_slopes,
     stride_features,
     EPILOGUE: tl.constexpr,
     RAGGED_COLUMNS: tl.constexpr,
@@ -106,7 +106,8 @@ def product_kernel(
 ):
     """out = epilogue(a b), or a b^T if TRANSPOSED; `columns`, `depth` and `b_rows` are those of the buffers.
 
-    PARTS: 2 for gated MLPs, whose parts lie `part` columns, in weights `part` rows, apart. The other operands are the
+    PARTS: 2 for gated MLPs; from the gates to the values it is `part_stride` columns, in weights rows. The other
+    operands are the
     epilogues'. WHOLE: `depth` is a multiple of BLOCK_K.
     """
     keep = groups * rounded(read_width(width, full))
@@ -126,13 +127,15 @@ def product_kernel(
         for step in range(0, TURNS * steps):
             k = step * BLOCK_K
             if TURNS == 2:
-                k = step // steps * part + step % steps * BLOCK_K
+                k = step // steps * part_stride + step % steps * BLOCK_K
             left = load_tile(a, row, k, rows, depth, stride_a, BLOCK_M, BLOCK_K, WHOLE, DESCRIBED)
             if TRANSPOSED:
                 right = load_tile(b, column, k, b_rows, depth, stride_b, BLOCK_N, BLOCK_K, True, DESCRIBED)
                 total = tl.dot(left, right.T, total, input_precision=PRECISION)
                 if TWO:
-                    right = load_tile(b, column + part, k, b_rows, depth, stride_b, BLOCK_N, BLOCK_K, True, DESCRIBED)
+                    right = load_tile(
+                        b, column + part_stride, k, b_rows, depth, stride_b, BLOCK_N, BLOCK_K, True, DESCRIBED
+                    )
                     other = tl.dot(left, right.T, other, input_precision=PRECISION)
             else:
                 right = load_tile(b, k, column, b_rows, columns, stride_b, BLOCK_K, BLOCK_N, True, DESCRIBED)
@@ -140,8 +143,9 @@ def product_kernel(
         if not TWO:
             other = None
         finish(
-            total, other, bias, out, kept, features, sums, keep, row, column, rows, columns, part, stride_out,
-            stride_kept, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, BLOCK_M, BLOCK_N, PIECES,
+            total, other, bias, out, slopes, features, sums, keep, row, column, rows, columns, part_stride,
+            stride_out, stride_slopes, stride_features, EPILOGUE, PARTS, ACT, TYPE, DESCRIBED, BLOCK_M, BLOCK_N,
+            PIECES,
         )  # fmt: skip
 
 
@@ -209,15 +213,15 @@ def product(
     b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
-    width: Width,
+    width: Ragged,
     *,
     epilogue: str = "linear",
     ragged_columns: bool,
     transposed: bool,
     parts: int = 1,
-    part: int = 0,
+    part_stride: int = 0,
     act: str = "",
-    kept: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
     columns: int,
@@ -229,13 +233,13 @@ def product(
         b: (depth, columns), or if `transposed` (columns, depth): packed, and as long as whole tiles are.
         bias: (columns,), or None; with `ragged_columns` packed like b.
         out: (rows, columns), in two parts side by side for the "gradient" of a gated MLP.
-        part: the distance of the parts, in columns of activations and in rows of weights.
+        part_stride: from the gates of a gated MLP to its values, in columns of activations and in rows of weights.
         columns: of the result, or of one of its parts.
     """
     rows, depth = a.shape
-    by_descriptor = described(a, b, out, kept, features)
+    by_descriptor = described(a, b, out, slopes, features)
     channels, gated = depth if ragged_columns else columns, parts == 2
-    most = width.groups * width.full  # kept; buffers are padded
+    most = width.groups * width.full  # of the kept ones; buffers are padded
     wide, deep = (most, depth) if ragged_columns else (columns, parts * most)
     if epilogue == "linear":
         config = linear_config(a, channels, wide, deep, by_descriptor)
@@ -249,12 +253,12 @@ def product(
     arguments: dict[str, Any] = {
         **{"a": operand(a, m, k, by_descriptor), "bias": bias, "sums": sums, "width": width.value},
         **{"b": operand(b, n, k, by_descriptor) if transposed else operand(b, k, n, by_descriptor)},
-        **{"out": operand(out, m, piece, by_descriptor), "kept": operand(kept, m, piece, by_descriptor)},
+        **{"out": operand(out, m, piece, by_descriptor), "slopes": operand(slopes, m, piece, by_descriptor)},
         **{"features": operand(features, m, piece, by_descriptor)},
         **{"rows": rows, "columns": columns, "depth": depth, "b_rows": b.shape[0]},
-        **{"full": width.full, "groups": width.groups, "part": part},
+        **{"full": width.full, "groups": width.groups, "part_stride": part_stride},
         **{"stride_a": a.stride(0), "stride_b": b.stride(0), "stride_out": 0 if out is None else out.stride(0)},
-        **{"stride_kept": 0 if kept is None else kept.stride(0)},
+        **{"stride_slopes": 0 if slopes is None else slopes.stride(0)},
         **{"stride_features": 0 if features is None else features.stride(0)},
         **{"EPILOGUE": epilogue, "RAGGED_COLUMNS": ragged_columns, "TRANSPOSED": transposed, "PARTS": parts},
         **{"ACT": act and in_kernel(act, a.dtype), "TYPE": triton_type(a.dtype), "WHOLE": depth % k == 0},

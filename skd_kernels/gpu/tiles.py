@@ -89,7 +89,7 @@ def small_config(like: torch.Tensor, channels: int, by_descriptor: bool) -> Conf
 
 
 def inner_step(like: torch.Tensor) -> int:
-    """128 bytes of a row: what a swizzled tile in shared memory holds of it, and one cache line."""
+    """One step along the sum reads 128 bytes of a row: a cache line, and the width of swizzled shared memory."""
     return 128 // like.element_size()
 
 

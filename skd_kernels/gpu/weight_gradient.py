@@ -55,8 +55,8 @@ def grid_of(
 
 
 @triton.jit
-def cuts(tiles, steps, programs, OVERHEAD: tl.constexpr):
-    """Into how many parts the sum is cut: as many as one turn of all programs takes, or two if that ends sooner."""
+def splits(tiles, steps, programs, OVERHEAD: tl.constexpr):
+    """Into how many parts the sum is cut: what one wave of programs takes, or two waves if they end sooner."""
     tiles = tl.maximum(tiles, 1)
     one = tl.minimum(tl.maximum(programs // tiles, 1), steps)
     two = tl.minimum(tl.maximum(2 * programs // tiles, 1), steps)
@@ -77,7 +77,7 @@ def weight_gradient_kernel(
     columns,
     full,
     groups,
-    part,
+    part_stride,
     stride_a,
     stride_b,
     PACKED: tl.constexpr,
@@ -99,7 +99,7 @@ def weight_gradient_kernel(
     keep = read_width(width, full)
     part_rows, tall, across = grid_of(keep, groups, rows, columns, PACKED, BY_ROWS, BLOCK_M, BLOCK_N)
     steps = tl.cdiv(tokens, BLOCK_K)
-    count = cuts(tall * across, steps, tl.num_programs(0), OVERHEAD)
+    count = splits(tall * across, steps, tl.num_programs(0), OVERHEAD)
     share = tl.cdiv(steps, count)
     items = tall * across * count
     # A flattened loop computes the first item even if there is none: nothing is divided by zero.
@@ -111,7 +111,7 @@ def weight_gradient_kernel(
         row = tile // across
         top = row * BLOCK_M
         if BY_ROWS and not PACKED:
-            top = row // part_rows * part + row % part_rows * BLOCK_M
+            top = row // part_rows * part_stride + row % part_rows * BLOCK_M
         left = tile % across * BLOCK_N
         first = item // tiles * share
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -163,7 +163,7 @@ def finish_kernel(
     keep = read_width(width, full)
     part_rows, tall, across = grid_of(keep, groups, rows, columns, PACKED, BY_ROWS, BLOCK_M, BLOCK_N)
     tiles = tall * across
-    count = cuts(tiles, tl.cdiv(tokens, BLOCK_K), programs, OVERHEAD)
+    count = splits(tiles, tl.cdiv(tokens, BLOCK_K), programs, OVERHEAD)
     r = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Where the row and the column of each element lie in the workspace, and whether they do.
@@ -187,8 +187,8 @@ def finish_kernel(
         kept = (r < rows)[:, None] & live[None, :] & (c < columns)[None, :]
     total = tl.zeros((STRIP, BLOCK_N), tl.float32)
     if tl.max(live.to(tl.int32), 0) > 0:
-        for part in range(0, count):
-            places = (part * tiles + tile).to(tl.int64) * (BLOCK_M * BLOCK_N) + inner
+        for split in range(0, count):
+            places = (split * tiles + tile).to(tl.int64) * (BLOCK_M * BLOCK_N) + inner
             total += tl.load(work + places, mask=kept, other=0.0)
     stored = (r < rows)[:, None] & (c < columns)[None, :]
     places = out + r[:, None].to(tl.int64) * columns + c[None, :]
@@ -227,7 +227,7 @@ def weight_gradient(
     tokens, (rows, columns) = a.shape[0], out.shape
     by_descriptor = described(a, b)
     config = weight_gradient_config(a, columns if by_rows else rows, columns, by_descriptor).fitted(a)
-    groups = layout.rows if by_rows else layout.columns
+    groups = layout.row_groups if by_rows else layout.column_groups
     high, wide = (a.shape[1], columns) if by_rows else (rows, b.shape[1])
     tiles = ceil_div(high, config.m) * ceil_div(wide, config.n)
     steps = ceil_div(tokens, config.k)
@@ -242,7 +242,7 @@ def weight_gradient(
     }
     arguments: dict[str, Any] = {
         **{"a": operand(a, config.k, config.m, by_descriptor), "b": operand(b, config.k, config.n, by_descriptor)},
-        **{"stride_a": a.stride(0), "stride_b": b.stride(0), "part": layout.part, "WHOLE": even},
+        **{"stride_a": a.stride(0), "stride_b": b.stride(0), "part_stride": layout.part_stride, "WHOLE": even},
         **{
             "DESCRIBED": by_descriptor,
             "PRECISION": precision(),

@@ -190,7 +190,7 @@ def test_slopes_are_saved_for_gradients_that_need_them_alone() -> None:
 
     def look(name: str, arguments: dict[str, Any]) -> None:
         if arguments.get("EPILOGUE") == "activate":
-            saved.append(arguments["kept"] is not None)
+            saved.append(arguments["slopes"] is not None)
 
     with kernels.use("triton"), watch(look):
         assert kernels.masked_mlp(*inputs, 5).grad_fn is None
