@@ -88,12 +88,18 @@ def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: Timm
         norm: None where the reader norms the sum itself.
     """
     if norm is not None and norm.takes(x) and _only_multiply(scale, drop_path):
-        gamma = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale  # an Identity has none
+        gamma = factors_of(scale)
         mask = drop_path.factors(x.dtype) if isinstance(drop_path, CountedDropPath) else None
         return _summed(x, branch, gamma, mask, norm)
     if scale is not None:
         branch = scale(branch) if isinstance(scale, nn.Module) else scale * branch
     return Stream(x + drop_path(branch))
+
+
+def factors_of(scale: TimmLayer) -> torch.Tensor | None:
+    """(C,) what a layer scale, a layer or a parameter, multiplies a branch with; None: nothing is multiplied."""
+    factors: torch.Tensor | None = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale
+    return factors  # an Identity has none
 
 
 def _summed(
