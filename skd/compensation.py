@@ -31,6 +31,9 @@ from skd.vit.refit import output_factors, output_features
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_ROUNDING = 1e-11  # relative errors of sums of squares in float64
+_TINY = 1e-300  # where all features are zeros
+
 
 @torch.no_grad()
 def compensate(
@@ -231,15 +234,11 @@ class _Sums(NamedTuple):
         if intercept:
             squares = squares - self.rows * torch.outer(x, x)
             products = products - self.rows * torch.outer(x, y)
-        penalty = ridge * squares.diagonal().mean()
-        if not penalty > 0:  # features that never change predict nothing
-            weight = torch.zeros_like(products)
-        else:
-            eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
-            factor, info = torch.linalg.cholesky_ex(squares + penalty * eye)
-            if info.item():
-                weight = torch.full_like(products, math.nan)
-            else:
-                weight = torch.cholesky_solve(products, factor)
+        # Of features that are the same in every row (those of a class token before any attention) centring leaves
+        # rounding errors alone: they have to predict nothing.
+        penalty = ridge * squares.diagonal().mean() + _ROUNDING * self.squares.diagonal().mean() + _TINY
+        eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
+        factor, _ = torch.linalg.cholesky_ex(squares + penalty * eye)
+        weight = torch.cholesky_solve(products, factor)
         bias = y - x @ weight if intercept else torch.zeros_like(y)
         return weight.mT, bias
