@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import timm
 import torch
 from helpers import digit_data, digit_net, nested, random_batches, raw_bytes, run_training, tiny_vit, training_config
 from safetensors import safe_open
+from safetensors.torch import save_file
+from test_commands import KWARGS, MODEL, command, make_images
 
 import skd
+from skd.cli import main
 from skd.corrections import OutputLayer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
@@ -285,3 +289,71 @@ def test_corrections_that_do_not_fit_are_refused(net: skd.SuperNet) -> None:
         with pytest.raises(ValueError, match=match):
             net.corrections = value  # type: ignore[assignment]
     assert dict(net.corrections) == {2: found}
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """plan stores corrections, info lists them, evaluate and extract use them and say so."""
+    make_images(tmp_path / "images")
+    data = ["--data", tmp_path / "images", "--workers", 0]
+    converted, planned, report = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.json"))
+    loading = [*data, "--calibration-images", 24]
+    command("convert", *MODEL, json.dumps(KWARGS), *loading, "--out", converted, report)
+    plan = ["plan", "--supernet", converted, *loading, "--out", planned, "--rounds", 1, "--target", 0.8]
+    made = command(*plan, "--compensate", "0.5,0.3", report)
+    entries = [row["entry"] for row in made["corrections"]]
+    assert len(entries) == 2 and made["compensation_seconds"] > 0
+    listed = "compensated entries: " + ", ".join(
+        f"{row['entry']} ({row['bytes']:,} bytes)" for row in made["corrections"]
+    )
+    assert f"{listed}; in " in capsys.readouterr().out.replace("\n", "")
+    assert command("info", planned, report)["corrections"] == made["corrections"]
+    assert listed in capsys.readouterr().out.replace("\n", "")
+    net, cut = skd.load(planned), tmp_path / "cut.safetensors"
+    images = torch.randn(2, 3, 16, 16)
+    for option, compensated in (([], True), (["--uncorrected"], False)):
+        argv = ["extract", "--supernet", planned, "--macs", 0.5, "--out", cut, *option]
+        assert command(*argv, report)["compensated"] is compensated
+        assert ("with its correction folded in" in capsys.readouterr().out) is compensated
+        if not compensated:
+            net.corrections = {}
+        assert largest(skd.load(cut)(images), net(images, entry=entries[0])) < 1e-5
+    found = command("evaluate", "--supernet", planned, "--entry", entries[1], *data, report)
+    assert found["compensated"] and "measured with their corrections" in capsys.readouterr().out
+    assert found["top1"] == pytest.approx(skd_top1(planned, entries[1], tmp_path / "images"))
+    curve = command("evaluate", "--supernet", planned, "--budgets", 1, 0.5, *data, report)
+    assert curve["corrections"] == made["corrections"]
+    for bad in ("0.5,2", "much", "0"):
+        with pytest.raises(SystemExit):
+            main([str(word) for word in (*plan, "--compensate", bad)])
+        assert "not a list of shares" in capsys.readouterr().err
+
+
+def skd_top1(file: Path, entry: int, images: Path) -> float:
+    net = skd.load(file)
+    cut = skd.extract(net, entry=entry)
+    config = skd.TrainConfig(batch_size=8, workers=0, calibration_images=24)
+    _, validation, _ = skd.data.loaders(str(images), net.model, config)
+    return skd.evaluate(cut, validation)
+
+
+def test_a_file_with_other_tensors_or_entries_is_refused(tmp_path: Path) -> None:
+    net, file = net_of(tiny_vit(torch.float32)), tmp_path / "net.safetensors"
+    skd.compensate(net, random_batches(dtype=torch.float32), entries=[2])
+    skd.save(net, file)
+    with safe_open(file, "pt") as opened:
+        document = json.loads(opened.metadata()["skd"])
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+    key = "corrections.2.blocks.0.mlp.fc2.weight"
+    assert tensors[key].shape == (48, 40)
+    for changed, entries in (
+        ({**tensors, "corrections.2.other": torch.zeros(1)}, [[2, ["0.attn", "0.mlp", "1.attn"]]]),
+        ({name: tensor for name, tensor in tensors.items() if name != key}, document["corrections"]),
+        ({**tensors, key: tensors[key][:, 1:].contiguous()}, document["corrections"]),
+        (tensors, [[9, ["0.mlp"]]]),
+        (tensors, []),
+        (tensors, [[2, ["7.mlp"]]]),
+        (tensors, 3),
+    ):
+        save_file(changed, file, metadata={"skd": json.dumps({**document, "corrections": entries})})
+        with pytest.raises(ValueError, match="cannot be rebuilt"):
+            skd.load(file)
