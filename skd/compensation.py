@@ -168,14 +168,12 @@ class _Cut:
         network = self.network
         block = network.network.blocks(network.model)[module.block]
         layer, gamma = module.output_layer(module.of(network.model)), output_factors(module, block)
-        tokens = network.tokens_read if module.block == len(network.network.by_block) - 1 else None
         sums = _Sums.empty(layer.in_features, layer.out_features, layer.weight.device)
         for part in parts:
             x, whole = part.cut[number], part.whole
-            features = output_features(module, block, x, tokens, part.shared[module.block])
-            # Where the last block runs nothing, the head's tokens alone are there to be fitted.
-            features, x = features[:, : whole.shape[1]].double(), x[:, : whole.shape[1]].double()
-            wanted = whole.double() - x
+            tokens = whole.shape[1]  # all, or after the last block those that the head reads
+            features = output_features(module, block, x, tokens, part.shared[module.block]).double()
+            wanted = whole.double() - x[:, :tokens].double()
             if gamma is not None:
                 wanted = wanted / gamma.double()
             now = features @ layer.weight.double().mT

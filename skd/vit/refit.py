@@ -10,16 +10,14 @@ from skd.vit.residual import factors_of
 
 
 @torch.no_grad()
-def output_features(
-    module: Module, block: TimmLayer, x: torch.Tensor, tokens: int | None, shared: Shared
-) -> torch.Tensor:
+def output_features(module: Module, block: TimmLayer, x: torch.Tensor, tokens: int, shared: Shared) -> torch.Tensor:
     """The features that enter the output layer of one module of `block` at its full width.
 
     timm's own forward of the module runs, so that whatever is between its layers (gates, norms, rotations) counts.
 
     Args:
         x: (B, N, C), the residual stream that enters the module.
-        tokens: only the first so many tokens of the result are given; None: all.
+        tokens: only the first so many tokens of the result are given.
         shared: what `Network.embed` gave for this block.
 
     Returns:
