@@ -129,4 +129,8 @@ def grow(
         raise ValueError(f"planner {shown} returned a {type(grown).__name__}; it must be a DropoutList")
     if grown.modules != current.modules or grown.widths[: len(current)].tolist() != current.widths.tolist():
         raise ValueError(f"planner {shown} returned a list that does not begin with the entries of `current`")
+    narrowest = grown.entry(len(grown) - 1)
+    below = [name for name, width in (current.least or {}).items() if narrowest[name] < width]
+    if below:
+        raise ValueError(f"planner {shown} narrows {below[0]} to {narrowest[below[0]]}; it must keep `current.least`")
     return grown
