@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import digit_data, digit_net, random_batches, tiny_vit
 
@@ -21,6 +22,7 @@ def test_every_planner_keeps_to_them(planner: str) -> None:
         )
     smallest = planned.entry(len(planned) - 1)
     assert smallest == {"0.attn": 0, "0.mlp": 5, "1.attn": net.infos[2].full_width, "1.mlp": 0}
+    assert (np.diff(planned.widths, axis=0).sum(1) < 0).all()  # no entry twice
     net.dropout_list = planned
     removed = planned.removed_macs / sum(
         price * (full - width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -171,7 +171,7 @@ def run_block(
     *arguments: Any,
     following: Norm | None,
     recomputes: bool,
-    replaced: Mapping[str, torch.Tensor] | None = None,
+    replaced: dict[str, torch.Tensor] | None = None,
 ) -> Stream:
     """Call `block` as a module; with `recomputes` its activations are computed again in the backward pass.
 
@@ -186,11 +186,8 @@ def run_block(
     return result
 
 
-def _with_parameters(block: nn.Module, replaced: Mapping[str, torch.Tensor], *arguments: Any) -> Any:
-    """`block` called with other parameters, named as in the `SuperBlock` that it is, or that somebody has wrapped."""
-    inside = next(name for name, part in block.named_modules() if isinstance(part, SuperBlock))
-    prefix = f"{inside}." if inside else ""
-    return functional_call(block, {prefix + name: tensor for name, tensor in replaced.items()}, arguments)
+def _with_parameters(block: nn.Module, replaced: dict[str, torch.Tensor], *arguments: Any) -> Any:
+    return functional_call(block, replaced, arguments)
 
 
 def block_norm(block: Any, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:
