@@ -103,7 +103,7 @@ def table(result: Info) -> str:
     full = np.mean([run.number("full") for run in runs])
     lines = [
         f"{result['device']}, one thread, torch {result.part('versions')['torch']}, {result['date']}; means of "
-        f"{len(runs)} seeds, top-1 on 10,000 test images. The full network has {full:.2f} %.",
+        f"{len(runs)} seed(s), top-1 on 10,000 test images. The full network has {full:.2f} %.",
         "",
     ]
     rows = []
