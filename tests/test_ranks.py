@@ -1,4 +1,4 @@
-"""Calibration, importance and compensation on two processes, each with half of the images, against one process with all."""
+"""Calibration, importance and compensation on two processes with half of the images each, against one with all."""
 
 from __future__ import annotations
 
