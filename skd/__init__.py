@@ -16,6 +16,8 @@ The method, in the order of its steps:
     importance      what modules and coordinates are worth to the smallest sub-network
     planning        rounds of a planner, without any training
     extract         a sub-network as a plain timm model
+    compensation    what an entry drops predicted from what it keeps, without training
+    corrections     the output layers that this gives an entry
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
     files           networks as safetensors files
@@ -45,7 +47,9 @@ import skd.support.requirements  # noqa: F401  (before all else: it says what is
 TYPE_CHECKING = False  # type checkers take it for true, as they do typing's
 
 if TYPE_CHECKING:
+    from skd.compensation import compensate
     from skd.convert import convert
+    from skd.corrections import Correction
     from skd.cost import Cost, cost
     from skd.dropout_list import DropoutList, Operation
     from skd.evaluate import evaluate
@@ -61,12 +65,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Correction",
     "Cost",
     "DropoutList",
     "History",
     "Operation",
     "SuperNet",
     "TrainConfig",
+    "compensate",
     "convert",
     "cost",
     "create_model",
@@ -84,12 +90,14 @@ __all__ = [
 
 # The module of each public name: the imports above once more, for the interpreter.
 _MODULES = {
+    "Correction": "skd.corrections",
     "Cost": "skd.cost",
     "DropoutList": "skd.dropout_list",
     "History": "skd.training",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
     "TrainConfig": "skd.support.settings",
+    "compensate": "skd.compensation",
     "convert": "skd.convert",
     "cost": "skd.cost",
     "create_model": "skd.vit",

@@ -46,6 +46,8 @@ class DropoutList:
             `SuperNet` sets it.
         removed_macs: MACs removed by the last entry as the planner counted them (METHOD 2, step 4); the next round's
             target is measured against it. Where it is not given, the difference of the last and the first `macs`.
+        least: of some modules, the smallest width that `extended` gives them; part neither of the JSON nor of a
+            comparison.
         sensitivity: of each module, where the planner that added the last entries measured it for them; part neither
             of the JSON nor of a comparison.
     """
@@ -57,6 +59,7 @@ class DropoutList:
     costs: CostModel | None = None
     removed_macs: Any = None
     sensitivity: Mapping[str, float] | None = None
+    least: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         widths = _integers("widths", self.widths)
@@ -99,6 +102,9 @@ class DropoutList:
             operations: sorted, from `rank_operations` at the widths of the last entry.
             target_macs: MACs removed in all, counted from the full network, in the unit of the operations' macs.
 
+        An operation that would go below the `least` width of its module goes down to it, and removes so much less;
+        where nothing is left to remove, it is left out.
+
         Returns:
             A new list: one more entry per operation taken, all earlier entries unchanged.
 
@@ -123,14 +129,19 @@ class DropoutList:
                 raise ValueError(
                     f"operation of {operation.module} removes {operation.macs} MACs; it must be positive"
                 )
-            if removed + operation.macs > budget:
+            present, macs = row[position[operation.module]], operation.macs
+            width = max(operation.width, (self.least or {}).get(operation.module, 0))
+            if width >= present:
+                continue
+            macs *= (present - width) / (present - operation.width)
+            if removed + macs > budget:
                 break
-            removed += operation.macs
-            row[position[operation.module]] = operation.width
+            removed += macs
+            row[position[operation.module]] = width
             rows.append(row.copy())
         widths = np.concatenate([self.widths, np.array(rows, dtype=np.int64).reshape(-1, len(self.modules))])
         # Without prices the sizes of the new entries are not known.
-        return DropoutList(self.modules, widths, costs=self.costs, removed_macs=removed)
+        return DropoutList(self.modules, widths, costs=self.costs, removed_macs=removed, least=self.least)
 
     def to_json(self) -> str:
         """JSON text of integers and names only; `removed_macs` is an exact fraction."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import numbers
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import nn
 
+from skd.corrections import Correction
 from skd.cost import check_convention
 from skd.supernet import SuperNet, check_supernet
-from skd.vit import unwrapped
+from skd.vit import Module, TimmLayer, unwrapped
 
 
 def extract(
@@ -21,6 +24,7 @@ def extract(
     params: float | None = None,
     entry: int | None = None,
     convention: str = "full",
+    corrected: bool = True,
 ) -> nn.Module:
     """Cut one sub-network out of the super-network.
 
@@ -30,27 +34,43 @@ def extract(
             largest sub-network of the dropout list within the budget is taken.
         entry: index into the dropout list. Exactly one of `macs`, `params` and `entry` must be given.
         convention: how `macs` counts, "full" or "linear" (see `skd.cost`).
+        corrected: fold in the entry's correction, where it has one (`skd.compensate`); False: take the
+            super-network's own weights.
 
     Returns:
         A model of timm's class, of timm and torch modules only, usable without skd. Its logits are those of
-        ``supernet(images, entry=...)``: the softmax scale of the original head width is folded into the Q rows. In
-        place of a skipped module stands a torch.fx.GraphModule that returns zeros, and in place of its norm and
-        layer scale Identity: block indices never shift, and every entry can be exported and quantized. For images of
-        another size call timm's ``set_input_size`` of ``supernet.model`` first: that of a cut model looks into
-        modules that may be gone.
+        ``supernet(images, entry=...)`` in evaluation mode: the softmax scale of the original head width is folded
+        into the Q rows. In place of a skipped module stands a torch.fx.GraphModule that returns zeros, and in place
+        of its norm and layer scale Identity: block indices never shift, and every entry can be exported and
+        quantized. For images of another size call timm's ``set_input_size`` of ``supernet.model`` first: that of a
+        cut model looks into modules that may be gone.
 
     Raises:
         ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network.
     """
     supernet = unwrapped(supernet)
     chosen = choose_entry(supernet, macs=macs, params=params, entry=entry, convention=convention)
-    network, widths = supernet.network, iter(supernet.widths(chosen))
-    blocks = network.blocks(supernet.model)
-    cut = [block.cut([next(widths) for _ in block.modules_in_order]) for block in blocks]
+    network = supernet.network
+    blocks, widths = network.blocks(supernet.model), network.per_block(supernet.widths(chosen))
+    cut = [block.cut(own) for block, own in zip(blocks, widths, strict=True)]
+    if corrected and chosen in supernet.corrections:
+        _correct(cut, network.modules, supernet.corrections[chosen])
     # Everything outside of the blocks is copied; the blocks are already cut, and are not copied again.
     model: nn.Module = copy.deepcopy(supernet.model, {id(blocks): blocks})
     network.replace_blocks(model, cut)
     return model
+
+
+@torch.no_grad()
+def _correct(blocks: Sequence[TimmLayer], modules: Sequence[Module], correction: Correction) -> None:
+    """Put the corrected output layers into cut blocks."""
+    for module in modules:
+        layer = correction.layers.get(module.name)
+        if layer is not None:
+            own = module.output_layer(getattr(blocks[module.block], module.place.module))
+            own.weight.copy_(layer.weight)
+            if layer.bias is not None:
+                own.bias.copy_(layer.bias)
 
 
 def choose_entry(

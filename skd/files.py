@@ -3,7 +3,7 @@
 The tensors have timm's names; where a module is skipped, those of its layers are there with a size of 0. The JSON
 header, under the metadata key "skd", says how to build what they fit:
 
-    format          1
+    format          1, or 2 where there are corrections
     kind            "supernet" or "model"
     architecture    timm's name, or null: then model_args are the class's own constructor arguments
     model_class     timm's: "VisionTransformer", "VisionTransformerDistilled", "Eva" or "Beit"
@@ -11,6 +11,7 @@ header, under the metadata key "skd", says how to build what they fit:
     norm_eps        of all norms, where it is not timm's default (directly built models), else null
     widths          [[attention, MLP], ...], the widths of each block's modules
     dropout_list    what `DropoutList.to_json` wrote, or null
+    corrections     [[entry, [module, ...]], ...]; absent in files of earlier versions
     data            mean, std, interpolation, crop_pct, input_size, ...
     label_names     class names, or null
     versions        of skd, torch and timm when written
@@ -31,17 +32,19 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from skd import __version__
+from skd.corrections import Correction, OutputLayer
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.supernet import SuperNet
 from skd.support.devices import usable_device
 from skd.support.outputs import replacing
 from skd.support.taps import frozen
-from skd.vit import Network, TimmModel, describe, image_size, probe, unwrapped
+from skd.vit import Module, Network, TimmModel, describe, image_size, probe, unwrapped
 from skd.vit.construction import Construction, build, construction
 
 KEY = "skd"
-FORMAT = 1
+FORMAT = 2
+PLAIN = 1  # the format of files without corrections, which earlier versions read too
 # Largest relative difference of logits after a round trip, by dtype; the arithmetic is the same, so nearly zero.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -53,6 +56,7 @@ class Header(Construction):
     kind: str
     widths: list[list[int]]
     dropout_list: str | None
+    corrections: list[tuple[int, list[str]]]
     data: dict[str, object]
     label_names: list[str] | None
     versions: dict[str, str]
@@ -75,7 +79,8 @@ def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in _tensors(obj, header).items()}
+    tensors = _tensors(obj, header) | (_correction_tensors(obj) if isinstance(obj, SuperNet) else {})
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
     with replacing(path) as temporary:
         _write(tensors, header, temporary)
         _verify(obj, temporary)
@@ -106,12 +111,14 @@ def _header(obj: SuperNet | TimmModel) -> Header:
     model = obj.model if supernet else obj
     network = obj.network if supernet else describe(model)
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    corrections = [(entry, list(own.layers)) for entry, own in obj.corrections.items()] if supernet else []
     return {
-        "format": FORMAT,
+        "format": FORMAT if corrections else PLAIN,
         "kind": "supernet" if supernet else "model",
         **construction(model, network),
         "widths": [[module.full_width for module in modules] for modules in network.by_block],
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
+        "corrections": corrections,
         "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
         "versions": {"skd": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -130,6 +137,37 @@ def _tensors(obj: nn.Module, header: Header) -> dict[str, torch.Tensor]:
         raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
     dtype = next(obj.parameters()).dtype
     return obj.state_dict() | {key: torch.empty(shape, dtype=dtype) for key, shape in placeholders.items()}
+
+
+def _correction_tensors(supernet: SuperNet) -> dict[str, torch.Tensor]:
+    """The tensors of all corrections: ``corrections.7.blocks.3.mlp.fc2.weight`` is of entry 7."""
+    return {
+        f"{_correction_prefix(entry, module)}.{kind}": tensor
+        for entry, correction in supernet.corrections.items()
+        for module in supernet.infos
+        if module.name in correction.layers
+        for kind, tensor in correction.layers[module.name]._asdict().items()
+        if tensor is not None
+    }
+
+
+def _correction_prefix(entry: int, module: Module) -> str:
+    return f"corrections.{entry}.{module.path}.{module.output_name}"
+
+
+def _with_corrections(supernet: SuperNet, header: Header, tensors: dict[str, torch.Tensor]) -> SuperNet:
+    """`supernet` with the corrections that the header lists."""
+    modules, found = {module.name: module for module in supernet.infos}, dict[int, Correction]()
+    for entry, names in header.get("corrections", []):
+        layers = {}
+        for name in names:
+            prefix = _correction_prefix(entry, modules[name])
+            layers[name] = OutputLayer(tensors.pop(f"{prefix}.weight"), tensors.pop(f"{prefix}.bias", None))
+        found[entry] = Correction(tuple(supernet.widths(entry)), layers)
+    if tensors:
+        raise ValueError(f"{len(tensors)} tensors are of no correction, such as {min(tensors)}")
+    supernet.corrections = found
+    return supernet
 
 
 def _placeholders(whole: TimmModel, network: Network, widths: list[list[int]]) -> dict[str, tuple[int, ...]]:
@@ -193,6 +231,8 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     if not len(blocks) <= len(header["widths"]) == header["model_args"].get("depth", len(header["widths"])):
         raise ValueError(f"the file has {len(blocks)} blocks; its header has {len(header['widths'])}")
+    corrections = {key: tensor for key, tensor in state.items() if key.startswith("corrections.")}
+    state = {key: tensor for key, tensor in state.items() if key not in corrections}
     with torch.device("meta"):
         whole = build(header)
         network = describe(whole)
@@ -216,7 +256,10 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
     if header["architecture"] is None:
         model._model_args = header["model_args"] | {"norm_eps": header["norm_eps"]}
     if header["kind"] == "supernet":
-        return SuperNet(model, DropoutList.from_json(header["dropout_list"] or ""), copy=False).eval()
+        supernet = SuperNet(model, DropoutList.from_json(header["dropout_list"] or ""), copy=False).eval()
+        return _with_corrections(supernet, header, corrections)
+    if corrections:
+        raise ValueError(f"a model has no corrections, but the file has {min(corrections)}")
     return model.eval()
 
 
@@ -259,7 +302,7 @@ def _verify(obj: SuperNet | TimmModel, path: Path) -> None:
     image = probe(model)
     entries: list[dict[str, int]] = [{}]
     if isinstance(obj, SuperNet):
-        entries.append({"entry": len(obj.dropout_list) - 1})
+        entries += [{"entry": entry} for entry in {len(obj.dropout_list) - 1, *obj.corrections}]
     with frozen(obj):
         for entry in entries:
             expected, found = obj(image, **entry).double(), copy(image, **entry).double()

@@ -128,6 +128,8 @@ def plan(
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
     planner: str | planners.Planner = "paper",
+    keep: Mapping[str, int] | None = None,
+    exclude: Iterable[str] = (),
     **options: Any,
 ) -> DropoutList:
     """Sizes in minutes: a dropout list from rounds of a planner, without any training.
@@ -142,16 +144,20 @@ def plan(
         group: a torch.distributed group, each of whose processes has its share of the batches (see `importance`).
         planner: a name (`skd.planners.names()`), or any function that is a `skd.planners.Planner`; "paper" is the
             published one.
+        keep: by the name of a module ("3.attn", "0.mlp"), the smallest width that it may get.
+        exclude: names of modules that stay at their full width.
         options: of the planner's own; "paper" has none.
 
     Returns:
         A `DropoutList` that starts at the full network.
 
     Warns:
-        UserWarning: the target is more than all attentions and MLPs together have; the smallest entry has none left.
+        UserWarning: the target is more than all attentions and MLPs together have, or may lose; in the smallest
+            entry all are at the smallest width they may have.
 
     Raises:
-        ValueError: target outside (0, 1], rounds < 1, bad batches, an unknown planner, an option it does not have.
+        ValueError: a module in `keep` or `exclude` that there is not, a width that it cannot have, target outside
+            (0, 1], rounds < 1, bad batches, an unknown planner, an option it does not have.
     """
     if not isinstance(target, numbers.Real) or isinstance(target, bool) or not 0 < target <= 1:
         raise ValueError(f"target is {target!r}; it must be a number above 0 and at most 1")
@@ -163,24 +169,52 @@ def plan(
     if isinstance(batches, Iterator):
         batches = list(batches)  # an iterator would be empty in the second round
     total = int(supernet.costs.macs(supernet.widths(), convention))
-    grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs)
+    least = _least(supernet, keep or {}, exclude)
+    grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs, least=least)
     steps: Iterable[int] = range(1, rounds + 1)
     for step in steps if progress is None else progress(steps):
         removed = target * total * step / rounds
         grown = planners.grow(
             planner, supernet, batches, removed, current=grown, convention=convention, group=group, options=options
         )
-    _warn_if_out_of_reach(supernet, grown, target, convention)
+    _warn_if_out_of_reach(supernet, grown, target, convention, least)
     return grown
 
 
-def _warn_if_out_of_reach(supernet: SuperNet, grown: DropoutList, target: float, convention: str) -> None:
-    """Warn if the embedding and the head, which cannot be removed, have more MACs than the target leaves."""
+def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) -> dict[str, int]:
+    """The smallest width of each module that may not lose all."""
+    if isinstance(exclude, str) or not isinstance(keep, Mapping):
+        raise ValueError(f"keep is {keep!r} and exclude {exclude!r}; they must map names to widths, and list names")
+    known, excluded = {info.name: info for info in supernet.infos}, list(exclude)
+    least = dict(keep) | {name: known[name].full_width for name in excluded if name in known}
+    for argument, names in (("keep", list(keep)), ("exclude", excluded)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"{argument} has {unknown[0]!r}; it may be one of {list(known)}")
+    for name, width in least.items():
+        full = known[name].full_width
+        if isinstance(width, bool) or not isinstance(width, numbers.Integral) or not 0 <= width <= full:
+            raise ValueError(f"keep has {width!r} for {name}; it must be a width in 0..{full}")
+        if width and known[name].binary:
+            least[name] = full  # all or nothing
+    return {name: int(width) for name, width in least.items()}
+
+
+def _warn_if_out_of_reach(
+    supernet: SuperNet, grown: DropoutList, target: float, convention: str, least: Mapping[str, int]
+) -> None:
+    """Warn if the embedding and the head, and what modules must keep, have more MACs than the target leaves."""
     sizes = supernet.costs.macs(grown.widths[[0, -1]], convention)
     left = int(sizes[1]) / int(sizes[0])
-    if not grown.widths[-1].any() and left > 1 - target + _ROUNDING:
+    smallest = [least.get(name, 0) for name in grown.modules]
+    if grown.widths[-1].tolist() == smallest and left > 1 - target + _ROUNDING:
+        what = (
+            "at the smallest widths that keep and exclude allow"
+            if any(smallest)
+            else "with no attention and no MLP left"
+        )
         warnings.warn(
-            f"target is {target}, which cannot be had: the smallest sub-network, with no attention and no MLP left, "
+            f"target is {target}, which cannot be had: the smallest sub-network, {what}, "
             f"still has {left:.4f} of the MACs ({convention}), so a target up to {1 - left:.4f} is within reach",
             stacklevel=3,
         )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from skd.corrections import Correction, check_correction, replaced
 from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
 from skd.vit import Network, SuperBlock, TimmModel, Width, describe, unwrapped
@@ -31,6 +33,7 @@ class SuperNet(nn.Module):
         costs: prices of every width (`skd.cost`); they follow changes of `model` by hand (another head, another
             image size), and those of the dropout list with them.
         dropout_list: settable; a new one must name the same modules and start at the full widths.
+        corrections: settable; of some entries, other output layers (`skd.compensate`), which evaluation uses.
         scores: None, or for each module a buffer (or None) to which backward passes add its Taylor scores; see
             `masked_attention` and `masked_mlp`.
 
@@ -67,6 +70,7 @@ class SuperNet(nn.Module):
         # Static shape: the list grows in place, without a new graph.
         table = torch.zeros(1 + groups, len(infos), dtype=torch.int32, device=device)
         self.register_buffer("width_table", table, persistent=False)
+        self._corrections: dict[int, Correction] = {}
         full = DropoutList(self.modules_in_order, [[info.full_width for info in infos]])
         self.dropout_list = full if dropout_list is None else dropout_list
         self.register_state_dict_post_hook(_strip_prefix)
@@ -102,6 +106,48 @@ class SuperNet(nn.Module):
                 raise ValueError(f"dropout_list: {info.name} may only have the widths 0 and {info.full_width}")
         self._dropout_list = replace(value, costs=self.costs)
         self._fill_table()
+        kept = self._corrections.items()
+        rows = value.widths
+        self._corrections = {i: c for i, c in kept if i < len(rows) and tuple(rows[i].tolist()) == c.widths}
+
+    @property
+    def corrections(self) -> Mapping[int, Correction]:
+        """By entry, what `skd.compensate` found. They belong to these weights and these widths.
+
+        A new dropout list keeps those of entries whose widths it does not change; loading a state dict, and training,
+        drop all. They are no part of the state dict; `skd.save` keeps them. An entry that is given as a tensor on
+        the device, and training mode, do without.
+        """
+        return MappingProxyType(self._corrections)
+
+    @corrections.setter
+    def corrections(self, value: Mapping[int, Correction]) -> None:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"corrections is a {type(value).__name__}; it must map entries to corrections")
+        for entry, correction in value.items():
+            widths = tuple(self.widths(entry))
+            if isinstance(correction, Correction) and correction.widths != widths:
+                raise ValueError(f"corrections[{entry}] is of widths {correction.widths}; the entry has {widths}")
+            check_correction(self.model, self.infos, entry, correction)
+        self._corrections = {int(entry): correction for entry, correction in sorted(value.items())}
+
+    def _replaced(self, entry: int | torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
+        """For each block the parameters that this entry's correction replaces, by their names in the block."""
+        blocks: list[dict[str, torch.Tensor]] = [{} for _ in self.network.by_block]
+        if self.training or entry is None or isinstance(entry, torch.Tensor) or entry not in self._corrections:
+            return blocks
+        correction = self._corrections[entry]
+        for module, width in zip(self.infos, correction.widths, strict=True):
+            layer = correction.layers.get(module.name)
+            if layer is not None:
+                blocks[module.block] |= replaced(self.model, module, width, layer)
+        return blocks
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SuperNet:
+        """What `to`, `cuda`, `half`, ... call: the corrections follow the weights."""
+        super()._apply(fn, recurse)
+        self._corrections = {entry: correction.mapped(fn) for entry, correction in self._corrections.items()}
+        return self
 
     def _update_costs(self) -> None:
         priced = self._what_prices_depend_on()
@@ -154,6 +200,8 @@ class SuperNet(nn.Module):
     def forward(self, images: torch.Tensor, entry: int | torch.Tensor | None = None) -> torch.Tensor:
         """Logits (features for a headless model) of the sub-network `entry`, or of the full network.
 
+        In evaluation mode an entry that is an int runs with its correction, where it has one (`corrections`).
+
         Every residual sum is made with the norm of what comes next (`skd.vit.residual`). Norms, layer scales and drop
         paths are called as layers where they have hooks, and blocks with hooks take and give tensors (B, N, C).
 
@@ -170,8 +218,9 @@ class SuperNet(nn.Module):
         x, shared = self.embed(images)
         blocks, tokens, norms = self.network.blocks(self.model), self._tokens_kept(), self._norms(widths)
         stream, recomputes = begin(x, norms[0]), self.grad_checkpointing and torch.is_grad_enabled()
-        for block, *told, norm in zip(blocks, widths, tokens, scores, shared, norms[1:], strict=True):
-            stream = run_block(block, stream, *told, following=norm, recomputes=recomputes)
+        others = self._replaced(entry)
+        for block, *told, norm, other in zip(blocks, widths, tokens, scores, shared, norms[1:], others, strict=True):
+            stream = run_block(block, stream, *told, following=norm, recomputes=recomputes, replaced=other)
         return self._logits(stream)
 
     def _norms(self, widths: Sequence[Sequence[Width]]) -> list[Norm | None]:
@@ -251,6 +300,7 @@ def _add_prefix(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
     Skipped modules have no tensors here, or, in what earlier versions cut, tensors of size 0: either state fits both.
     """
+    module._corrections = {}  # they belong to the weights before
     own = module.model.state_dict()
     for key in [key for key in state if key.startswith(prefix)]:
         name, tensor = key[len(prefix) :], state.pop(key)

@@ -22,6 +22,7 @@ from helpers import random_batches, tiny_vit
 from benchmarks import op, result, steps, table, test_passes, test_steps
 from benchmarks import train_fashion_mnist as fashion_mnist
 from benchmarks import train_throughput as throughput
+from benchmarks.accuracy import compensation
 from benchmarks.op import OURS, Case
 from benchmarks.registry import COMPILED, LAYERS, MASKED, OPERATIONS, STATISTICS
 from benchmarks.result import Info, Result
@@ -406,3 +407,11 @@ def test_the_readme_of_the_benchmarks_names_every_command() -> None:
     assert named == commands - {"benchmarks.on_gpu"}  # run_on_gpu.sh starts it
     for path in re.findall(r"pytest (benchmarks/\S+\.py)", text):
         assert (ROOT / path).is_file(), path
+
+
+def test_compensation_in_the_docs_is_the_committed_result() -> None:
+    result = compensation.Info(json.loads((RESULTS / "accuracy-compensation.json").read_text()))
+    assert compensation.table(result) in (ROOT / "docs" / "ACCURACY.md").read_text()
+    assert [row.number("share") for row in result.rows("runs")[0].part("planners").part("loss").rows("curve")] == [
+        *compensation.SHARES
+    ]

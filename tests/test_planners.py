@@ -109,21 +109,21 @@ def test_the_paper_planner_is_importance_ranked_and_extended() -> None:
 def test_plan_calls_a_function_once_per_round() -> None:
     calls = []
 
-    def spying(supernet: Any, batches: Any, target: float, *, keep: str = "", **given: Any) -> Any:
-        calls.append((supernet, len(list(batches)), len(list(batches)), target, len(given["current"]), keep))
+    def spying(supernet: Any, batches: Any, target: float, *, label: str = "", **given: Any) -> Any:
+        calls.append((supernet, len(list(batches)), len(list(batches)), target, len(given["current"]), label))
         assert given["convention"] == "linear" and given["group"] is None
         return halving(supernet, batches, target, **given)
 
     net = digit_net()
     batches = iter(list(digit_data()[2]))
-    planned = skd.plan(net, batches, target=0.6, rounds=3, convention="linear", planner=spying, keep="first")
+    planned = skd.plan(net, batches, target=0.6, rounds=3, convention="linear", planner=spying, label="first")
     assert np.array_equal(planned.widths, halved(3))
     total = skd.cost(net, convention="linear").macs
     assert calls == [(net, 2, 2, pytest.approx(0.6 * total * n / 3), n, "first") for n in (1, 2, 3)]
 
 
 def test_options_that_a_planner_does_not_have_are_refused_in_one_line() -> None:
-    for option in ({"keep": "0.attn"}, {"round": 3}, {"current": None}):
+    for option in ({"label": "0.attn"}, {"round": 3}, {"current": None}):
         name = next(iter(option))
         with pytest.raises(ValueError, match=rf"^planner 'paper' cannot be called .*argument '{name}'$"):
             skd.plan(digit_net(), digit_data()[2], **option)

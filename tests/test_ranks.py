@@ -1,4 +1,4 @@
-"""Calibration and importance on two processes, each with half of the images, against one process with all."""
+"""Calibration, importance and compensation on two processes with half of the images each, against one with all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from skd.support.ranks import RankFailed, others_alive
 
 
 def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:
-    """What convert, importance and plan make of `batches`."""
+    """What convert, importance, plan and compensate make of `batches`."""
     model = tiny_vit(**kwargs)
     supernet = skd.convert(model, batches, group=group)
     scores, sensitivity = skd.importance(supernet, batches, group=group)
     listed = skd.plan(supernet, batches, rounds=2, group=group)
-    return {"state": supernet.state_dict(), "scores": scores, "sensitivity": sensitivity, "list": listed.to_json()}
+    supernet.dropout_list = listed
+    layers = skd.compensate(supernet, batches, macs=[0.6], group=group)
+    state = supernet.state_dict() | {
+        f"{entry} {name} {kind}": tensor
+        for entry, correction in layers.items()
+        for name, layer in correction.layers.items()
+        for kind, tensor in layer._asdict().items()
+    }
+    return {"state": state, "scores": scores, "sensitivity": sensitivity, "list": listed.to_json()}
 
 
 def _on_rank(rank: int, folder: str, kwargs: dict[str, Any]) -> None:

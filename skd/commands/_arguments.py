@@ -231,6 +231,17 @@ def whole(text: str) -> int:
     return number
 
 
+def shares(text: str) -> list[float]:
+    """Shares such as '0.5,0.25', each above 0 and at most 1."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.5,0.25")
+    return found
+
+
 def size(text: str) -> int | float:
     """A share such as '0.5' as a float, or a count such as '4.2G' or '1000000' as an int."""
     unit = _UNITS.get(text[-1:].upper())

@@ -416,6 +416,27 @@ def print_sizes(rows: Rows, title: str) -> None:
     Console().print(table)
 
 
+class CorrectionRow(TypedDict):
+    """The correction of one entry, for --json: its size, and how many modules it has output layers for."""
+
+    entry: int
+    bytes: int
+    modules: int
+
+
+def corrections(supernet: SuperNet) -> list[CorrectionRow]:
+    """The corrections of a super-network (`skd.compensate`), by entry."""
+    found = supernet.corrections.items()
+    return [{"entry": entry, "bytes": own.nbytes, "modules": len(own.layers)} for entry, own in found]
+
+
+def print_corrections(rows: list[CorrectionRow], more: str = "") -> None:
+    """Print one line on which entries have a correction, and the bytes of each; nothing without any."""
+    if rows:
+        each = ", ".join(f"{row['entry']} ({row['bytes']:,} bytes)" for row in rows)
+        print(f"compensated entries: {each}" + (f"; {more}" if more else ""))
+
+
 def print_expected(about: About) -> None:
     """Print the published results of a recipe."""
     headings = list(dict.fromkeys(key for row in about["expected"] for key in row))

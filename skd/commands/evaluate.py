@@ -59,6 +59,7 @@ def run(given: argparse.Namespace) -> Document:
     work.check_no_weights(given)
     supernet = work.supernet(given.supernet, where)
     batches = work.validation(given, supernet.model)
+    work.print_corrections(work.corrections(supernet), "they are measured with their corrections")
     if given.entry is None and given.macs is None and given.params is None:
         return _curve(given, supernet, batches)
     entry = choose_entry(
@@ -69,7 +70,13 @@ def run(given: argparse.Namespace) -> Document:
     )
     row: Row = {**sizes_of(supernet, [entry])[0], "top1": top1}
     work.print_sizes([row], given.supernet)
-    return {"supernet": given.supernet, **row, **work.images_read(given, validation=batches)}
+    compensated = entry in supernet.corrections
+    return {
+        "supernet": given.supernet,
+        **row,
+        "compensated": compensated,
+        **work.images_read(given, validation=batches),
+    }
 
 
 def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:
@@ -94,6 +101,7 @@ def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -
         "supernet": given.supernet,
         "curve": rows,
         "area": score,
+        "corrections": work.corrections(supernet),
         **work.images_read(given, validation=batches),
     }
 

@@ -71,6 +71,8 @@ def _file(path: str) -> Document:
         rows = sizes_of(network, entries)
         document |= {"entries": last + 1, "subnetworks": rows}
         work.print_sizes(rows, f"{last + 1} sub-networks, some of them")
+        document["corrections"] = found = work.corrections(network)
+        work.print_corrections(found)
     return document
 
 

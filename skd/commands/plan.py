@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import time
+from typing import TYPE_CHECKING
 
 import skd
 from skd import planners
@@ -11,6 +13,9 @@ from skd.commands import _arguments as options
 from skd.support.outputs import Files
 from skd.support.settings import CONVENTIONS, TrainConfig
 from skd.support.types import Document
+
+if TYPE_CHECKING:
+    from skd.data import Loader
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--planner", choices=planners.names(), default="paper", help="decides what to narrow (default: %(default)s)"
     )
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of MACs (default: %(default)s)")
+    parser.add_argument(
+        "--compensate",
+        type=options.shares,
+        metavar="X,X,...",
+        help="for the largest sub-network within each of these shares of the MACs: predict what it drops from what "
+        "it keeps, and store the corrections for evaluate and extract",
+    )
     options.add_device(parser)
 
 
@@ -56,6 +68,7 @@ def run(given: argparse.Namespace) -> Document:
         group=given.group,
         planner=given.planner,
     )
+    compensation = {} if given.compensate is None else _compensate(given, supernet, batches)
     work.write(supernet, given.out, given.group)
     entries = list(
         dict.fromkeys([*entries_within(supernet, TrainConfig().budgets).values(), len(supernet.dropout_list) - 1])
@@ -63,7 +76,26 @@ def run(given: argparse.Namespace) -> Document:
     rows = sizes_of(supernet, entries)
     images = work.images_read(given, calibration=batches)
     work.print_sizes(rows, f"{given.out}: {len(supernet.dropout_list)} sub-networks, some of them")
-    return {"out": given.out, "entries": len(supernet.dropout_list), "subnetworks": rows, **images}
+    return {"out": given.out, "entries": len(supernet.dropout_list), "subnetworks": rows, **compensation, **images}
+
+
+def _compensate(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:
+    """Correct the sub-networks within the shares of --compensate; print what that took."""
+    from skd.commands import _work as work
+
+    start = time.perf_counter()
+    skd.compensate(
+        supernet,
+        batches,
+        macs=given.compensate,
+        convention=given.convention,
+        progress=work.progress("Compensating"),
+        group=given.group,
+    )
+    seconds = time.perf_counter() - start
+    found = work.corrections(supernet)
+    work.print_corrections(found, f"in {seconds:.1f} s")
+    return {"corrections": found, "compensation_seconds": seconds}
 
 
 COMMAND = Command(

@@ -47,7 +47,8 @@ class Planner(Protocol):
                 `current`.
             batches: calibration images as for `skd.importance`; may be read any number of times.
             target: MACs removed from the full network in all that the smallest entry may come to.
-            current: the list to grow.
+            current: the list to grow. No module may get narrower than its `current.least` (`DropoutList.extended`
+                sees to it), which is set where `skd.plan` was given `keep` or `exclude`.
             convention: how MACs are counted, "full" or "linear".
             group: a torch.distributed group, each of whose processes calls the planner with its own share of the
                 batches and must get the same list; None: this process alone.
@@ -129,4 +130,8 @@ def grow(
         raise ValueError(f"planner {shown} returned a {type(grown).__name__}; it must be a DropoutList")
     if grown.modules != current.modules or grown.widths[: len(current)].tolist() != current.widths.tolist():
         raise ValueError(f"planner {shown} returned a list that does not begin with the entries of `current`")
+    narrowest = grown.entry(len(grown) - 1)
+    below = [name for name, width in (current.least or {}).items() if narrowest[name] < width]
+    if below:
+        raise ValueError(f"planner {shown} narrows {below[0]} to {narrowest[below[0]]}; it must keep `current.least`")
     return grown

@@ -11,6 +11,7 @@ All of skd speaks to the protocols `Module` and `Network`:
     skipped       what stands in place of a module that is skipped
     residual      the residual stream between modules: sums and norms in one pass
     block         `SuperBlock`, and how a plain block is cut out of it
+    refit         what enters a module's output layer, for a fit of it
     layers        operations on linear layers that the modules share
     patches       the patch embedding as one product
     images        the images that a model takes

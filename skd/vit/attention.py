@@ -82,6 +82,10 @@ class RotatedAttention(Module):
         return self.num_heads
 
     @property
+    def output_name(self) -> str:
+        return "proj"
+
+    @property
     def score_shape(self) -> tuple[int, ...]:
         return 3, self.num_heads, self.full_width
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from skd.vit.protocol import Module, TimmModel, Width
@@ -169,16 +170,29 @@ class SuperBlock(nn.Module):
         return {place.module: skipped_like(whole)} | gone
 
 
-def run_block(block: nn.Module, stream: Stream, *arguments: Any, following: Norm | None, recomputes: bool) -> Stream:
+def run_block(
+    block: nn.Module,
+    stream: Stream,
+    *arguments: Any,
+    following: Norm | None,
+    recomputes: bool,
+    replaced: dict[str, torch.Tensor] | None = None,
+) -> Stream:
     """Call `block` as a module; with `recomputes` its activations are computed again in the backward pass.
 
     One that somebody watches, or has wrapped, takes and gives the residual stream alone, a tensor (see `block_norm`).
+    For this call `replaced` takes the place of the block's parameters of these names.
     """
-    call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
+    called = partial(_with_parameters, block, replaced) if replaced else block
+    call = partial(checkpoint, called, use_reentrant=False) if recomputes else called
     if _takes_a_tensor(block):
         return Stream(call(stream.x, *arguments))
     result: Stream = call(stream, *arguments, following)
     return result
+
+
+def _with_parameters(block: nn.Module, replaced: dict[str, torch.Tensor], *arguments: Any) -> Any:
+    return functional_call(block, replaced, arguments)
 
 
 def block_norm(block: Any, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:

@@ -79,6 +79,10 @@ class HeadAttention(OrderedModule):
         )
 
     @property
+    def output_name(self) -> str:
+        return "proj"
+
+    @property
     def num_heads(self) -> int:
         return self.full_width
 

@@ -96,6 +96,10 @@ class SortedMlp(OrderedModule):
             output=output,
         )
 
+    @property
+    def output_name(self) -> str:
+        return self.output
+
     def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         """The feature is what enters the output layer, (B, N, F)."""
 

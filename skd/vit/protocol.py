@@ -137,6 +137,11 @@ class Module(ABC):
 
     @property
     @abstractmethod
+    def output_name(self) -> str:
+        """The name of its last layer, a Linear back to the residual stream; "" where nothing is computed."""
+
+    @property
+    @abstractmethod
     def score_shape(self) -> tuple[int, ...]:
         """The shape of its Taylor scores; the last axis holds the coordinates."""
 
@@ -148,6 +153,11 @@ class Module(ABC):
     def of(self, model: TimmModel) -> TimmLayer:
         """The layer that is described, in a model or in a super-network's copy of one."""
         return getattr(model.blocks[self.block], self.place.module)
+
+    def output_layer(self, module: nn.Module) -> nn.Linear:
+        """The last layer of the layer that is described, whole or cut: `of(model)`, or what `narrowed` gave."""
+        layer: nn.Linear = getattr(module, self.output_name)
+        return layer
 
     # Reading features and gradients (METHOD 1 and 2)
 

@@ -112,7 +112,7 @@ class Addition(NamedTuple):
         """
         if norm is None or not norm.takes(x) or not _only_multiply(scale, drop_path):
             return None
-        gamma = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale  # an Identity has none
+        gamma = factors_of(scale)
         mask = drop_path.factors(x.dtype) if isinstance(drop_path, CountedDropPath) else None
         return cls(gamma, mask, norm, runs_as_kernel(x))
 
@@ -138,6 +138,12 @@ def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: Timm
     if scale is not None:
         branch = scale(branch) if isinstance(scale, nn.Module) else scale * branch
     return Stream(x + drop_path(branch))
+
+
+def factors_of(scale: TimmLayer) -> torch.Tensor | None:
+    """(C,) what a layer scale, a layer or a parameter, multiplies a branch with; None: nothing is multiplied."""
+    factors: torch.Tensor | None = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale
+    return factors  # an Identity has none
 
 
 def _summed(x: torch.Tensor, branch: torch.Tensor | None, norm: Norm, **beside: torch.Tensor | None) -> Stream:

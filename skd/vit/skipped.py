@@ -67,6 +67,10 @@ class SkippedModule(OrderedModule):
     def describe(cls, index: int, place: Place) -> SkippedModule:
         return cls(f"{index}.{place.module}", index, place, full_width=0, group_size=1, binary=False)
 
+    @property
+    def output_name(self) -> str:
+        return ""
+
     def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
         return []
 

@@ -1,0 +1,242 @@
+"""Compensation without training: what a sub-network drops is predicted from what it keeps (`compensate`).
+
+A sub-network leaves coordinates and whole modules out. What they would have added is, for the most part, a linear
+function of what the remaining ones compute, so that ridge regression finds it on a few calibration images, and the
+output layer of a module (proj, fc2), linear as it is, takes the answer in. Refitting the remaining weights after a
+part is removed is due to Optimal Brain Surgeon (Hassibi, Stork 1993); fitting layer by layer to the outputs of the
+whole network, each on the inputs that the corrected layers before it give, is the sequential form of post-training
+pruning (Frantar, Alistarh, "Optimal Brain Compression", 2022).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from skd.corrections import Correction, OutputLayer
+from skd.cost import check_convention
+from skd.extract import choose_entry, extract
+from skd.supernet import SuperNet, check_supernet
+from skd.support.ranks import check_group, in_step, summed, total
+from skd.support.taps import all_finite, checked, frozen, report_left_out
+from skd.support.types import Progress
+from skd.vit import Module, unwrapped
+from skd.vit.protocol import Shared
+from skd.vit.refit import output_factors, output_features
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_ROUNDING = 1e-11  # relative errors of sums of squares in float64
+_TINY = 1e-300  # where all features are zeros
+
+
+@torch.no_grad()
+def compensate(
+    supernet: SuperNet,
+    batches: Iterable[object],
+    *,
+    entries: Sequence[int] | None = None,
+    macs: Sequence[float] | None = None,
+    ridge: float = 0.01,
+    convention: str = "full",
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
+) -> dict[int, Correction]:
+    """Fit other output layers for entries of the dropout list, so that they follow the full network more closely.
+
+    Each entry is gone through module by module beside the full network. The output layer of every module that runs
+    is fitted so that the residual stream comes nearest, over all tokens of all images, to the full network's where
+    the next running module reads it: a module that is skipped is predicted by the one before it. Then the stream
+    goes on through the corrected module. The fit is ridge regression with an intercept, in float64, which shrinks
+    the change of the weights: a module that has lost nothing stays as it is.
+
+    The corrections are also put into ``supernet.corrections`` (which keeps those of other entries), where
+    ``supernet(images, entry=i)`` in evaluation mode, `skd.evaluate`, `skd.extract` and `skd.save` find them. The full
+    network's weights stay as they are. A module with a norm behind it keeps its own output layer, since the norm
+    would undo part of the fit; a layer without a bias gets none.
+
+    Args:
+        supernet: with its dropout list.
+        batches: calibration images as for `skd.importance`, read once; labels are not looked at. For each entry, and
+            once more, the residual stream of all images is kept on the network's device.
+        entries: indices into the dropout list.
+        macs: budgets instead, each as `skd.extract` takes it: the largest entry within each is chosen. Exactly one
+            of `entries` and `macs` must be given.
+        ridge: strength of the shrinking, in units of the mean variance of a module's features.
+        convention: how `macs` counts, "full" or "linear".
+        progress: wraps the modules, e.g. ``tqdm``.
+        group: a torch.distributed group, each of whose processes has its share of the batches; sums are added up, so
+            that all find the same corrections.
+
+    Returns:
+        The correction of each entry.
+
+    Raises:
+        ValueError: not exactly one choice or an empty one, an entry out of range, a budget below the smallest
+            sub-network, a ridge that is not positive, bad batches, none whose outputs are finite, or an overflow.
+    """
+    supernet = unwrapped(supernet)
+    check_supernet(supernet)
+    check_group(group)
+    chosen = _chosen(supernet, entries, macs, convention)
+    if isinstance(ridge, bool) or not isinstance(ridge, numbers.Real) or not 0 < ridge < math.inf:
+        raise ValueError(f"ridge is {ridge!r}; it must be a positive, finite number")
+    with frozen(supernet):
+        cuts = [_Cut(supernet, entry) for entry in chosen]
+        parts = _embedded(supernet, batches, len(cuts), group)
+        steps: Iterable[int] = range(len(supernet.infos) + 1)
+        for index in steps if progress is None else progress(steps):
+            for number, cut in enumerate(cuts):
+                cut.reach(index, number, parts, float(ridge), group)
+            if index < len(supernet.infos):
+                for part in parts:
+                    part.whole = supernet.step(
+                        index, part.whole, supernet.infos[index].full_width, shared=part.shared
+                    )
+    found = {cut.entry: Correction(cut.widths, cut.layers) for cut in cuts}
+    supernet.corrections = {**supernet.corrections, **found}
+    return found
+
+
+def _chosen(
+    supernet: SuperNet, entries: Sequence[int] | None, macs: Sequence[float] | None, convention: str
+) -> list[int]:
+    """The entries that are meant, each once."""
+    if (entries is None) == (macs is None):
+        raise ValueError(f"exactly one of entries and macs must be given; got {'none' if macs is None else 'both'}")
+    for name, given in (("entries", entries), ("macs", macs)):
+        if given is not None and (isinstance(given, str) or not isinstance(given, Sequence) or not given):
+            raise ValueError(f"{name} is {given!r}; it must be a list with one item at least")
+    of_budgets = [choose_entry(supernet, macs=budget, convention=convention) for budget in macs or ()]
+    check_convention(convention)
+    return list(dict.fromkeys([*of_budgets, *(int(choose_entry(supernet, entry=entry)) for entry in entries or ())]))
+
+
+class _Part:
+    """One batch: the residual stream of the full network, that of each cut one, and what its blocks share."""
+
+    def __init__(self, x: torch.Tensor, shared: Sequence[Shared], cuts: int) -> None:
+        self.whole, self.shared = x, shared
+        self.cut = [x] * cuts
+
+
+def _embedded(supernet: SuperNet, batches: Iterable[object], cuts: int, group: ProcessGroup | None) -> list[_Part]:
+    """Every batch as it enters the first block; those whose logits are not finite are left out."""
+    parts, left_out = list[_Part](), 0
+    for images, _ in in_step(checked(supernet.model, batches, with_labels=False), group):
+        if all_finite([supernet(images)]):
+            parts.append(_Part(*supernet.embed(images), cuts))
+        else:
+            left_out += 1
+    device = next(supernet.parameters()).device
+    counted = total(len(parts), group, device)
+    report_left_out(total(left_out, group, device), counted > 0)
+    return parts
+
+
+class _Cut:
+    """An entry on its way: its plain model, whose output layers are corrected one after the other."""
+
+    def __init__(self, supernet: SuperNet, entry: int) -> None:
+        self.entry, self.widths = entry, tuple(supernet.widths(entry))
+        self.network = SuperNet(extract(supernet, entry=entry, corrected=False), copy=False).eval()
+        self.layers: dict[str, OutputLayer] = {}
+        self._waiting: int | None = None  # the module that ran last, until it is known where its output is read
+
+    def reach(self, index: int, number: int, parts: list[_Part], ridge: float, group: ProcessGroup | None) -> None:
+        """Module `index`, or the head, is next: if it runs, the module before it is fitted, and applied."""
+        last = index == len(self.widths)
+        if not (last or self.widths[index]):
+            return
+        if self._waiting is not None:
+            module = self.network.infos[self._waiting]
+            if not module.place.post_norm:
+                self._fit(module, number, parts, ridge, group)
+            if not last:
+                for part in parts:
+                    x = part.cut[number]
+                    part.cut[number] = self.network.step(self._waiting, x, module.full_width, shared=part.shared)
+        self._waiting = index
+
+    def _fit(self, module: Module, number: int, parts: list[_Part], ridge: float, group: ProcessGroup | None) -> None:
+        """Replace the weight and the bias of the module's output layer by the fitted ones."""
+        network = self.network
+        block = network.network.blocks(network.model)[module.block]
+        layer, gamma = module.output_layer(module.of(network.model)), output_factors(module, block)
+        sums = _Sums.empty(layer.in_features, layer.out_features, layer.weight.device)
+        for part in parts:
+            x, whole = part.cut[number], part.whole
+            tokens = whole.shape[1]  # all, or after the last block those that the head reads
+            features = output_features(module, block, x, tokens, part.shared[module.block]).double()
+            wanted = whole.double() - x[:, :tokens].double()
+            if gamma is not None:
+                wanted = wanted / gamma.double()
+            now = features @ layer.weight.double().mT
+            wanted = wanted - (now if layer.bias is None else now + layer.bias.double())
+            if gamma is not None:  # no output reaches a channel whose factor is 0
+                wanted = torch.where(gamma == 0, 0.0, wanted)
+            sums.add(features.flatten(0, 1), wanted.flatten(0, 1))
+        weight, bias = _Sums(*summed(sums, group)).solved(ridge, intercept=layer.bias is not None)
+        if not all_finite([weight, bias]):
+            raise ValueError(f"batches: the features of {module.name} in entry {self.entry} are not finite")
+        layer.weight.add_(weight.to(layer.weight.dtype))
+        if layer.bias is not None:
+            layer.bias.add_(bias.to(layer.bias.dtype))
+        self.layers[module.name] = OutputLayer(
+            layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        )
+
+
+class _Sums(NamedTuple):
+    """What normal equations need of n rows of features (n, k) and of targets (n, C), float64.
+
+    Attributes:
+        rows: n, a 0-d tensor.
+        features, targets: (k,) and (C,), the sums of the rows.
+        squares: (k, k), features^T features.
+        products: (k, C), features^T targets.
+    """
+
+    rows: torch.Tensor
+    features: torch.Tensor
+    targets: torch.Tensor
+    squares: torch.Tensor
+    products: torch.Tensor
+
+    @classmethod
+    def empty(cls, k: int, channels: int, device: torch.device) -> _Sums:
+        shapes = (), (k,), (channels,), (k, k), (k, channels)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add rows, in place."""
+        self.rows.add_(len(features))
+        self.features.add_(features.sum(0))
+        self.targets.add_(targets.sum(0))
+        self.squares.addmm_(features.mT, features)
+        self.products.addmm_(features.mT, targets)
+
+    def solved(self, ridge: float, *, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ridge regression: the weight (C, k) and the bias (C,), zeros without `intercept`.
+
+        The bias is not shrunk: with it, the equations are those of centred features and targets. The penalty is
+        `ridge` times the mean of the diagonal of features^T features.
+        """
+        squares, products = self.squares, self.products
+        x, y = self.features / self.rows, self.targets / self.rows
+        if intercept:
+            squares = squares - self.rows * torch.outer(x, x)
+            products = products - self.rows * torch.outer(x, y)
+        # Of features that are the same in every row (those of a class token before any attention) centring leaves
+        # rounding errors alone: they have to predict nothing.
+        penalty = ridge * squares.diagonal().mean() + _ROUNDING * self.squares.diagonal().mean() + _TINY
+        eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
+        factor, _ = torch.linalg.cholesky_ex(squares + penalty * eye)
+        weight = torch.cholesky_solve(products, factor)
+        bias = y - x @ weight if intercept else torch.zeros_like(y)
+        return weight.mT, bias

@@ -1,0 +1,43 @@
+"""What a fit of a module's output layer needs: the features that enter it, and the factors that follow it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from skd.vit.protocol import Module, Shared, TimmLayer
+from skd.vit.residual import factors_of
+
+
+@torch.no_grad()
+def output_features(module: Module, block: TimmLayer, x: torch.Tensor, tokens: int, shared: Shared) -> torch.Tensor:
+    """The features that enter the output layer of one module of `block` at its full width.
+
+    timm's own forward of the module runs, so that whatever is between its layers (gates, norms, rotations) counts.
+
+    Args:
+        x: (B, N, C), the residual stream that enters the module.
+        tokens: only the first so many tokens of the result are given.
+        shared: what `Network.embed` gave for this block.
+
+    Returns:
+        (B, tokens, k), k columns of the output layer.
+    """
+    layer, found = getattr(block, module.place.module), list[torch.Tensor]()
+    x = x if module.mixes_tokens else x[:, :tokens]
+    normed = x if module.place.post_norm else getattr(block, module.place.norm)(x)
+
+    def note(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        found.append(inputs[0])
+
+    handle = module.output_layer(layer).register_forward_pre_hook(note)
+    try:
+        layer(normed, **({module.place.shared: shared} if module.place.shared else {}))
+    finally:
+        handle.remove()
+    return found[0][:, :tokens]
+
+
+def output_factors(module: Module, block: TimmLayer) -> torch.Tensor | None:
+    """(C,) the module's layer scale, or None where it has none."""
+    return factors_of(getattr(block, module.place.scale, None))
