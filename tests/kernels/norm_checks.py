@@ -1,16 +1,13 @@
-"""How residual_norm's kernels are compared with float64, on the CPU by the interpreter and on a GPU."""
+"""residual_norm as an operation to check: what its inputs are, and how it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from mlp_checks import relative_error
-from tolerances import kernel_tolerance
-
-import skd_kernels as kernels
+from operations import Problem, Tensors
 
 NAMES = ("x", "branch", "weight", "bias", "scale", "branch_bias")  # those that have a gradient
 OPTIONAL = ("branch", "weight", "bias", "scale", "mask", "branch_bias")
@@ -50,57 +47,30 @@ def make_inputs(
     }
 
 
-def run(
-    name: str, inputs: Inputs, kind: str, grads: Any, *, wanted: Collection[str] = NAMES, **options: Any
-) -> dict[str, torch.Tensor]:
-    """sum, normed, and the gradients of those inputs that there are and that are `wanted`.
+@dataclass(frozen=True)
+class Norm(Problem):
+    """residual_norm; what may change from call to call is which images are dropped."""
 
-    Args:
-        grads: at sum and normed; None for one that no loss reads.
-    """
-    leaves = {
-        key: None if value is None else value.detach().requires_grad_(key in wanted) for key, value in inputs.items()
-    }
-    with kernels.use(name):
-        out = kernels.residual_norm(**leaves, eps=1e-6, kind=kind, **options)
-    pairs = [(value, grad.to(value.dtype)) for value, grad in zip(out, grads, strict=True) if grad is not None]
-    chosen = {key: leaf for key, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    values, given = zip(*pairs, strict=True)
-    found = torch.autograd.grad(values, list(chosen.values()), given, allow_unused=True)
-    return {"sum": out[0].detach(), "normed": out[1].detach(), **dict(zip(chosen, found, strict=True))}
+    kind: str = "layer"
+    without: tuple[str, ...] = ()
 
+    operation: ClassVar[str] = "residual_norm"
+    names: ClassVar[tuple[str, ...]] = NAMES
+    outputs: ClassVar[tuple[str, ...]] = ("sum", "normed")
 
-def check(
-    dtype: torch.dtype,
-    shape: tuple[int, int, int],
-    kind: str,
-    *,
-    mixed: bool = False,
-    without: Collection[str] = (),
-    device: str = "cpu",
-) -> dict[str, tuple[float, float]]:
-    """Outputs and gradients against float64, in the dtypes that the reference has.
+    def inputs(self) -> Tensors:
+        stream = torch.float32 if self.mixed else None
+        made = make_inputs(self.shape, self.dtype, stream=stream, without=self.without, device=self.device)
+        return {name: value for name, value in made.items() if value is not None}
 
-    Args:
-        mixed: the stream and all parameters are float32 and autocast is on, as in training.
+    def arguments(self, leaves: Tensors, control: Any) -> dict[str, Any]:
+        arguments = dict.fromkeys(("branch", "weight", "bias"), None) | leaves | {"eps": 1e-6, "kind": self.kind}
+        return arguments if control is None else arguments | {"mask": control}
 
-    Returns:
-        For each of them the kernels' error and that of plain PyTorch in the same precision.
-    """
-    inputs = make_inputs(shape, dtype, stream=torch.float32 if mixed else None, without=without, device=device)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2)]
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
-    expected = run("reference", exact, kind, grads)
-    with torch.autocast(device, dtype) if mixed else nullcontext():
-        plain, found = (run(name, inputs, kind, grads) for name in ("reference", "triton"))
-    errors, terms = {}, max(shape[0] * shape[1], shape[2])
-    assert list(found) == list(expected)
-    for name, want in expected.items():
-        got, other = found[name], plain[name]
-        assert got.dtype == other.dtype and got.shape == want.shape, name
-        errors[name] = relative_error(got, want), relative_error(other, want)
-        tolerance = kernel_tolerance(errors[name][1], got.dtype, int(want.count_nonzero()), terms=terms)
-        assert errors[name][0] <= tolerance, (name, *errors[name])
-    assert found["normed"].dtype == dtype and found["sum"].dtype == torch.float32
-    return errors
+    def dtype_of(self, name: str) -> torch.dtype:
+        if name == "sum":
+            return torch.float32
+        return torch.float32 if self.mixed and name not in ("normed", "branch") else self.dtype
+
+    def is_telling(self) -> bool:
+        return self.shape[-1] >= 64

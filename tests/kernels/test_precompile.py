@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from mlp_checks import check
+from operations import Mlp, check
 
 import skd_kernels as kernels
 from benchmarks import precompile, pretend
@@ -81,7 +81,7 @@ def test_a_test_for_a_gpu_goes_to_its_end_on_a_pretended_device() -> None:
     ended = []
 
     def run() -> None:
-        check(torch.bfloat16, (2, 75, 144), 256, 45, device="cuda", act="silu", gated=True)
+        check(Mlp((2, 75, 144), full=256, dtype=torch.bfloat16, device="cuda", act="silu", gated=True), 45)
         ended.append(True)
 
     found = pretend.wanted_by(90, run)
