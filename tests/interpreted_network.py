@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from curves import curve
 from helpers import digit_net, nested
 from timm.layers import RmsNorm
 
@@ -47,3 +48,10 @@ def test_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["reference"] * 5 + ["triton"] * 5
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_train_as_slices_do() -> None:
+    """The same draws, entries of every kind among them: whole steps, with the optimizer's updates in between."""
+    options: dict[str, Any] = {"steps": 14, "images": 2, "amp_dtype": "float32"}
+    found, expected = (curve(name, seed=0, **options) for name in ("triton", "slices"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -23,7 +23,7 @@ from skd_kernels.gpu.launch import launch
 from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import read_width, rounded, width_kernel
 
-ROWS, COLUMNS = 32, 256  # that one program copies
+ROWS, COLUMNS = 16, 256  # that one program copies
 
 
 @triton.jit
@@ -120,4 +120,4 @@ def pack(
         **{"pitch_outward": packed_outward.shape[1], "inward_programs": inward_programs},
         **{"PACKED": layout.packed, "PAD": PAD, "ROWS": ROWS, "COLUMNS": COLUMNS},
     }
-    launch(pack_kernel, (inward_programs + outward_programs,), arguments, num_warps=8, num_stages=1)
+    launch(pack_kernel, (inward_programs + outward_programs,), arguments, num_warps=4, num_stages=1)

@@ -5,7 +5,6 @@ A file of tests says for its operation which `problems` these are, and has a cla
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -79,8 +78,6 @@ class Everywhere:
     def test_against_float64(self, case: tuple[Problem, Any], largest_errors: dict[str, list[float]]) -> None:
         problem, control = case
         for name, (error, plain) in check(problem, control).items():
-            if problem.mixed and name in problem.exact:
-                assert error < plain, "PyTorch rounds its sum to half precision; ours stays float32"
             if not problem.is_telling():
                 continue
             largest = largest_errors.setdefault(f"{problem.dtype} {name}", [0.0, 0.0])
@@ -161,7 +158,7 @@ class Interpreted(Everywhere):
             torch.testing.assert_close(got, want[name])
 
     def test_views_and_strides(self) -> None:
-        """Transposed x, an expanded gradient, parts of larger or transposed weights, a column, one number repeated."""
+        """Transposed x, an expanded gradient, parts of larger or transposed weights, a column, one number."""
         problem = self.small
         x, into, bias, out_of, shift = problem.inputs().values()
         wide = torch.cat([into, torch.full_like(into, torch.nan)], 1)
@@ -174,8 +171,9 @@ class Interpreted(Everywhere):
         for name, got in found.items():
             torch.testing.assert_close(got, expected[name])
 
-    @pytest.mark.parametrize("layout", ["unaligned", "strided rows"])
-    @pytest.mark.parametrize("dtype", BOTH)
+    @pytest.mark.parametrize(
+        ("dtype", "layout"), [(torch.float32, "unaligned"), (torch.float32, "strided rows"), (HALF, "strided rows")]
+    )
     def test_operands_begin_at_multiples_of_16_bytes(self, dtype: torch.dtype, layout: str) -> None:
         """Whatever they are parts of, as the kernels expect that are compiled ahead of time.
 
@@ -223,40 +221,43 @@ class Interpreted(Everywhere):
             results.append(scores)
         torch.testing.assert_close(*results)
 
-    @pytest.mark.parametrize("count", [1, 4])
-    def test_only_what_is_asked_for_is_computed(self, count: int, launched: list[tuple[str, Any]]) -> None:
+    @pytest.mark.parametrize("places", ["0", "1", "2", "3", "4", "12", "1234", "0134"])
+    def test_only_what_is_asked_for_is_computed(self, places: str, launched: list[tuple[str, Any]]) -> None:
         problem, inputs = self.small, self.small.inputs()
         into_coordinates = set(problem.names[:3])
         everything = run(problem, "triton", inputs, self.at_half)
-        for chosen in itertools.combinations(problem.names, count):
-            leaves = {name: tensor.detach().requires_grad_(name in chosen) for name, tensor in inputs.items()}
-            scores = problem.scores()
-            assert scores is not None
-            with kernels.use("triton"):
-                (out,) = problem.call(leaves, self.at_half, scores)
-            launched.clear()
-            out.backward(problem.gradients()[0])
-            started = [name for name, _ in launched]
-            scored = not into_coordinates.isdisjoint(chosen)
-            expected = set().union(*(problem.kernels_of[name] for name in chosen))
-            assert set(started) == (expected | {problem.scored_by} if scored else expected)
-            assert started.count("weight_gradient_kernel") == len(set(problem.names[1::2]) & set(chosen))
-            # The gradient at x; of attention also the one at o, which all of the first three inputs need.
-            before = scored if "linear" in problem.kernels_of[problem.names[1]] else 0
-            assert started.count("linear") == before + ("x" in chosen)
-            assert bool(scores[..., : self.at_half].gt(0).all()) == scored
-            for name, leaf in leaves.items():
-                assert torch.equal(leaf.grad, everything[name]) if name in chosen else leaf.grad is None
+        chosen, scores = [problem.names[int(place)] for place in places], problem.scores()
+        leaves = {name: tensor.detach().requires_grad_(name in chosen) for name, tensor in inputs.items()}
+        assert scores is not None
+        with kernels.use("triton"):
+            (out,) = problem.call(leaves, self.at_half, scores)
+        launched.clear()
+        out.backward(problem.gradients()[0])
+        started = [name for name, _ in launched]
+        scored = not into_coordinates.isdisjoint(chosen)
+        expected = set().union(*(problem.kernels_of[name] for name in chosen))
+        assert set(started) == (expected | {problem.scored_by} if scored else expected)
+        assert started.count("weight_gradient_kernel") == len(set(problem.names[1::2]) & set(chosen))
+        # The gradient at x; of attention also the one at o, which all of the first three inputs need.
+        before = scored if "linear" in problem.kernels_of[problem.names[1]] else 0
+        assert started.count("linear") == before + ("x" in chosen)
+        assert bool(scores[..., : self.at_half].gt(0).all()) == scored
+        for name, leaf in leaves.items():
+            assert torch.equal(leaf.grad, everything[name]) if name in chosen else leaf.grad is None
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_past_the_tiles_everything_is_nan(self, index: int) -> None:
-        """What is saved between the passes, and the packed weights, are NaN there: `cases` sees that it does no harm."""
+        """What is saved between the passes, packed weights too; `cases` see that it does no harm."""
         problem = self.tiled[index]
         assert any(problem == other for several in self.cases.values() for other, _ in several)
-        with kernels.use("triton"):
-            (out,) = problem.call(with_gradients(problem), self.at_tiles)
-        saved = [t for t in out.grad_fn.saved_tensors if t.is_floating_point() and t.ndim == 2]  # type: ignore
-        assert len(saved) == 4 and all(tensor.isnan().any() for tensor in saved)
+        saved: list[torch.Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor) or tensor, lambda kept: kept
+        )
+        with kernels.use("triton"), hooks:
+            problem.call(with_gradients(problem), self.at_tiles)
+        matrices = [tensor for tensor in saved if tensor.ndim == 2]
+        assert len(matrices) == 4 and all(tensor.isnan().any() for tensor in matrices)
 
     def test_nothing_is_saved_without_gradients(self) -> None:
         with kernels.use("triton"):
@@ -283,34 +284,33 @@ class Interpreted(Everywhere):
         assert none == 0 < quarter <= full / 4
 
     def test_autocast_casts_as_linear_does(self) -> None:
-        """And the gradients of parameters in float32 are rounded nowhere on the way from the sums to them."""
-        leaves = with_gradients(self.small)
+        """The gradients of parameters in float32 are the sums that others would round to half precision."""
+        leaves, given = with_gradients(self.small), [self.small.gradients()[0].half()]
+        halved = {name: tensor.detach().half().requires_grad_() for name, tensor in leaves.items()}
         with kernels.use("triton"):
             with torch.autocast("cpu", dtype=HALF):
-                (found,) = self.small.call(leaves, self.at_half)
-            (expected,) = self.small.call({name: tensor.half() for name, tensor in leaves.items()}, self.at_half)
-        assert found.dtype == HALF and torch.equal(found, expected)
-        given = self.small.gradients()[0].half()
-        for name, grad in zip(leaves, gradients_of(self.small, leaves, (found,), [given]), strict=True):
-            assert grad.dtype == torch.float32
-            assert name == "x" or bool(grad.ne(grad.half().float()).any())
+                found = self.small.call(leaves, self.at_half)
+            expected = self.small.call(halved, self.at_half)
+        assert found[0].dtype == HALF and torch.equal(found[0], expected[0])
+        results = (gradients_of(self.small, *both, given) for both in ((leaves, found), (halved, expected)))
+        for name, exact, half in zip(leaves, *results, strict=True):
+            assert exact.dtype == torch.float32 and torch.equal(exact.half(), half)
+            assert torch.equal(exact, half.float()) == (name == "x"), name
 
     def test_an_image_with_nan_does_not_reach_the_others(self) -> None:
-        problem = replace(self.small, shape=(3, 17, 24))
+        problem = replace(self.small, shape=(3, 9, 16))
         inputs = problem.inputs()
         clean = run(problem, "triton", inputs, self.at_half, wanted=("x",))
         inputs["x"][1, 3] = torch.nan
         for name, got in run(problem, "triton", inputs, self.at_half, wanted=("x",)).items():
             assert got[1].isnan().any() and torch.equal(got[[0, 2]], clean[name][[0, 2]])
 
-    def check_operators(
-        self, forward: Any, backward: Any, problem: Masked, arguments: Any, options: Any, at: int = 5
-    ) -> None:
+    def check_operators(self, forward: Any, backward: Any, problem: Masked, arguments: Any, options: Any) -> None:
         """torch.library accepts them.
 
         With deterministic algorithms, what lies past the width repeats: opcheck compares whole saved buffers.
         """
-        width = torch.tensor(at, dtype=torch.int32)
+        width = torch.tensor(self.at_half, dtype=torch.int32)
         torch.use_deterministic_algorithms(True)
         try:
             leaves = with_gradients(problem)

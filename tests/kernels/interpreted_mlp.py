@@ -31,9 +31,9 @@ class TestMlp(Interpreted):
     # Buffers of three tiles of 128, or six of 64; the width takes the first two, or three.
     tiled = Mlp((1, 130, 140), full=300, dtype=HALF, gated=True), Mlp((1, 70, 80), full=300)
     at_tiles = 131
-    repeated = Mlp((1, 70, 24), full=72), (45,)
+    repeated = Mlp((1, 70, 24), full=40), (29,)
     compiled = (Mlp((1, 5, 16), full=20),)
-    controls = (0, 20, 1, 13)
+    controls = (0, 20, 13)
     cases: ClassVar[Cases] = {
         "activations": [
             (Mlp((1, 9, 24), full=40, act=act, gated=gated, dtype=dtype), 29)

@@ -46,11 +46,6 @@ class Problem:
     outputs: ClassVar[tuple[str, ...]] = ("out",)
     library: ClassVar[str] = "reference"  # PyTorch's own way, which the kernels are compared with
 
-    @property
-    def exact(self) -> tuple[str, ...]:
-        """Inputs whose gradient is more exact than PyTorch's if the parameters are float32 under autocast."""
-        return ()
-
     def __str__(self) -> str:
         """For the names of tests: what differs from the default."""
         given = (
@@ -121,10 +116,6 @@ class Masked(Problem):
     kernels_of: ClassVar[dict[str, set[str]]]  # those that the gradient of each input needs, in the backward pass
     scored_by: ClassVar[str]  # the kernel that adds up the scores
     library: ClassVar[str] = "slices"
-
-    @property
-    def exact(self) -> tuple[str, ...]:
-        return self.names[1::2]
 
     @property
     def groups(self) -> int:
