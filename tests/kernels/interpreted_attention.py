@@ -24,8 +24,8 @@ class TestAttention(Interpreted):
     small = Attention((1, 9, 16), full=8, heads=2)
     at_half = 5
     large = Attention((1, 8, 16), full=64, heads=4, bias=False)
-    # At 13 of 24 coordinates, 15 times 16 columns: neither tiles of 64 nor of 128 are full, and those behind are NaN.
-    tiled = Attention((1, 70, 40), full=24, heads=5), Attention((1, 130, 44), full=24, heads=5, dtype=HALF)
+    # At 13 of 24 coordinates, 7 and 21 times 16 columns: no last tile is full, and those behind are NaN.
+    tiled = Attention((1, 70, 40), full=24, heads=7), Attention((1, 130, 44), full=24, heads=7, dtype=HALF)
     at_tiles = 13
     repeated = Attention((1, 40, 16), full=8, heads=2), (5,)
     compiled = (Attention((1, 5, 16), full=8, heads=2),)
