@@ -254,7 +254,7 @@ class Interpreted(Everywhere):
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_past_the_tiles_everything_is_nan(self, index: int) -> None:
-        """What is saved between the passes, packed weights too; `cases` see that it does no harm."""
+        """What is saved between the passes, a packed weight too; `cases` see that it does no harm."""
         problem = self.tiled[index]
         assert any(problem == other for several in self.cases.values() for other, _ in several)
         saved: list[torch.Tensor] = []
@@ -264,7 +264,8 @@ class Interpreted(Everywhere):
         with kernels.use("triton"), hooks:
             problem.call(with_gradients(problem), self.at_tiles)
         matrices = [tensor for tensor in saved if tensor.ndim == 2]
-        assert len(matrices) == 4 and all(tensor.isnan().any() for tensor in matrices)
+        # The last of them, the weight out of the coordinates, is packed in pieces of 256 columns.
+        assert len(matrices) == 4 and all(tensor.isnan().any() for tensor in matrices[:-1])
 
     def test_nothing_is_saved_without_gradients(self) -> None:
         with kernels.use("triton"):
