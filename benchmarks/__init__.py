@@ -17,11 +17,13 @@ README.md says which command answers which question. The files:
     on_gpu.py               the parts of that run
     precompile.py           command: what that run compiles, made without a GPU
     pretend.py              a CUDA device that is not there: which kernels would a program start?
+    step_kernels.py         command: the kernels of a step and the bytes that they name, without a GPU
     registers.py            command: registers, spills and shared memory of every Triton kernel, without a GPU
 
     results/                what was measured
     result.py               reads a result; cells of tables
     table.py                command: the tables of docs/PERFORMANCE.md
+    kernel_tables.py        command: the tables of docs/KERNELS.md
     short.py                the short tables at its top, and the sentences below them
 
     train_fashion_mnist.py  command: every stage of the method on Fashion-MNIST, 40 minutes on a CPU

@@ -24,6 +24,7 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo  # it must see PyTorch as it is
+import torch.nn.functional as F
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
@@ -52,13 +53,17 @@ METHODS = ["to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]
 _true_device = torch._C.TensorBase.device.__get__
 Arguments = dict[str, object]
 Note = Callable[["JITFunction", Arguments, dict[str, object]], None]
+NoteOperation = Callable[[OpOverload, Sequence[object], Arguments, object], None]
 
 
 # The device -----------------------------------------------------------------------------------------
 
 
 def is_pretended(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and _true_device(value).type == "meta"
+    if not isinstance(value, torch.Tensor):
+        return False
+    with torch._C.DisableTorchFunction():  # a mode would ask for the device by its name, and be told that it is CUDA
+        return _true_device(value).type == "meta"
 
 
 def _true(value: object) -> object:
@@ -89,6 +94,25 @@ class _Devices(TorchFunctionMode):
         return translated(*args, **(kwargs or {}))
 
 
+class _Autocast(TorchFunctionMode):
+    """Autocast on CUDA, which meta tensors do not know, of the functions that a step calls under it."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        if func in (F.linear, F.conv2d, torch.cat) and torch.is_autocast_enabled("cuda"):
+            there = [tensor for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)]
+            dtype = torch.get_autocast_dtype("cuda")
+            if func is torch.cat:
+                dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in there))
+            args = tree_map(lambda value: value.to(dtype) if isinstance(value, torch.Tensor) else value, args)
+        return func(*args, **(kwargs or {}))
+
+
 class _Contents(TorchDispatchMode):
     """Runs the operators of the Triton kernels, and answers for contents that are not there.
 
@@ -97,6 +121,10 @@ class _Contents(TorchDispatchMode):
     """
 
     inside = False
+
+    def __init__(self, note: NoteOperation | None = None) -> None:
+        super().__init__()
+        self.note = note
 
     def __torch_dispatch__(
         self,
@@ -109,6 +137,12 @@ class _Contents(TorchDispatchMode):
         if name in OPDEFS:  # operators in Python, as those of the Triton kernels are
             with self._seen_from(False), self, _Devices():
                 return OPDEFS[name]._init_fn(*args, **kwargs)
+        result = self._result(func, name, args, kwargs)
+        if self.note is not None:
+            self.note(func, args, kwargs, result)
+        return result
+
+    def _result(self, func: OpOverload, name: str, args: Sequence[object], kwargs: dict[str, object]) -> object:
         if any(is_pretended(value) for value in tree_leaves((args, kwargs))):
             if name.startswith("aten::_fused_adam"):
                 return None  # an update in place, which meta tensors do not have
@@ -178,15 +212,17 @@ class _Generator(torch.Generator):
 
 
 @contextmanager
-def pretended_cuda(architecture: int, note: Note) -> Iterator[None]:
+def pretended_cuda(architecture: int, note: Note, operation: NoteOperation | None = None) -> Iterator[None]:
     """Inside the block there seems to be a CUDA device, and ``note(kernel, arguments, options)`` gets each launch.
 
     Args:
         architecture: 10 * major + minor of the compute capability, one of `launch.RECORDED_DEVICES`.
         note: gets the ``triton.jit`` function, its arguments by name with pretended tensors among them, and the
             options of the launch.
+        operation: gets each operation of PyTorch, its positional and its named arguments and its result. Those of
+            autograd are among them; an operator in Python is what it calls.
     """
-    contents, described = _Contents(), launch._describe
+    contents, described = _Contents(operation), launch._describe
     Settings = tuple[int, int, int | None]
 
     def seems(tensor: torch.Tensor) -> bool:
@@ -209,6 +245,7 @@ def pretended_cuda(architecture: int, note: Note) -> Iterator[None]:
             (torch.Tensor, "cpu", lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)),
             (torch.nn.Module, "cuda", lambda module, *_: module.to(META)),
             (torch, "Generator", _Generator),
+            (torch.accelerator, "current_stream", lambda *_, **__: _Stand()),
             (torch, "compile", lambda function=None, **_: function if function is not None else lambda plain: plain),
             *((torch.cuda, name, value) for name, value in _cuda(architecture, multiprocessors).items()),
             (launch, "_describe", describe),
@@ -216,6 +253,7 @@ def pretended_cuda(architecture: int, note: Note) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(launch.record(architecture))
         stack.enter_context(contents)
+        stack.enter_context(_Autocast())
         stack.enter_context(_Devices())
         yield
 

@@ -2,6 +2,7 @@
 
 python -m benchmarks.registers                      a Markdown table for sm_80, sm_90 and sm_100
 python -m benchmarks.registers --arch 90 --quick    the examples of the ordinary test suite only
+python -m benchmarks.registers --json FILE          and the same as a file
 python -m benchmarks.registers --check              exit with 1 on spills, or on more shared memory than there is
 
 Compilation uses the ptxas that Triton ships, and its cuobjdump reads the result; no driver is needed.
@@ -21,12 +22,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.timing import JSON, provenance_without_device, write_json
 from skd_kernels.gpu import launches
 from skd_kernels.gpu.launch import RECORDED_DEVICES, Launch
 
 # Shared memory that one block may ask for, in bytes.
 SHARED_LIMIT = {architecture: device.shared_memory for architecture, device in RECORDED_DEVICES.items()}
 TABLE = (80, 90, 100)
+WHAT = (
+    "Registers of a thread, spilled bytes and shared memory of the Triton kernels, as compiled for GPUs that need "
+    "not be there. Read from the binaries, not measured."
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Resources:
     stack: int
     local: int
     shared: int
+    threads: int = 32
+    resident: int = 1
 
     def faults(self, architecture: int) -> str:
         """Why this kernel must not be shipped, or an empty string."""
@@ -44,7 +52,18 @@ class Resources:
             return f"{self.stack} bytes of stack and {self.local} of local memory: registers are spilled"
         if self.shared > SHARED_LIMIT[architecture]:
             return f"{self.shared} bytes of shared memory; sm_{architecture} has {SHARED_LIMIT[architecture]}"
+        if self.resident > 1 and self.fit(architecture) < self.resident:
+            return f"{self.fit(architecture)} programs fit on a multiprocessor; {self.resident} are started"
         return ""
+
+    def fit(self, architecture: int) -> int:
+        """Programs that fit on a multiprocessor together.
+
+        Each takes 1 KiB of shared memory for the system, of which there is 1 KiB more than one program may have, and
+        its registers in units of 8 for each thread, of 65,536 (CUDA C++ Programming Guide, technical specifications).
+        """
+        shared = (SHARED_LIMIT[architecture] + 1024) // (self.shared + 1024)
+        return min(shared, 65_536 // (-(-self.registers // 8) * 8 * self.threads))
 
 
 def compile_for(launch: Launch, architecture: int) -> CompiledKernel:
@@ -81,14 +100,29 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     if found is None:
         raise RuntimeError(f"cuobjdump does not report the resources of {launch.name}: {report}")
     registers, stack, local = map(int, found.groups())
-    return Resources(registers, stack, local, compiled.metadata.shared)
+    return Resources(registers, stack, local, compiled.metadata.shared, 32 * launch.num_warps, launch.resident)
 
 
-def row(launch: Launch, architecture: int, resources: Resources) -> str:
+def name_in_profiles(launch: Launch) -> str:
+    """That of the compiled kernel, which says what a product ends with."""
+    epilogue = launch.constants.get("EPILOGUE")
+    return launch.name if epilogue is None else f"product_{epilogue}"
+
+
+def row(launch: Launch, architecture: int, resources: Resources) -> dict[str, JSON]:
+    """The cells of the table, by its columns."""
     blocks = "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
-    cells = [f"`{launch.name}`", launch.label, f"sm_{architecture}", blocks, launch.num_warps, launch.num_stages]
-    cells += [resources.registers, resources.stack + resources.local, f"{resources.shared / 1024:.0f}"]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return {
+        "kernel": name_in_profiles(launch),
+        "example": launch.label,
+        "target": f"sm_{architecture}",
+        "tile": blocks,
+        "warps": launch.num_warps,
+        "stages": launch.num_stages,
+        "registers": resources.registers,
+        "spilled bytes": resources.stack + resources.local,
+        "shared KiB": round(resources.shared / 1024),
+    }
 
 
 def main() -> int:
@@ -96,17 +130,22 @@ def main() -> int:
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--quick", action="store_true", help="only the examples of the ordinary test suite")
     parser.add_argument("--check", action="store_true", help="exit with 1 on spills or too much shared memory")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}\n")
     print("| kernel | example | target | tile | warps | stages | registers | spilled bytes | shared KiB |")
     print("|---|---|---|---|--:|--:|--:|--:|--:|")
-    faults = []
+    faults, rows = [], list[JSON]()
     for architecture in arguments.arch or TABLE:
         for launch in launches(architecture, quick=arguments.quick):
             resources = compile_launch(launch, architecture)
-            print(row(launch, architecture, resources), flush=True)
+            cells = row(launch, architecture, resources)
+            rows.append(cells)
+            print("| " + " | ".join(map(str, cells.values())) + " |", flush=True)
             if fault := resources.faults(architecture):
                 faults.append(f"{launch.name} ({launch.label}, sm_{architecture}): {fault}")
+    if arguments.json is not None:
+        write_json(arguments.json, {"what": WHAT, **provenance_without_device(), "results": {"kernels": rows}})
     print("\n".join(["", *faults]) if faults else "\nno spills", file=sys.stderr)
     return 1 if faults and arguments.check else 0
 

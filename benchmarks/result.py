@@ -168,10 +168,16 @@ def rewrite(path: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
 # kernels stand first, by their whole names.
 OTHER = "other"  # kernels of no class
 CLASSES = {
+    "weights and biases, cast and packed: `pack_kernel`": r"pack_kernel$",
+    "fc1 with its activation: `product_activate`": r"product_activate$",
+    "dZ with its sums: `product_gradient`": r"product_gradient$",
+    "all other products: `product_linear`": r"product_linear$",
     "fc1 with its activation: `hidden_kernel`": r"hidden_kernel$",
     "dZ with its sums: `gradient_kernel`": r"gradient_kernel$",
     "fc2, dX: `output_kernel`, `input_gradient_kernel`": r"(output|input_gradient)_kernel$",
-    "weight gradients of the MLP: `weight_gradient_kernel`, `finish_kernel`": r"(weight_gradient|finish)_kernel$",
+    "weight gradients, once the MLP's: `weight_gradient_kernel`, `finish_kernel`": (
+        r"(weight_gradient|finish)_kernel$"
+    ),
     "projections: `into_heads`, `out_of_heads`, `transpose_kept`": r"(into_heads|out_of_heads|transpose_kept)$",
     "weight gradients of the projections: `weight_gradient`, `finish_weight_gradient`": r"(finish_)?weight_gradient$",
     "attention core: `flash_forward`, `flash_backward`, `add_terms`; the library's": (

@@ -307,6 +307,11 @@ def provenance() -> dict[str, JSON]:
     }
 
 
+def provenance_without_device() -> dict[str, JSON]:
+    """Of a result that was computed: versions, commit and date."""
+    return {key: value for key, value in provenance().items() if key not in ("device", "cores")}
+
+
 def write_json(path: Path | None, document: Mapping[str, object]) -> None:
     """Write a result, if the command was given a file for it."""
     if path is not None:

@@ -18,7 +18,7 @@ def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...] | None
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise ValueError(f"{name} is {layout}; it must be a dense tensor")
-    if shape is not None:
+    if shape is not None and tuple(tensor.shape) != shape:  # most often it is, and that is quickly seen
         fits = tensor.ndim == len(shape) and all(
             want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
         )

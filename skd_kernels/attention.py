@@ -273,7 +273,7 @@ def refuses_to_launch(
 
 
 # After "slices": where the host knows the width, the vendor's library on exact shapes is first. On an H100 its core
-# takes about a tenth less time than these kernels' (benchmarks/results/h100-quick.json).
+# takes about a tenth less time than these kernels' (benchmarks/results/h100-quick.json, commit 38bc3b68).
 @_operation.implementation("triton", refuses_to_launch)
 def masked_attention_triton(
     x: torch.Tensor,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from skd_kernels._autograd import Context
 from skd_kernels._checks import check_tensor
-from skd_kernels._dispatch import TensorSpec, always, operation
+from skd_kernels._dispatch import TensorSpec, always, forced, operation
 from skd_kernels.gpu.buffers import contiguous
-from skd_kernels.gpu.entry import DTYPES, after_autocast, refuses_tensors, refuses_triton
+from skd_kernels.gpu.entry import DTYPES, after_autocast, device_width, refuses_tensors, refuses_triton
 
 KINDS = ("layer", "rms")
 MOST_CHANNELS = 4096  # a row lies in the registers of one program
@@ -31,6 +31,7 @@ def residual_norm(
     scale: Tensor | None = None,
     mask: Tensor | None = None,
     branch_bias: Tensor | None = None,
+    branch_width: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sum = x + mask * scale * (branch + branch_bias)`` and ``normed = norm(sum)``.
 
@@ -45,8 +46,12 @@ def residual_norm(
             no image is dropped. It multiplies: NaN in a dropped branch is NaN in the sum.
         branch_bias: (C,), the bias of the linear layer that made the branch, if that layer left it out; or None. Its
             gradient, the column sums of the branch's gradient, then costs no pass of its own.
+        branch_width: 0-d int32 or int64 tensor on the device of `x`, such as the width of the layer that made the
+            branch; never read by the host on a GPU. The branch and its bias count only where it is above zero:
+            otherwise zeros take their place, whatever is in them, and they and scale get zero gradients. None: they
+            count.
 
-        All may have different dtypes, unless one is float64: then all are.
+        All floating-point tensors may have different dtypes, unless one is float64: then all are.
 
     Returns:
         sum: (B, N, C), float32, or float64 for float64. Without a branch it is `x` itself, if its dtype fits.
@@ -54,8 +59,8 @@ def residual_norm(
         `x`, the first that there is; under autocast the one that ``F.linear`` would cast this to.
 
     Raises:
-        ValueError: wrong shape, dtype, device, kind or eps; scale, mask or branch_bias without a branch; a mask that
-            requires grad.
+        ValueError: wrong shape, dtype, device, kind or eps; scale, mask, branch_bias or branch_width without a
+            branch; a mask that requires grad.
     """
     check_tensor("x", x, (None, None, None))
     images, _, channels = x.shape
@@ -69,16 +74,21 @@ def residual_norm(
             check_tensor(name, tensor, shape)
             _check_beside(name, tensor, x)
     if branch is None:
-        for name, tensor in (("scale", scale), ("mask", mask), ("branch_bias", branch_bias)):
+        without = {"scale": scale, "mask": mask, "branch_bias": branch_bias, "branch_width": branch_width}
+        for name, tensor in without.items():
             if tensor is not None:
                 raise ValueError(f"{name} is given without a branch")
+    if branch_width is not None:
+        _check_branch_width(branch_width, x.device)
     if mask is not None and mask.requires_grad:
         raise ValueError("mask requires grad; it must be a plain factor")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; it may be one of {list(KINDS)}")
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not eps >= 0:
         raise ValueError(f"eps is {eps!r}; it must be a number, zero or more")
-    result: tuple[Tensor, Tensor] = _operation(
+    # Only the reference runs there: on small tensors the search for it would take as long as its work.
+    call = residual_norm_reference if not x.is_cuda and forced() is None else _operation
+    result: tuple[Tensor, Tensor] = call(
         x=x,
         branch=branch,
         weight=weight,
@@ -88,6 +98,7 @@ def residual_norm(
         scale=scale,
         mask=mask,
         branch_bias=branch_bias,
+        branch_width=branch_width,
     )
     return result
 
@@ -98,6 +109,18 @@ def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
     if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
         raise ValueError(f"{name} has dtype {tensor.dtype}, x has {x.dtype}; if one is float64, all must be")
+
+
+def _check_branch_width(width: object, device: torch.device) -> None:
+    """A 0-d integer tensor on `device`; its value is not read."""
+    if not isinstance(width, Tensor):
+        raise ValueError(f"branch_width is {width!r}; it must be a 0-d int32 tensor, or None")
+    if width.ndim != 0 or width.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"branch_width is a {width.dtype} tensor of shape {tuple(width.shape)}; it must be a 0-d int32 tensor"
+        )
+    if width.device != device:
+        raise ValueError(f"branch_width is on {width.device}; x is on {device}")
 
 
 _operation = operation(residual_norm)
@@ -112,6 +135,17 @@ def normed_dtype(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: 
     """That of the next layer: its parameters are like the norm's, or autocast casts them."""
     like = next(tensor for tensor in (weight, bias, branch, x) if tensor is not None)
     return after_autocast(like.dtype, x.device.type)
+
+
+def runs_as_kernel(x: Tensor) -> bool:
+    """Whether a call with the stream `x` runs as kernels, if its other arguments are ordinary.
+
+    There a bias costs nothing as `branch_bias`. On a CPU outside of ``use("triton")`` the answer is quick.
+    """
+    name = forced()
+    if name == "reference" or not (x.is_cuda or name == "triton"):
+        return False
+    return x.shape[-1] <= MOST_CHANNELS and refuses_triton(TensorSpec.of(x)) is None
 
 
 def refuses_to_launch(
@@ -141,13 +175,15 @@ def residual_norm_triton(
     scale: Tensor | None,
     mask: Tensor | None,
     branch_bias: Tensor | None,
+    branch_width: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """skd_kernels/gpu/norm.py: every stream is read once and written once, in the forward as in the backward pass."""
     if branch is None:
         x = x.to(sum_dtype(x))
     dtype = normed_dtype(x, branch, weight, bias)
     vectors = weight, bias, scale, mask, branch_bias
-    total, normed, _, _ = residual_norm_forward(x, branch, *vectors, eps, kind == "layer", dtype)
+    width = None if branch_width is None else device_width(branch_width, x.device)
+    total, normed, _, _ = residual_norm_forward(x, branch, *vectors, width, eps, kind == "layer", dtype)
     # An operator must not return its input: without a branch it is returned here.
     return x if branch is None else total, normed
 
@@ -163,22 +199,29 @@ def residual_norm_reference(
     scale: Tensor | None,
     mask: Tensor | None,
     branch_bias: Tensor | None,
+    branch_width: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The specification. All of it in float32, or in float64 if that is what there is; only the result is rounded."""
     dtype, wide = normed_dtype(x, branch, weight, bias), sum_dtype(x)
-    total = x.to(wide)
+    total = _cast(x, wide)
     if branch is not None:
-        added = branch.to(wide)
-        added = added if branch_bias is None else added + branch_bias.to(wide)
-        added = added if scale is None else added * scale.to(wide)
-        added = added if mask is None else added * mask.to(wide)[:, None, None]
+        added = _cast(branch, wide)
+        added = added if branch_bias is None else added + _cast(branch_bias, wide)
+        added = added if branch_width is None else torch.where(branch_width > 0, added, 0.0)
+        added = added if scale is None else added * _cast(scale, wide)
+        added = added if mask is None else added * _cast(mask, wide)[:, None, None]
         total = total + added
     shape = total.shape[-1:]
-    weight, bias = (None if vector is None else vector.to(wide) for vector in (weight, bias))
+    weight, bias = (None if vector is None else _cast(vector, wide) for vector in (weight, bias))
     if kind == "layer":
-        return total, F.layer_norm(total, shape, weight, bias, eps).to(dtype)
+        return total, _cast(F.layer_norm(total, shape, weight, bias, eps), dtype)
     normed = F.rms_norm(total, shape, weight, eps)
-    return total, (normed if bias is None else normed + bias).to(dtype)
+    return total, _cast(normed if bias is None else normed + bias, dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes longer to find out that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 # The operators of the kernels ------------------------------------------------------------------------
@@ -193,6 +236,7 @@ def residual_norm_forward(
     scale: Tensor | None,
     mask: Tensor | None,
     branch_bias: Tensor | None,
+    branch_width: Tensor | None,
     eps: float,
     layer: bool,
     dtype: torch.dtype,
@@ -209,6 +253,7 @@ def residual_norm_forward(
     inputs = {"x": x, "branch": branch, "weight": weight, "bias": bias}
     inputs |= {"scale": scale, "mask": mask, "branch_bias": branch_bias}
     there = {name: None if tensor is None else contiguous(tensor) for name, tensor in inputs.items()}
+    there["width"] = branch_width
     own = {"normed": normed, "rstd": rstd, "total": None if branch is None else total}
     normalise(there, {**own, "mean": mean if layer else None}, x.shape[1], eps, layer)
     return results
@@ -223,6 +268,7 @@ def _(
     scale: Tensor | None,
     mask: Tensor | None,
     branch_bias: Tensor | None,
+    branch_width: Tensor | None,
     eps: float,
     layer: bool,
     dtype: torch.dtype,
@@ -252,6 +298,7 @@ def residual_norm_backward(
     scale: Tensor | None,
     mask: Tensor | None,
     branch_bias: Tensor | None,
+    branch_width: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     x_dtype: torch.dtype,
@@ -269,6 +316,8 @@ def residual_norm_backward(
         mean, rstd: what the forward returned; an empty mean tells RMSNorm.
         needs: for each of the six results whether it is needed; the others are empty. Without dnormed neither weight
             nor bias has a gradient.
+        branch_width: as in `residual_norm`; where it is not above zero, the gradients of the branch, scale and
+            branch_bias are zeros.
     """
     from skd_kernels.gpu.norm import differentiate
 
@@ -278,7 +327,7 @@ def residual_norm_backward(
     inputs = {"dtotal": dtotal, "dnormed": dnormed, "total": total, "weight": weight, "scale": scale, "mask": mask}
     inputs |= {"branch": branch if of_scale else None, "branch_bias": branch_bias if of_scale else None}
     there = {name: None if tensor is None else contiguous(tensor) for name, tensor in inputs.items()}
-    there |= {"mean": mean if layer else None, "rstd": rstd}
+    there |= {"width": branch_width, "mean": mean if layer else None, "rstd": rstd}
     differentiate(there, dx, dbranch, vectors, total.shape[1], layer)
     return results
 
@@ -293,6 +342,7 @@ def _(
     scale: Tensor | None,
     mask: Tensor | None,
     branch_bias: Tensor | None,
+    branch_width: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     x_dtype: torch.dtype,
@@ -320,11 +370,11 @@ class _NormContext(Context, Protocol):
 
 # The arguments of `residual_norm_forward`.
 _Maybe = Tensor | None
-_Inputs = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, float, bool, torch.dtype]
+_Inputs = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, float, bool, torch.dtype]
 
 
 def _setup_context(ctx: _NormContext, inputs: _Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, branch, weight, bias, scale, mask, branch_bias, _, _, _ = inputs
+    x, branch, weight, bias, scale, mask, branch_bias, branch_width, _, _, _ = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *(() if branch is not None else (total,)))
     ctx.set_materialize_grads(False)
@@ -332,28 +382,29 @@ def _setup_context(ctx: _NormContext, inputs: _Inputs, output: tuple[Tensor, Ten
     ctx.dtypes = [x.dtype, x.dtype if branch is None else branch.dtype]
     ctx.parameters = [None if vector is None else vector.dtype for vector in (weight, bias, scale, branch_bias)]
     read = (branch, branch_bias) if of_scale else (None, None)
-    ctx.save_for_backward(x if branch is None else total, *read, weight, scale, mask, mean, rstd)
+    ctx.save_for_backward(x if branch is None else total, *read, weight, scale, mask, branch_width, mean, rstd)
 
 
 def _backward(
     ctx: _NormContext, dtotal: Tensor | None, dnormed: Tensor | None, *_: object
 ) -> tuple[Tensor | None, ...]:
-    total, branch, branch_bias, weight, scale, mask, mean, rstd = ctx.saved_tensors
+    total, branch, branch_bias, weight, scale, mask, branch_width, mean, rstd = ctx.saved_tensors
     needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 3, 4, 6)]
     if dnormed is None:
         needed[2] = needed[3] = False
     if not any(needed) or (dtotal is None and dnormed is None):
-        return (None,) * 10
+        return (None,) * 11
     # The two streams have the same gradient: it is written once.
-    alike = needed[0] and needed[1] and scale is None and mask is None and ctx.dtypes[0] == ctx.dtypes[1]
+    only_added = scale is None and mask is None and branch_width is None
+    alike = needed[0] and needed[1] and only_added and ctx.dtypes[0] == ctx.dtypes[1]
     needs = [needed[0], needed[1] and not alike, *needed[2:]]
-    read = branch, weight, scale, mask, branch_bias
+    read = branch, weight, scale, mask, branch_bias, branch_width
     results = residual_norm_backward(dtotal, dnormed, total, *read, mean, rstd, *ctx.dtypes, needs)
     dx, dbranch, *vectors = (result if need else None for result, need in zip(results, needs, strict=True))
     dweight, dbias, dscale, dbranch_bias = (
         None if vector is None else vector.to(dtype) for vector, dtype in zip(vectors, ctx.parameters, strict=True)
     )
-    return dx, dx if alike else dbranch, dweight, dbias, dscale, None, dbranch_bias, None, None, None
+    return dx, dx if alike else dbranch, dweight, dbias, dscale, None, dbranch_bias, None, None, None, None
 
 
 residual_norm_forward.register_autograd(_backward, setup_context=_setup_context)

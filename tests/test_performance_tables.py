@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import result, short, table
+from benchmarks import kernel_tables, result, short, table
 from benchmarks.result import Info, Result
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,22 @@ def test_all_tables_are_fresh() -> None:
     paths = named_in(inside(), r"^`(\S+\.json)`: ")
     assert {path.name for path in RESULTS.glob("cpu*.json")} <= {path.name for path in paths}
     assert inside() == table.section(paths), f"{COMMAND} RESULTS --write docs/PERFORMANCE.md"
+
+
+def test_the_tables_of_kernels_are_fresh() -> None:
+    page, command = (
+        (ROOT / "docs" / "KERNELS.md").read_text(),
+        "run: python -m benchmarks.kernel_tables docs/KERNELS.md",
+    )
+    assert result.split(page, *kernel_tables.COUNTED)[1] == "\n".join(kernel_tables.counted_table()), command
+    assert result.split(page, *kernel_tables.COMPILED)[1] == "\n".join(kernel_tables.compiled_table()), command
+
+
+@pytest.mark.parametrize("name", [kernel_tables.BEFORE, kernel_tables.AFTER, kernel_tables.REGISTERS])
+def test_what_was_computed_says_so(name: str) -> None:
+    found = kernel_tables.read(name)
+    assert "not measured" in found.text("what") and re.fullmatch("[0-9a-f]{40}", found.text("commit"))
+    assert "device" not in found
 
 
 def test_the_short_tables_are_of_the_same_results() -> None:

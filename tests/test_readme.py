@@ -205,9 +205,10 @@ def test_the_number_of_architectures_is_that_of_the_table() -> None:
     assert f"{good} of the {names} names that timm {release} builds" in README
 
 
-def test_the_picture_is_what_its_script_draws() -> None:
-    code = "import sys, idea; sys.stdout.write(idea.picture())"
+@pytest.mark.parametrize("name", ["idea", "step"])
+def test_a_picture_is_what_its_script_draws(name: str) -> None:
+    code = f"import {name}; sys.stdout.write({name}.picture())"
     assert (
         run(f"import sys; sys.path.insert(0, {str(ROOT / 'docs' / 'pictures')!r}); {code}", ROOT)
-        == (ROOT / "docs" / "pictures" / "idea.svg").read_text()
+        == (ROOT / "docs" / "pictures" / f"{name}.svg").read_text()
     )

@@ -20,6 +20,7 @@ from helpers import nested, perturb, random_batches, tiny_vit
 from interpretation import run_interpreted
 from timm.layers import LayerNorm, LayerNormFp32, RmsNorm
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vitamin import GeGluMlp
 
 import skd
 from skd.training.dropping import drop_paths
@@ -121,6 +122,19 @@ def test_under_autocast_it_is_what_the_layers_compute(name: str) -> None:
         assert torch.equal(found[0], expected[0]) or name in ("class token", "no final norm")
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0.05, atol=0.02 * max(float(other.abs().max()), 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_an_mlp_begins_with_reads_what_its_linear_layers_read(dtype: torch.dtype) -> None:
+    """The rounded form, under autocast; layer by layer it would read float32."""
+    net, seen = skd.SuperNet(tiny(mlp_layer=GeGluMlp)), list[torch.dtype]()
+    layers = by_layers(net)
+    for one in (net, layers):
+        one.model.blocks[0].mlp.norm.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found, expected = net(IMAGES), layers(IMAGES)
+    assert seen == [dtype, torch.float32]
+    torch.testing.assert_close(found, expected, **({"rtol": 0.05, "atol": 0.02} if dtype != torch.float32 else {}))
 
 
 def test_sums_and_norms_are_one_operation(sums: list[bool]) -> None:

@@ -150,6 +150,7 @@ class RotatedAttention(Module):
         scores: torch.Tensor | None,
         tokens: int | None,
         shared: Shared,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
         if self.binary:
@@ -161,12 +162,16 @@ class RotatedAttention(Module):
             qkv.weight,
             qkv.bias,
             proj.weight,
-            proj.bias,
+            proj.bias if with_bias else None,
             width,
             num_heads=self.num_heads,
             scores=scores,
             queries=tokens,
         )
+
+    def output_bias(self, block: TimmLayer) -> torch.Tensor | None:
+        bias: torch.Tensor | None = None if self.binary else getattr(block, self.place.module).proj.bias
+        return bias
 
     def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
         """As `Module.narrowed`. timm scales by ``width ** -0.5``, so the Q rows absorb the rest of the full scale."""

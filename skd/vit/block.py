@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from skd.vit.protocol import Module, TimmModel, Width
-from skd.vit.residual import Norm, Stream, add, is_watched
+from skd.vit.residual import Addition, Norm, Stream, add, is_watched
 from skd.vit.skipped import is_skipped, skipped_like
 
 
@@ -105,15 +105,20 @@ class SuperBlock(nn.Module):
         if _is_skipped(module, width):
             return _skip(kept, [getattr(self, place.module), norm, scale, shared])
         inputs = stream if module.mixes_tokens else kept
+        drop_path = getattr(self, place.drop_path)
+        addition = Addition.of(kept.x, scale, drop_path, None if place.post_norm else following)
+        bias = module.output_bias(self) if addition is not None and addition.takes_bias else None
         if place.post_norm:
-            y, following = norm(module.forward(self, inputs.x, width, scores, tokens, shared)), None
+            y = norm(module.forward(self, inputs.x, width, scores, tokens, shared))
         else:
             normed = norm(inputs.x) if inputs.normed is None else inputs.normed
-            y = module.forward(self, normed, width, scores, tokens, shared)
+            y = module.forward(self, normed, width, scores, tokens, shared, with_bias=bias is None)
         if isinstance(width, torch.Tensor) and (place.post_norm or module.binary):
             # A module at width 0 gives zeros, but a norm after it, or a whole module, does not.
             y = torch.where(width > 0, y, 0.0)
-        return add(kept.x, y, scale, getattr(self, place.drop_path), following)
+        if addition is None:
+            return add(kept.x, y, scale, drop_path)
+        return addition.add(kept.x, y, bias, width)
 
     def entry_norm(self, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:
         """The norm that the block's input goes through first; `following` if it runs nothing.

@@ -138,6 +138,7 @@ class HeadAttention(OrderedModule):
         scores: torch.Tensor | None,
         tokens: int | None,
         shared: Shared,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         attn = getattr(block, self.place.module)
         plain = scores is None and tokens is None and isinstance(width, int) and width == self.full_width

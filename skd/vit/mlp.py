@@ -135,6 +135,7 @@ class SortedMlp(OrderedModule):
         scores: torch.Tensor | None,
         tokens: int | None,
         shared: Shared,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         mlp = getattr(block, self.place.module)
         if self.binary:
@@ -148,7 +149,14 @@ class SortedMlp(OrderedModule):
         last = getattr(mlp, self.output)
         # Only a norm over the input is left here: one over the neurons makes the module binary.
         x = mlp.norm(x)
-        return masked_mlp(x, w1, b1, last.weight, last.bias, width, act=self.act, gated=self.gated, scores=scores)
+        b2 = last.bias if with_bias else None
+        return masked_mlp(x, w1, b1, last.weight, b2, width, act=self.act, gated=self.gated, scores=scores)
+
+    def output_bias(self, block: TimmLayer) -> torch.Tensor | None:
+        bias: torch.Tensor | None = None
+        if not self.binary:
+            bias = getattr(getattr(block, self.place.module), self.output).bias
+        return bias
 
     def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
         inputs = [getattr(module, name) for name in self.inputs]

@@ -13,6 +13,7 @@ from torch import nn
 
 from skd.vit.protocol import TimmLayer
 from skd.vit.residual import is_watched
+from skd_kernels.gpu.entry import after_autocast
 
 
 def embed_patches(layer: TimmLayer, images: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,10 @@ def product_of_patches(layer: TimmLayer, images: torch.Tensor) -> torch.Tensor:
     """The same as ``layer(images)`` where `is_one_product`: (B, N, C), or (B, rows, columns, C) if it says so."""
     conv, (height, width) = layer.proj, layer.patch_size
     tiles = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, in_chans, rows, height, columns, width)
-    patches = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3)  # the weight's order: channels, then rows, then columns
+    tiles = tiles.permute(0, 2, 4, 1, 3, 5)  # the weight's order: channels, then rows, then columns
+    # One pass unfolds and, under autocast, rounds.
+    dtype = after_autocast(images.dtype, images.device.type)
+    patches = tiles.to(dtype, memory_format=torch.contiguous_format).flatten(3)
     if layer.flatten or layer.output_fmt == Format.NLC:
         patches = patches.flatten(1, 2)
     embedded: torch.Tensor = layer.norm(F.linear(patches, conv.weight.flatten(1), conv.bias))

@@ -199,12 +199,21 @@ class Module(ABC):
         scores: torch.Tensor | None,
         tokens: int | None,
         shared: Shared,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         """The module's function at a width above 0: (B, N, C) to (B, N, C), or to the first `tokens` only.
 
         A width on the device may be 0; then the result is zeros (a module that is `binary` may return anything).
         The backward pass adds Taylor scores to `scores`. `shared` is what `Network.embed` gave for this block.
+        ``with_bias=False`` leaves out `output_bias`, where there is one.
         """
+
+    def output_bias(self, block: TimmLayer) -> torch.Tensor | None:
+        """(C,), the bias that `forward` adds last and that its caller may add instead, at widths above 0.
+
+        None: there is none, or `forward` cannot leave it out.
+        """
+        return None
 
     @abstractmethod
     def narrowed(self, module: nn.Module, width: int) -> nn.Module:

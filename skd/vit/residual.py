@@ -4,6 +4,9 @@ A block before which norms stand computes ``x = x + branch(norm(x))``, over and 
 it is always the same operation: a sum, and the norm of whatever comes next, also across the border of two blocks.
 `skd_kernels.residual_norm` is that operation, so what a module hands on is the stream and its normed form.
 
+Where it runs as a kernel, it also adds the output bias of the attention or MLP that made the branch: in its backward
+pass the gradient of that bias is a sum over what the pass reads anyway.
+
 Where the operation would not be exactly what the layers compute, or somebody watches one of the layers, the layers
 are called one by one: then the normed form is left out, and the next module makes it.
 """
@@ -17,8 +20,9 @@ import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, RmsNorm
 from torch import nn
 
-from skd.vit.protocol import TimmLayer
+from skd.vit.protocol import TimmLayer, Width
 from skd_kernels import residual_norm
+from skd_kernels.residual_norm import runs_as_kernel
 
 # Classes that compute exactly F.layer_norm or F.rms_norm, by the names of `skd_kernels.residual_norm`.
 _KINDS: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", LayerNorm: "layer", nn.RMSNorm: "rms", RmsNorm: "rms"}
@@ -40,6 +44,8 @@ class Stream(NamedTuple):
 
     def leading(self, tokens: int | None) -> Stream:
         """The first `tokens` alone; None: all."""
+        if tokens is None:
+            return self
         return Stream(self.x[:, :tokens], None if self.normed is None else self.normed[:, :tokens])
 
 
@@ -75,34 +81,71 @@ class Norm(NamedTuple):
 
 def begin(x: torch.Tensor, norm: Norm | None) -> Stream:
     """The stream that enters the first module, whose norm is `norm` (None: it is not known)."""
-    return Stream(x) if norm is None or not norm.takes(x) else _summed(x, None, None, None, norm)
+    return Stream(x) if norm is None or not norm.takes(x) else _summed(x, None, norm)
 
 
-def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: TimmLayer, norm: Norm | None) -> Stream:
-    """``x + drop_path(scale(branch))``, normed by `norm` for whoever reads the sum next.
+class Addition(NamedTuple):
+    """``x + drop_path(scale(branch))`` as one operation with the norm of whoever reads the sum next.
 
-    Args:
-        x, branch: (B, N, C).
-        scale: the block's layer scale, a layer, a parameter (C,) or None.
-        drop_path: the block's layer for stochastic depth.
-        norm: None where the reader norms the sum itself.
+    Attributes:
+        scale: (C,), the block's layer scale, or None.
+        mask: (B,), the factors of stochastic depth, or None.
+        norm: what norms the sum.
+        takes_bias: the operation runs as a kernel, in which the bias of the layer that makes the branch costs nothing
+            and its gradient no pass of its own. In PyTorch's operations it would be a pass more.
     """
-    if norm is not None and norm.takes(x) and _only_multiply(scale, drop_path):
+
+    scale: torch.Tensor | None
+    mask: torch.Tensor | None
+    norm: Norm
+    takes_bias: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor, scale: TimmLayer, drop_path: TimmLayer, norm: Norm | None) -> Addition | None:
+        """None where the layers must be called one by one, see `add`.
+
+        Args:
+            x: (B, N, C), the stream.
+            scale: the block's layer scale, a layer, a parameter (C,) or None.
+            drop_path: the block's layer for stochastic depth.
+            norm: None where the reader norms the sum itself.
+        """
+        if norm is None or not norm.takes(x) or not _only_multiply(scale, drop_path):
+            return None
         gamma = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale  # an Identity has none
         mask = drop_path.factors(x.dtype) if isinstance(drop_path, CountedDropPath) else None
-        return _summed(x, branch, gamma, mask, norm)
+        return cls(gamma, mask, norm, runs_as_kernel(x))
+
+    def add(
+        self, x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor | None = None, width: Width | None = None
+    ) -> Stream:
+        """The sum, normed.
+
+        Args:
+            x, branch: (B, N, C).
+            bias: (C,), the output bias that the branch is without, or None.
+            width: at which the branch was made. Bias and branch count only where it is above 0; so does a branch
+                with a bias of its own without being told, since it is zeros.
+        """
+        given = None if bias is None else {"branch_bias": bias}
+        if given is not None and isinstance(width, torch.Tensor):
+            given["branch_width"] = width
+        return _summed(x, branch, self.norm, scale=self.scale, mask=self.mask, **given or {})
+
+
+def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: TimmLayer) -> Stream:
+    """``x + drop_path(scale(branch))`` by its layers, which are as for `Addition.of`; the reader norms it."""
     if scale is not None:
         branch = scale(branch) if isinstance(scale, nn.Module) else scale * branch
     return Stream(x + drop_path(branch))
 
 
-def _summed(
-    x: torch.Tensor, branch: torch.Tensor | None, scale: torch.Tensor | None, mask: torch.Tensor | None, norm: Norm
-) -> Stream:
+def _summed(x: torch.Tensor, branch: torch.Tensor | None, norm: Norm, **beside: torch.Tensor | None) -> Stream:
+    """`beside` are arguments of `residual_norm` that come with a branch."""
     device, (weight, bias, eps, kind, rounds) = x.device.type, norm
     exact = not rounds and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if exact else nullcontext():
-        return Stream(*residual_norm(x, branch, weight, bias, eps=eps, kind=kind, scale=scale, mask=mask))
+        return Stream(*residual_norm(x, branch, weight, bias, eps=eps, kind=kind, **beside))
 
 
 def _only_multiply(scale: TimmLayer, drop_path: TimmLayer) -> bool:

@@ -90,6 +90,7 @@ class SkippedModule(OrderedModule):
         scores: torch.Tensor | None,
         tokens: int | None,
         shared: Shared,
+        with_bias: bool = True,
     ) -> torch.Tensor:
         return torch.zeros_like(x)
 

@@ -36,7 +36,10 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     compiled ahead of time, with more pointers than there are registers.
     """
     flat = tensor.reshape(-1, tensor.shape[-1])
-    return flat if flat.stride(-1) == 1 and flat.data_ptr() % 16 == 0 else _copied(flat)
+    # Rows may be farther apart than they are long, by multiples of 16; one row that stands for all has no distance.
+    apart = flat.stride(0)
+    even = apart == flat.shape[1] or (apart > flat.shape[1] and apart % 16 == 0)
+    return flat if flat.stride(-1) == 1 and even and flat.data_ptr() % 16 == 0 else _copied(flat)
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:

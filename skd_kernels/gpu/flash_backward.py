@@ -24,12 +24,12 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks
     """As forward: 64 by 32 takes 138 and 168 registers on sm_90 (64 by 64: 174 and 225, one program less in each).
 
     sm_80 holds the operands of its mma instructions in registers, and owns 32 tokens. At 128 coordinates dk and dv of
-    64 keys need 8 warps. For sm_100 ptxas aims at fewer registers than it needs (96 of 120) unless told not to.
+    64 keys need 8 warps. For sm_80 and sm_100 ptxas aims at fewer registers than it needs unless told not to.
     """
     if dtype == torch.float32:
         return Blocks(16, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(16, 16, 8, 1, registers=255)
     if device.architecture < 90:
-        return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2)
+        return Blocks(32, 64, warps=4 if head_dim <= 64 else 8, stages=2, registers=255)
     if head_dim <= 64:
         return Blocks(64, 32, 4, stages=2, registers=255 if device.architecture >= 100 else None)
     return Blocks(64, 32, 8, stages=2, registers=255)

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Launch:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    resident: int = field(default=1, compare=False)
     label: str = field(default="", compare=False)
 
     @property
@@ -157,6 +158,7 @@ def launch(
     num_warps: int,
     num_stages: int,
     max_registers: int | None = None,
+    resident: int = 1,
 ) -> None:
     """Start `kernel` on `grid`, on the device of its first tensor argument.
 
@@ -168,10 +170,12 @@ def launch(
             `record` notes, unless the kernel does not specialise on its alignment.
         num_warps, num_stages: as Triton defines them.
         max_registers: of a thread. Without it ptxas may choose a limit of its own, and spill to keep it.
+        resident: programs that are to fit on a multiprocessor together; what is compiled is tested for it.
     """
     recorder = _recorder.get()
     if recorder is not None:
-        recorder.launches.append(_describe(kernel, arguments, (num_warps, num_stages, max_registers), recorder.label))
+        item = _describe(kernel, arguments, (num_warps, num_stages, max_registers), recorder.label)
+        recorder.launches.append(replace(item, resident=resident))
         return
     for look in _watchers:
         look(kernel.__name__, arguments)
@@ -210,4 +214,4 @@ def _describe(kernel: Any, arguments: dict[str, Any], settings: tuple[int, int, 
                 divisible.append(name)
         else:
             signature[name] = "fp32"
-    return Launch(kernel, signature, constants, tuple(divisible), *settings, label)
+    return Launch(kernel, signature, constants, tuple(divisible), *settings, label=label)

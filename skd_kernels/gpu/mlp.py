@@ -257,6 +257,9 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             for channels, hidden in ((200, 500), (136, 512)):  # rows of other lengths than multiples of 16
                 name = f"{channels} x {hidden} {str(dtype).removeprefix('torch.')}{suffix}"
                 yield name, partial(_example, dtype, (3, 197, channels), hidden, gated=gated)
+        for dtype in (torch.bfloat16, torch.float32):  # rows that no descriptor can describe
+            name = f"{str(dtype).removeprefix('torch.')} odd sizes{suffix}"
+            yield name, partial(_example, dtype, (3, 17, 45), 33, gated=gated)
         yield f"float32 with TF32{suffix}", partial(_example_tf32, gated)
 
 

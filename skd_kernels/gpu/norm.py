@@ -66,7 +66,7 @@ def _columns(BLOCK_C: tl.constexpr):
     return tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["rows", "tokens"], do_not_specialize_on_alignment=["width"])
 def residual_norm_kernel(
     x,
     branch,
@@ -75,6 +75,7 @@ def residual_norm_kernel(
     scale,
     mask,
     branch_bias,
+    width,
     total,
     normed,
     mean,
@@ -91,6 +92,7 @@ def residual_norm_kernel(
 
     x, branch, total and normed are (rows, COLUMNS) without gaps, `tokens` rows have one element of the mask. The
     variance is that of the centred row: nothing cancels where the mean is large. LAYER False: RMSNorm, without mean.
+    width: None, or one integer; unless it is above zero, branch and branch_bias are not read, and are zeros.
     """
     c = _columns(BLOCK_C)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -99,9 +101,12 @@ def residual_norm_kernel(
     at = r.to(tl.int64)[:, None] * COLUMNS + c[None, :]
     row = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     if branch is not None:
-        added = tl.load(branch + at, mask=there, other=0.0).to(tl.float32)
+        counts = True
+        if width is not None:
+            counts = tl.load(width) > 0
+        added = tl.load(branch + at, mask=there & counts, other=0.0).to(tl.float32)
         if branch_bias is not None:
-            added += tl.load(branch_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+            added += tl.load(branch_bias + c, mask=inside & counts, other=0.0).to(tl.float32)[None, :]
         if scale is not None:
             added *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)[None, :]
         if mask is not None:
@@ -122,7 +127,7 @@ def residual_norm_kernel(
     tl.store(normed + at, row.to(normed.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "per_program"])
+@triton.jit(do_not_specialize=["rows", "tokens", "per_program"], do_not_specialize_on_alignment=["width"])
 def residual_norm_gradient_kernel(
     dtotal,
     dnormed,
@@ -132,6 +137,7 @@ def residual_norm_gradient_kernel(
     scale,
     mask,
     branch_bias,
+    width,
     mean,
     rstd,
     dx,
@@ -153,7 +159,8 @@ def residual_norm_gradient_kernel(
     """Gradients at x and at the branch, and of `per_program` rows the terms of those that are sums over rows.
 
     INPUTS: more is wanted than WEIGHT and BIAS. sums (wanted, programs, COLUMNS), in this order: WEIGHT, BIAS, SCALE,
-    BRANCH (the column sums of dbranch). dtotal, dnormed, dx and dbranch may be None.
+    BRANCH (the column sums of dbranch). dtotal, dnormed, dx and dbranch may be None. width: None, or one integer;
+    unless it is above zero, dbranch and what is summed for SCALE and BRANCH are zeros.
     """
     c = _columns(BLOCK_C)
     inside = c < COLUMNS
@@ -163,6 +170,9 @@ def residual_norm_gradient_kernel(
     of_bias = tl.zeros((BLOCK_C,), tl.float32)
     of_scale = tl.zeros((BLOCK_C,), tl.float32)
     of_branch = tl.zeros((BLOCK_C,), tl.float32)
+    counts = True
+    if width is not None:
+        counts = tl.load(width) > 0
     begin = tl.program_id(0) * per_program
     end = tl.minimum(begin + per_program, rows)
     at = tl.arange(0, BLOCK_R)[:, None] * COLUMNS + c[None, :]
@@ -197,12 +207,14 @@ def residual_norm_gradient_kernel(
                 grad = tl.load(dtotal + base + at, mask=there, other=0.0).to(tl.float32)
             if dx is not None:
                 tl.store(dx + base + at, grad.to(dx.dtype.element_ty), mask=there)
+            if width is not None:
+                grad = tl.where(counts, grad, 0.0)
             if mask is not None:
                 grad *= tl.load(mask + r // tokens, mask=r < end, other=0.0).to(tl.float32)[:, None]
             if SCALE:
-                added = tl.load(branch + base + at, mask=there, other=0.0).to(tl.float32)
+                added = tl.load(branch + base + at, mask=there & counts, other=0.0).to(tl.float32)
                 if branch_bias is not None:
-                    added += tl.load(branch_bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+                    added += tl.load(branch_bias + c, mask=inside & counts, other=0.0).to(tl.float32)[None, :]
                 of_scale += tl.sum(grad * added, 0)
             if scale is not None:
                 grad *= tl.load(scale + c, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -305,20 +317,27 @@ def differentiate(
         launch(residual_norm_sums_kernel, grid, arguments, num_warps=8, num_stages=1)
 
 
+# What a branch comes with: nothing, its bias from a layer whose width is on the device, and all that there may be.
+_BESIDE_A_BRANCH = {
+    "": (),
+    ", bias and width": ("branch_bias", "width"),
+    ", all there is": ("branch_bias", "width", "scale", "mask"),
+}
+
+
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
-    for dtype, layer, all_there_is in product(
-        (torch.bfloat16, torch.float16, torch.float32), (True, False), (False, True)
-    ):
-        name = f"{str(dtype).removeprefix('torch.')} {'layer' if layer else 'rms'}{', all there is' * all_there_is}"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype, layer, (suffix, beside) in product(dtypes, (True, False), _BESIDE_A_BRANCH.items()):
+        name = f"{str(dtype).removeprefix('torch.')} {'layer' if layer else 'rms'}{suffix}"
         quick = "quick " if (dtype, layer) == (torch.bfloat16, True) else ""
-        yield f"{quick}DeiT-Base {name}", partial(_example, dtype, 768, layer, all_there_is=all_there_is)
+        yield f"{quick}DeiT-Base {name}", partial(_example, dtype, 768, layer, beside)
         if (dtype, layer) in ((torch.bfloat16, True), (torch.float32, False)):
             for columns in (1, 13, 100, 192, 384, 1152, 2048, 4096):
-                yield f"{columns} {name}", partial(_example, dtype, columns, layer, all_there_is=all_there_is)
+                yield f"{columns} {name}", partial(_example, dtype, columns, layer, beside)
 
 
-def _example(dtype: torch.dtype, columns: int = 768, layer: bool = True, *, all_there_is: bool = False) -> None:
+def _example(dtype: torch.dtype, columns: int, layer: bool, beside: Sequence[str]) -> None:
     """A norm between two branches, then the first norm of a network and the sums alone of the last one."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -328,16 +347,16 @@ def _example(dtype: torch.dtype, columns: int = 768, layer: bool = True, *, all_
     shape, rows = (images, tokens, columns), images * tokens
     stream, branch, vector = empty(*shape), empty(*shape, dtype=dtype), empty(columns)
     mean, rstd = empty(rows) if layer else None, empty(rows)
-    optional: dict[str, Any] = {"scale": vector, "mask": empty(images), "branch_bias": vector}
-    optional = optional if all_there_is else dict.fromkeys(optional)
-    affine: dict[str, Any] = {"weight": vector, "bias": vector if layer or all_there_is else None}
+    known = {"scale": vector, "mask": empty(images), "branch_bias": vector, "width": empty(dtype=torch.int32)}
+    optional = {name: tensor if name in beside else None for name, tensor in known.items()}
+    affine: dict[str, Any] = {"weight": vector, "bias": vector if layer or "scale" in beside else None}
     inputs = {"x": stream, "branch": branch, **affine, **optional}
     results = {"total": stream, "normed": branch, "mean": mean, "rstd": rstd}
     saved = {"total": stream, "weight": vector, **optional, "mean": mean, "rstd": rstd}
     normalise(inputs, results, tokens, 1e-6, layer)
     normalise({**inputs, "branch": None, **dict.fromkeys(optional)}, {**results, "total": None}, tokens, 1e-6, layer)
     wanted = [vector, affine["bias"], optional["scale"], optional["branch_bias"]]
-    of_scale = {"branch": branch if all_there_is else None}
+    of_scale = {"branch": branch if "scale" in beside else None}
     between = {"dtotal": stream, "dnormed": branch, **saved, **of_scale}
     differentiate(between, stream, branch, wanted, tokens, layer)
     first = {**between, "dtotal": None, "branch": None, **dict.fromkeys(optional)}

@@ -20,10 +20,11 @@ behind is never read. A grid of programs that fills the device once walks over t
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from skd_kernels.gpu.activations import in_kernel
@@ -39,10 +40,9 @@ from skd_kernels.gpu.tiles import (
     precision,
     read_width,
     rounded,
-    single_precision_config,
+    small_config,
     tile_of,
     triton_type,
-    width_kernel,
 )
 
 
@@ -61,7 +61,12 @@ class Width:
     groups: int = 1
 
 
-@width_kernel
+def name_in_profiles(specialization: Any) -> str:
+    """product_linear, product_activate or product_gradient."""
+    return f"product_{specialization.constants['EPILOGUE']}"
+
+
+@triton.jit(do_not_specialize_on_alignment=["width"], repr=name_in_profiles)  # as tiles.width_kernel, and named
 def product_kernel(
     a,
     b,
@@ -143,52 +148,57 @@ def product_kernel(
 # Launch configurations -------------------------------------------------------------------------------
 
 
-def linear_config(like: torch.Tensor, columns: int, by_descriptor: bool) -> Config:
+def linear_config(like: torch.Tensor, channels: int, columns: int, depth: int, by_descriptor: bool) -> Config:
     """For "linear". On an H100 (prototypes, DeiT-Base): 687 TFLOP/s with 128 x 256 and 4 stages, flattened.
 
     Other widths of a network than multiples of 256 take the widest tile that wastes nothing. sm_80 feeds its tensor
     cores from registers, and sm_120 has 99 KiB of shared memory: 128 x 128 at most.
     """
-    small = single_precision_config(like)
+    small = small_config(like, channels, by_descriptor)
     if small is not None:
         return small
     step = inner_step(like)
     if by_descriptor and device_of(like).architecture < 120:
+        if depth <= 384:  # few steps: another program's product runs beside this one's epilogue
+            return Config(128, 128 if columns > 64 else 64, step, warps=4, stages=3, resident=2, pieces=2)
         if columns % 256 == 0 or columns > 1024:
             return Config(128, 256, step, warps=8, stages=4, pieces=2, flatten=True)
         if columns % 128 == 0 or columns > 256:
             return Config(128, 128, step, warps=4, stages=4, pieces=2, flatten=True)
-        return Config(128, 64, step, warps=4, stages=3, resident=3)
+        return Config(128, 64, step, warps=4, stages=4, resident=2)
     return Config(128, 128, step, warps=8, stages=3)
 
 
-def activate_config(like: torch.Tensor, gated: bool) -> Config:
+def activate_config(like: torch.Tensor, channels: int, gated: bool, by_descriptor: bool) -> Config:
     """For "activate". On an H100 (prototypes, DeiT-Base) 0.279 ms, the stores alone 0.261; in 2 pieces 0.372.
 
     Gated, a program computes two tiles, of half the columns.
     """
-    small = single_precision_config(like)
+    small = small_config(like, channels, by_descriptor)
     if small is not None:
-        return Config(64, 32, 32, warps=8, stages=2, registers=255) if gated else small
+        return replace(small, n=32, stages=min(small.stages, 2)) if gated else small
     if gated:
         return Config(128, 64, inner_step(like), warps=8, stages=3, resident=2, pieces=2)
     return Config(128, 128, inner_step(like), warps=8, stages=3, resident=2, pieces=4, flatten=True)
 
 
-def gradient_config(like: torch.Tensor, gated: bool) -> Config:
+def gradient_config(like: torch.Tensor, channels: int, gated: bool, by_descriptor: bool) -> Config:
     """For "gradient", with the columns of `activate_config`: what that wrote is what this reads.
 
-    On an H100 (prototypes, DeiT-Base) 0.263 ms, with scores 0.340.
+    On an H100 (prototypes, DeiT-Base) 0.263 ms, with scores 0.340. Without wgmma, or with addresses of pointers, the
+    registers of 4 warps are too few.
     """
-    n = activate_config(like, gated).n
-    if like.element_size() == 4:
-        return Config(64, n, 32, warps=8, stages=3, registers=255)
-    return Config(128, n, inner_step(like), warps=4, stages=3, resident=2, pieces=2)
+    n = activate_config(like, channels, gated, by_descriptor).n
+    small = small_config(like, channels, by_descriptor)
+    if small is not None:
+        return replace(small, m=min(small.m, 64), n=n, registers=255)
+    fits = by_descriptor and device_of(like).architecture < 120
+    return Config(128, n, inner_step(like), warps=4 if fits else 8, stages=3, resident=2 if fits else 1, pieces=2)
 
 
 def gradient_rows(dy: torch.Tensor, gated: bool) -> int:
     """Rows of tiles of "gradient" on dy (T, C), each of which has sums of its own."""
-    return ceil_div(dy.shape[0], gradient_config(dy, gated).m)
+    return ceil_div(dy.shape[0], gradient_config(dy, dy.shape[1], gated, described(dy)).m)
 
 
 # Launches ------------------------------------------------------------------------------------------
@@ -224,10 +234,13 @@ def product(
     """
     rows, depth = a.shape
     by_descriptor = described(a, b, out, kept, features)
+    channels, gated = depth if ragged_columns else columns, parts == 2
+    kept = width.groups * width.full  # at most, where buffers are padded
+    wide, deep = (kept, depth) if ragged_columns else (columns, parts * kept)
     config = {
-        "linear": lambda: linear_config(a, columns, by_descriptor),
-        "activate": lambda: activate_config(a, parts == 2),
-        "gradient": lambda: gradient_config(a, parts == 2),
+        "linear": lambda: linear_config(a, channels, wide, deep, by_descriptor),
+        "activate": lambda: activate_config(a, channels, gated, by_descriptor),
+        "gradient": lambda: gradient_config(a, channels, gated, by_descriptor),
     }[epilogue]().fitted(a)
     m, n, k, piece = config.m, config.n, config.k, config.n // config.pieces
     tall, across = ceil_div(rows, m), ceil_div(columns, n)

@@ -25,12 +25,14 @@ def column_sums_kernel(
         j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         begin = tl.program_id(1) * chunk
         count = tl.minimum(chunk, tokens - begin)
-        base = a + begin.to(tl.int64) * stride_a + j[None, :]
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, count, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
             mask = (i < count)[:, None] & (j < columns)[None, :]
-            total += tl.load(base + i[:, None] * stride_a, mask=mask, other=0.0).to(tl.float32)
+            base = a + tl.cast(begin + start, tl.int64) * stride_a
+            total += tl.load(
+                base + (tl.arange(0, BLOCK_M)[:, None] * stride_a + j[None, :]), mask=mask, other=0.0
+            ).to(tl.float32)
         tl.store(partial + tl.program_id(1) * columns + j, tl.sum(total, 0), mask=j < columns)
 
 

@@ -50,7 +50,8 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """For `launch`."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "max_registers": self.registers}
+        launched = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**launched, "max_registers": self.registers, "resident": self.resident}
 
     def blocks(self) -> dict[str, Any]:
         """The constants of a kernel that loops over tiles."""
@@ -71,16 +72,20 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def single_precision_config(like: torch.Tensor) -> Config | None:
-    """The configuration of products in float32, or None for half precision.
+def small_config(like: torch.Tensor, channels: int, by_descriptor: bool) -> Config | None:
+    """The configuration of products on which the large tiles would spill, or None.
 
-    Without TF32 they run on the ordinary cores, which keep their operands in registers: larger tiles would spill.
+    float32 without TF32 runs on the ordinary cores, which keep their operands in registers. And where 16 does not
+    divide `channels`, the length of the rows of x, pointers load element by element, with an address for each.
     """
-    if like.element_size() < 4:
-        return None
-    if precision() == "ieee":  # left to itself, ptxas spills to fit in 128 registers
-        return Config(64, 64, 32, warps=8, stages=3, registers=255)
-    return Config(128, 64, 32, warps=8, stages=3)
+    uneven = channels % 16 > 0 and not by_descriptor
+    if like.element_size() == 4 and precision() == "ieee":
+        if uneven:  # longer steps, or steps that overlap, would need more registers than ptxas finds
+            return Config(32, 32, 32, warps=8, stages=1, registers=255)
+        return Config(64, 64, 32, warps=8, stages=3, registers=255)  # left to itself, ptxas spills to fit in 128
+    if uneven:
+        return Config(64, 64, 32, warps=8, stages=3)
+    return Config(128, 64, 32, warps=8, stages=3) if like.element_size() == 4 else None
 
 
 def inner_step(like: torch.Tensor) -> int:
@@ -130,9 +135,10 @@ def rounded(kept):
 @triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
     """(row, column) of a tile: bands of GROUP rows, column by column, so that neighbours share operands in L2."""
-    band = GROUP * columns
+    # A flattened loop computes the first tile even if there is none: nothing is divided by zero.
+    band = GROUP * tl.maximum(columns, 1)
     first = index // band * GROUP
-    height = tl.minimum(rows - first, GROUP)
+    height = tl.maximum(tl.minimum(rows - first, GROUP), 1)
     return first + index % band % height, index % band // height
 
 

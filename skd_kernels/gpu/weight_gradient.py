@@ -12,7 +12,6 @@ work is cut follows from the width and the device alone: results repeat to the b
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +24,14 @@ from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import (
     Config,
     described,
+    halves,
     inner_step,
     load_tile,
     operand,
     precision,
     read_width,
     rounded,
-    single_precision_config,
+    small_config,
     width_kernel,
 )
 
@@ -62,7 +62,8 @@ def cuts(tiles, steps, programs, OVERHEAD: tl.constexpr):
     two = tl.minimum(tl.maximum(2 * programs // tiles, 1), steps)
     end_of_one = tl.cdiv(tiles * one, programs) * (tl.cdiv(steps, one) + OVERHEAD)
     end_of_two = tl.cdiv(tiles * two, programs) * (tl.cdiv(steps, two) + OVERHEAD)
-    return tl.where(end_of_two < end_of_one, two, one)
+    best = tl.where(end_of_two < end_of_one, two, one)
+    return tl.cdiv(steps, tl.cdiv(steps, best))  # none is empty
 
 
 @width_kernel
@@ -88,6 +89,7 @@ def weight_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
     """work (parts of the sum, tiles, BLOCK_M, BLOCK_N) = a^T b over the tokens of each part.
@@ -96,29 +98,43 @@ def weight_gradient_kernel(
     """
     keep = read_width(width, full)
     part_rows, tall, across = grid_of(keep, groups, rows, columns, PACKED, BY_ROWS, BLOCK_M, BLOCK_N)
-    tiles = tall * across
     steps = tl.cdiv(tokens, BLOCK_K)
-    count = cuts(tiles, steps, tl.num_programs(0), OVERHEAD)
+    count = cuts(tall * across, steps, tl.num_programs(0), OVERHEAD)
     share = tl.cdiv(steps, count)
-    for item in tl.range(tl.program_id(0), tiles * count, tl.num_programs(0), flatten=FLATTEN):
+    items = tall * across * count
+    # A flattened loop computes the first item even if there is none: nothing is divided by zero.
+    across = tl.maximum(across, 1)
+    tiles = tl.maximum(tall * across, 1)
+    part_rows = tl.maximum(part_rows, 1)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         tile = item % tiles
         row = tile // across
         top = row * BLOCK_M
         if BY_ROWS and not PACKED:
             top = row // part_rows * part + row % part_rows * BLOCK_M
         left = tile % across * BLOCK_N
-        low = item // tiles * share
-        high = tl.minimum(low + share, steps)
+        first = item // tiles * share
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(low, high):
-            t = step * BLOCK_K
+        # The last part may go on past the last token, where zeros are read: loops of one length become one loop.
+        for step in range(0, share):
+            t = (first + step) * BLOCK_K
             a_tile = load_tile(a, t, top, tokens, rows, stride_a, BLOCK_K, BLOCK_M, WHOLE or BY_ROWS, DESCRIBED)
             b_tile = load_tile(
                 b, t, left, tokens, columns, stride_b, BLOCK_K, BLOCK_N, WHOLE or not BY_ROWS, DESCRIBED
             )
             total = tl.dot(a_tile.T, b_tile, total, input_precision=PRECISION)
-        i = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
-        tl.store(work + tl.cast(item, tl.int64) * (BLOCK_M * BLOCK_N) + (i + tl.arange(0, BLOCK_N)[None, :]), total)
+        store_sums(work + tl.cast(item, tl.int64) * (BLOCK_M * BLOCK_N), total, BLOCK_M, BLOCK_N, BLOCK_N, PIECES)
+
+
+@triton.jit
+def store_sums(place, total, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr):
+    """Write a tile (HEIGHT, WIDTH) into rows of ROW elements, in PIECES of columns: each goes through shared memory."""
+    if PIECES > 1:
+        left, right = halves(total, HEIGHT, WIDTH)
+        store_sums(place, left, HEIGHT, WIDTH // 2, ROW, PIECES // 2)
+        store_sums(place + WIDTH // 2, right, HEIGHT, WIDTH // 2, ROW, PIECES // 2)
+    else:
+        tl.store(place + (tl.arange(0, HEIGHT)[:, None] * ROW + tl.arange(0, WIDTH)[None, :]), total)
 
 
 @width_kernel
@@ -163,7 +179,7 @@ def finish_kernel(
         row_in = place % BLOCK_M
         tile = row_tile[:, None] * across + (c // BLOCK_N)[None, :]
         inner = row_in[:, None] * BLOCK_N + (c % BLOCK_N)[None, :]
-        kept = live[:, None] & (c < columns)[None, :]
+        kept = (r < rows)[:, None] & live[:, None] & (c < columns)[None, :]
     else:
         place = group * rounded(keep) + coordinate
         tile = (r // BLOCK_M)[:, None] * across + (place // BLOCK_N)[None, :]
@@ -179,13 +195,18 @@ def finish_kernel(
     tl.store(places, total.to(out.dtype.element_ty), mask=stored)
 
 
-def weight_gradient_config(like: torch.Tensor, columns: int) -> Config:
-    """On an H100 (prototypes, DeiT-Base): 0.103 and 0.064 ms at half and quarter width with 128 x 256."""
-    small = single_precision_config(like)
+def weight_gradient_config(like: torch.Tensor, channels: int, columns: int, by_descriptor: bool) -> Config:
+    """On an H100 (prototypes, DeiT-Base): 0.103 and 0.064 ms at half and quarter width with 128 x 256.
+
+    The prototype's loops over tiles and steps were not one, and it wrote the sums in one piece.
+    """
+    small = small_config(like, channels, by_descriptor)
     if small is not None:
         return small
-    wide = 90 <= device_of(like).architecture < 120 and columns > 128
-    return Config(128, 256 if wide else 128, inner_step(like), warps=8, stages=3, flatten=wide)
+    wide = by_descriptor and device_of(like).architecture < 120 and columns > 128
+    if wide:
+        return Config(128, 256, inner_step(like), warps=8, stages=3, pieces=4, flatten=True)
+    return Config(128, 128, inner_step(like), warps=8, stages=3)
 
 
 def weight_gradient(
@@ -204,10 +225,8 @@ def weight_gradient(
         by_rows: whether the width limits the rows of `out` or its columns.
     """
     tokens, (rows, columns) = a.shape[0], out.shape
-    config = weight_gradient_config(a, columns).fitted(a)
     by_descriptor = described(a, b)
-    if not by_descriptor and config.n > 128:
-        config = replace(config, n=128)
+    config = weight_gradient_config(a, columns if by_rows else rows, columns, by_descriptor).fitted(a)
     groups = layout.rows if by_rows else layout.columns
     high, wide = (a.shape[1], columns) if by_rows else (rows, b.shape[1])
     tiles = ceil_div(high, config.m) * ceil_div(wide, config.n)
@@ -224,7 +243,13 @@ def weight_gradient(
     arguments: dict[str, Any] = {
         **{"a": operand(a, config.k, config.m, by_descriptor), "b": operand(b, config.k, config.n, by_descriptor)},
         **{"stride_a": a.stride(0), "stride_b": b.stride(0), "part": layout.part, "WHOLE": even},
-        **{"DESCRIBED": by_descriptor, "PRECISION": precision(), "FLATTEN": config.flatten, **shapes},
+        **{
+            "DESCRIBED": by_descriptor,
+            "PRECISION": precision(),
+            "FLATTEN": config.flatten,
+            "PIECES": config.pieces,
+            **shapes,
+        },
     }
     launch(weight_gradient_kernel, (programs,), arguments, **config.settings())
     strip = min(config.m, FINISHED // config.n)

@@ -345,13 +345,12 @@ class OnGpu(Everywhere):
     replayed: ClassVar[Problem]
     replays: ClassVar[tuple[Any, ...]]
     asynchronous: ClassVar[tuple[Problem, Any]]
-    control_dtype: ClassVar[torch.dtype] = torch.int32
 
     def test_it_is_chosen_and_never_stops_the_host(self) -> None:
         problem, value = self.asynchronous
         problem = replace(problem, device="cuda")
         leaves = with_gradients(problem)
-        control = torch.tensor(value, dtype=self.control_dtype, device="cuda")
+        control = torch.tensor(value, dtype=torch.int32, device="cuda")
 
         def step() -> None:
             sum(out.sum() for out in problem.call(leaves, control)).backward()  # type: ignore[union-attr]
@@ -368,7 +367,7 @@ class OnGpu(Everywhere):
         """Forward and backward; the control, and nothing else, changes between replays."""
         problem = replace(self.replayed, device="cuda")
         leaves, given = with_gradients(problem), problem.gradients()
-        control = torch.tensor(self.replays[0], dtype=self.control_dtype, device="cuda")
+        control = torch.tensor(self.replays[0], dtype=torch.int32, device="cuda")
 
         def step() -> list[torch.Tensor]:
             out = problem.call(leaves, control)
@@ -386,7 +385,7 @@ class OnGpu(Everywhere):
         with torch.cuda.graph(graph):
             results = step()
         for value in self.replays:
-            control.copy_(torch.tensor(value, dtype=self.control_dtype))
+            control.copy_(torch.tensor(value, dtype=torch.int32))
             graph.replay()
             replayed = [result.clone() for result in results]
             for found, want in zip(replayed, step(), strict=True):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from every_operation import Cases, Everywhere, check_alignment
 from layouts import LAYOUTS
-from norm_checks import NAMES, OPTIONAL, Inputs, Norm, make_inputs
-from operations import relative_error, run
+from norm_checks import NAMES, OF_A_BRANCH, OPTIONAL, PLAIN, Inputs, Norm, make_inputs
+from operations import in_double, relative_error, run
 from tolerances import UNIT_ROUNDOFF, kernel_tolerance
 
 import skd_kernels as kernels
@@ -23,8 +23,7 @@ from skd_kernels.residual_norm import KINDS, residual_norm_backward, residual_no
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PLAIN = ("scale", "mask", "branch_bias")
-FIRST = ("branch", *PLAIN)  # what the first norm of a network is without
+FIRST = ("branch", *OF_A_BRANCH)  # what the first norm of a network is without
 
 
 def in_training(shape: tuple[int, int, int], kind: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Norm:
@@ -32,9 +31,9 @@ def in_training(shape: tuple[int, int, int], kind: str, dtype: torch.dtype = tor
 
 
 class TestNorm(Everywhere):
-    repeated = Norm((3, 70, 72)), (None,)
+    repeated = Norm((3, 70, 72)), (3, 0)
     compiled = tuple(in_training((2, 5, 24), kind, without=without) for kind in KINDS for without in ((), FIRST))
-    controls = (None,)
+    controls = (3, 0)
     cases: ClassVar[Cases] = {
         # 192 channels fill three quarters of the tile; 150 rows are several turns of a program, the last cut short.
         "everything at once": [
@@ -46,7 +45,7 @@ class TestNorm(Everywhere):
             for count in range(1, len(OPTIONAL) + 1)
             for without in itertools.combinations(OPTIONAL, count)
             for kind in KINDS
-            if "branch" not in without or set(PLAIN) <= set(without)
+            if "branch" not in without or set(OF_A_BRANCH) <= set(without)
         ],
         "any number of channels": [
             (problem, None)
@@ -54,7 +53,7 @@ class TestNorm(Everywhere):
             for kind in KINDS
             for problem in (
                 Norm((2, 3, channels), kind=kind),
-                in_training((1, 3, channels), kind, without=PLAIN),
+                in_training((1, 3, channels), kind, without=OF_A_BRANCH),
             )
         ],
         "any number of tokens": [
@@ -65,6 +64,12 @@ class TestNorm(Everywhere):
                 Norm((images, tokens, 24), kind=kind),
                 in_training((images, tokens, 200), kind, torch.float16),
             )
+        ],
+        "a width of zero": [
+            (problem, width)
+            for width in (0, -1)
+            for kind in KINDS
+            for problem in (Norm((2, 9, 72), kind=kind), in_training((2, 9, 72), kind))
         ],
     }
 
@@ -84,7 +89,7 @@ def results(name: str, inputs: Inputs, kind: str, grads: Any, **options: Any) ->
 def test_so_few_channels_that_most_of_a_gradient_cancels(kind: str, channels: int) -> None:
     """What is left of it is as far off as the terms were rounded; of one channel, nothing is left."""
     inputs, grads = make_inputs((2, 9, channels)), grads_of((2, 9, channels))
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact = in_double(inputs)
     expected = results("reference", exact, kind, grads)
     for name, got in results("triton", inputs, kind, grads).items():
         torch.testing.assert_close(got.double(), expected[name], rtol=1e-5, atol=1e-5)
@@ -101,7 +106,7 @@ def test_a_mean_far_above_the_deviation(kind: str, mean: float) -> None:
     inputs = make_inputs((2, 20, 96), without=FIRST)
     inputs["x"] += mean
     grads = grads_of((2, 20, 96))
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact = in_double(inputs)
     expected, plain = results("reference", exact, kind, grads), results("reference", inputs, kind, grads)
     for name, got in results("triton", inputs, kind, grads).items():
         other, moved = relative_error(plain[name], expected[name]), 2 * mean * UNIT_ROUNDOFF[torch.float32]
@@ -164,6 +169,21 @@ def test_only_one_output_is_read() -> None:
                 torch.testing.assert_close(found[name], want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_width_of_zero_leaves_the_branch_out(width: int, kind: str) -> None:
+    """Its bias too, whatever is in both, and the gradients of both and of scale are exact zeros."""
+    inputs, grads = make_inputs((2, 9, 72), width=width), grads_of((2, 9, 72))
+    inputs["branch"], inputs["branch_bias"] = torch.full((2, 9, 72), torch.nan), torch.full((72,), torch.inf)
+    expected = results("reference", inputs | dict.fromkeys(FIRST), kind, grads)
+    for name in ("triton", "reference"):
+        found = results(name, inputs, kind, grads)
+        for key in ("branch", "scale", "branch_bias"):
+            assert torch.equal(found.pop(key), torch.zeros_like(inputs[key])), (name, key)
+        for key, got in found.items():
+            torch.testing.assert_close(got, expected[key])
+
+
 def test_the_second_stage_takes_several_turns() -> None:
     """As on a GPU, whose hundreds of programs leave their sums; here 38 have, and the last turn is short."""
     sums, found = torch.randn(2, 38, 72), torch.full((2, 72), torch.nan)
@@ -194,10 +214,12 @@ def test_only_what_is_asked_for_is_computed(count: int, launched: list[tuple[str
 
 def test_equal_gradients_of_the_two_streams_are_written_once(launched: list[tuple[str, Any]]) -> None:
     grads = grads_of((2, 5, 24))
-    for without, once in (((), False), (("scale",), False), (("mask",), False), (("scale", "mask"), True)):
+    for kept in ("scale", "mask", "branch_width", "branch_bias"):
+        without, once = {"scale", "mask", "branch_width"} - {kept}, kept == "branch_bias"
         launched.clear()
         found = results("triton", make_inputs((2, 5, 24), without=without), "layer", grads)
-        assert (launched[1][1]["dbranch"] is None) == torch.equal(found["x"], found["branch"]) == once
+        assert (launched[1][1]["dbranch"] is None) == once
+        assert torch.equal(found["x"], found["branch"]) == (once or kept == "branch_width")
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
@@ -217,17 +239,17 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_column_sums_without_a_branch_bias(kind: str) -> None:
     """A layer that knows its own bias asks the operator for the sums of the branch's gradient over tokens."""
-    inputs = make_inputs((2, 30, 72), without=("branch_bias",))
+    inputs = make_inputs((2, 30, 72), without=("branch_bias", "branch_width"))
     dsum, dnormed = grads_of((2, 30, 72))
     x, branch, weight, scale, mask = (inputs[name] for name in ("x", "branch", "weight", "scale", "mask"))
     total, _, mean, rstd = residual_norm_forward(
-        x, branch, weight, None, scale, mask, None, 1e-6, kind == "layer", torch.float32
+        x, branch, weight, None, scale, mask, None, None, 1e-6, kind == "layer", torch.float32
     )
     dtypes, needs = (torch.float32, torch.bfloat16), [False, True, False, False, False, True]
     _, dbranch, *_, sums = residual_norm_backward(
-        dsum, dnormed, total, None, weight, scale, mask, None, mean, rstd, *dtypes, needs
+        dsum, dnormed, total, None, weight, scale, mask, None, None, mean, rstd, *dtypes, needs
     )
-    exact = {name: None if value is None else value.double() for name, value in inputs.items()}
+    exact = in_double(inputs)
     expected = results("reference", exact, kind, (dsum, dnormed))["branch"]
     assert dbranch.dtype == torch.bfloat16 and sums.dtype == torch.float32
     assert relative_error(dbranch, expected) <= UNIT_ROUNDOFF[torch.bfloat16]
@@ -237,14 +259,14 @@ def test_column_sums_without_a_branch_bias(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_library_accepts_the_operators(kind: str) -> None:
     inputs = make_inputs((2, 3, 20), torch.bfloat16, stream=torch.float32)
-    layer, order = kind == "layer", ("x", "branch", "weight", "bias", "scale", "mask", "branch_bias")
-    leaves = [inputs[name].requires_grad_(name != "mask") for name in order]
+    layer, order = kind == "layer", ("x", *OPTIONAL)
+    leaves = [inputs[name].requires_grad_(name not in PLAIN) for name in order]
     torch.library.opcheck(residual_norm_forward, (*leaves, 1e-6, layer, torch.bfloat16))
-    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 6, 1e-6, layer, torch.float32))
+    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 7, 1e-6, layer, torch.float32))
     vectors = [leaf.detach() for leaf in leaves]
-    _, branch, weight, _, scale, mask, branch_bias = vectors
+    _, branch, weight, _, scale, mask, branch_bias, width = vectors
     total, normed, mean, rstd = residual_norm_forward(*vectors, 1e-6, layer, torch.bfloat16)
-    read = total, branch, weight, scale, mask, branch_bias, mean, rstd, torch.float32, torch.bfloat16
+    read = total, branch, weight, scale, mask, branch_bias, width, mean, rstd, torch.float32, torch.bfloat16
     for needs in ([True] * 6, [False, True, True, False, False, False]):
         torch.library.opcheck(residual_norm_backward, (total, normed, *read, needs))
     torch.library.opcheck(residual_norm_backward, (total, None, *read, [True, True, False, False, False, False]))

@@ -10,7 +10,9 @@ import torch
 from operations import Problem, Tensors
 
 NAMES = ("x", "branch", "weight", "bias", "scale", "branch_bias")  # those that have a gradient
-OPTIONAL = ("branch", "weight", "bias", "scale", "mask", "branch_bias")
+PLAIN = ("mask", "branch_width")  # those that have none
+OF_A_BRANCH = ("scale", "mask", "branch_bias", "branch_width")
+OPTIONAL = ("branch", "weight", "bias", *OF_A_BRANCH)
 Inputs = dict[str, Any]
 
 
@@ -21,11 +23,12 @@ def make_inputs(
     stream: torch.dtype | None = None,
     without: Collection[str] = (),
     device: str = "cpu",
+    width: int = 3,
 ) -> Inputs:
     """All that residual_norm takes, or None for what is left out; `stream` is the dtype of all but the branch.
 
     Exactly representable in `dtype`, so that every precision computes on the same numbers. One image of several is
-    dropped.
+    dropped. `width` is the branch's.
     """
     images, _, channels = shape
     generator = torch.Generator().manual_seed(sum(shape))
@@ -41,15 +44,19 @@ def make_inputs(
     }
     found |= {"scale": randn(channels), "branch_bias": randn(channels)}
     found["mask"] = torch.where(torch.arange(images) == 1, 0.0, 1.25).to(dtype)
-    return {
-        name: None if name in without else value.to(device, dtype if name == "branch" else stream or dtype)
-        for name, value in found.items()
-    }
+    found = {name: value.to(device, dtype if name == "branch" else stream or dtype) for name, value in found.items()}
+    # An element of a table, at an odd address.
+    found["branch_width"] = torch.tensor([-1, width, -1], dtype=torch.int32, device=device)[1]
+    return {name: None if name in without else value for name, value in found.items()}
 
 
 @dataclass(frozen=True)
 class Norm(Problem):
-    """residual_norm; what may change from call to call is which images are dropped."""
+    """residual_norm.
+
+    What may change from call to call is the width of the branch, and which images are dropped: a control is a width,
+    or a vector of a width and, for each image, its factor in units of 0.625.
+    """
 
     kind: str = "layer"
     without: tuple[str, ...] = ()
@@ -65,7 +72,20 @@ class Norm(Problem):
 
     def arguments(self, leaves: Tensors, control: Any) -> dict[str, Any]:
         arguments = dict.fromkeys(("branch", "weight", "bias"), None) | leaves | {"eps": 1e-6, "kind": self.kind}
-        return arguments if control is None else arguments | {"mask": control}
+        if control is None or "branch_width" not in leaves:
+            return arguments
+        if isinstance(control, int):
+            control = torch.tensor(control, dtype=torch.int32, device=self.device)
+        if control.ndim == 0:
+            return arguments | {"branch_width": control}
+        return arguments | {"branch_width": control[0], "mask": 0.625 * control[1:]}
+
+    def kept(self, inputs: Tensors, control: Any) -> Tensors:
+        """The branch and its bias count above a width of zero."""
+        if control is None:
+            return {}
+        there = (name for name in ("branch", "branch_bias") if name in inputs)
+        return {name: torch.full_like(inputs[name], control > 0, dtype=torch.bool) for name in there}
 
     def dtype_of(self, name: str) -> torch.dtype:
         if name == "sum":

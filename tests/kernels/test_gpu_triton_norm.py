@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from every_operation import Cases, OnGpu
-from norm_checks import Norm
+from norm_checks import OF_A_BRANCH, Norm
 from operations import relative_error
 from tolerances import kernel_tolerance
 
@@ -20,7 +20,6 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.bfloat16
 KINDS = ("layer", "rms")
-PLAIN = ("scale", "mask", "branch_bias")
 BATCH = (16, 197, 768)
 
 
@@ -30,15 +29,20 @@ class TestNorm(OnGpu):
             *((Norm(BATCH, kind=kind, dtype=dtype), None) for kind in KINDS for dtype in DTYPES),
             *((Norm(BATCH, kind=kind, dtype=dtype, mixed=True), None) for kind in KINDS for dtype in DTYPES[1:]),
         ],
-        # Between two layers without LayerScale, at the start of a network, and with all that there is.
+        # Between two layers, with the second one's bias or without, at the start of a network, and with all there is.
         "real sizes": [
-            (problem, None)
+            (problem, control)
             for channels in (192, 384, 768, 1152, 2048, 4096, 200, 45)
             for kind in KINDS
-            for problem in (
-                Norm((16, 197, channels), kind=kind, dtype=HALF, mixed=True, without=PLAIN),
-                Norm((16, 197, channels), kind=kind, dtype=HALF, mixed=True, without=("branch", *PLAIN)),
-                Norm((16, 197, channels), kind=kind),
+            for problem, control in (
+                (Norm((16, 197, channels), kind=kind, dtype=HALF, mixed=True, without=OF_A_BRANCH), None),
+                (
+                    Norm((16, 197, channels), kind=kind, dtype=HALF, mixed=True, without=("branch", *OF_A_BRANCH)),
+                    None,
+                ),
+                (Norm((16, 197, channels), kind=kind, dtype=HALF, mixed=True, without=("scale", "mask")), None),
+                (Norm((16, 197, channels), kind=kind), None),
+                (Norm((16, 197, channels), kind=kind), 0),
             )
         ],
         "odd shapes": [
@@ -48,13 +52,14 @@ class TestNorm(OnGpu):
             for kind, without in (("layer", ()), ("rms", ("weight", "bias", "mask")))
         ],
     }
-    repeated = Norm((64, 197, 384), dtype=HALF), (None,)
-    asynchronous = Norm((2, 50, 64)), (1.25, 0.0)
+    repeated = Norm((64, 197, 384), dtype=HALF), (3, 0)
+    asynchronous = Norm((2, 50, 64)), 3
     compiled = tuple(Norm((4, 50, 64), kind=kind, dtype=HALF, mixed=True) for kind in KINDS)
-    controls = (None,)
+    controls = (3, 0)
     replayed = compiled[0]
-    replays = ((1.25, 0, 1.25, 1.25), (0, 0, 0, 0), (1, 0, 2, 0), (1.25, 1.25, 1.25, 1.25))
-    control_dtype = torch.float32
+    replays = tuple(
+        (width, *mask) for mask in ((2, 0, 2, 2), (0, 0, 0, 0), (1, 0, 4, 0), (2, 2, 2, 2)) for width in (3, 0)
+    )
 
 
 @pytest.mark.xdist_group("memory")

@@ -68,7 +68,9 @@ def norms() -> Iterator[tuple[Inputs, dict[str, Any]]]:
         for batch, tokens, channels in ((2, 67, 24), (0, 5, 8), (3, 1, 13)):
             streams = {"x": (batch, tokens, channels), "branch": (batch, tokens, channels)}
             vectors = dict.fromkeys(("weight", "bias", "scale", "branch_bias"), (channels,))
-            yield draw(**streams, **vectors, mask=(batch,)), {"eps": 1e-6, "kind": kind}
+            everything = draw(**streams, **vectors, mask=(batch,))
+            for width in (None, torch.tensor(7, dtype=torch.int32), torch.tensor(0, dtype=torch.int32)):
+                yield everything, {"eps": 1e-6, "kind": kind, "branch_width": width}
         alone = draw(x=(2, 9, 16), weight=(16,), bias=(16,))
         yield alone, {"branch": None, "eps": 1e-6, "kind": kind}
         yield draw(x=(2, 9, 16), branch=(2, 9, 16)), {"weight": None, "bias": None, "eps": 1e-6, "kind": kind}

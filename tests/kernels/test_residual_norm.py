@@ -8,24 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpretation import run_interpreted
-from norm_checks import NAMES, OPTIONAL, Inputs, make_inputs
+from norm_checks import NAMES, OF_A_BRANCH, OPTIONAL, Inputs, make_inputs
+from operations import in_double
 
 import skd_kernels as kernels
 from skd_kernels.residual_norm import KINDS
 
 SHAPE = (2, 5, 12)
-FIRST = ("branch", "scale", "mask", "branch_bias")  # what the first norm of a network is without
+FIRST = ("branch", *OF_A_BRANCH)  # what the first norm of a network is without
 CUDA = {"x": SHAPE, "branch": SHAPE, "weight": (12,), "bias": (12,), "eps": 1e-6, "device": "cuda"}
 
 
 def by_hand(inputs: Inputs, kind: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Image by image, token by token."""
-    x, branch, weight, bias, scale, mask, offset = (inputs[name] for name in ("x", *OPTIONAL))
+    x, branch, weight, bias, scale, mask, offset, width = (inputs[name] for name in ("x", *OPTIONAL))
     total, normed = x.clone(), torch.empty_like(x)
     for image in range(x.shape[0]):
         for token in range(x.shape[1]):
             row = total[image, token]
-            if branch is not None:
+            if branch is not None and (width is None or width > 0):
                 added = branch[image, token] + (0 if offset is None else offset)
                 row += (1 if mask is None else mask[image]) * (1 if scale is None else scale) * added
             centred = row - row.mean() if kind == "layer" else row
@@ -36,11 +37,12 @@ def by_hand(inputs: Inputs, kind: str, eps: float) -> tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "without", [(), ("mask",), ("scale",), ("branch_bias",), ("weight",), ("bias",), FIRST, OPTIONAL]
+    "without",
+    [(), ("mask",), ("scale",), ("branch_bias",), ("branch_width",), ("weight",), ("bias",), FIRST, OPTIONAL],
 )
 def test_value(without: tuple[str, ...], kind: str) -> None:
-    inputs = make_inputs(SHAPE, torch.float64, without=without)
-    for eps in (1e-6, 0.5, 0):
+    for eps, width in ((1e-6, 3), (0.5, 0), (0, 1)):
+        inputs = make_inputs(SHAPE, torch.float64, without=without, width=width)
         found = kernels.residual_norm(**inputs, eps=eps, kind=kind)
         for got, want in zip(found, by_hand(inputs, kind, eps), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -48,8 +50,9 @@ def test_value(without: tuple[str, ...], kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("without", [(), FIRST, ("weight", "bias")])
-def test_gradcheck(without: tuple[str, ...], kind: str) -> None:
-    inputs = make_inputs((2, 2, 5), torch.float64, without=without)
+@pytest.mark.parametrize("width", [0, 3])
+def test_gradcheck(width: int, without: tuple[str, ...], kind: str) -> None:
+    inputs = make_inputs((2, 2, 5), torch.float64, without=without, width=width)
     names = [name for name in NAMES if inputs[name] is not None]
     rest = {name: value for name, value in inputs.items() if name not in names}
 
@@ -68,12 +71,12 @@ def test_autocast_gives_what_the_next_linear_layer_takes(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         total, normed = kernels.residual_norm(**inputs, eps=1e-6, kind=kind)
         assert normed.dtype == F.linear(total, torch.ones(3, 12)).dtype == torch.bfloat16
-    exact = kernels.residual_norm(**{n: v.double() for n, v in inputs.items()}, eps=1e-6, kind=kind)
+    exact = kernels.residual_norm(**in_double(inputs), eps=1e-6, kind=kind)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, exact[0].float())
     torch.testing.assert_close(normed, exact[1].bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        found = kernels.residual_norm(**{n: v.double() for n, v in inputs.items()}, eps=1e-6, kind=kind)
+        found = kernels.residual_norm(**in_double(inputs), eps=1e-6, kind=kind)
     assert all(value.dtype == torch.float64 for value in found)
 
 
@@ -146,9 +149,15 @@ def test_it_compiles_as_one_graph(kind: str) -> None:
         ({"mask": torch.zeros(2, dtype=torch.bool)}, "mask has dtype"),
         ({"mask": torch.zeros(2, requires_grad=True)}, "mask requires grad"),
         ({"branch_bias": torch.zeros(2)}, "branch_bias has shape"),
-        ({"branch": None, "scale": None, "branch_bias": None}, "mask is given without a branch"),
-        ({"branch": None, "mask": None, "branch_bias": None}, "scale is given without a branch"),
-        ({"branch": None, "scale": None, "mask": None}, "branch_bias is given without a branch"),
+        *(
+            ({"branch": None, **dict.fromkeys(OF_A_BRANCH)} | {name: given}, f"{name} is given without a branch")
+            for name, given in make_inputs(SHAPE).items()
+            if name in OF_A_BRANCH
+        ),
+        ({"branch_width": 3}, "branch_width is 3; it must be a 0-d int32 tensor"),
+        ({"branch_width": torch.tensor([3])}, r"branch_width is a torch.int64 tensor of shape \(1,\)"),
+        ({"branch_width": torch.tensor(3.0)}, "branch_width is a torch.float32 tensor"),
+        ({"branch_width": torch.tensor(3, device="meta")}, "branch_width is on meta; x is on cpu"),
         ({"kind": "batch"}, "kind is 'batch'"),
         ({"kind": ["rms"]}, "kind is"),
         ({"eps": -1e-6}, "eps is -1e-06"),
@@ -168,7 +177,7 @@ def test_cuda_takes_the_kernels() -> None:
     pytest.importorskip("triton")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert kernels.explain("residual_norm", **CUDA, dtype=dtype).chosen == "triton"
-    everything = {**CUDA, "scale": (12,), "mask": (2,), "branch_bias": (12,), "kind": "rms"}
+    everything = {**CUDA, "scale": (12,), "mask": (2,), "branch_bias": (12,), "branch_width": (), "kind": "rms"}
     assert kernels.explain(kernels.residual_norm, **everything).chosen == "triton"
     assert (
         kernels.explain("residual_norm", **{**CUDA, "branch": None, "weight": None, "bias": None}).chosen == "triton"
