@@ -235,13 +235,15 @@ def product(
     rows, depth = a.shape
     by_descriptor = described(a, b, out, kept, features)
     channels, gated = depth if ragged_columns else columns, parts == 2
-    kept = width.groups * width.full  # at most, where buffers are padded
-    wide, deep = (kept, depth) if ragged_columns else (columns, parts * kept)
-    config = {
-        "linear": lambda: linear_config(a, channels, wide, deep, by_descriptor),
-        "activate": lambda: activate_config(a, channels, gated, by_descriptor),
-        "gradient": lambda: gradient_config(a, channels, gated, by_descriptor),
-    }[epilogue]().fitted(a)
+    most = width.groups * width.full  # kept; buffers are padded
+    wide, deep = (most, depth) if ragged_columns else (columns, parts * most)
+    if epilogue == "linear":
+        config = linear_config(a, channels, wide, deep, by_descriptor)
+    elif epilogue == "activate":
+        config = activate_config(a, channels, gated, by_descriptor)
+    else:
+        config = gradient_config(a, channels, gated, by_descriptor)
+    config = config.fitted(a)
     m, n, k, piece = config.m, config.n, config.k, config.n // config.pieces
     tall, across = ceil_div(rows, m), ceil_div(columns, n)
     arguments: dict[str, Any] = {

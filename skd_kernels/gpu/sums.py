@@ -29,10 +29,9 @@ def column_sums_kernel(
         for start in range(0, count, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
             mask = (i < count)[:, None] & (j < columns)[None, :]
-            base = a + tl.cast(begin + start, tl.int64) * stride_a
-            total += tl.load(
-                base + (tl.arange(0, BLOCK_M)[:, None] * stride_a + j[None, :]), mask=mask, other=0.0
-            ).to(tl.float32)
+            inner = tl.arange(0, BLOCK_M)[:, None] * stride_a + j[None, :]
+            places = a + tl.cast(begin + start, tl.int64) * stride_a + inner
+            total += tl.load(places, mask=mask, other=0.0).to(tl.float32)
         tl.store(partial + tl.program_id(1) * columns + j, tl.sum(total, 0), mask=j < columns)
 
 

@@ -128,7 +128,7 @@ def weight_gradient_kernel(
 
 @triton.jit
 def store_sums(place, total, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr):
-    """Write a tile (HEIGHT, WIDTH) into rows of ROW elements, in PIECES of columns: each goes through shared memory."""
+    """Write a tile (HEIGHT, WIDTH) into rows of ROW elements, in PIECES of columns, to need less shared memory."""
     if PIECES > 1:
         left, right = halves(total, HEIGHT, WIDTH)
         store_sums(place, left, HEIGHT, WIDTH // 2, ROW, PIECES // 2)
