@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import on_gpu
 from benchmarks.registry import HEADS
@@ -295,9 +296,16 @@ class Pointer:
         return self.remainder
 
 
+def replace_tensors(value: object, stand_in: Callable[[Any], object]) -> object:
+    """An argument of a launch with ``stand_in(tensor)`` for a tensor, or for the one that a descriptor describes."""
+    if isinstance(value, TensorDescriptor):
+        return replace(value, base=stand_in(value.base))
+    return stand_in(value) if isinstance(value, (torch.Tensor, Pointer)) else value
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """A launch, with `Pointer`s in place of tensors."""
+    """A launch, with `Pointer`s in place of tensors, also of those that are described."""
 
     kernel: JITFunction
     arguments: Arguments
@@ -312,12 +320,12 @@ def wanted_by(architecture: int, run: Callable[[], object]) -> dict[str, Wanted]
     """The launches of `run` on a pretended CUDA device; what it prints is dropped."""
     found: dict[str, Wanted] = {}
 
+    def pointer(tensor: torch.Tensor) -> Pointer:
+        return Pointer(tensor.dtype, tensor.data_ptr() % 16)
+
     def note(kernel: JITFunction, arguments: Arguments, options: dict[str, object]) -> None:
-        described = {
-            name: Pointer(value.dtype, value.data_ptr() % 16) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        wanted = Wanted(kernel, described, options)
+        pointers = {name: replace_tensors(value, pointer) for name, value in arguments.items()}
+        wanted = Wanted(kernel, pointers, options)
         found.setdefault(wanted.key(), wanted)
 
     with pretended_cuda(architecture, note), contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from curves import curve
 from helpers import digit_net, nested
 from timm.layers import RmsNorm
 
@@ -118,7 +119,7 @@ def test_the_last_block_works_on_the_class_token_alone(
 
 
 def test_one_compiled_graph_serves_every_width() -> None:
-    net = network("layer scale, RMSNorm")
+    net = nested(digit_net(depth=1, init_values=0.5, norm_layer=RmsNorm, fc_norm=False).train(), [0, 13])
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     with skd_kernels.use("triton"):
@@ -128,3 +129,10 @@ def test_one_compiled_graph_serves_every_width() -> None:
                 found = step(compiled, torch.tensor(entry))
             for one, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernels_train_as_slices_do() -> None:
+    """The same draws, entries of every kind among them: whole steps, with the optimizer's updates in between."""
+    options: dict[str, Any] = {"steps": 14, "images": 2, "amp_dtype": "float32"}
+    found, expected = (curve(name, seed=0, **options) for name in ("triton", "slices"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

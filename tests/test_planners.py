@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,21 @@ def halving(supernet: Any, batches: Any, target: float, *, current: Any, convent
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> str:
+def toy() -> Iterator[str]:
     """The name under which `halving` is registered for one test."""
-    planners.planner("paper")  # its file is read once, and registers it in the dictionary of then
-    monkeypatch.setattr(planners, "_PLANNERS", dict(planners._PLANNERS))
     assert planners.register("toy")(halving) is halving
-    return "toy"
+    yield "toy"
+    planners.unregister("toy")
+    assert "toy" not in planners.names()
+
+
+@contextmanager
+def registered(name: str, planner: Any) -> Iterator[None]:
+    planners.register(name)(planner)
+    try:
+        yield
+    finally:
+        planners.unregister(name)
 
 
 def halved(times: int) -> np.ndarray:
@@ -71,9 +80,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
 ) -> None:
     """The one in CONTRIBUTING.md: `skd.plan`, settings and commands know it, and nothing else was touched."""
     (tmp_path / "even.py").write_text(contributed())
-    planners.planner("paper")
     monkeypatch.setattr(planners, "__path__", [*planners.__path__, str(tmp_path)])
-    monkeypatch.setattr(planners, "_PLANNERS", dict(planners._PLANNERS))
     try:
         assert planners.names() == ["even", "loss", "paper"]
         assert training_config(planner="even").planner == "even"
@@ -86,7 +93,7 @@ def test_a_file_in_the_package_is_all_that_a_planner_needs(
                 main([command, "--help"])
             assert "--planner {even,loss,paper}" in capsys.readouterr().out
     finally:
-        sys.modules.pop("skd.planners.even", None)
+        planners.unregister("even")
 
 
 # skd.plan
@@ -172,20 +179,20 @@ def test_a_resumed_run_has_the_same_list(toy: str, tmp_path: Path, at: int) -> N
     assert np.array_equal(net.dropout_list.widths, halved(2))
 
 
-def test_in_training_too_a_planner_may_read_the_images_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_training_too_a_planner_may_read_the_images_twice() -> None:
     read = []
 
     def reading(supernet: Any, batches: Any, target: float, **given: Any) -> Any:
         read.append([[images.sum().item() for images, _ in batches] for _ in range(2)])
         return halving(supernet, batches, target, **given)
 
-    monkeypatch.setitem(planners._PLANNERS, "reading", reading)
-    run_training(digit_net(), training_config(planner="reading"))
+    with registered("reading", reading):
+        run_training(digit_net(), training_config(planner="reading"))
     expected = [images.sum().item() for images, _ in digit_data()[2]]
     assert read == [[expected, expected]] * 2
 
 
-def test_the_targets_of_training_are_those_of_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_targets_of_training_are_those_of_plan() -> None:
     targets: dict[str, list[float]] = {"plan": [], "train": []}
     for where, noted in targets.items():
 
@@ -193,9 +200,11 @@ def test_the_targets_of_training_are_those_of_plan(monkeypatch: pytest.MonkeyPat
             noted.append(target)
             return halving(supernet, batches, target, **given)
 
-        monkeypatch.setitem(planners._PLANNERS, where, noting)
-    skd.plan(digit_net(), digit_data()[2], target=0.6, rounds=2, planner="plan")
-    run_training(digit_net(), training_config(planner="train", target=0.6))
+        with registered(where, noting):
+            if where == "plan":
+                skd.plan(digit_net(), digit_data()[2], target=0.6, rounds=2, planner="plan")
+            else:
+                run_training(digit_net(), training_config(planner="train", target=0.6))
     assert targets["train"] == targets["plan"] and len(targets["plan"]) == 2
 
 
@@ -229,3 +238,11 @@ def test_the_train_command_passes_the_name_on(tmp_path: Path, toy: str, capsys: 
     assert main([*argv, "--out", str(tmp_path / "run"), "--planner", "toy", "--device", "cpu"]) == 0
     listed = skd.load(tmp_path / "run" / "supernet.safetensors").dropout_list
     assert np.array_equal(listed.widths, halved(1)), capsys.readouterr()
+
+
+def test_a_planner_can_be_forgotten() -> None:
+    with registered("other", halving):
+        assert planners.planner("other") is halving
+    for name in ("other", "missing"):
+        with pytest.raises(ValueError, match=f"planner {name!r} was not registered"):
+            planners.unregister(name)

@@ -234,9 +234,11 @@ MAY_DIFFER = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", 
 
 
 @pytest.fixture(autouse=True)
-def other_planner(monkeypatch):
+def other_planner():
     """A planner of another name."""
-    monkeypatch.setitem(planners._PLANNERS, "other", planners.planner("paper"))
+    planners.register("other")(planners.planner("paper"))
+    yield
+    planners.unregister("other")
 
 
 def test_all_settings_are_compared():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -79,6 +80,17 @@ def register(name: str) -> Callable[[_P], _P]:
         return planner
 
     return add
+
+
+def unregister(name: str) -> None:
+    """Forget the planner that was registered as `name`; one that has a file of this package is read from it again.
+
+    Raises:
+        ValueError: no planner was registered under that name.
+    """
+    if _PLANNERS.pop(name, None) is None:
+        raise ValueError(f"planner {name!r} was not registered")
+    sys.modules.pop(f"{__name__}.{name}", None)
 
 
 def names() -> list[str]:

@@ -35,7 +35,7 @@ from skd_kernels.gpu.tiles import (
     width_kernel,
 )
 
-STRIP = 16  # rows of a tile that one program of the second kernel finishes
+FINISHED = 4096  # elements, a strip of a tile's rows, that one program of the second kernel writes
 # What a part costs beside its steps, in steps: the first loads, which nothing hides, and the sums' way to memory.
 OVERHEAD = 20
 
@@ -252,7 +252,8 @@ def weight_gradient(
         },
     }
     launch(weight_gradient_kernel, (programs,), arguments, **config.settings())
-    arguments = {"out": out, "programs": programs, "STRIP": STRIP, **shapes}
-    grid = (ceil_div(rows, STRIP), ceil_div(columns, config.n))
+    strip = min(config.m, FINISHED // config.n)
+    arguments = {"out": out, "programs": programs, "STRIP": strip, **shapes}
+    grid = (ceil_div(rows, strip), ceil_div(columns, config.n))
     launch(finish_kernel, grid, arguments, num_warps=8, num_stages=1)
     return out

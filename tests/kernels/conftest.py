@@ -5,11 +5,54 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 # PyTorch reads it once: without it cuBLAS refuses torch.use_deterministic_algorithms(True).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # For `benchmarks`. Last, so that the installed package is the one tested, and not the checkout beside it.
 sys.path.append(str(Path(__file__).parents[2]))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every buffer that an operation makes is born full of NaN, and float32 is float32."""
+
+    def poison(make: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return filled
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.fixture
+def launched() -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The kernels that are started, and their arguments; a product's name is its epilogue's."""
+    from skd_kernels.gpu.launch import watch
+
+    found: list[tuple[str, dict[str, Any]]] = []
+    with watch(lambda name, arguments: found.append((arguments.get("EPILOGUE", name), arguments))):
+        yield found
+
+
+@pytest.fixture(scope="session")
+def largest_errors() -> Iterator[dict[str, list[float]]]:
+    """Where SKD_ERRORS names a file, the largest errors found go there, for a table: the kernels' and PyTorch's."""
+    found: dict[str, list[float]] = {}
+    yield found
+    if "SKD_ERRORS" in os.environ:
+        Path(os.environ["SKD_ERRORS"]).write_text(json.dumps(found))

@@ -1,16 +1,13 @@
-"""How residual_norm's kernels are compared with float64, on the CPU by the interpreter and on a GPU."""
+"""residual_norm as an operation to check: what its inputs are, and how it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from mlp_checks import relative_error
-from tolerances import kernel_tolerance
-
-import skd_kernels as kernels
+from operations import Problem, Tensors
 
 NAMES = ("x", "branch", "weight", "bias", "scale", "branch_bias")  # those that have a gradient
 PLAIN = ("mask", "branch_width")  # those that have none
@@ -53,67 +50,47 @@ def make_inputs(
     return {name: None if name in without else value for name, value in found.items()}
 
 
-def in_double(inputs: Inputs) -> Inputs:
-    """The same numbers, for the specification; a width stays an integer."""
-    return {
-        name: value.double() if value is not None and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
+@dataclass(frozen=True)
+class Norm(Problem):
+    """residual_norm.
 
-
-def run(
-    name: str, inputs: Inputs, kind: str, grads: Any, *, wanted: Collection[str] = NAMES, **options: Any
-) -> dict[str, torch.Tensor]:
-    """sum, normed, and the gradients of those inputs that there are and that are `wanted`.
-
-    Args:
-        grads: at sum and normed; None for one that no loss reads.
+    What may change from call to call is the width of the branch, and which images are dropped: a control is a width,
+    or a vector of a width and, for each image, its factor in units of 0.625.
     """
-    leaves = {
-        key: None if value is None else value.detach().requires_grad_(key in wanted) for key, value in inputs.items()
-    }
-    with kernels.use(name):
-        out = kernels.residual_norm(**leaves, eps=1e-6, kind=kind, **options)
-    pairs = [(value, grad.to(value.dtype)) for value, grad in zip(out, grads, strict=True) if grad is not None]
-    chosen = {key: leaf for key, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    values, given = zip(*pairs, strict=True)
-    found = torch.autograd.grad(values, list(chosen.values()), given, allow_unused=True)
-    return {"sum": out[0].detach(), "normed": out[1].detach(), **dict(zip(chosen, found, strict=True))}
 
+    kind: str = "layer"
+    without: tuple[str, ...] = ()
 
-def check(
-    dtype: torch.dtype,
-    shape: tuple[int, int, int],
-    kind: str,
-    *,
-    mixed: bool = False,
-    without: Collection[str] = (),
-    device: str = "cpu",
-    width: int = 3,
-) -> dict[str, tuple[float, float]]:
-    """Outputs and gradients against float64, in the dtypes that the reference has.
+    operation: ClassVar[str] = "residual_norm"
+    names: ClassVar[tuple[str, ...]] = NAMES
+    outputs: ClassVar[tuple[str, ...]] = ("sum", "normed")
 
-    Args:
-        mixed: the stream and all parameters are float32 and autocast is on, as in training.
+    def inputs(self) -> Tensors:
+        stream = torch.float32 if self.mixed else None
+        made = make_inputs(self.shape, self.dtype, stream=stream, without=self.without, device=self.device)
+        return {name: value for name, value in made.items() if value is not None}
 
-    Returns:
-        For each of them the kernels' error and that of plain PyTorch in the same precision.
-    """
-    inputs = make_inputs(
-        shape, dtype, stream=torch.float32 if mixed else None, without=without, device=device, width=width
-    )
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(2)]
-    expected = run("reference", in_double(inputs), kind, grads)
-    with torch.autocast(device, dtype) if mixed else nullcontext():
-        plain, found = (run(name, inputs, kind, grads) for name in ("reference", "triton"))
-    errors, terms = {}, max(shape[0] * shape[1], shape[2])
-    assert list(found) == list(expected)
-    for name, want in expected.items():
-        got, other = found[name], plain[name]
-        assert got.dtype == other.dtype and got.shape == want.shape, name
-        errors[name] = relative_error(got, want), relative_error(other, want)
-        tolerance = kernel_tolerance(errors[name][1], got.dtype, int(want.count_nonzero()), terms=terms)
-        assert errors[name][0] <= tolerance, (name, *errors[name])
-    assert found["normed"].dtype == dtype and found["sum"].dtype == torch.float32
-    return errors
+    def arguments(self, leaves: Tensors, control: Any) -> dict[str, Any]:
+        arguments = dict.fromkeys(("branch", "weight", "bias"), None) | leaves | {"eps": 1e-6, "kind": self.kind}
+        if control is None or "branch_width" not in leaves:
+            return arguments
+        if isinstance(control, int):
+            control = torch.tensor(control, dtype=torch.int32, device=self.device)
+        if control.ndim == 0:
+            return arguments | {"branch_width": control}
+        return arguments | {"branch_width": control[0], "mask": 0.625 * control[1:]}
+
+    def kept(self, inputs: Tensors, control: Any) -> Tensors:
+        """The branch and its bias count above a width of zero."""
+        if control is None:
+            return {}
+        there = (name for name in ("branch", "branch_bias") if name in inputs)
+        return {name: torch.full_like(inputs[name], control > 0, dtype=torch.bool) for name in there}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        if name == "sum":
+            return torch.float32
+        return torch.float32 if self.mixed and name not in ("normed", "branch") else self.dtype
+
+    def is_telling(self) -> bool:
+        return self.shape[-1] >= 64

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import attention_checks
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operations import Attention, check
 
 import skd_kernels as kernels
 
@@ -16,7 +16,7 @@ import skd_kernels as kernels
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [0, 1, 7, 8, 16, 24, 40])
 def test_attention(width: int, bias: bool) -> None:
-    attention_checks.check(torch.float32, (2, 135, 24), 3, 40, width, bias=bias, implementation="compiled")
+    check(Attention((2, 135, 24), full=40, heads=3, bias=bias), width, "compiled")
 
 
 @settings(max_examples=40, deadline=None)
@@ -30,11 +30,11 @@ def test_attention(width: int, bias: bool) -> None:
 )
 def test_attention_of_any_shape(batch: int, tokens: int, heads: int, dims: int, part: float, scale: Any) -> None:
     shape, width = (batch, tokens, 24), round(part * dims)
-    attention_checks.check(torch.float32, shape, heads, dims, width, scale=scale, implementation="compiled")
+    check(Attention(shape, full=dims, heads=heads, scale=scale), width, "compiled")
 
 
 def test_nan_reaches_its_image_and_no_other() -> None:
-    x, *parameters = attention_checks.make_inputs((2, 70, 24), 2, 16)
+    x, *parameters = Attention((2, 70, 24), full=16, heads=2).inputs().values()
     x[1, 3, 2] = float("nan")
     with kernels.use("compiled"):
         out = kernels.masked_attention(x, *parameters, 8, num_heads=2)
@@ -42,14 +42,14 @@ def test_nan_reaches_its_image_and_no_other() -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    x, *parameters = attention_checks.make_inputs((1, 40, 24), 2, 16)
+    x, *parameters = Attention((1, 40, 24), full=16, heads=2).inputs().values()
     with kernels.use("compiled"):
         out = kernels.masked_attention(300 * x, *parameters, 16, num_heads=2)
     assert out.isfinite().all()
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
-    x, *parameters = attention_checks.make_inputs((3, 90, 24), 2, 16)
+    x, *parameters = Attention((3, 90, 24), full=16, heads=2).inputs().values()
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2, 2):
@@ -81,7 +81,7 @@ def test_when_it_is_chosen() -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's of its own attention
 def test_transforms_of_functions_go_another_way() -> None:
     """torch.func sees PyTorch's own operations, not the kernel."""
-    images, *parameters = attention_checks.make_inputs((3, 5, 24), 2, 8)
+    images, *parameters = Attention((3, 5, 24), full=8, heads=2).inputs().values()
     images, *parameters = (tensor.detach() for tensor in (images, *parameters))
 
     def attend(x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_transforms_of_functions_go_another_way() -> None:
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_second_derivative_is_refused(linear: bool) -> None:
     """Also where the incoming gradient is a constant."""
-    x, *parameters = attention_checks.make_inputs((1, 5, 24), 2, 8)
+    x, *parameters = Attention((1, 5, 24), full=8, heads=2).inputs().values()
     own = x.detach().clone().requires_grad_()
     out = kernels.masked_attention(own, *parameters, 8, num_heads=2)
     (grad,) = torch.autograd.grad((out if linear else out.square()).sum(), own, create_graph=True)

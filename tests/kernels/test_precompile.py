@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from mlp_checks import check
+from operations import Mlp, check
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import skd_kernels as kernels
 from benchmarks import precompile, pretend
@@ -36,17 +38,23 @@ def call(device: str = "cuda") -> None:
     kernels.masked_mlp(*leaves, width, scores=torch.zeros(48, device=device)).sum().backward()
 
 
+def with_tensors(wanted: pretend.Wanted, device: str) -> pretend.Wanted:
+    """The launch with tensors in place of pointers."""
+
+    def make(pointer: pretend.Pointer) -> torch.Tensor:
+        return torch.empty(1, dtype=pointer.dtype, device=device)
+
+    arguments = {name: pretend.replace_tensors(value, make) for name, value in wanted.arguments.items()}
+    return replace(wanted, arguments=arguments)
+
+
 def keys(launches: list[pretend.Wanted]) -> set[str]:
     """What Triton specialises the launches on, as `launch.record` writes it."""
     found = set()
     for wanted in launches:
-        arguments = {
-            name: torch.empty(1, dtype=value.dtype, device="meta") if isinstance(value, pretend.Pointer) else value
-            for name, value in wanted.arguments.items()
-        }
-        options = wanted.options
+        options: dict[str, Any] = wanted.options
         settings = (options["num_warps"], options["num_stages"], options.get("maxnreg"))
-        found.add(_describe(wanted.kernel, arguments, settings, "").key())
+        found.add(_describe(wanted.kernel, with_tensors(wanted, "meta").arguments, settings, "").key())
     return found
 
 
@@ -58,8 +66,8 @@ def recorded() -> list[Launch]:
     )
     width = torch.empty((), dtype=torch.int32, device="meta")
     with record(90) as recorder:
-        _, h, z = mlp.mlp_forward._init_fn(x, w1, b1, w2, b2, width, None, "gelu", False, True)
-        mlp.mlp_backward._init_fn(x, x, w1, w2, h, z, width, "gelu", False, [True] * 6)
+        _, *saved = mlp.mlp_forward._init_fn(x, w1, b1, w2, b2, width, None, "gelu", False, True)
+        mlp.mlp_backward._init_fn(x, x, *saved, width, 48, False, torch.float16, [True] * 6)
     return recorder.launches
 
 
@@ -81,18 +89,18 @@ def test_a_test_for_a_gpu_goes_to_its_end_on_a_pretended_device() -> None:
     ended = []
 
     def run() -> None:
-        check(torch.bfloat16, (2, 75, 144), 256, 45, device="cuda", act="silu", gated=True)
+        check(Mlp((2, 75, 144), full=256, dtype=torch.bfloat16, device="cuda", act="silu", gated=True), 45)
         ended.append(True)
 
     found = pretend.wanted_by(90, run)
-    assert ended and {launch.kernel.__name__ for launch in found.values()} > {"hidden_kernel", "gradient_kernel"}
+    assert ended and {launch.kernel.__name__ for launch in found.values()} > {"product_kernel", "pack_kernel"}
 
 
 def test_memory_that_begins_anywhere_is_noted() -> None:
     """Triton compiles other code for a pointer that is not a multiple of 16 bytes."""
 
     def run() -> None:
-        from skd_kernels.gpu.weight_gradient import column_sums
+        from skd_kernels.gpu.sums import column_sums
 
         rows = torch.zeros(9, 33, dtype=torch.float16, device="cuda")[:, 1:]
         column_sums(rows, torch.tensor(3, device="cuda"), torch.zeros(32, dtype=torch.float16, device="cuda"))
@@ -153,6 +161,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         python, triton.__version__, key, torch.__version__, [90], len(compiled), precompile.digest()
     ).write(place)
     return place
+
+
+def test_a_tensor_that_is_described_is_found_by_its_type(tmp_path: Path) -> None:
+    """Whatever its size and place: the launch on one that is there finds what was compiled without it."""
+    described = (w for w in pretend.wanted_by(90, call).values() if w.arguments.get("EPILOGUE") == "linear")
+    wanted = with_tensors(next(described), "cpu")
+    tensors = {n: v for n, v in wanted.arguments.items() if isinstance(v, TensorDescriptor)}
+    assert len(tensors) == 3
+    for shape, new in (([64, 64], {"product_kernel": 1}), ([200, 72], {})):
+        before = precompile.compiled_in(tmp_path)
+        changed = {n: replace(v, shape=shape, strides=[shape[1], 1]) for n, v in tensors.items()}
+        launch = replace(wanted, arguments=wanted.arguments | changed)
+        assert precompile.compile_all([launch], 90, tmp_path, 1) == []
+        added = precompile.compiled_since(tmp_path, before)
+        assert {n: count for n, count in added.items() if n not in OF_THE_MACHINE} == new
 
 
 def test_another_machine_compiles_nothing(folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpretation import run_interpreted
-from norm_checks import NAMES, OF_A_BRANCH, OPTIONAL, Inputs, in_double, make_inputs
+from norm_checks import NAMES, OF_A_BRANCH, OPTIONAL, Inputs, make_inputs
+from operations import in_double
 
 import skd_kernels as kernels
 from skd_kernels.residual_norm import KINDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from attention_checks import largest_logit, make_inputs
+from operations import Attention
 from tolerances import UNIT_ROUNDOFF, kernel_tolerance, sum_error
 
 
@@ -41,14 +41,14 @@ def test_half_precision_is_hardly_given_more() -> None:
 
 
 def test_the_largest_logit_is_that_of_the_kept_coordinates() -> None:
-    inputs = make_inputs((2, 7, 12), 3, 4, dtype=torch.float64)
-    x, w_qkv, b_qkv, *_ = inputs
-    assert x is not None and w_qkv is not None and b_qkv is not None
+    problem = Attention((2, 7, 12), full=4, heads=3, scale=20.0, dtype=torch.float64)
+    inputs = problem.inputs()
+    x, w_qkv, b_qkv, *_ = inputs.values()
     by_hand = 0.0
     for image in range(2):
         qkv = x[image] @ w_qkv.T + b_qkv
         for head in range(3):
             q, k = (qkv[:, part * 12 + head * 4 : part * 12 + head * 4 + 2] for part in (0, 1))
             by_hand = max(by_hand, float((20 * q @ k.T).abs().max()))
-    assert largest_logit(inputs, 3, 2, 20.0) == pytest.approx(by_hand)
-    assert largest_logit(inputs, 3, 0, None) == 0.0
+    assert problem.logit(inputs, 2) == pytest.approx(by_hand)
+    assert problem.logit(inputs, 0) == 0.0

@@ -16,8 +16,9 @@ import skd_kernels as kernels
 SHAPES = {"x": (2, 5, 16), "w1": (24, 16), "b1": (24,), "w2": (16, 24), "b2": None}
 
 
-def test_interpreted() -> None:
-    run_interpreted("interpreted_mlp.py")
+@pytest.mark.parametrize("file", ["interpreted_mlp.py", "interpreted_products.py"])
+def test_interpreted(file: str) -> None:
+    run_interpreted(file)
 
 
 def test_a_width_on_the_device_takes_the_kernels() -> None:
