@@ -15,17 +15,20 @@ from tolerances import kernel_tolerance
 from skd_kernels.gpu.buffers import PAD, ceil_div
 from skd_kernels.gpu.launch import INTERPRETED_DEVICE
 from skd_kernels.gpu.layout import Layout
-from skd_kernels.gpu.weight_gradient import OVERHEAD, cuts, weight_gradient
+from skd_kernels.gpu.weight_gradient import OVERHEAD, splits, weight_gradient
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-MLP, GATED = Layout(70, row_groups=1, column_groups=1, packed=False), Layout(70, row_groups=2, column_groups=1, packed=False)
+MLP, GATED = (
+    Layout(70, row_groups=1, column_groups=1, packed=False),
+    Layout(70, row_groups=2, column_groups=1, packed=False),
+)
 HEADS = Layout(12, row_groups=15, column_groups=5, packed=True)
 
 
 @triton.jit
-def evaluate_cuts(found, tiles, steps, programs, OVERHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`cuts` alone."""
-    tl.store(found, cuts(tiles, steps, programs, OVERHEAD))
+def evaluate_splits(found, tiles, steps, programs, OVERHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`splits` alone."""
+    tl.store(found, splits(tiles, steps, programs, OVERHEAD))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def evaluate_cuts(found, tiles, steps, programs, OVERHEAD: tl.constexpr):  # typ
 )
 def test_how_a_sum_is_cut(tiles: int, steps: int, programs: int, expected: int) -> None:
     found = torch.zeros((), dtype=torch.int32)
-    evaluate_cuts[(1,)](found, tiles, steps, programs, OVERHEAD=OVERHEAD)
+    evaluate_splits[(1,)](found, tiles, steps, programs, OVERHEAD=OVERHEAD)
     assert int(found) == expected
     turns = ceil_div(max(tiles, 1) * expected, programs)
     others = (1, max(1, min(steps, programs // max(tiles, 1))))
@@ -81,7 +84,7 @@ def test_weight_gradients(
 ) -> None:
     """Over rows with a stride, too: they are parts of rows twice as long, the other half NaN."""
     generator = torch.Generator().manual_seed(0)
-    groups = layout.rows if by_rows else layout.columns
+    groups = layout.row_groups if by_rows else layout.column_groups
     inner = torch.randn(tokens, groups, layout.full, generator=generator).to(dtype)
     outer = torch.randn(tokens, channels, generator=generator).to(dtype)
     coordinates = placed(inner, width, layout, layout.row_pitch if by_rows else layout.column_pitch)
