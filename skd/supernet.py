@@ -225,7 +225,7 @@ class SuperNet(nn.Module):
 
     def _norms(self, widths: Sequence[Sequence[Width]]) -> list[Norm | None]:
         """The norms of the stream where it enters each block at these widths and, last, where it enters the head."""
-        norms = [Norm.of(self.network.last_norm(self.model), rounds=False)]
+        norms = [Norm.of(self.network.last_norm(self.model), casts_under_autocast=False)]
         blocks = zip(self.network.blocks(self.model), widths, self._tokens_kept(), strict=True)
         for block, own, tokens in reversed(list(blocks)):
             norms.append(block_norm(block, own, tokens, norms[-1]))

@@ -101,7 +101,7 @@ _forced_in_graphs = threading.local()
 
 
 def operation(public: Callable[..., _Result]) -> Operation[_Result]:
-    """The registry entry of a public function, created at the first call."""
+    """The operation of the public function `public`, which is registered when this is first called for it."""
     return _operations.setdefault(public.__name__, Operation(public.__name__, inspect.signature(public)))
 
 

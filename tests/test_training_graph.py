@@ -175,7 +175,7 @@ def test_what_is_asked_for_comes_before_what_is_possible():
     """Off is off; on several ranks nothing is decided for the user."""
     net, gpu = digit_net(), torch.device("cuda")
     found = {
-        (asked, many): state.one_by_one(net, training_config(cuda_graph=asked), gpu, object() if many else None)
+        (asked, many): state.refuses_graph(net, training_config(cuda_graph=asked), gpu, object() if many else None)
         for asked in (None, True, False)
         for many in (False, True)
     }

@@ -39,8 +39,9 @@ class Capture:
         Args:
             function: of named tensors, to one tensor whose shape is always the same.
             device: where they are.
-            reads: objects that the function looks up by itself: where one is another than before, the graph is made
-                anew, after a call without it.
+            reads: the objects that the function looks up by itself. If one of them has been replaced, the graph is
+                discarded: the next call runs without it, so that kernels compile outside of a capture, and a new
+                graph is captured after that.
             fixed: inputs of another shape are an error; otherwise such a call runs by itself, and the graph is made
                 for the shape that comes most often.
         """

@@ -49,7 +49,7 @@ class OnlineImportance:
             # A copy, and float64 with or without a group: what is read may be the buffer itself, which restarts.
             raw = read_scores(info, None if buffer is None else next(sums), widths[info.name])
             scores[info.name] = raw.astype(np.float64)
-            shares[info.name] = float(scores[info.name].sum()) * info.places
+            shares[info.name] = float(scores[info.name].sum()) * info.coordinates_per_unit
         largest = max(max(shares.values()), 1e-300)
         sensitivity = {name: share / largest for name, share in shares.items()}
         self.restart()

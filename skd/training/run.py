@@ -213,7 +213,7 @@ def make_run(
 
 def _tell_of_graph(state: StepState, config: TrainConfig, screen: Screen) -> None:
     """One line where there was something to decide: a run on a CPU has no graphs anyway."""
-    if state.one_by_one is None:
+    if state.graph_refusal is None:
         screen.line("cuda_graph: every step is a replay of one CUDA graph, once it is captured")
     elif state.device.type == "cuda" and config.cuda_graph is None:
-        screen.line(f"cuda_graph: the steps run one by one, because {state.one_by_one}")
+        screen.line(f"cuda_graph: the steps run one by one, because {state.graph_refusal}")

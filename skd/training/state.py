@@ -35,7 +35,7 @@ class StepState:
         decay: where weight decay follows the dropout list; None: the optimizer does it.
         precision: of autocast; float32: none.
         clip_grad: the largest norm of the gradient.
-        one_by_one: why steps are not replayed as a CUDA graph; None: they are.
+        graph_refusal: the reason why steps cannot be replayed as a CUDA graph, or None if they can.
         paths: stochastic depth, while it is in the network.
     """
 
@@ -49,7 +49,7 @@ class StepState:
     precision: torch.dtype
     clip_grad: float | None
     group: Group
-    one_by_one: Refusal | None
+    graph_refusal: Refusal | None
     paths: DropPaths | None = None
 
     @property
@@ -100,7 +100,7 @@ def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> 
         ValueError: settings that do not go together, or networks that are not alike on all ranks.
     """
     device = next(supernet.parameters()).device
-    why = one_by_one(supernet, config, device, group)
+    why = refuses_graph(supernet, config, device, group)
     if config.cuda_graph and why is not None:
         warnings.warn(f"cuda_graph: the steps run one by one, because {why}", stacklevel=2)
     forward: Forward = supernet
@@ -125,11 +125,11 @@ def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> 
         precision=precision,
         clip_grad=config.optimizer.clip_grad,
         group=group,
-        one_by_one=why,
+        graph_refusal=why,
     )
 
 
-def one_by_one(supernet: SuperNet, config: TrainConfig, device: torch.device, group: Group) -> Refusal | None:
+def refuses_graph(supernet: SuperNet, config: TrainConfig, device: torch.device, group: Group) -> Refusal | None:
     """Why a run on `device` does not replay its steps as a CUDA graph; None: it does."""
     if config.cuda_graph is False:
         return Refusal("cuda_graph is off")

@@ -122,7 +122,7 @@ class Stepper:
         self.capture: Capture | None = None
         self._rates: DeviceRates | None = None
         self._compiled = config.torchcompile
-        if state.one_by_one is None:
+        if state.graph_refusal is None:
             supernet = state.supernet
             self._rates = DeviceRates(state.optimizer, state.device)
             # Automatic: a batch of another size, such as an epoch's last, is a step by itself.

@@ -78,7 +78,7 @@ class RotatedAttention(Module):
         )
 
     @property
-    def places(self) -> int:
+    def coordinates_per_unit(self) -> int:
         return self.num_heads
 
     @property

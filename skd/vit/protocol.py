@@ -131,8 +131,8 @@ class Module(ABC):
         return self.place.module
 
     @property
-    def places(self) -> int:
-        """How many coordinates one unit of width stands for: H if an attention is narrowed in every head, else 1."""
+    def coordinates_per_unit(self) -> int:
+        """How many coordinates one unit of width keeps: H where it is one in each head of an attention, else 1."""
         return 1
 
     @property

@@ -54,24 +54,25 @@ class Norm(NamedTuple):
 
     Attributes:
         weight, bias: (C,) or None.
-        rounds: under autocast the result has autocast's dtype, because a linear layer reads it and would cast it.
+        casts_under_autocast: under autocast the result has autocast's dtype, because a linear layer reads it and
+            would cast it.
     """
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
     kind: str
-    rounds: bool
+    casts_under_autocast: bool
 
     @classmethod
-    def of(cls, layer: TimmLayer, *, rounds: bool = True) -> Norm | None:
+    def of(cls, layer: TimmLayer, *, casts_under_autocast: bool = True) -> Norm | None:
         """None where `layer` computes something else, or must be called because it is watched."""
         kind = _KINDS.get(type(layer))
         if kind is None or len(layer.normalized_shape) != 1 or layer.eps is None or is_watched(layer):
             return None
         if getattr(layer, "_fast_norm", False):  # timm's other implementation, in half precision under autocast
             return None
-        return cls(layer.weight, getattr(layer, "bias", None), layer.eps, kind, rounds)
+        return cls(layer.weight, getattr(layer, "bias", None), layer.eps, kind, casts_under_autocast)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the stream `x` has a dtype in which the sum and the norm are those of the layers."""
@@ -148,8 +149,8 @@ def factors_of(scale: TimmLayer) -> torch.Tensor | None:
 
 def _summed(x: torch.Tensor, branch: torch.Tensor | None, norm: Norm, **beside: torch.Tensor | None) -> Stream:
     """`beside` are arguments of `residual_norm` that come with a branch."""
-    device, (weight, bias, eps, kind, rounds) = x.device.type, norm
-    exact = not rounds and torch.is_autocast_enabled(device)
+    device, (weight, bias, eps, kind, casts) = x.device.type, norm
+    exact = not casts and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if exact else nullcontext():
         return Stream(*residual_norm(x, branch, weight, bias, eps=eps, kind=kind, **beside))
 
