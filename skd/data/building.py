@@ -54,22 +54,22 @@ def train_loader(
 ) -> Loader:
     """Shuffled, augmented, whole batches; `Loader.set_epoch` chooses the epoch and where in it to begin.
 
-    The order is a function of (seed, epoch), the augmentation of a sample of (seed, epoch, its index, which of its
-    repetitions). Neither workers, ranks nor a resumed run can change them. A stream is different: its order comes
-    from its reader and depends on the number of workers and ranks, and its augmentation on (seed, epoch, rank,
-    worker, position); the same numbers give the same batches.
+    The order depends only on (seed, epoch), and the augmentation of a sample only on (seed, epoch, index of the
+    image, number of its repetition). Neither workers, ranks nor a resumed run can change them. A stream is different:
+    its order comes from its reader and depends on the number of workers and ranks, and its augmentation depends on
+    (seed, epoch, rank, worker, position). With the same number of workers and ranks a stream gives the same batches.
 
     Args:
         source: from `open_source`, the training split.
         config: from `data_config`; with "num_classes", labels are checked.
         batch_size: images in a step of all ranks together.
         seed: 0..2**64 - 1.
-        workers: processes that load; 0: this one does.
-        aug_repeats: how often an image occurs in its epoch, differently augmented; the epoch keeps its length, so
-            that only one image in `aug_repeats` is in it (as in DeiT). Streams do not support it.
+        workers: the number of processes that load images; 0: this process loads them.
+        aug_repeats: how often an image occurs in an epoch, augmented differently each time. The epoch keeps its
+            length, so only one in `aug_repeats` of the images occurs in it (as in DeiT). Streams do not support it.
         rank, world: this process takes rows rank, rank + world, ... of each batch.
-        bad_images: an image that cannot be read: "skip" takes the next one in its place and counts it
-            (`Loader.skipped`), "fail" is a ValueError. The reader of a stream has its own way.
+        bad_images: what happens to an image that cannot be read: "skip" takes the next image in its place and counts
+            it (`Loader.skipped`), "fail" raises a ValueError. For streams see `StreamSource.stream`.
         pin_memory: page-locked batches, for faster copies to a GPU.
         device: where images are normalised and left; None: on the CPU.
         augmentation: fields of `Augmentation`, in timm's names: scale, ratio, hflip, vflip, color_jitter, aa, reprob,
@@ -115,9 +115,9 @@ def eval_loader(
         source: from `open_source`.
         config: from `data_config`; with "num_classes", labels are checked.
         batch_size: images in a batch of all ranks together.
-        workers: processes that load; 0: this one does.
-        bad_images: an image that cannot be read: "skip" leaves it out and counts it (`Loader.skipped`), "fail" is a
-            ValueError. The reader of a stream has its own way.
+        workers: the number of processes that load images; 0: this process loads them.
+        bad_images: what happens to an image that cannot be read: "skip" leaves it out and counts it
+            (`Loader.skipped`), "fail" raises a ValueError.
         indices: only these images, in this order.
         rank, world: this process takes rows rank, rank + world, ... of each batch; it yields nothing for a batch
             in which it has no row. Every rank reads the whole of a stream and keeps its part.
@@ -237,9 +237,9 @@ def _chosen(source: IndexedSource, loading: Loading, indices: Sequence[int] | No
 
 
 class Sources(NamedTuple):
-    """The images to train on, to validate on and to calibrate with, which are training images again.
+    """The images for training, validation and calibration. The calibration images are training images.
 
-    A stream can be read by only one loader at a time, so its `calibration` is another `Source` than its `train`.
+    Only one loader at a time can read a stream, so for streams `calibration` is a second `Source` beside `train`.
     """
 
     train: Source
@@ -319,11 +319,11 @@ def calibration(source: Source, model: TimmModel, config: TrainConfig, group: Pr
 
 
 def warn_of_ignored(config: TrainConfig, **given: object) -> None:
-    """Warn of each of skd's loaders that was made with other settings than the run's, which then have no effect."""
+    """Warn of loaders of skd that were made with other settings than `config`, whose values then have no effect."""
     for name, loader in given.items():
         theirs = loader.loading.settings() if isinstance(loader, Loader) else {}
         if theirs.get("aa") and config.aa:
-            theirs.pop("color_jitter")  # timm leaves it out then
+            theirs.pop("color_jitter")  # timm ignores color_jitter if there is an AutoAugment policy
         ignored = [setting for setting, value in theirs.items() if value != getattr(config, setting)]
         if ignored:
             made = ", ".join(f"{setting}={theirs[setting]!r}" for setting in ignored)
@@ -336,7 +336,7 @@ def warn_of_ignored(config: TrainConfig, **given: object) -> None:
 
 
 def _shared(images: DataConfig, model: TimmModel, config: TrainConfig, group: ProcessGroup | None) -> Loading:
-    """What the three loaders have in common, which is all that the validation loader needs."""
+    """The settings that the three loaders share; the validation loader needs no others."""
     device = next(model.parameters()).device
     return Loading(
         config.validation_batch_size or min(config.batch_size, 256 * size_of(group)),

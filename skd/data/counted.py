@@ -1,6 +1,6 @@
-"""Counted randomness: what is drawn is a function of a seed and counters, not of what was drawn before.
+"""Counted randomness: random numbers depend on a seed and on counters, not on the numbers drawn before them.
 
-So the augmentation of a sample depends on (seed, epoch, sample) alone: workers, ranks and a resumed run cannot
+The augmentation of a sample therefore depends only on (seed, epoch, sample); workers, ranks and a resumed run cannot
 change it.
 """
 
@@ -17,7 +17,8 @@ import torch
 from numpy.random import mtrand
 from torch.utils.data import get_worker_info
 
-# In front of every counter: 0 and "0" differ, and so do (1,) and (1, 0), which SeedSequence would take for the same.
+# A marker of its type precedes every counter, so that 0 and "0" differ, and also (1,) and (1, 0), which SeedSequence
+# would treat as equal.
 _INTEGER, _NAME = 1, 2
 
 
@@ -38,8 +39,8 @@ def generator(seed: int, *counters: int | str) -> np.random.Generator:
 def seeded(seed: int, *counters: int | str) -> Iterator[None]:
     """Inside the block the global generators of Python, NumPy and PyTorch (CPU) follow `generator`'s arguments.
 
-    After it all three are as they were. In a worker of a DataLoader they are not put back: there they belong to
-    nobody, and saving them costs more than seeding them does (20 us without, 70 us with).
+    After the block their states are restored, except in a worker of a DataLoader: there nothing else uses them, and
+    saving the states costs more than the seeding itself (70 us with it, 20 us without).
 
     Raises:
         ValueError: the seed or a counter is out of range.
@@ -57,15 +58,15 @@ def seeded(seed: int, *counters: int | str) -> Iterator[None]:
     finally:
         random.setstate(python)
         torch.set_rng_state(pytorch)
-        mtrand.set_bit_generator(numpy)  # untouched meanwhile
-        if legacy["has_gauss"]:  # the second of a pair of normal numbers, which the exchange has dropped
+        mtrand.set_bit_generator(numpy)  # its state has not changed in the block
+        if legacy["has_gauss"]:  # NumPy held the second of a pair of normal numbers, and the exchange dropped it
             mtrand.set_state(legacy)
 
 
 def _seed(sequence: np.random.SeedSequence) -> None:
     low, high, third = sequence.generate_state(3, np.uint64).tolist()
     random.seed(low | high << 64)
-    # Not torch.manual_seed: that reaches for every GPU's generator too, and takes 140 us.
+    # torch.manual_seed would seed the generator of every GPU too, which takes 140 us.
     torch.default_generator.manual_seed(third)
     # Exchanging the generator under NumPy's global functions is faster than seeding it in place.
     mtrand.set_bit_generator(np.random.PCG64(sequence))

@@ -73,7 +73,7 @@ def batched(split: Split, size: int = 256) -> Batches:
 
 
 def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by -1, 0 or 1 pixel along both axes at random; what comes in is background."""
+    """Move each image at random by -1, 0 or 1 pixel along both axes; the pixels that become free are background."""
     count, _, height, width = images.shape
     padded = F.pad(images[:, 0], (1, 1, 1, 1), value=_DARK)
     down, right = torch.randint(0, 3, (2, count, 1), generator=generator)

@@ -22,7 +22,7 @@ from skd.data.pixels import extensions
 from skd.data.source import About, ClassMap, LeftOut, names_of, shown
 
 TRAIN = ("train", "training")
-# timm's names; "test" last, so that a folder with train and test has something to evaluate on.
+# These are timm's names. "test" is among them, so that a folder with only train and test can be evaluated on test.
 EVALUATION = ("validation", "val", "valid", "eval", "evaluation", "dev", "test", "testing")
 
 _DEPTH = 6  # folders with nothing but one folder in them; links may go round in circles
@@ -64,7 +64,7 @@ def has_folders(folder: Path) -> bool:
 
 
 def search(folder: Path, left_out: LeftOut) -> list[Found]:
-    """All images below a folder, in timm's order; what else is there goes to `left_out`."""
+    """All images below a folder, in timm's order; all other files are recorded in `left_out`."""
     images: list[Found] = []
     for parent, files in _walk(folder, left_out):
         place = os.path.join(folder, parent)
@@ -110,18 +110,18 @@ def _circular(link: str, root: str) -> bool:
 def split_folder(folder: Path, split: str, required: bool = False, labelled: bool = True) -> Path:
     """The sub-folder of a split; `folder` itself if it is not divided into splits.
 
-    It is found by its name or a synonym, whatever the case (Train), or where that is one word of several (seg_train,
-    train_images, val2017); in `folder`, or in the one sub-folder of it that is divided (data/train).
+    The split is found by its name or a synonym, in upper or lower case (Train), also as one word of a longer name
+    (seg_train, train_images, val2017). It is looked for in `folder`, and in a single divided sub-folder (data/train).
 
     Args:
         folder: of a data set.
         split: "train", "validation", or the name of a sub-folder. What follows a "[" is ignored.
         required: a folder that is not divided is an error.
-        labelled: a split holds folders of classes; otherwise it may hold images, if there is another split.
+        labelled: a split must hold folders of classes; otherwise it may hold images, if there is another split.
 
     Raises:
-        ValueError: the name leads out of `folder`; or it is divided, but does not have this split, or two that may be
-            it; or it is not, and that is `required`.
+        ValueError: the name leads out of `folder`; `folder` is divided, but no split has this name, or several do;
+            or `folder` is not divided although this is `required`.
     """
     name = split.split("[")[0]
     if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
@@ -156,24 +156,24 @@ def split_folder(folder: Path, split: str, required: bool = False, labelled: boo
 
 
 def kinds(name: str) -> set[str]:
-    """ "train" and "evaluation": what the words of a folder's name say that it is."""
+    """The kinds of split that the words of a folder's name suggest: a subset of "train" and "evaluation"."""
     words = _words(name)
     return {kind for kind, names in (("train", TRAIN), ("evaluation", EVALUATION)) if words & set(names)}
 
 
 def _words(name: str) -> set[str]:
-    """In lower case, without digits: GTSRB_Final_TrainingImages2 has gtsrb, final, training, images."""
+    """The words of a name in lower case, without digits: GTSRB_TrainingImages2 has gtsrb, training, images."""
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     return words | {word.removesuffix("set") for word in words}
 
 
 def is_plain(name: str) -> bool:
-    """The name of a split and nothing else, so that it is one even without a counterpart."""
+    """Whether a name is exactly that of a split. Such a folder counts as a split even if it is the only one."""
     return name.lower() in TRAIN + EVALUATION
 
 
 def _called(wanted: str, found: list[str]) -> list[str]:
-    """Those of the splits that go by a name: exactly, or in another case, or among other words."""
+    """The splits that match a name: exactly, else in upper or lower case, else as one of several words."""
     exact = [name for name in found if name == wanted]
     alike = [name for name in found if name.lower() == wanted.lower()]
     among = [name for name in found if wanted in _words(name) and wanted in TRAIN + EVALUATION]
@@ -181,7 +181,7 @@ def _called(wanted: str, found: list[str]) -> list[str]:
 
 
 def _splits(place: Path, labelled: bool) -> list[str]:
-    """Names of the sub-folders that are splits; a class that happens to be called "train" is none."""
+    """Names of the sub-folders that are splits. A class that happens to be called "train" does not count."""
     named = [name for name in sub_folders(place) if len(kinds(name)) == 1]
     nested = [name for name in named if has_folders(place / name)]
     both = nested if labelled else named
@@ -271,9 +271,9 @@ def open_folder(
 def open_image_folder(
     folder: Path, split: str, mode: str, require_split: bool, labelled: bool, exif_orientation: bool
 ) -> ReaderSource:
-    """The same as torchvision's ImageFolder has it: the sub-folders are the classes, however deep their images lie.
+    """One split of a folder as torchvision's ImageFolder reads it: each sub-folder is a class, at any depth.
 
-    They are in the order of their names as strings ("10" before "2"), which is torchvision's.
+    The classes are sorted by their names as strings ("10" before "2"), as in torchvision.
     """
     place = split_folder(folder, split, require_split, labelled)
     left_out = LeftOut()
@@ -312,12 +312,12 @@ class FolderImages:
 
 
 def _class_of(image: Found) -> str:
-    """The name of the folder that an image lies in, "" if that is the one of the split."""
+    """The name of the folder that an image lies in; "" if it lies directly in the folder of the split."""
     return os.path.basename(image.parent)
 
 
 def _top(image: Found) -> str:
-    """The first of the folders that an image lies in, "" if that is the one of the split."""
+    """The outermost folder below the split that holds an image; "" if it lies directly in the folder of the split."""
     return Path(image.parent).parts[0] if image.parent else ""
 
 
@@ -347,7 +347,7 @@ def _nothing(folder: Path, place: Path, left_out: LeftOut, mapped: bool) -> Valu
 
 
 def _check_depth(folder: Path, place: Path, images: list[Found]) -> None:
-    """Raises ValueError: images lie beside folders of images, so what their class is cannot be told."""
+    """Raises ValueError: images lie beside folders of images, so their class is ambiguous."""
     parents = {image.parent for image in images}
     if "" in parents:
         lie = "all of its images lie" if len(parents) == 1 else "some of its images lie"
@@ -363,9 +363,9 @@ def _check_depth(folder: Path, place: Path, images: list[Found]) -> None:
 
 
 def _check_undivided(folder: Path, images: list[Found]) -> None:
-    """Raises ValueError: the folder looks divided, in a way that is not understood.
+    """Raises ValueError: the folder looks divided into splits, but in a way that skd does not recognise.
 
-    Taken for one set, its training images would be among those to validate with.
+    If it were read as one set, training images would be among the validation images.
     """
     parents = sorted({image.parent for image in images})
     names = Counter(os.path.basename(parent) for parent in parents)

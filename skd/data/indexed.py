@@ -40,7 +40,7 @@ class Pairs(Protocol):
 
 
 class Reader(Protocol):
-    """A timm reader, which gives opened files that are not decoded yet, and their labels."""
+    """A timm reader. It returns opened files, not yet decoded, and their labels."""
 
     def __len__(self) -> int: ...
 
@@ -113,7 +113,7 @@ class ReaderSource(IndexedSource):
     def file(self, index: int) -> str:
         try:
             name = self._reader.filename(index, absolute=True)
-        except Exception:  # each library raises an error of its own for an image that is not there
+        except Exception:  # the libraries raise different errors for a file name that they do not have
             name = None
         return str(name) if name else super().file(index)
 

@@ -22,19 +22,19 @@ _Item = TypeVar("_Item")
 
 
 class Loader:
-    """Iterable, again and again, over (images, labels): float32 (B, C, H, W), on the device, and int64 (B,).
+    """Batches (images, labels): float32 (B, C, H, W) on the device, and int64 (B,). They can be read repeatedly.
 
-    Of a source without labels they are None.
+    The labels are None if the source has no labels.
 
     The workers send 8-bit images; this process normalises them on the device. Labels stay on the host, where they
     are checked.
 
-    One iteration at a time: the workers serve the latest, so an earlier one that goes on is a RuntimeError.
+    The workers serve only the latest iteration; continuing an earlier one raises a RuntimeError.
 
     Attributes:
         source: where the images come from.
         loading: how batches are made of them.
-        reasons: why images could not be read, by their names, of all iterations so far.
+        reasons: why images could not be read, by name of the image, over all iterations so far.
         turned: names of the images that EXIF says are not upright, and which were read as they are stored.
         read: images that the latest iteration has given so far.
     """
@@ -53,7 +53,7 @@ class Loader:
 
     @property
     def skipped(self) -> set[str]:
-        """Names of the images that could not be read, of all iterations so far."""
+        """Names of the images that could not be read, over all iterations so far."""
         return set(self.reasons)
 
     def __len__(self) -> int:
@@ -138,24 +138,24 @@ class IndexedLoader(Loader):
                 pin_memory=self.loading.pin_memory,
                 persistent_workers=self.loading.workers > 0,
                 worker_init_fn=be_patient,
-                generator=torch.Generator(),  # else every iteration would draw from the global one
+                generator=torch.Generator(),  # without it every iteration would draw from the global generator
             )
         return start(self._loader)
 
 
 class StreamLoader(Loader):
-    """Over a stream. Every iteration starts workers of its own: their readers remember how far they have come."""
+    """A loader of a stream. Every iteration starts new workers, because a reader remembers how far it has read."""
 
     def __init__(self, source: StreamSource, preparation: Preparation, normalise: Normalisation) -> None:
         super().__init__(source, preparation.loading, normalise)
         self._source = source
         self._preparation = preparation
-        # To calibrate, the first of the stream's images.
+        # Calibration uses the first images of the stream.
         self._limit = preparation.loading.calibration_images
         self._images = len(source) if self._limit is None else self._limit
 
     def __len__(self) -> int:
-        """In training exact; otherwise an estimate: every worker may have a smaller last batch."""
+        """The number of batches: exact in training, otherwise an estimate (each worker's last may be smaller)."""
         rows, world = self.loading.rows, self.loading.world
         share = -(-self._images // world)
         return self._images // (rows * world) if self.loading.training else -(-share // rows)
@@ -166,7 +166,7 @@ class StreamLoader(Loader):
         return start(self._workers()) if self._limit is None else self._first(-(-self._limit // self.loading.world))
 
     def _exactly(self, batches: int) -> Iterator[Loaded]:
-        """As many batches on every rank, or an error: a rank that stops earlier would leave the others waiting."""
+        """Exactly this many batches, or an error: a rank that stopped earlier would leave the others waiting."""
         count = 0
         for loaded in islice(start(self._workers()), batches):
             yield loaded
@@ -179,7 +179,7 @@ class StreamLoader(Loader):
             )
 
     def _first(self, images: int) -> Iterator[Loaded]:
-        """Batches until there are this many images; the last is cut."""
+        """Batches until there are this many images; the last batch is cut to reach the number exactly."""
         for loaded in start(self._workers()):
             if loaded.images is not None and loaded.labels is not None:
                 kept = loaded.images[:images]
@@ -195,8 +195,8 @@ class StreamLoader(Loader):
         The seed of the shards' order is the same on all ranks, so that they divide the shards alike; the seed of the
         order of images is this rank's own.
         """
-        # To evaluate, every rank reads all and keeps its part: the readers' own division may leave out images of one
-        # shard and read those of another twice.
+        # For evaluation every rank reads the whole stream and keeps its part, because the readers' own division may
+        # leave out images of one shard and read those of another twice.
         loading = self.loading
         whole = not loading.training and self._limit is None
         rank, world = (0, 1) if whole else (loading.rank, loading.world)
@@ -220,7 +220,7 @@ class StreamLoader(Loader):
             collate_fn=_unchanged,
             pin_memory=loading.pin_memory,
             worker_init_fn=be_patient,
-            generator=torch.Generator().manual_seed(images),  # from which the readers' worker seeds come
+            generator=torch.Generator().manual_seed(images),  # the seeds of the workers' readers come from it
         )
 
 

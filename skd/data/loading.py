@@ -1,6 +1,6 @@
 """`Loading` describes how batches are made of a source's images, and the plans say which images make which batch.
 
-A plan is followed in the main process, and sent to the workers as keys.
+The main process iterates over a plan and sends the workers the keys of each batch.
 """
 
 from __future__ import annotations
@@ -141,11 +141,11 @@ class FixedPlan:
     def __init__(self, indices: Sequence[int], loading: Loading) -> None:
         self.indices = indices
         self.loading = loading
-        self.epoch = 0  # makes no difference
+        self.epoch = 0  # the same interface as `TrainPlan`; the value has no effect
         self.start_batch = 0
 
     def __len__(self) -> int:
-        """The number of batches; a last batch that is too small to have a row for every rank counts on all ranks."""
+        """The number of batches, the same on all ranks, even if the last batch has too few rows for some of them."""
         return -(-len(self.indices) // self.loading.batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:

@@ -54,7 +54,7 @@ def open_source(
             "hfids/NAME" (the same as a stream), "wds/FOLDER" (web data set), "tfds/NAME", "torch/NAME" (torchvision).
             A folder holds one sub-folder of images per class, in any format that Pillow reads, or the idx files of
             MNIST and its relatives. Hidden files and folders are left out; `Source.left_out` says what else is.
-            (A folder that is called like a prefix: "./hfds", or a Path.)
+            (A folder whose name is also a prefix is written "./hfds", or given as a Path.)
         split: "train" or "validation", or what the data set itself calls it. In a folder, the sub-folder of that name
             or of a synonym (`TRAIN`, `EVALUATION`) is taken, in any case or among other words (Train, seg_train,
             data/train), or the folder itself if it is not divided.
@@ -68,7 +68,7 @@ def open_source(
         num_samples: of a stream: how many images it has, where it does not say.
         labelled: False where labels are not needed: then images may lie anywhere in a folder, a data set need not
             have a column of labels, and the loaders give None for them.
-        exif_orientation: turn each picture as its EXIF block says. timm does not, nor do we by default.
+        exif_orientation: turn each picture as its EXIF block says. timm does not, nor does skd by default.
         options: for timm's reader of a data set with a prefix, such as input_key and target_key (columns of images
             and labels).
 
@@ -229,7 +229,7 @@ def _torch_folder(request: _Request) -> Source:
 def _check_columns(reader: Any, request: _Request) -> None:
     """Refuse names of columns that the data set does not have.
 
-    timm's reader notices them only when it reads; for the images it even adds an empty column of that name.
+    timm's reader notices a wrong name only when it reads; for images it even adds an empty column of that name.
     """
     table = reader.dataset.data
     present = [name for name in table.column_names if table.column(name).null_count < max(1, len(reader))]

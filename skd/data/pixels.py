@@ -1,10 +1,10 @@
-"""The way of an image from a file that Pillow opened to 8-bit pixels, and from a batch of these to a model's input.
+"""From an image that Pillow opened to 8-bit pixels, and from a batch of these to a model's input.
 
     worker         any bit depth and mode -> `in_mode`, 8-bit "L" or "RGB" -> timm's transform -> `Pixels`, uint8
                    (C, H, W), a quarter of the bytes of float32; and the rectangles that random erasing draws
     main process   uint8 batch -> device -> `Normalisation`, float32, the rectangles over it
 
-The rest is what the two need: which files are pictures, a model's data configuration, timm's transforms.
+The other functions serve these two steps: which files are images, a model's data configuration, timm's transforms.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def extensions() -> frozenset[str]:
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
     """The image (of several, the first) with 8 bits per channel, in `mode`, "L" or "RGB".
 
-    16-bit grey is divided by 257 (12-bit grey of TIFF accordingly), so that white stays white (Pillow would cut it
-    off at 255). 32-bit integers and floats have no white of their own: it is 1 for floats from 0 to 1, else 255, else
-    65535, the smallest that no value of the image exceeds; an image with other values is stretched from its lowest to
-    its highest. Values that are not finite are black. An alpha channel is dropped, as timm does it.
+    16-bit grey is divided by 257 (12-bit grey of TIFF accordingly), so that white stays white (Pillow would clip it
+    at 255). 32-bit integers and floats do not define white. Here it is the smallest of 1 (for floats only), 255 and
+    65535 that no value of the image exceeds. An image with negative or larger values is stretched from its lowest
+    to its highest value. Values that are not finite become black. An alpha channel is dropped, as in timm.
     """
     image.load()  # TIFF files are turned upright and may change their mode
     if image.mode.startswith("I;16"):
@@ -74,7 +74,7 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _white(image: Image.Image) -> int:
-    """The largest value of a picture of 16 bits; in TIFF files fewer of them may be in use."""
+    """The largest possible value of a 16-bit image. A TIFF file may use fewer of the 16 bits."""
     tags = getattr(image, "tag_v2", {})  # TIFF files have them
     bits = tags.get(_BITS, (16,))[0]
     return int(2**bits - 1) if 8 < bits < 16 else 65535
@@ -92,7 +92,7 @@ def _scaled(values: np.ndarray, image: Image.Image) -> np.ndarray:
         return (values - low) * (255 / max(high - low, 1e-300))
     if image.mode == "F" and high <= 1:
         return values * 255
-    # So Pillow opens portable grey maps of 16 bits, and older versions of it PNG files.
+    # Pillow opens 16-bit portable grey maps in mode "I", and older versions open 16-bit PNG files in it too.
     sixteen_bits = high > 255 or (image.mode == "I" and image.format in ("PNG", "PPM"))
     return values / 257 if sixteen_bits else values
 
@@ -103,7 +103,7 @@ def is_turned(image: Image.Image) -> bool:
         return False
     try:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    except Exception:  # whatever a broken block of EXIF leads to: the picture itself can be read
+    except Exception:  # a broken EXIF block may raise anything, but the picture itself can be read
         return False
 
 
@@ -303,7 +303,7 @@ class _Canvas:
 
 
 class Patches(NamedTuple):
-    """The rectangles of a batch: two tensors, however many there are, for the way from a worker.
+    """The rectangles of a batch as only two tensors, so that they are cheap to send from a worker.
 
     Attributes:
         places: (n, 5) int64: number of the image, top, left, height, width; in the order of drawing.
@@ -315,7 +315,7 @@ class Patches(NamedTuple):
 
 
 def packed(images: list[list[Patch]]) -> Patches | None:
-    """The rectangles of each image of a batch as one; None if there is none."""
+    """The rectangles of all images of a batch in one `Patches`; None if there are no rectangles."""
     numbered = [(number, patch) for number, patches in enumerate(images) for patch in patches]
     if not numbered:
         return None
@@ -335,7 +335,7 @@ class Normalisation:
 
     def __call__(self, pixels: torch.Tensor, patches: Patches | None) -> torch.Tensor:
         """(B, C, H, W) uint8 on the host to float32 on the device."""
-        # From page-locked memory the copy need not be waited for; from other memory the flag changes nothing.
+        # The copy is asynchronous if the memory is page-locked; otherwise non_blocking has no effect.
         images = pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
         if patches is not None:
             values, start = patches.values.to(self.device, non_blocking=True), 0

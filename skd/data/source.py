@@ -33,7 +33,7 @@ class BadImage(Exception):
     Attributes:
         file: its name.
         reason: why, on one line.
-        missing: the file is not there, rather than broken.
+        missing: the file does not exist (otherwise it exists but is broken).
     """
 
     def __init__(self, file: str, reason: BaseException | str) -> None:
@@ -187,7 +187,7 @@ def opened(file: IO[bytes]) -> Image.Image:
 
 
 def names_of(class_to_index: Mapping[str, int]) -> list[str] | None:
-    """Class names by label; None if the labels are not 0..n-1, each once."""
+    """Class names by label; None unless the labels are exactly 0..n-1, each used once."""
     names = {index: name for name, index in class_to_index.items()}
     if not names or len(names) < len(class_to_index) or sorted(names) != list(range(len(names))):
         return None
@@ -208,15 +208,15 @@ def label_names(model: TimmModel) -> list[str] | None:
 def match_classes(source: Source, names: Sequence[str] | None) -> str | None:
     """Give the images of `source` the labels that `names` has for their classes.
 
-    Nothing is changed where the names are unknown, where a class map decides, or where they are not the same set:
-    then labels stay the numbers that they are.
+    The labels stay unchanged if the names of the model or of the data are unknown, if a class map defines the labels,
+    or if the model and the data do not have the same set of names.
 
     Args:
         source: from `open_source`; its labels and `classes` change.
         names: class names by label, such as those of a model (`label_names`).
 
     Returns:
-        None, or if both are known and differ: the first label at which they do, in words.
+        If both sets of names are known and differ, a description of the first label where they do; otherwise None.
     """
     found = source.classes
     if names is None or found is None or source.mapped or found == list(names):
@@ -244,7 +244,7 @@ def match_model(source: Source, model: TimmModel) -> None:
 
 
 def agree(source: Source, model: TimmModel, like: Source | None = None) -> None:
-    """Give the images of `source` the labels that the model has for their classes, or `like`, another split.
+    """Give the images of `source` the labels that the model, or `like` (another split), has for their classes.
 
     Raises:
         ValueError: the two splits, or the images and the model's head, do not have the same classes.
@@ -276,8 +276,8 @@ def name_classes(model: TimmModel, images: Source, trained: bool) -> None:
 def check_classes(source: Source, num_classes: int) -> None:
     """Compare the classes of a data set with a head's: their number must be the same.
 
-    Nothing is compared for a headless model (0 classes), where a class map decides, or where the classes are unknown;
-    labels are checked as they come in any case.
+    Nothing is compared for a headless model (0 classes), with a class map, or if the classes are unknown. In these
+    cases too, every label is checked when its image is read.
 
     Raises:
         ValueError: the numbers differ; the message says how to make a head that fits.
