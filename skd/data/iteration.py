@@ -72,7 +72,7 @@ class Loader:
         self.start_batch = start_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises what the workers report, and warns at the end of the epoch of images left out, or not upright."""
+        """Raise the errors that workers report; warn at the end of the epoch of images left out or not upright."""
         bad: dict[str, str] = {}
         self.read, noted = 0, len(self.turned)
         self._iterations += 1

@@ -1,9 +1,9 @@
 """Sources that are streams: timm's readers of shards in tar format, of Hugging Face's streams and of TensorFlow's.
 
 `StreamSource` has what the three kinds share. Each kind makes one of timm's readers, which imports the library that
-it needs, and takes every image from it undecoded, as an `Item`. timm's readers would decode the images themselves: to
-8 bits (Pillow clips 16-bit images at 255), without regard to EXIF, and silently without those that fail. Here images
-are decoded by the same rules as in all other sources, and every failure is reported.
+it needs, and takes every image from it undecoded, as an `Item`. timm's readers would decode the images themselves:
+they convert to 8 bits (Pillow clips 16-bit images at 255), ignore EXIF, and silently drop images that fail. Here
+images are decoded by the same rules as in all other sources, and every failure is reported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Item(NamedTuple):
 
 
 class StreamReader(Protocol):
-    """What is used of timm's readers of streams; each builds its pipeline, `ds`, when it is first read."""
+    """The part of timm's stream readers that skd uses. Each builds its pipeline, `ds`, when it is first read."""
 
     ds: Any
     common_seed: int
@@ -171,7 +171,7 @@ class StreamSource(Source):
             return self._prepared(image, position, name)
 
     def file(self, index: int) -> str:
-        """As in `Source`; the number is counted by the worker, so the worker's own number comes before it."""
+        """As in `Source`. Each worker counts its images separately, so the number of the worker comes first."""
         worker = get_worker_info()
         return f"{self.name}[{index if worker is None else f'{worker.id}:{index}'}]"
 
@@ -180,14 +180,14 @@ Sample = Mapping[str, bytes | str]  # the files of a sample by their endings, an
 
 
 class Labelled(TypedDict):
-    """What a pipeline gives to timm's reader: an image, and its label as it is."""
+    """What a pipeline gives to timm's reader: an image, and its label, not yet mapped."""
 
     image: Item
     target: object
 
 
 class WebReader(StreamReader, Protocol):
-    """Of timm's ReaderWds also what it does with labels."""
+    """The part of timm's ReaderWds that skd uses: also how it reads and maps labels."""
 
     remap_class: bool
     input_key: str
@@ -208,7 +208,7 @@ class WebSource(StreamSource):
 
     def __init__(self, reader: WebReader, name: str, mode: str, *, training: bool, **about: Unpack[About]) -> None:
         super().__init__(reader, name, mode, training=training, **about)
-        self._maps, reader.remap_class = reader.remap_class, False  # here, where the image has a name
+        self._maps, reader.remap_class = reader.remap_class, False  # `_item` maps: its errors can name the image
 
     @staticmethod
     def reader_of(name: str, labelled: bool, arguments: dict[str, object]) -> StreamReader:
@@ -237,7 +237,7 @@ class WebSource(StreamSource):
         self._reader.ds = DataPipeline(*stages, self._items)
 
     def _note(self, error: Exception) -> bool:
-        """A shard that is not there, or whose rest cannot be read, is left out; the others are read."""
+        """Note a shard that is missing, or the rest of which cannot be read; the other shards are still read."""
         named = [part for part in error.args[1:] if isinstance(part, str)]
         reason = str(error.args[0]) if error.args else ""
         self.unread.append((named[-1] if named else "a shard", f"{type(error).__name__}: {reason}"))
@@ -332,7 +332,7 @@ def _file_item(image: HubImage | None) -> Item:
     if image is None:
         return Item(None, None, "the column has no image")
     path = image["path"]
-    name = path if path and "/" in path else None  # the name alone may be that of many
+    name = path if path and "/" in path else None  # without its folder a name may belong to many files
     if image["bytes"]:
         return Item(image["bytes"], name)
     import fsspec
@@ -340,7 +340,7 @@ def _file_item(image: HubImage | None) -> Item:
     try:
         with fsspec.open(path, "rb") as file:
             return Item(file.read(), name)
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system raises its own kinds of errors
         return Item(None, name, f"{type(error).__name__}: {error}")
 
 

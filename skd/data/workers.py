@@ -1,10 +1,10 @@
 """What runs in the workers: reading, transforming and stacking one batch at a time.
 
-Errors that concern the data are not raised here: an exception that leaves a worker arrives as a traceback in text.
-They travel in the batch (`Loaded.failure`), as do the names of unreadable images, and the main process raises them.
+Errors in the data are not raised here, because an exception that leaves a worker reaches the main process only as the
+text of a traceback. Instead a batch carries them (`Loaded.failure`), and the names of unreadable images, to the main
+process, which raises them.
 
-At the end is how the processes begin and end: they outlive the signals of a run that is being stopped, but not the
-run.
+The end of this file starts and ends the worker processes. They survive the signals that stop a run, but end with it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class UnreadableData(OSError):
 class Loaded(NamedTuple):
     """One batch: images (n, C, H, W) uint8 and labels (n,) int64, None if there is no image; or why it failed.
 
-    `bad` has the images that could not be read, each with the reason, `turned` those that EXIF says are not upright.
-    An exception itself would hold on to the frames it passed, and those to the workers.
+    `bad` lists the images that could not be read, with reasons; `turned` those that EXIF says are not upright.
+    `failure` is a type and a text, because an exception would keep its frames alive, and these the workers.
     """
 
     images: torch.Tensor | None
@@ -86,7 +86,7 @@ class Preparation:
         self.loading = loading
 
     def __call__(self, image: Image.Image, label: int, counters: tuple[int, ...], file: Callable[[], str]) -> Sample:
-        """Raises LabelError: the label is out of range, of the image that `file` names."""
+        """Raises LabelError: the label is out of range. `file` gives the name of the image for the message."""
         loading = self.loading
         if loading.num_classes and not 0 <= label < loading.num_classes:
             raise LabelError(f"{file()} has the label {label}; the head has the classes 0..{loading.num_classes - 1}")
@@ -97,12 +97,12 @@ class Preparation:
 
 
 class IndexedBatches(Dataset[Loaded]):
-    """Batches by their keys: ``self[keys]``. Its content depends on the keys alone."""
+    """Batches by their keys: ``self[keys]``. The content of a batch depends only on its keys."""
 
     def __init__(self, source: IndexedSource, preparation: Preparation) -> None:
         self.source = source
         self.preparation = preparation
-        self._missing = 0  # files in a row that are not there
+        self._missing = 0  # how many files in a row did not exist
 
     def __getitem__(self, keys: Sequence[Key]) -> Loaded:
         training = self.preparation.loading.training
@@ -136,11 +136,12 @@ class IndexedBatches(Dataset[Loaded]):
             bad.append((error.file, error.reason))
             return None
         self._missing = 0
-        # The key's own counters: a stand-in may be in the same epoch for itself.
+        # The counters are those of `key`, not of `index`: the image read in place of a bad one also has a key of its
+        # own in this epoch, and is to be augmented differently there.
         return self.preparation(image, label, key, partial(self.source.file, index))
 
     def _judge(self, error: BadImage) -> None:
-        """Raise if an unreadable image is the end."""
+        """Raise an error if loading has to end because of an unreadable image."""
         self._missing = self._missing + 1 if error.missing else 0
         if self.source.vanished() or self._missing >= RETRIES:
             raise UnreadableData(f"the data set {self.source.name} has vanished: {error}") from error
@@ -149,14 +150,15 @@ class IndexedBatches(Dataset[Loaded]):
 
 
 class StreamBatches(IterableDataset[Loaded]):
-    """This worker's batches of a stream; batch number b of an epoch comes from worker b modulo their number.
+    """This worker's batches of a stream. Batch number b of an epoch comes from worker b % (number of workers).
 
     Args:
         source: prepared for the epoch.
         preparation: what happens to each image.
-        counters: of the augmentation, before the worker and the position in its part of the stream.
-        start_batch: batches before it are read, since a stream cannot do otherwise, but not prepared: they are empty.
-        keep: (rank, world): of this worker's part only the images rank, rank + world, ...
+        counters: the first counters of the augmentation; the worker and the position in its part follow them.
+        start_batch: earlier batches are read, since a stream cannot skip, but their images are not prepared; these
+            batches are empty.
+        keep: (rank, world): only the images rank, rank + world, ... of this worker's part are used.
     """
 
     def __init__(
@@ -198,18 +200,18 @@ class StreamBatches(IterableDataset[Loaded]):
                 yield _stacked(samples, self._unread(), self.source)
                 samples = []
         self._judge()
-        # Training takes whole batches, and none of another pass's images is read after its last.
+        # In training every batch is whole, and nothing is read after the last one, so nothing is left to report.
         if not self.preparation.loading.training and (count % self.rows or self.source.unread):
             yield _stacked(samples, self._unread(), self.source)
 
     def _judge(self) -> None:
-        """Raise if an image that could not be read is the end."""
+        """Raise an error if an image could not be read and bad_images is "fail"."""
         if self.preparation.loading.fails and self.source.unread:
             file, reason = self.source.unread[0]
             raise UnreadableImage(f"{file} cannot be read: {reason}")
 
     def _unread(self) -> Bad:
-        """What could not be read since the last batch; it is emptied in place, as the reader notes there too."""
+        """What could not be read since the last batch. The list is emptied in place, because the reader shares it."""
         unread = list(self.source.unread)
         self.source.unread.clear()
         return unread
@@ -219,7 +221,7 @@ _started: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
 def start(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
-    """``iter(loader)``, whose processes end with this one at the latest."""
+    """``iter(loader)``; `_end` kills its worker processes, if they still run, when this process ends."""
     before = set(multiprocessing.active_children())
     iterator = iter(loader)
     _started.update(set(multiprocessing.active_children()) - before)
@@ -227,10 +229,10 @@ def start(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
 
 
 def be_patient(worker: int) -> None:
-    """Runs in each worker: it survives Ctrl-C and its first SIGTERM, and obeys the second.
+    """Run in each worker, so that it survives Ctrl-C and its first SIGTERM, and ends at the second SIGTERM.
 
-    A signal to a whole job reaches the workers too. If they died of it at once, the main process could not finish
-    its step and write a checkpoint. It ends them itself, if need be by one SIGTERM and then another.
+    A signal to a whole job reaches the workers too. If they died at once, the main process could not finish its step
+    and write a checkpoint. The main process ends the workers itself, if necessary with two SIGTERMs.
     """
 
     def obey_the_next(number: int, frame: FrameType | None) -> None:
@@ -241,10 +243,10 @@ def be_patient(worker: int) -> None:
 
 
 def _end(owner: int = os.getpid()) -> None:
-    """At exit multiprocessing would send each process one SIGTERM, and wait for it."""
+    """Kill the workers at exit: multiprocessing would send each only one SIGTERM, which it survives, and wait."""
     alive = [process for process in list(_started) if os.getpid() == owner and process.is_alive()]
     if alive:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes every end for a failure
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each end as a failure
     for process in alive:
         process.kill()
 

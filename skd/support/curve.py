@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Row(TypedDict):
-    """One sub-network: its entry, what it costs and, where it was measured, the budget that it meets and its top-1.
+    """One sub-network: its entry, its cost and, if it was measured, the budget that it meets and its top-1.
 
     Attributes:
         macs, macs_linear: in the full and in the linear convention.
@@ -101,8 +101,8 @@ def measure_curve(
 def area(rows: Rows, budgets: Sequence[float]) -> float:
     """Mean top-1 over the range of `budgets`, in percent: the area under the accuracy-MACs curve.
 
-    Trapezoids between the budgets; a budget that no sub-network meets counts as 0, so that lists of different length
-    can be compared.
+    The curve is integrated by trapezoids between the budgets. A budget that no sub-network meets counts as 0, so that
+    lists of different length can be compared.
     """
     grid = np.unique(np.asarray(budgets, dtype=float))
     known = {row["budget"]: row["top1"] for row in rows}

@@ -1,4 +1,4 @@
-"""Devices by their names, refused in one line where nothing can be computed on them here."""
+"""Devices by name. A device on which this installation cannot compute is refused with an error of one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def usable_device(
     name: str | torch.device, option: str = "device", dtype: torch.dtype = torch.float32
 ) -> torch.device:
-    """The device of a name, with the number that it has where it is one of several.
+    """The device with this name; for "cuda" with its index, that of the current GPU.
 
     Args:
         name: "cpu", "cuda", "cuda:1", ...
@@ -27,13 +27,13 @@ def usable_device(
         raise ValueError(f"{shown}, which cannot be used here: its tensors have no data; give cpu or cuda")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{shown}; this PyTorch sees no GPU")
-    if chosen.type == "cuda" and chosen.index is None:  # each process of torchrun has its own
+    if chosen.type == "cuda" and chosen.index is None:  # each process of torchrun has its own current GPU
         chosen = torch.device("cuda", torch.cuda.current_device())
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{shown}; there are {torch.cuda.device_count()} GPUs, counted from 0")
-    try:  # many devices have names, and few of them compute in this installation
+    try:  # PyTorch knows many names of devices, and this installation can compute on few of them
         torch.zeros(1, dtype=dtype, device=chosen).cpu()
-    except Exception as error:  # each kind of device has its own; of one that is not there, often no word but these
+    except Exception as error:  # each kind of device raises its own errors, and a missing one often only a bare type
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ValueError(f"{shown}, which cannot be used here: {reason}") from None
     if chosen.type == "cpu" and chosen.index:

@@ -29,7 +29,7 @@ def remove_leftovers(*folders: Path) -> None:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`; what is written there takes the place of `path` if the block succeeds."""
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(path))  # a link is kept, and the file that it leads to is replaced
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -70,7 +70,7 @@ def output_file(path: str | os.PathLike[str], name: str = "path") -> Path:
     file = Path(os.path.realpath(path))  # what `replacing` writes to
     if file.is_dir():
         raise ValueError(f"{name} is {str(path)!r}, a folder; it must be a file")
-    if file.exists() and not file.is_file():  # it would be replaced, as any file that is there
+    if file.exists() and not file.is_file():  # `replacing` would put a plain file in its place
         raise ValueError(f"{name} is {str(path)!r}, a device or a pipe; it must be a file")
     try:
         _probe(file.parent)
@@ -80,7 +80,7 @@ def output_file(path: str | os.PathLike[str], name: str = "path") -> Path:
 
 
 def _probe(folder: Path) -> None:
-    """Permission bits do not tell (a super-user, a read-only disk): write something."""
+    """Try to write a file, because permission bits are not reliable (for root, or on a read-only disk)."""
     probe = folder / f".probe.{os.getpid()}"
     probe.touch()
     probe.unlink()
@@ -91,7 +91,7 @@ class Files:
     """What a command reads and writes, by the options that say where. An option that is not given has None.
 
     Attributes:
-        reads: files, and folders of images. What does not exist is not read (it may be a name of timm's).
+        reads: files, and folders of images. A path that does not exist is ignored, since it may be a name in timm.
         writes: files.
         folders: folders that results go to, each with the names of all that may be written there ("sub-*.json").
         in_place: (output, input) that may be the same file.
@@ -104,10 +104,10 @@ class Files:
 
 
 def check_files(files: Files) -> None:
-    """No output may take the place of an input or of another output; links do not hide that two files are one.
+    """Check that no output would replace an input or another output, also where links lead to the same file.
 
     Raises:
-        ValueError: one would; or a name is empty, which is none.
+        ValueError: an output would replace such a file, or a path is empty.
     """
     folders = {option: folder for option, (folder, _) in files.folders.items()}
     for option, path in [*files.reads.items(), *files.writes.items(), *folders.items()]:
@@ -145,9 +145,9 @@ def _is_named(path: str, folder: str, names: Sequence[str]) -> bool:
 
 
 def _may_be_data(path: str, folder: str) -> bool:
-    """Whether the file would lie in a folder of data and be called as a part of it may be.
+    """Whether the file would lie in a folder of data and has a name that a file of the data could have.
 
-    The name alone decides, whether the file is there or not: so what a command may write it may write again.
+    Only the name decides, not whether the file exists, so that a command can be repeated with the same output.
     """
     file, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     ours = file.suffix in _ENDINGS and file.name not in _OF_DATA_SETS

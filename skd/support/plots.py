@@ -17,8 +17,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 _WIDTH, _DPI = 7.2, 150  # inches; pixels per inch
 _GREY = "0.45"
-_CROWDED = 4.0  # range of all curves over that of the main one: from here it gets a panel of its own
-_LOG_FROM = 20.0  # largest over smallest: from here a linear colour scale shows only the largest
+_CROWDED = 4.0  # if all curves together span this many times the main one's range, it also gets a panel of its own
+_LOG_FROM = 20.0  # from this ratio of the largest to the smallest value on, a linear scale shows only the largest
 
 
 def new_figure(height: float, width: float = _WIDTH) -> Figure:
@@ -104,7 +104,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Rows], reference: float | None
 
 
 def plain(text: str) -> str:
-    """`text` as matplotlib draws it literally: no formulas, and not hidden from legends."""
+    """`text` so that matplotlib draws it literally: not as a formula, and also in legends if it begins with "_"."""
     return text.replace("$", r"\$").lstrip("_") or "-"
 
 

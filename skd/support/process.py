@@ -1,6 +1,6 @@
-"""The process ``skd``, from its first import to its last: Ctrl-C at any moment ends it in one line.
+"""The process ``skd``, from its first import to its end: Ctrl-C at any moment ends it with one line.
 
-Nothing is imported here but what Python itself has imported already, so that it takes hold at once.
+This file imports only modules that Python itself has imported already, so that the handler is in place at once.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
 def program() -> int:
     """`skd.cli.main` with the arguments of the process.
 
-    While modules are imported, and after the work, there is nothing to put away: the process ends on the spot. In
-    between Ctrl-C is a KeyboardInterrupt, which removes what was being written; a second one ends on the spot. Where
-    SIGINT is ignored (``nohup``, a script's background job) it stays so.
+    While modules are imported, and after the work, there is nothing to clean up, so Ctrl-C ends the process at once.
+    During the work it raises KeyboardInterrupt, so that temporary files are removed; a second Ctrl-C ends the process
+    at once. Where SIGINT is ignored (``nohup``, a script's background job), it stays ignored.
     """
     heard = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     process = os.getpid()
@@ -51,7 +51,7 @@ def program() -> int:
 
 
 def rank() -> str:
-    """What a line on standard error begins with: under torchrun, whose it is."""
+    """The beginning of a line on standard error: "rank N: " under torchrun with several processes, otherwise ""."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ
     return "" if alone else f"rank {os.environ['RANK']}: "
 
@@ -65,7 +65,7 @@ def world_size() -> int:
 
 
 def _flush() -> None:
-    """Nobody may be reading any more, as after ``skd --help | head -1``; the interpreter would complain."""
+    """Flush standard output. Its reader may be gone (``skd --help | head -1``), and then Python would report it."""
     try:
         sys.stdout.flush()
     except OSError:

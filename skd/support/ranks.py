@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
 
-# What each process reports for its turn in `in_step`; the largest number decides for all.
+# The codes that each process reports at its turn in `in_step`; the largest code decides for all.
 _GO, _END, _EMPTY, _STOP, _FAILED = 0, 1, 2, 100, 1000  # _STOP plus the number of the signal
 
 
@@ -136,7 +136,7 @@ def check_same(value: object, name: str, group: ProcessGroup | None) -> None:
 
 @contextmanager
 def together(group: ProcessGroup | None) -> Iterator[None]:
-    """A block that every rank runs by itself; if it raises on one rank, it raises on all.
+    """A block that every rank runs independently. If it raises an error on one rank, every rank raises one.
 
     Raises:
         RankFailed: on the other ranks; it names the rank that failed and quotes its error.
@@ -167,7 +167,7 @@ def in_step(
     Raises:
         RankFailed: another rank failed.
         StopAll: a rank was asked to stop.
-        ValueError: a rank has no batch at all, or with `images` not what another has.
+        ValueError: a rank has no batch at all, or with `images` its numbers differ from another rank's.
     """
     return batches if group is None else _in_step(batches, group, images)
 

@@ -1,6 +1,7 @@
-"""What skd needs of timm. Importing this module raises an ImportError, in one line, where it is not there.
+"""The version of timm that skd needs. Importing this module raises an ImportError, in one line, without it.
 
-timm itself, and torch with it, take seconds to import, which `skd --version` does not have: the version is read.
+Importing timm, and torch with it, takes seconds, which is too long for `skd --version`. Therefore timm's version is
+read from its file version.py.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
-OLDEST_TIMM = "1.0.31"  # older ones do not record the arguments that a model was made with
+OLDEST_TIMM = "1.0.31"  # older versions do not record the arguments that a model was made with
 
 
 def _installed() -> str:
-    """timm's version: of the module that is imported already, as its file version.py says, or by importing it."""
+    """timm's version: from the module if it is imported already, else from version.py, else by importing timm."""
     if "timm" not in sys.modules:
-        specs = (finder.find_spec("timm", None) for finder in sys.meta_path)  # importlib.util would be imported first
+        specs = (finder.find_spec("timm", None) for finder in sys.meta_path)  # saves the import of importlib.util
         spec = next((spec for spec in specs if spec is not None), None)
         file = os.path.join(os.path.dirname(spec.origin or ""), "version.py") if spec is not None else ""
         text = ""
@@ -31,7 +32,7 @@ def _installed() -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """To compare: 1.0.31 is (1, 0, 31, 0), and what comes before it, such as 1.0.31.dev0, (1, 0, 31, -1)."""
+    """A version as a tuple that can be compared: 1.0.31 is (1, 0, 31, 0), the earlier 1.0.31.dev0 (1, 0, 31, -1)."""
     end = next((place for place, sign in enumerate(version) if not (sign.isdigit() or sign == ".")), len(version))
     parts = [int(part) for part in version[:end].split(".") if part][:3]
     early = version[end:].startswith(("a", "b", "c", "rc", "pre", "dev"))

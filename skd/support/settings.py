@@ -25,11 +25,11 @@ BAD_IMAGES = ("skip", "fail")
 CONVENTIONS = ("full", "linear")  # how MACs are counted
 CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
 LABELS = ("given", "predicted")  # of calibration images
-CHECKPOINT_WEIGHTS = ("ema", "model")  # of a checkpoint that has both
+CHECKPOINT_WEIGHTS = ("ema", "model")  # which weights to take of a checkpoint that has both
 RESUME = (None, "auto")
 DEMO_EPOCHS = 40  # of the demo's stand-in for a pre-trained model
 
-_COLOR_JITTER = 0.3  # a number in `TrainConfig`, which has no other form of it
+_COLOR_JITTER = 0.3  # `Augmentation` also takes other types, but `TrainConfig` only a number
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class OptimizerSettings:
 
     Attributes:
         name: `opt`.
-        peak_lr: `lr`, or what follows from `lr_base`.
+        peak_lr: `lr`, or the value computed from `lr_base`.
         eps: `opt_eps`.
-        weight_decay, decay, clip_grad: as there.
+        weight_decay, decay, clip_grad: as in `TrainConfig`.
     """
 
     name: str
@@ -98,9 +98,9 @@ class ScheduleSettings:
     """How the learning rate moves: `TrainConfig.schedule`.
 
     Attributes:
-        epochs, min_lr, warmup_lr: as there.
-        peak_lr: after the warm-up.
-        warmup_epochs: `warmup_epochs`, or what follows from `epochs`.
+        epochs, min_lr, warmup_lr: as in `TrainConfig`.
+        peak_lr: the learning rate after the warm-up.
+        warmup_epochs: `warmup_epochs`, or the value computed from `epochs`.
         by_step: `sched_on_updates`.
     """
 

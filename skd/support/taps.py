@@ -61,7 +61,7 @@ def _start_graph(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
 
 
 def objective(model: TimmModel, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """The scalar that is differentiated, summed over the batch; METHOD calls it the cost.
+    """The scalar that is differentiated, summed over the batch. METHOD calls it the cost.
 
     It is the logit of the true class, or of the predicted class without labels. For a headless model
     (num_classes = 0) it is half the squared norm of the pooled features.
@@ -112,7 +112,7 @@ def checked_batch(model: TimmModel, batch: object, name: str, with_labels: bool 
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     parameter = next(model.parameters())
-    to_gpu = parameter.device.type == "cuda"  # a copy to the host that does not block may be read too early
+    to_gpu = parameter.device.type == "cuda"  # after a non-blocking copy to the host it might be read too early
     images = _usable(images).to(parameter.device, parameter.dtype, non_blocking=to_gpu)
     return images, None if labels is None else _usable(labels).to(parameter.device, non_blocking=to_gpu)
 

@@ -12,12 +12,12 @@ from skd.support.settings import AverageSettings
 class Average:
     """``average += (1 - decay) * (weights - average)``, as timm's ModelEmaV3 computes it.
 
-    timm hands the decay of a step to its kernels as a number, which a CUDA graph would keep for ever. Here the factor
-    is a tensor: `begin_step` fills it with what timm says of the step, and `update` can be captured.
+    timm passes the decay of a step to its kernels as a number, which would be constant in a CUDA graph. Here the
+    factor is a tensor that `begin_step` fills with timm's value for the step, so `update` can be captured.
 
     Attributes:
         module: the network with the averaged weights, in evaluation mode.
-        rounds_at_random: it has bfloat16 weights, which timm rounds at random by a generator on the host.
+        rounds_at_random: the module has bfloat16 weights, which timm rounds randomly with a generator on the host.
     """
 
     def __init__(self, supernet: SuperNet, settings: AverageSettings) -> None:
@@ -25,25 +25,25 @@ class Average:
         self.module: SuperNet = self._timm.module
         self.rounds_at_random = has_bfloat16(supernet)
         self._step = 0
-        # The tensors stay for as long as the run: what loads weights into a network copies into them.
+        # These tensors stay valid during the whole run, because loading weights into a network copies into them.
         pairs = list(zip(self.module.state_dict().values(), supernet.state_dict().values(), strict=True))
         self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
         self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
-        # A factor has the type and the device of what it multiplies.
+        # A factor has the dtype and the device of the tensors that it multiplies.
         self._factors = {
             (average.device, average.dtype): torch.zeros((), device=average.device, dtype=average.dtype)
             for average, _ in self._averaged
         }
 
     def begin_step(self, number: int) -> None:
-        """Step `number`, counted from 1, is the next to be averaged; its decay goes to the device."""
+        """Prepare the average for step `number`, counted from 1: copy its decay to the device."""
         self._step = number
         for factor in self._factors.values():
             factor.fill_(1.0 - self._timm.get_decay(number))
 
     @torch.no_grad()
     def update(self, supernet: SuperNet) -> None:
-        """Take in the weights of `supernet`, the network that the average was made of, after the step begun last."""
+        """Update the average with the weights of `supernet`, the network it was made from, after the current step."""
         if self.rounds_at_random:
             self._timm.update(supernet, step=self._step)
             return

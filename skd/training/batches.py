@@ -1,4 +1,4 @@
-"""The batches of an epoch, from any loader, from any place in it."""
+"""The batches of an epoch, of any loader, from any position in the epoch on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from skd.training.types import Batches
 def start_epoch(loader: Batches, seed: int, epoch: int, start: int) -> Iterator[object]:
     """The batches of an epoch from number `start` on.
 
-    A loader with ``set_epoch(epoch, start_batch)``, as skd's have, begins there. Of any other the first `start` are
-    read and dropped; its random numbers follow (seed, epoch, batch), so a shuffling DataLoader repeats itself too.
+    A loader with ``set_epoch(epoch, start_batch)``, such as skd's, begins there. For any other loader the first
+    `start` batches are read and dropped. The global generators are seeded by (seed, epoch, batch), so that a
+    shuffling DataLoader gives the same batches again too.
     """
     set_epoch = getattr(loader, "set_epoch", None)
     if set_epoch is not None and "start_batch" in inspect.signature(set_epoch).parameters:
@@ -30,9 +31,9 @@ def start_epoch(loader: Batches, seed: int, epoch: int, start: int) -> Iterator[
 
 
 def repeatable(loader: Batches, seed: int, *counters: int | str) -> Iterator[object]:
-    """The batches of `loader`; the global generators that it may draw from follow the seed, and stay as they were.
+    """The batches of `loader`, read with seeded global generators, whose states are restored afterwards.
 
-    PyTorch's DataLoader draws a number at every iteration, even in order and without workers.
+    PyTorch's DataLoader draws a random number at every iteration, even without shuffling and workers.
     """
     with seeded(seed, *counters):
         iterator = iter(loader)
@@ -48,7 +49,7 @@ def repeatable(loader: Batches, seed: int, *counters: int | str) -> Iterator[obj
 
 
 class Anew:
-    """The batches that `read` gives, from the first one again at every iteration."""
+    """An iterable over the batches of `read()`, which is called anew at every iteration."""
 
     def __init__(self, read: Callable[[], Iterator[object]]) -> None:
         self.read = read
