@@ -59,6 +59,7 @@ def processes(command: str, device: str | None) -> Iterator[ProcessGroup | None]
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 yield dist.group.WORLD
     finally:
-        # After an error the others may wait in a collective, and are to see this process go. Stopped, all leave.
+        # After an error the group is not destroyed: the other ranks may be waiting in a collective, and only notice
+        # the error if this process ends. After `Stopped` all ranks end, so the group is destroyed.
         if sys.exc_info()[0] in (None, Stopped):
             dist.destroy_process_group()

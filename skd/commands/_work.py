@@ -294,7 +294,7 @@ def with_new_head(network: _Network, arguments: argparse.Namespace) -> _Network:
     """`network`, a plain model or a super-network, with a new head if --num-classes asks for one."""
     classes = _num_classes(arguments)
     model = network.model if isinstance(network, SuperNet) else network
-    # The number that a file's head has, as an argument of its architecture, asks for no other head.
+    # If --model-kwargs gives the number of classes that the file's head already has, the head is kept.
     if classes is not None and (getattr(arguments, "num_classes", None) or classes != model.num_classes):
         try:
             new_head(model, classes, _seed(arguments))

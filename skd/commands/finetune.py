@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> Document:
 
     config, _ = options.settings(given, finetune_config())
     check_given(given)
-    with seeded(config.seed, "weights"):  # where they are random, a resumed run is to find the same
+    with seeded(config.seed, "weights"):  # a resumed run must start from the same weights, also if they are random
         model = work.plain_model(given, instead="extract a model from it, or skd train it")
     model = model.to(work.device(given))
     batches = loaders(given, model, config)

@@ -22,7 +22,7 @@ from skd.data.pixels import extensions
 from skd.data.source import About, ClassMap, LeftOut, names_of, shown
 
 TRAIN = ("train", "training")
-# These are timm's names. "test" is among them, so that a folder with only train and test can be evaluated on test.
+# These are timm's names, in order of preference: "test" is used only if no other split can be evaluated on.
 EVALUATION = ("validation", "val", "valid", "eval", "evaluation", "dev", "test", "testing")
 
 _DEPTH = 6  # folders with nothing but one folder in them; links may go round in circles

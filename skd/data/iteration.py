@@ -112,7 +112,7 @@ class Loader:
 
 
 class IndexedLoader(Loader):
-    """Over images that have numbers, by a plan. Its workers stay alive between iterations: keys tell them all."""
+    """A loader of numbered images, by a plan. Its workers stay alive between iterations: keys say all they need."""
 
     def __init__(self, batches: IndexedBatches, normalise: Normalisation, plan: TrainPlan | FixedPlan) -> None:
         super().__init__(batches.source, batches.preparation.loading, normalise)

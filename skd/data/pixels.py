@@ -224,7 +224,7 @@ def _operations(transform: Compose) -> Iterator[auto_augment.AugmentOp]:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: object) -> Image.Image:
-    """As timm's. At the highest magnitude it keeps 0 bits, which is black, but newer versions of Pillow refuse it."""
+    """timm's posterize, also for 0 bits (its highest magnitude): black, but newer versions of Pillow refuse it."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return auto_augment.posterize(image, bits_to_keep, **options)

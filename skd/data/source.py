@@ -198,7 +198,7 @@ def names_of(class_to_index: Mapping[str, int]) -> list[str] | None:
 
 
 def label_names(model: TimmModel) -> list[str] | None:
-    """Names of the classes of a timm model's head, by label; None: unknown (or of another head than it has)."""
+    """Class names of a timm model's head, by label; None if they are unknown or their number does not fit."""
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     if not isinstance(names, list | tuple) or len(names) != model.num_classes:
         return None

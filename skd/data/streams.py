@@ -146,7 +146,7 @@ class StreamSource(Source):
         return bad if most is None else most - read
 
     def _numbered(self) -> Iterator[tuple[int, tuple[Item, object]]]:
-        """What the reader gives, numbered. An error of the reader is raised as one of the stream."""
+        """The reader's items, numbered. Errors of the reader become a BadImage or LabelError of the stream."""
         try:
             yield from enumerate(self._undecoded())
         except KeyError as key:

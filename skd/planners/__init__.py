@@ -47,7 +47,7 @@ class Planner(Protocol):
             supernet: the network at its present weights; must be left as it is. Its own dropout list need not be
                 `current`.
             batches: calibration images as for `skd.importance`; may be read any number of times.
-            target: MACs removed from the full network in all that the smallest entry may come to.
+            target: the total of MACs, removed from the full network, that the smallest entry may reach.
             current: the list to grow. No module may get narrower than its `current.least` (`DropoutList.extended`
                 sees to it), which is set where `skd.plan` was given `keep` or `exclude`.
             convention: how MACs are counted, "full" or "linear".
@@ -83,7 +83,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 def unregister(name: str) -> None:
-    """Forget the planner that was registered as `name`; one that has a file of this package is read from it again.
+    """Forget the planner that was registered as `name`. A planner with a file in this package is then found again.
 
     Raises:
         ValueError: no planner was registered under that name.

@@ -147,7 +147,7 @@ def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:
     corners, group = _convex(curve), module.full_width if module.binary else module.group_size
     operations = []
     for (wide, low), (narrow, high) in pairwise(corners):
-        # Divided in this order, scores cannot be rounded into another order than the corners' slopes.
+        # Each slope is divided by the same price, so that rounding cannot change the order of the scores.
         slope, end = _slope((wide, low), (narrow, high)) / price, wide
         for width in range((wide - 1) // group * group, narrow - 1, -group):
             operations.append(Operation(module.name, width, (end - width) * price, slope))
@@ -162,7 +162,7 @@ def _convex(curve: Curve) -> Curve:
     """
     corners: Curve = []
     for position, (width, rise) in enumerate(curve):
-        lowest = min(later for _, later in curve[position:])  # what no further narrowing undercuts
+        lowest = min(later for _, later in curve[position:])  # the smallest rise at this or any narrower width
         point = (width, max(0.0, min(rise, lowest)))
         while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], point):
             corners.pop()

@@ -136,7 +136,7 @@ def _same(path: str, other: str) -> bool:
 
 
 def _is_named(path: str, folder: str, names: Sequence[str]) -> bool:
-    """Whether the file is one of `folder` that has one of the `names`, or that one of them leads to."""
+    """Whether `path` is a file of `folder` with one of the `names`, or is what a link with such a name leads to."""
     inside = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
     if any(fnmatchcase(inside, name) for name in names):
         return True

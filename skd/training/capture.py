@@ -1,7 +1,8 @@
 """A function of tensors, captured once as a CUDA graph and replayed from then on.
 
-Its arguments are tensors that stay where they are, and whatever changes from call to call is read from tensors. On an
-H100 one capture of a training step served every entry, and 1,000 steps of changing entries stayed finite.
+A graph reads the same memory at every replay. The arguments are therefore copied to fixed tensors, and everything
+that changes from call to call is read from tensors. On an H100 one capture of a training step served every entry, and
+1,000 steps of changing entries stayed finite.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Capture:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = False
         self.stream = torch.cuda.Stream(device)
-        self._read: tuple[object, ...] | None = None  # by the graph
+        self._read: tuple[object, ...] | None = None  # the objects of `reads` that the graph was captured with
         self._inputs: dict[str, torch.Tensor] = {}
         self._others: Counter[tuple[object, ...]] = Counter()  # how often inputs of other shapes came
         self._result: torch.Tensor | None = None
@@ -90,7 +91,7 @@ class Capture:
     def _run(self) -> torch.Tensor:
         reads = self.reads()
         changed = self._read is None or any(old is not new for old, new in zip(self._read, reads, strict=True))
-        if changed:  # other kernels may run now; this call runs without a graph, so that they are compiled outside
+        if changed:  # other kernels may run now; they are compiled in this call, outside of a capture
             self.graph, self._read = None, reads
         if self.graph is None and not (changed or self.failed or self.calls < WARMUP):
             self._capture()
@@ -108,12 +109,12 @@ class Capture:
         self._inputs, self._result, self._read = {}, None, None
 
     def _capture(self) -> None:
-        """Record a call, without its effects. Where that fails, calls run one by one from now on."""
+        """Record a call without executing it. If the capture fails, all later calls run without a graph."""
         graph, cause = torch.cuda.CUDAGraph(), None
         try:
-            # On the stream of the first calls, where the libraries have their workspaces. A loader's thread that
-            # pins memory must not end the capture: hence not the mode "global".
-            # The outer stream is the present one: PyTorch 2.11 does not come back to it from a capture that failed.
+            # The capture uses the stream of the first calls, because the libraries have their workspaces there. The
+            # mode is not "global", because then a loader's thread that pins memory would end the capture. The outer
+            # context restores the current stream, which PyTorch 2.11 does not do after a failed capture.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
@@ -121,7 +122,7 @@ class Capture:
                 try:
                     self._result = self.function(self._inputs)
                 except RuntimeError as error:
-                    cause = error  # the end of the capture will fail too, and say less
+                    cause = error  # ending the capture fails too, with a less informative error
                     raise
         except RuntimeError as error:
             self.failed = True

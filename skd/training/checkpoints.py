@@ -1,8 +1,8 @@
 """Checkpoints of a training run: safetensors files that appear whole or not at all; nothing is pickled.
 
 Tensors: "model.*" and "ema.*" with timm's names, "optimizer.STATE.*" per parameter. The JSON under the metadata key
-"skd-checkpoint" has everything else: where the run is, its settings, dropout list, history. Random numbers need no
-place in it, because they are counted.
+"skd-checkpoint" has everything else: the position of the run, its settings, dropout list and history. No states of
+random generators are saved, because random numbers depend only on the seed and on counters (`skd.data.counted`).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def write(folder: Path, step: int, tensors: Tensors, header: Header, keep: int) 
         raise OSError(f"checkpoint {path} could not be written: {error}; {whole}") from None
     known = checkpoints(folder)
     here = known.index(path)
-    # Newer than this one are only damaged ones, which the run was taken up before.
+    # Checkpoints of a later step are damaged, which is why the run was resumed from an earlier one.
     for other in known[:here] + known[here + keep :]:
         other.unlink(missing_ok=True)
     return path
@@ -160,5 +160,5 @@ def restore_optimizer(
         if key.startswith("optimizer."):
             _, field, name = key.split(".", 2)
             restored.setdefault(places[name], {})[field] = tensor
-    # load_state_dict puts each tensor where, and in the dtype that, its parameter wants it.
+    # load_state_dict converts each tensor to the device and the dtype of its parameter.
     optimizer.load_state_dict({"state": restored, "param_groups": state["param_groups"]})

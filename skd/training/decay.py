@@ -22,7 +22,8 @@ def inclusion(dropout_list: DropoutList, module: int, full_width: int) -> np.nda
 class ExpectedDecay:
     """``p *= 1 - lr * weight_decay * P`` with P the inclusion probability of p's coordinate under the list.
 
-    The published way decays every coordinate at every step, so what is rarely drawn shrinks for want of gradients.
+    The published method decays every coordinate at every step, but coordinates that are rarely drawn seldom get
+    gradients, so their weights shrink.
     """
 
     def __init__(self, supernet: SuperNet, parameters: Sequence[torch.Tensor], weight_decay: float) -> None:

@@ -1,4 +1,4 @@
-"""Stochastic depth whose masks are counted, not streamed: a function of (seed, step) for the whole batch."""
+"""Stochastic depth. The masks of a whole batch depend only on (seed, step), not on numbers drawn before."""
 
 from __future__ import annotations
 

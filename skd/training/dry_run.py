@@ -75,10 +75,10 @@ def dry_run(
 ) -> DryRun:
     """Build everything, run steps of two sizes on synthetic images, and say what a run would take.
 
-    The steps train the full network, the most expensive entry; one of a single image comes before, to allocate what
-    does not depend on the batch. They have 4 and 8 images on a CPU, 32 and 64 on a GPU (or half of a smaller batch
-    and the batch), the faster of two each: memory per image is the difference of the two peaks, time is scaled from
-    the second.
+    The steps train the full network, the most expensive entry. A step with a single image comes first, to allocate
+    what does not depend on the batch. Then steps are run with 4 and 8 images on a CPU, 32 and 64 on a GPU (or half a
+    smaller batch and the whole), twice for each size; the faster one counts. Memory per image follows from the
+    difference of the two peaks, and time is scaled from the larger size.
 
     Args:
         supernet: changed by two steps of training; do not use it afterwards.
@@ -97,7 +97,7 @@ def dry_run(
     if supernet.model.num_classes == 0:
         raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
     device = next(supernet.parameters()).device
-    # A graph is for one batch size; and without an epoch there are no updates to schedule by.
+    # The steps have several batch sizes, and a CUDA graph is made for one.
     stepper = by_hand(supernet, config.changed(cuda_graph=False))
     by_epoch = config.changed(sched_on_updates=False).schedule
     scheduler = make_scheduler(stepper.state.optimizer, by_epoch, None)

@@ -1,4 +1,4 @@
-"""The accuracy-MACs curve during a run, and by it which weights are kept."""
+"""The accuracy-MACs curve during a run. Its area decides which weights are kept."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate_epoch(run: Run, row: Epoch) -> None:
         row.curve = _curve(run, run.state.averaged, run.val_loader, budgets, "Evaluating")
         row.area = area(row.curve, budgets)
         best = run.history.area
-        if best is not None and row.area < best:  # of equals the later, which has trained longer
+        if best is not None and row.area < best:  # if the areas are equal, the later epoch is kept
             return
     elif run.position.epoch < run.config.epochs - 1:
         return

@@ -12,12 +12,12 @@ from skd.training.run import Run
 
 
 def grow(run: Run) -> None:
-    """One round, at the present raw weights; the list grows in place, the same on every rank."""
+    """Run one round of planning at the current weights (not their average), and use the grown list on every rank."""
     supernet, config = run.supernet, run.config
     current = supernet.dropout_list
     total = int(supernet.costs.macs(supernet.widths(), config.convention))
     target = config.target * (run.position.epoch + 1) / config.growing_epochs * total
-    if run.online is not None and run.online.steps:  # of the planner "paper": its scores, by another way
+    if run.online is not None and run.online.steps:  # the planner "paper", with scores from the training steps
         proposal = run.online.propose(config.convention)
         grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
     else:
@@ -31,6 +31,6 @@ def grow(run: Run) -> None:
             group=run.group,
         )
         sensitivity = dict(grown.sensitivity or {})
-    # Rank 0's: all have the same scores, but their processors need not sort or round alike.
+    # Every rank uses the list of rank 0: the scores are the same, but the processors may sort or round differently.
     run.state.use(DropoutList.from_json(everyone(grown.to_json(), run.group)[0]))
     run.position.grown, run.position.sensitivity = True, sensitivity

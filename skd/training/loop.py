@@ -97,7 +97,7 @@ def train_epoch(run: Run, seconds: Seconds) -> None:
     config, stepper, position = run.config, run.stepper, run.position
     run.supernet.train()
     steps = iter(in_step(_batches(run), run.group, images_in))
-    if config.sched_on_updates:  # the last step's: a run may be taken up after the last step of an epoch
+    if config.sched_on_updates:  # set it here too, because a run may resume after the last step of an epoch
         stepper.set_learning_rate(run.scheduler.step_update, max(run.step - 1, 0))
     else:
         stepper.set_learning_rate(run.scheduler.step, position.epoch)
@@ -120,7 +120,7 @@ def train_epoch(run: Run, seconds: Seconds) -> None:
 
 
 def _batches(run: Run) -> Iterator[list[LabelledBatch]]:
-    """The batch of each step, in parts, from the first step on that is not done."""
+    """The batch of each step that is not yet done, as a list of micro-batches."""
     parts = run.config.grad_accum_steps
     start = run.position.steps * parts
     numbered = enumerate(start_epoch(run.train_loader, run.config.seed, run.position.epoch, start), start)
@@ -169,7 +169,7 @@ def _since(start: float | torch.cuda.Event, device: torch.device) -> Time:
 
 
 def _after_step(run: Run, bar: Steps) -> None:
-    # On a GPU reading the loss would wait for the step: look now and then.
+    # On a GPU reading the loss would wait for the step, so it is read only every log_interval steps.
     if run.state.device.type != "cuda" or run.step % run.config.log_interval == 0:
         run.check_finite()
         bar.advance(run.position.log.last_loss())
@@ -180,7 +180,7 @@ def _after_step(run: Run, bar: Steps) -> None:
 
 
 def _check_batch_size(run: Run, batch: list[LabelledBatch]) -> None:
-    """The learning rate is for a batch size, unless it was given."""
+    """Warn if the batches do not have the batch size for which the learning rate was computed."""
     config, images = run.config, images_in(batch) * run.state.world
     if run.step == 0 and run.state.rank == 0 and config.lr is None and images != config.batch_size:
         warnings.warn(

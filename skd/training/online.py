@@ -15,9 +15,9 @@ from skd.training.types import Group
 class OnlineImportance:
     """Sums of |x g| (METHOD 2, step 2) over the steps since the dropout list last grew.
 
-    Sums are to be divided by the probability with which a step includes a coordinate. Only coordinates of the last
-    entry are read, and lists are nested: every entry includes them, so that probability is 1. No module is skipped to
-    learn its sensitivity: in its place stands the module's share of all scores, by heads added up.
+    Such sums have to be divided by the probability that a step includes the coordinate. Here it is 1, because only
+    the coordinates of the last entry are read, and in a nested list every entry includes them. Sensitivity is not
+    measured by skipping modules; the module's share of all scores, summed over its heads, takes its place.
 
     Attributes:
         steps: how many the sums are of.
@@ -46,7 +46,7 @@ class OnlineImportance:
         scores: dict[str, np.ndarray] = {}
         shares: dict[str, float] = {}
         for info, buffer in zip(self.supernet.infos, self.buffers, strict=True):
-            # A copy, and float64 with or without a group: what is read may be the buffer itself, which restarts.
+            # This makes a copy in float64: without a group `raw` may be the buffer itself, which `restart` clears.
             raw = read_scores(info, None if buffer is None else next(sums), widths[info.name])
             scores[info.name] = raw.astype(np.float64)
             shares[info.name] = float(scores[info.name].sum()) * info.coordinates_per_unit

@@ -26,7 +26,7 @@ class Scheduler(Protocol):
 def make_optimizer(
     supernet: SuperNet, settings: OptimizerSettings
 ) -> tuple[torch.optim.Optimizer, ExpectedDecay | None]:
-    """timm's optimizer over the trained weights, and with decay="expected" what decays them in its place.
+    """timm's optimizer of the trained weights, and with decay="expected" the `ExpectedDecay` used instead of its own.
 
     Raises:
         ValueError: timm cannot make it.

@@ -19,7 +19,7 @@ _SHOWN = 5  # names of classes in a message
 
 
 def origin(supernet: SuperNet, loaders: Mapping[str, Batches | None], group: Group) -> Origin:
-    """Of a run that has not yet done anything, with its loaders by their names in messages."""
+    """The `Origin` of a run that has not taken a step; `loaders` are keyed by their names in messages."""
     data = {name: images_of(loader, group) for name, loader in loaders.items() if loader is not None}
     return Origin(weights=weights_hash(supernet.state_dict()), data=data)
 
@@ -65,7 +65,7 @@ def check_origin(mine: Origin, product: Path, tensors: Mapping[str, torch.Tensor
 
 
 def merged(known: Origin | None, mine: Origin) -> Origin | None:
-    """What the run began with, and of its data what only the loaders of now say."""
+    """The run's origin in the checkpoint, completed by what the current loaders say and the checkpoint does not."""
     if known is None:
         return None
     nothing = Images(classes=None, images=None)
@@ -80,7 +80,10 @@ def merged(known: Origin | None, mine: Origin) -> Origin | None:
 
 
 def images_of(loader: Batches, group: Group) -> Images:
-    """Of skd's loaders, of PyTorch's, and of lists of batches; those of a rank in a group are only its share."""
+    """The classes and number of images of a loader of skd's or PyTorch's, or of a list of batches.
+
+    The number is unknown for a rank whose loader, not being skd's, holds only its share of the images.
+    """
     source = getattr(loader, "source", None)
     if source is None:
         source = getattr(loader, "dataset", None)
@@ -92,7 +95,7 @@ def images_of(loader: Batches, group: Group) -> Images:
     elif isinstance(loader, list | tuple) and whole:
         firsts = [batch[0] for batch in loader if isinstance(batch, list | tuple) and batch]
         count = sum(len(images) for images in firsts if isinstance(images, Sized))
-    # Of some data sets it is the number of classes.
+    # In some data sets `classes` is the number of classes.
     names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
     return Images(classes=names, images=count)
 
@@ -108,7 +111,7 @@ def _of_the_run(mine: str, start: str, product: Path, tensors: Mapping[str, torc
 
 
 def _differences(now: Mapping[str, Images], was: Mapping[str, Images]) -> list[str]:
-    """In words, each with all the loaders that it holds for; what one of the two does not say cannot differ."""
+    """The differences in words, each with the loaders it concerns. What is unknown on one side is not compared."""
     found: dict[str, list[str]] = {}
     for name in [name for name in was if name in now]:
         classes, known = now[name]["classes"], was[name]["classes"]

@@ -23,8 +23,8 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype:
 def tf32(enabled: bool) -> Iterator[None]:
     """Inside the block a GPU may use TF32 for float32 products and convolutions; switches as they were after it.
 
-    Not enabled: they stay as PyTorch or the user has set them. PyTorch's compiler asks for the older switches, which
-    refuse to answer where only the newer ones were set: so they are set first, unless the user has set the newer.
+    If not `enabled`, PyTorch's switches stay as they are. PyTorch's compiler reads the older switches, which raise an
+    error if only the newer ones were set. Therefore the older ones are set first, unless the user set the newer ones.
     """
     if not enabled:
         yield

@@ -79,7 +79,7 @@ def write_report(
 
 
 def _write(path: Path, text: str, images: dict[str, bytes]) -> None:
-    """All or nothing: the temporary files take their places only when every one is there, report.md last."""
+    """Write all files or none: the temporary files are renamed only when all are written, report.md last."""
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
     with ExitStack() as stack:  # leaves in reverse order

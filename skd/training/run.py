@@ -134,7 +134,7 @@ class Run:
         if largest(not bool(self.finite), self.group) == 0:
             return
         known = [] if self.folder is None else checkpoints.checkpoints(self.folder / "checkpoints")
-        # Checkpoints of later steps are damaged: this run was resumed from an older one. They are not offered.
+        # Checkpoints of later steps are damaged, which is why this run was resumed from an older one.
         known = [path for path in known if path <= checkpoints.checkpoint_path(path.parent, self.step)]
         last = f"the last good checkpoint is {known[0]}" if known else "no checkpoint had been written"
         raise Diverged(
@@ -198,7 +198,8 @@ def make_run(
         folder=folder,
         screen=screen,
         plain=plain,
-        # Before the stepper, which may put the learning rate on the device: the scheduler wants a number.
+        # The scheduler is made before the stepper, which may move the learning rate to the device, since it reads a
+        # plain number.
         scheduler=make_scheduler(state.optimizer, config.schedule, steps_per_epoch),
         stepper=Stepper(state, config),
         online=online,

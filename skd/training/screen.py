@@ -74,7 +74,7 @@ class Screen:
             yield from progress.track(items, total=total, description=description)
 
     def _progress(self, *columns: ProgressColumn) -> Progress:
-        # Not redirecting: a worker that is forked while rich holds its lock would wait for it at its first warning.
+        # Output is not redirected: a worker that is forked while rich holds its lock would deadlock at a warning.
         return Progress(
             TextColumn("{task.description}"),
             *columns,

@@ -111,7 +111,7 @@ def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> 
     if group is not None:
         forward = on_ranks(forward, supernet, group, replayed=why is None)
     precision = amp_dtype(config.amp_dtype, device)
-    # Before stochastic depth is put in: the average is a super-network as convert made it.
+    # The average is made before stochastic depth is inserted, so that it does not contain it.
     average = None if config.average is None else Average(supernet, config.average)
     optimizer, decay = make_optimizer(supernet, config.optimizer)
     return StepState(
@@ -134,7 +134,7 @@ def refuses_graph(supernet: SuperNet, config: TrainConfig, device: torch.device,
     if config.cuda_graph is False:
         return Refusal("cuda_graph is off")
     if config.cuda_graph is None and group is not None:
-        # DistributedDataParallel adds up a part of the gradients while the next is computed; a graph, all at the end.
+        # DistributedDataParallel overlaps the all_reduce with the backward pass; a graph reduces only at its end.
         return Refusal("several ranks only do so if cuda_graph is on: which is faster depends on what connects them")
     return refusal(supernet, config, device)
 

@@ -1,4 +1,4 @@
-"""A training step: one function takes it, for every run; and what counts the steps and what is random in them."""
+"""A training step, the same function for every run, and `Stepper`, which counts the steps and seeds each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def take_step(state: StepState, parts: Iterable[Part], images: int, entry: Entry
     try:
         loss = _passes(state, parts, images, entry)
         _update(state)
-    finally:  # also those of a step, or a capture, that failed
+    finally:  # the gradients of a failed step or capture are released too
         state.optimizer.zero_grad(set_to_none=True)
     if state.average is not None:
         state.average.update(state.supernet)
@@ -62,7 +62,7 @@ def _passes(state: StepState, parts: Iterable[Part], images: int, entry: Entry) 
         done += len(part.images)
         if state.paths is not None and part.masks is not None:
             state.paths.set(part.masks)
-        # The ranks add up their gradients in the last part alone.
+        # The ranks reduce their gradients only in the backward pass of the last micro-batch.
         with nullcontext() if wrapped is None or done == images else wrapped.no_sync():
             with state.autocast():
                 logits = state.forward(part.images, entry=entry)
@@ -125,7 +125,7 @@ class Stepper:
         if state.graph_refusal is None:
             supernet = state.supernet
             self._rates = DeviceRates(state.optimizer, state.device)
-            # Automatic: a batch of another size, such as an epoch's last, is a step by itself.
+            # With cuda_graph=None a batch of another size, such as the last one of an epoch, runs without the graph.
             self.capture = Capture(
                 self._recorded,
                 state.device,
@@ -145,7 +145,7 @@ class Stepper:
         with others_alive(state.group), seeded(self.seed, "step", self.step):
             parts = self._mixed(batch, masks)
             if self.capture is None:
-                # Compiled, an int would be compiled anew for each entry.
+                # torch.compile would compile again for each new int, so a compiled step gets the entry as a tensor.
                 loss = take_step(state, parts, images, self._on_device(entry) if self._compiled else entry)
             else:
                 (part,) = parts
@@ -165,7 +165,7 @@ class Stepper:
     def _on_device(self, entry: Entry) -> torch.Tensor:
         if isinstance(entry, torch.Tensor):
             return entry
-        return torch.full((), entry, dtype=torch.int64, device=self.state.device)  # a copy would wait for the GPU
+        return torch.full((), entry, dtype=torch.int64, device=self.state.device)  # a copy would block the host
 
     def _recorded(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         part = Part(inputs["images"], inputs["targets"], inputs.get("masks"))
