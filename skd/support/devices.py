@@ -33,7 +33,7 @@ def usable_device(
         raise ValueError(f"{shown}; there are {torch.cuda.device_count()} GPUs, counted from 0")
     try:  # PyTorch knows many names of devices, and this installation can compute on few of them
         torch.zeros(1, dtype=dtype, device=chosen).cpu()
-    except Exception as error:  # each kind of device raises its own errors, and a missing one often only a bare type
+    except Exception as error:  # the errors differ by kind of device, and some have no text, only a type
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise ValueError(f"{shown}, which cannot be used here: {reason}") from None
     if chosen.type == "cpu" and chosen.index:

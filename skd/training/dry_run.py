@@ -97,7 +97,8 @@ def dry_run(
     if supernet.model.num_classes == 0:
         raise ValueError("supernet has no classifier (num_classes is 0); training needs one")
     device = next(supernet.parameters()).device
-    # The steps have several batch sizes, and a CUDA graph is made for one.
+    # The steps have several batch sizes, but a CUDA graph is made for one. The schedule is by epoch, because a
+    # schedule by step needs the number of steps in an epoch.
     stepper = by_hand(supernet, config.changed(cuda_graph=False))
     by_epoch = config.changed(sched_on_updates=False).schedule
     scheduler = make_scheduler(stepper.state.optimizer, by_epoch, None)
