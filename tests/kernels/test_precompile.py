@@ -169,13 +169,13 @@ def test_a_tensor_that_is_described_is_found_by_its_type(tmp_path: Path) -> None
     wanted = with_tensors(next(described), "cpu")
     tensors = {n: v for n, v in wanted.arguments.items() if isinstance(v, TensorDescriptor)}
     assert len(tensors) == 3
-    for shape, new in (([64, 64], {"product_kernel": 1}), ([200, 72], {})):
+    for shape, new in (([64, 64], True), ([200, 72], False)):
         before = precompile.compiled_in(tmp_path)
         changed = {n: replace(v, shape=shape, strides=[shape[1], 1]) for n, v in tensors.items()}
         launch = replace(wanted, arguments=wanted.arguments | changed)
         assert precompile.compile_all([launch], 90, tmp_path, 1) == []
         added = precompile.compiled_since(tmp_path, before)
-        assert {n: count for n, count in added.items() if n not in OF_THE_MACHINE} == new
+        assert added["product_kernel"] == new and (new or set(added) <= OF_THE_MACHINE)
 
 
 def test_another_machine_compiles_nothing(folder: Path, tmp_path: Path) -> None:
