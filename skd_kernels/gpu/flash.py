@@ -10,8 +10,8 @@ sizes, and branches on the width. Each head has `pitch` columns, its kept coordi
 loads are masked beyond them.
 
 Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. The configurations compile without spills. In a
-sweep on an H100 in bfloat16 at DeiT-Base (benchmarks/results/h100-sweep.json), ten other configurations of the forward
-pass were not faster, and ten others of the backward pass were faster by 2 % at most.
+sweep on an H100 in bfloat16 at DeiT-Base (benchmarks/results/h100-sweep.json), ten other configurations of the
+forward pass were not faster, and ten others of the backward pass were faster by 2 % at most.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -28,8 +28,8 @@ from skd_kernels.gpu.buffers import PAD
 from skd_kernels.gpu.launch import Device, device_of, launch
 from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
 
-# Zeros behind the last head end at a multiple of this: a multiple of every inner step of the products, which therefore
-# read no further, and a divisor of the length of the rows.
+# Zeros behind the last head end at a multiple of this number: a multiple of every inner step of the products, which
+# therefore read no further, and a divisor of the length of the rows.
 STEP: tl.constexpr = tl.constexpr(64)
 assert PAD % 64 == 0
 
@@ -58,9 +58,9 @@ def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
 
     64 queries are the fewest that wgmma takes with 4 warps. Blocks of 32 keys pad the 197 tokens of a ViT to 224,
     where 64 would pad them to 256. With heads of 64 coordinates a thread needs 94 registers on sm_90, so that five
-    programs share a multiprocessor; with 64 keys it would need 164, and three would. float32 runs on CUDA cores, whose
-    operands live in registers: blocks are small, and an explicit limit keeps ptxas from aiming at fewer registers than
-    the kernel needs, which would spill.
+    programs share a multiprocessor; with 64 keys it would need 164, and three would. float32 runs on CUDA cores,
+    whose operands live in registers: blocks are small, and an explicit limit keeps ptxas from aiming at fewer
+    registers than the kernel needs, which would spill.
     """
     if dtype == torch.float32:
         return Blocks(32, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(32, 16, 8, 2, registers=255)

@@ -26,8 +26,8 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks
     On sm_90 with heads of 64 coordinates a thread needs 138 registers in the first pass and 168 in the second; blocks
     of 64 by 64 would need 174 and 225, and one program fewer would fit on a multiprocessor in either pass. On sm_80,
     whose mma instructions read their operands from registers, a program owns 32 tokens. At 128 coordinates, dk and dv
-    of 64 keys need the registers of 8 warps. The explicit limit keeps ptxas, on sm_80 and sm_100, from aiming at fewer
-    registers than the kernels need.
+    of 64 keys need the registers of 8 warps. The explicit limit keeps ptxas, on sm_80 and sm_100, from aiming at
+    fewer registers than the kernels need.
     """
     if dtype == torch.float32:
         return Blocks(16, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(16, 16, 8, 1, registers=255)

@@ -46,7 +46,7 @@ class Config:
     registers: int | None = None
 
     def programs(self, like: torch.Tensor, tiles: int) -> int:
-        """Programs of a persistent grid: they fill the device once and walk over the tiles of the current width."""
+        """The size of a persistent grid, whose programs fill the device once and loop over the tiles."""
         return max(1, min(tiles, self.resident * device_of(like).multiprocessors))
 
     def settings(self) -> dict[str, Any]:
@@ -165,8 +165,8 @@ def load_tile(
 ):
     """The tile of `matrix` (rows, columns) that begins at (row, column); zeros past its end.
 
-    WHOLE: no tile ends past the last column, so that columns need no mask; a mask along the contiguous dimension would
-    prevent asynchronous copies.
+    WHOLE: no tile ends past the last column, so that columns need no mask; a mask along the contiguous dimension
+    would prevent asynchronous copies.
     """
     if DESCRIBED:
         return matrix.load([row, column])
