@@ -132,7 +132,7 @@ def sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def normed_dtype(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the normed output, which is that of the norm's parameters or of autocast, as for the next layer."""
+    """The dtype of the normed output: that of the norm's parameters or of autocast, as in the next layer."""
     like = next(tensor for tensor in (weight, bias, branch, x) if tensor is not None)
     return after_autocast(like.dtype, x.device.type)
 
