@@ -182,7 +182,7 @@ def plan(
 
 
 def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) -> dict[str, int]:
-    """The smallest width of each module in `keep` or `exclude`, which cannot be skipped."""
+    """The smallest width that `keep` and `exclude` allow, of each module that they name."""
     if isinstance(exclude, str) or not isinstance(keep, Mapping):
         raise ValueError(f"keep is {keep!r} and exclude {exclude!r}; they must map names to widths, and list names")
     known, excluded = {info.name: info for info in supernet.infos}, list(exclude)

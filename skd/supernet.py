@@ -182,7 +182,7 @@ class SuperNet(nn.Module):
             return [info.full_width for info in self.infos]
         if isinstance(entry, bool) or not isinstance(entry, numbers.Integral):
             raise ValueError(f"entry is {entry!r}; it must be an int")
-        entries = self._dropout_list.widths  # the private list, which computes no prices: every forward pass comes here
+        entries = self._dropout_list.widths  # computes no prices: every forward pass comes here
         if not 0 <= entry < len(entries):
             alone = ", the full network alone: skd plan or skd train (skd.plan, skd.train) adds smaller ones"
             raise ValueError(f"entry is {entry}; it may be 0..{len(entries) - 1}{alone if len(entries) == 1 else ''}")
@@ -253,9 +253,9 @@ class SuperNet(nn.Module):
         return [*[None] * (len(self.network.by_block) - 1), self.tokens_read]
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
-        """Images (B, in_chans, height, width) to the first block's input (B, N, C), and the shared input of each block.
+        """Images (B, in_chans, height, width) to the first block's input (B, N, C), and each block's shared input.
 
-        The shared input is None, a rotary embedding or a bias of positions, one per block; pass it to `step`.
+        The shared input is None, a rotary embedding or a bias of positions; pass it to `step`.
         """
         return self.network.embed(self.model, images)
 
