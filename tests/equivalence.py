@@ -117,7 +117,7 @@ def narrowed(info: ModuleInfo) -> int:
 
 @torch.no_grad()
 def check_entry(supernet: Any, entry: int) -> float:
-    """Compare extraction, the entry as int and as tensor, and the full network with zeroed weights; the worst error."""
+    """Compare extraction, the entry as int and as tensor, and the zeroed full network; return the worst error."""
     x = images(supernet.model, 3)
     widths = supernet.widths(entry)
     expected = zeroed(skd.extract(supernet, entry=0), supernet.infos, widths)(x)

@@ -1,4 +1,4 @@
-"""The forward pass hands on the residual stream together with its normed form: its results, and which layers it calls.
+"""The forward pass hands on the residual stream with its normed form: its results, and which layers it calls.
 
 An empty hook on a norm makes that norm a layer that is called by itself. A copy in which all norms have such hooks is
 the reference, with which results are compared bit for bit.
