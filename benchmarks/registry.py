@@ -178,7 +178,7 @@ def norm_work(shape: Shape, dtype: torch.dtype, backward: bool) -> Work:
 
 
 def sums_in(x: Tensor) -> torch.dtype:
-    """float32, or what is wider."""
+    """The dtype of sums over x: float32, or that of x if it is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

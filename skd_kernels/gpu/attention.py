@@ -110,7 +110,8 @@ def attention_backward(
     """The gradients of x, w_qkv, b_qkv, w_proj and b_proj, and the scores (3 H D,) float32; empty where not needed.
 
     Args:
-        dout: (B, N, C). qkv ... outward: what the forward returned.
+        dout: (B, N, C), the gradient at the output.
+        qkv, ..., outward: what the forward operator returned, without out.
         head_dim: D.
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.

@@ -119,7 +119,8 @@ def mlp_backward(
     """The gradients of x, w1, b1, w2 and b2, and the scores (F,) float32; empty where not needed.
 
     Args:
-        dy: (B, N, C). h ... outward: what the forward returned.
+        dy: (B, N, C), the gradient at the output.
+        h, ..., outward: what the forward operator returned, without y.
         hidden: F.
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
