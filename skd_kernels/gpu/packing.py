@@ -10,8 +10,8 @@ coordinate, and a bias; the outward weight (W_2, W_proj) has a column for each. 
   stay where they are, `part_stride` rows apart.
 
 Zeros follow the last kept coordinate up to the next multiple of 128, so that the products load whole tiles without
-masks. What lies behind these zeros is never read. Nothing is multiplied by a weight that is not kept,
-so that NaN in such a weight does no harm. One launch packs all that an operation needs.
+masks. What lies behind these zeros is never read. Nothing is multiplied by a weight that is not kept, so that NaN in
+such a weight does no harm. One launch packs all that an operation needs.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators

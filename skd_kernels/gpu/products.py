@@ -117,6 +117,8 @@ def product_kernel(
     steps = tl.cdiv(depth if RAGGED_COLUMNS else keep, BLOCK_K)
     tall = tl.cdiv(rows, BLOCK_M)
     across = tl.cdiv(wide, BLOCK_N)
+    # For a gated MLP, "activate" accumulates the tile of the gates and that of the values side by side (TWO), and the
+    # dx product sums first over the gates, then over the values (TURNS).
     TWO: tl.constexpr = PARTS == 2 and EPILOGUE == "activate"
     TURNS: tl.constexpr = PARTS if EPILOGUE == "linear" else 1
     for index in tl.range(tl.program_id(0), tall * across, tl.num_programs(0), flatten=FLATTEN):

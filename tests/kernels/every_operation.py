@@ -57,7 +57,7 @@ class Everywhere:
 
     Attributes:
         cases: problems by purpose; each is compared with float64.
-        repeated: problems, and controls, at which results must repeat to the bit.
+        repeated: a problem, and the controls at which its results must repeat to the bit.
         compiled: problems; for each, one graph must serve all `controls`.
     """
 
