@@ -1,4 +1,4 @@
-"""Benchmarks: how fast the operations and the passes of the method are, next to the other ways to compute the same.
+"""Benchmarks: the speed of the operations and of the method's passes, compared with other ways to compute the same.
 
 README.md says which command answers which question. The files:
 
@@ -16,8 +16,8 @@ README.md says which command answers which question. The files:
     run_on_gpu.sh           command: the tests and all of it on a GPU, in nine minutes
     on_gpu.py               the parts of that run
     precompile.py           command: what that run compiles, made without a GPU
-    pretend.py              a CUDA device that is not there: which kernels would a program start?
-    step_kernels.py         command: the kernels of a step and the bytes that they name, without a GPU
+    pretend.py              a pretended CUDA device, to find out which kernels a program would start
+    step_kernels.py         command: the kernels of a step and the bytes of their tensors, without a GPU
     registers.py            command: registers, spills and shared memory of every Triton kernel, without a GPU
 
     results/                what was measured

@@ -37,7 +37,7 @@ def device() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """How much longer the other contenders take, as a short table."""
+    """Print, as a short table, how much longer the other contenders take."""
     session = getattr(config, "_benchmarksession", None)
     benchmarks: list[BenchmarkFixture] = getattr(session, "benchmarks", [])
     for benchmark in benchmarks:

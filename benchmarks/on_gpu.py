@@ -9,11 +9,12 @@
     statistics    token moments and Taylor scores
     sanitizers    small runs of every kernel under compute-sanitizer
 
-Every part has a limit of its own, and the whole run has one: what is cut keeps the results that it has, and the parts
-after it have their turn. OUTPUT gets run.json (the environment, what became of every command, and which kernels
-were compiled), the results as gpu-*.json, tables.md and the logs; the exit status is 1 if a command failed or was
-cut. In a rehearsal (`--rehearse`) a CPU, Triton's interpreter and tiny sizes stand in for the GPU: what it measures
-means nothing. This process imports no PyTorch before the commands have ended, so that it holds no memory of the GPU.
+Every part has a time limit, and so has the whole run. A command that is cut off at its limit keeps the results that
+it has, and the next part follows. OUTPUT gets run.json (the environment, the outcome of every command, and which
+kernels were compiled), the results as gpu-*.json, tables.md and the logs. The exit status is 1 if a command failed or
+was cut. A rehearsal (`--rehearse`) replaces the GPU by a CPU, Triton's interpreter and tiny sizes, so that its
+measurements mean nothing. This process does not import PyTorch before the commands have ended, so that it holds no
+memory of the GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pathlib import Path
 from benchmarks import precompile
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 525  # of all commands together: with what comes before and after them, nine minutes
+SECONDS = 525  # for all commands together; with the work before and after them the run takes nine minutes
 GRACE = 8.0  # seconds from the interrupt, after which pytest writes what it has, to the end
 FEWEST = 5.0  # seconds that a command is worth starting for
 PARTS = ("correctness", "steps", "profile", "operations", "statistics", "sanitizers")
@@ -72,12 +73,12 @@ class Command:
     name: str  # of its log
     words: Sequence[str]  # the program and its arguments
     limit: float  # seconds
-    needs: tuple[str, ...] = ()  # what it is left out without, by the names in `Run.missing`
+    needs: tuple[str, ...] = ()  # names in `Run.missing`; it is left out if one of them is missing
 
 
 @dataclass
 class Outcome:
-    """What became of a command: it passed, failed, was cut when its time was over, or was left out; and why."""
+    """The outcome of a command: it passed, failed, was cut off at its time limit, or was left out; and the reason."""
 
     name: str
     status: str
@@ -87,7 +88,7 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A command on its way, in a process group of its own. It is interrupted, and killed if it does not listen."""
+    """A running command, in a process group of its own. At its limit it is interrupted, and killed if it goes on."""
 
     command: Command
     process: subprocess.Popen[bytes]
@@ -96,7 +97,7 @@ class Running:
     cut: bool = False  # it has been interrupted
 
     def over(self) -> bool:
-        """Whether it has ended; where its time has, ask it to, and later make it."""
+        """Whether the command has ended. At its time limit this interrupts it, and kills it some seconds later."""
         if self.process.poll() is not None:
             return True
         if time.monotonic() >= self.end:
@@ -105,14 +106,14 @@ class Running:
         return False
 
     def signal(self, number: signal.Signals) -> None:
-        """To all of its processes."""
+        """Send a signal to all processes of the command."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
 @dataclass
 class Run:
-    """Commands that share a folder, an environment and an end."""
+    """The run: its commands share an output folder, an environment and a deadline."""
 
     output: Path  # the folder of logs and results. Its run.json has the notes and the outcomes at any time
     end: float  # when all must be over, by `time.monotonic`
@@ -122,7 +123,7 @@ class Run:
     notes: dict[str, object] = field(default_factory=dict)
 
     def part(self, name: str, commands: Sequence[Command], at_once: int = 1) -> None:
-        """Run commands, `at_once` at a time, and note what becomes of each. None of them outlives this call."""
+        """Run commands, `at_once` at a time, and record the outcome of each. None of them outlives this call."""
         print(f"== {name}", flush=True)
         waiting, running = list(commands), list[Running]()
         try:
@@ -139,13 +140,13 @@ class Run:
                 command.signal(signal.SIGKILL)
 
     def note(self, name: str, value: object) -> None:
-        """Keep `value` in run.json."""
+        """Record `value` in run.json."""
         self.notes[name] = value
         document = {**self.notes, "commands": [asdict(outcome) for outcome in self.outcomes]}
         (self.output / "run.json").write_text(json.dumps(document, indent=1) + "\n")
 
     def _started(self, command: Command) -> list[Running]:
-        """The command on its way; none if it is left out."""
+        """Start a command; None if it is left out."""
         reasons = [self.missing[name] for name in command.needs if name in self.missing]
         now = time.monotonic()
         if self.end - now < FEWEST:
@@ -160,7 +161,7 @@ class Run:
         return [Running(command, process, now, min(now + command.limit, self.end))]
 
     def _ended(self, running: Running) -> None:
-        """Note what became of it, with the last line that it printed; what it started ends with it."""
+        """Record the command's outcome with the last line that it printed, and end all processes that it started."""
         running.signal(signal.SIGKILL)
         name, seconds = running.command.name, round(time.monotonic() - running.start, 1)
         status = "cut" if running.cut else "passed" if running.process.returncode == 0 else "failed"
@@ -198,7 +199,7 @@ def correctness(rehearse: bool) -> list[Command]:
         found = tests(f"-m gpu {TESTS_OF_KERNELS} {TESTS_OF_SKD}")
         interpreted = tests("tests/kernels/interpreted_mlp.py -k of_every_kind")
         return [Command("tests", found, 60), Command("interpreted", interpreted, 60)]
-    # Some tests want a third of the device's memory: they are a group, which one worker runs in turn.
+    # Some tests need a third of the device's memory. They are one xdist group, so that one worker runs them in turn.
     workers = "-n {} --dist loadgroup" if importlib.util.find_spec("xdist") else ""
     kernels = tests(f"-m gpu {workers.format(10)} {TESTS_OF_KERNELS}")
     training = tests(f"-m gpu {workers.format(4)} {TESTS_OF_SKD}")
@@ -206,7 +207,7 @@ def correctness(rehearse: bool) -> list[Command]:
 
 
 def steps(output: Path, models: Sequence[str]) -> list[Command]:
-    """Each model in a process of its own: if one ends before its time, the others do not."""
+    """One process for each model, so that a crash of one leaves the others."""
     words = {m: tests(f"benchmarks/test_steps.py -k {m}", output / f"gpu-steps-{m}.json") for m in models}
     return [Command(f"steps-{model}", command, 60, ("skd", "pytest_benchmark")) for model, command in words.items()]
 
@@ -270,7 +271,7 @@ def parts(output: Path, rehearse: bool) -> Iterator[tuple[str, list[Command], in
 
 
 def asked(code: str, environment: Mapping[str, str]) -> tuple[object, str]:
-    """What Python code prints, as JSON, or None and its error. In a process of its own, so that no memory is kept."""
+    """The JSON that Python code prints, or None and its error. It runs in its own process, which frees all memory."""
     command = [sys.executable, "-c", f"import json; {code}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -307,7 +308,7 @@ def missing() -> dict[str, str]:
 
 
 def variables(scratch: Path, rehearse: bool) -> dict[str, str]:
-    """The environment of all commands; not what pytest leaves for its own workers, which measure nothing."""
+    """The environment variables of all commands, without those that pytest sets for its own workers."""
     found = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     found |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "SKD_CUDA": "on"}
     # Every run compiles, or finds prebuilt, what it needs.
@@ -319,7 +320,7 @@ def variables(scratch: Path, rehearse: bool) -> dict[str, str]:
 
 
 def use_prebuilt(run: Run, folder: Path | None, scratch: Path, architecture: int | None) -> bool:
-    """Put a prebuilt folder to use; whether there is an extension in it. A warning says why it is not used."""
+    """Use a prebuilt folder, and return whether it has an extension. A warning says why the folder is not used."""
     if folder is None:
         return False
     try:
@@ -332,7 +333,7 @@ def use_prebuilt(run: Run, folder: Path | None, scratch: Path, architecture: int
 
 
 def merge_steps(output: Path) -> None:
-    """One file of results in place of one a model; what was cut before it had a result is left out."""
+    """Merge the results of the models into one file; a command that was cut before it had a result is left out."""
     runs = []
     for path in sorted(output.glob("gpu-steps-*.json")):
         with contextlib.suppress(ValueError):
@@ -344,7 +345,7 @@ def merge_steps(output: Path) -> None:
 
 
 def write_tables(output: Path) -> str:
-    """tables.md, of the results that there are."""
+    """Write tables.md from the results that exist."""
     from benchmarks import table  # imports PyTorch
 
     sections = []

@@ -27,7 +27,7 @@ from benchmarks.registry import OPERATIONS, Draw, Inputs, Operation, Shape, Tens
 from benchmarks.timing import BACKEND, Call, clock_of, side_by_side
 
 HALF = (torch.float16, torch.bfloat16)
-# Our statistics may err by this, or by twice what eager does.
+# The error that our statistics may have, if that is more than twice the error of "eager".
 OURS_FLOOR = 1e-6
 # On CUDA `token_moments` keeps each factor of its products as two bfloat16 halves, which have 16 bits together: two
 # roundings of 2^-17.
@@ -110,7 +110,7 @@ class Case:
         self.compiled = Compiled(operation.plain, dynamic=operation.dynamic)
 
     def at(self, width: int) -> Case:
-        """The same inputs, and what torch.compile has compiled, at another width of a masked layer."""
+        """The case at another width of a masked layer; it shares the inputs and torch.compile's graphs."""
         found = copy.copy(self)
         found.shape = (*self.shape[:-1], width)
         return found
@@ -123,14 +123,14 @@ class Case:
         return self.operation.work(self.shape, self.dtype, backward)
 
     def own_arguments(self) -> dict[str, object]:
-        """The arguments of ours beside the inputs; on a GPU the width of a masked layer is on the device."""
+        """The arguments of our operation beside its inputs; on a GPU the width of a masked layer is on the device."""
         found: dict[str, object] = {**self.operation.arguments(self.shape)}
         if self.on_gpu and "width" in found:
             found["width"] = torch.tensor(found["width"], dtype=torch.int32, device=self.device)
         return found
 
     def contenders(self, names: Sequence[str] | None = None) -> dict[str, Way]:
-        """Functions of the inputs, ours first; those that are named, or all that apply.
+        """The contenders as functions of the inputs, ours first; only those in `names`, if given.
 
         On a GPU `auto` is what `skd_kernels` chooses if it has the width of a masked layer on the host. The contender
         "ours, scores" also adds up Taylor scores. `blocked` is for the caches of a CPU, and left out on a GPU.
@@ -151,12 +151,12 @@ class Case:
         return {name: found[name] for name in names}
 
     def forward(self, way: Way) -> Tensor | Inputs:
-        """What a contender returns for the next of the inputs."""
+        """Call a contender on the next set of inputs."""
         with self.cast:
             return way(*next(self.turn))
 
     def without_graph(self, way: Way) -> Tensor | Inputs:
-        """The same while nothing is kept for a backward pass."""
+        """The same under no_grad, so that nothing is saved for a backward pass."""
         with torch.no_grad():
             return self.forward(way)
 
@@ -166,7 +166,7 @@ class Case:
         return *(found.detach() for found in out), *torch.autograd.grad(out, self.inputs, self.gradients)
 
     def calls(self, contenders: Mapping[str, Way], backward: bool = True) -> dict[str, Call]:
-        """What is timed of each contender: forward and backward of a layer, or the forward pass alone."""
+        """The calls that are timed, by contender: forward and backward of a layer, or the forward pass alone."""
         whole = self.both if backward and self.operation.trains else self.without_graph
         return {name: partial(whole, way) for name, way in contenders.items()}
 
@@ -375,7 +375,7 @@ def gated(operation: Operation) -> Operation:
 
 
 def checked(case: Case) -> str:
-    """The errors of ours, one line each, in as little time as it takes: compute-sanitizer watches these runs."""
+    """Print the errors of our operation, one line each. It is kept short, because compute-sanitizer slows it down."""
     name, dtype = case.operation.name, name_of(case.dtype)
     if case.scores is None:
         return f"{name} {dtype}: {case.check(case.contenders([OURS]))[OURS]:.1e}"

@@ -1,4 +1,4 @@
-"""Everything that takes a compiler, made without a GPU for a machine that has one, and put to use there.
+"""Compiles the extension and all Triton kernels without a GPU, and installs them on a machine that has one.
 
 python -m benchmarks.precompile FOLDER                        with this Python, PyTorch and Triton, for an H100
 benchmarks/run_on_gpu.sh OUTPUT --prebuilt FOLDER             uses it there
@@ -8,10 +8,11 @@ benchmarks/run_on_gpu.sh OUTPUT --prebuilt FOLDER             uses it there
     FOLDER/triton.tar.gz       a Triton cache: each kernel that the tests for a GPU and the benchmarks start, and what
                                Triton compiles with gcc to start it
 
-Nobody keeps a list of these kernels: tests and benchmarks run with a CUDA device that is not there (pretend.py). The
-kernels are compiled as a launch would, so that their cache keys are those of the run. Python and Triton must have the
-same versions on both machines, and the sources must be the same. Triton's cache keys also name the installation of
-Triton that made them; `use` makes that part equal by a sitecustomize.py, which every Python process reads.
+There is no list of these kernels: the tests and benchmarks run on a pretended CUDA device (pretend.py), which records
+what they would launch. The kernels are compiled as a launch compiles them, so that their cache keys are the same.
+Python and Triton must have the same versions on both machines, and the sources must be the same. Triton's cache keys
+also contain a hash of its installation; `use` sets that part to the first machine's by a sitecustomize.py, which
+every Python process reads.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Manifest:
             raise ValueError(f"{folder} is not what `python -m benchmarks.precompile` leaves: {error}") from None
 
     def refusal(self, architecture: int | None = None) -> str | None:
-        """Why this Python cannot use the folder on a GPU of that architecture, or None."""
+        """The reason why this Python cannot use the folder on a GPU of that architecture, or None."""
         if self.python != PYTHON:
             return f"it is for Python {self.python}, and this is {PYTHON}"
         triton = installed("triton")

@@ -1,12 +1,12 @@
-"""A CUDA device that is not there, to find out which Triton kernels a program would start on one.
+"""A pretended CUDA device, to find out without a GPU which Triton kernels a program would start on one.
 
-Inside `pretended_cuda` tensors "on CUDA" are PyTorch's meta tensors: they have shapes, types and places in memory,
-and no contents. Whoever asks for their device is told that it is CUDA, the operators of the Triton kernels run their
-host code, and each kernel that they would start is noted in place of being started. So the tests for a GPU and the
-benchmarks say themselves what they need, and nobody keeps a list. A question about contents has a made-up answer:
-numbers are zero, conditions hold. A test may then fail at its last line, when all of its kernels are known.
+Inside `pretended_cuda` tensors "on CUDA" are PyTorch's meta tensors: they have shapes, types and addresses, but no
+contents. Their `device` says CUDA, the operators of the Triton kernels run their host code, and each kernel is
+recorded instead of being started. So the kernels that the GPU tests and the benchmarks need are found by running
+them, and there is no list to maintain. Reading contents gives made-up values: numbers are zero, and conditions are
+true. A test may then fail at its last line, but by then all of its kernels are known.
 
-Of skd_kernels.gpu this needs the module `launch` alone: inside `launch.record` every launch is described there.
+Of skd_kernels.gpu this file needs only the module `launch`, whose `launch.record` describes every launch.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ NoteOperation = Callable[[OpOverload, Sequence[object], Arguments, object], None
 def is_pretended(value: object) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
-    with torch._C.DisableTorchFunction():  # a mode would ask for the device by its name, and be told that it is CUDA
+    with torch._C.DisableTorchFunction():  # otherwise the pretended device would answer that it is CUDA
         return _true_device(value).type == "meta"
 
 
 def _true(value: object) -> object:
-    """The device that stands for CUDA; everything else as it is."""
+    """Replace CUDA by the device that stands for it; return any other argument unchanged."""
     named = value if isinstance(value, str) else value.type if isinstance(value, torch.device) else ""
     return META if named.partition(":")[0] == "cuda" else value
 
@@ -82,7 +82,7 @@ def _translated(function: Callable[..., object]) -> Callable[..., object]:
 
 
 class _Devices(TorchFunctionMode):
-    """Functions of PyTorch that are asked for CUDA get the device that stands for it."""
+    """In calls of PyTorch's functions, replaces CUDA by the device that stands for it."""
 
     def __torch_function__(
         self,
@@ -96,7 +96,7 @@ class _Devices(TorchFunctionMode):
 
 
 class _Autocast(TorchFunctionMode):
-    """Autocast on CUDA, which meta tensors do not know, of the functions that a step calls under it."""
+    """Imitates autocast on CUDA, which meta tensors do not have, for the functions that a training step calls."""
 
     def __torch_function__(
         self,
@@ -180,7 +180,7 @@ class _Contents(TorchDispatchMode):
 
 
 def _moved(value: object) -> object:
-    """A tensor of the CPU beside pretended ones, such as a copy that was made up, goes where they are."""
+    """Move CPU tensors that are used together with pretended ones, such as a made-up copy, to their device."""
     if isinstance(value, torch.Tensor) and not is_pretended(value) and value.ndim:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
     return value
@@ -260,7 +260,7 @@ def pretended_cuda(architecture: int, note: Note, operation: NoteOperation | Non
 
 
 def _cuda(architecture: int, multiprocessors: int) -> dict[str, object]:
-    """What `torch.cuda` seems to hold."""
+    """The replacements for functions of `torch.cuda`."""
     major, minor = divmod(architecture, 10)
     properties = mock.Mock(major=major, minor=minor, multi_processor_count=multiprocessors, total_memory=80 << 30)
     answers: dict[str, object] = {

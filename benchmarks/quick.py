@@ -1,8 +1,8 @@
-"""The questions to ask a GPU first: are the kernels near the vendor's libraries, does a graph follow the width?
+"""First measurements on a GPU: the Triton kernels against the vendor's libraries, and CUDA graphs at several widths.
 
 python -m benchmarks.quick --model base --batch 128 --json quick.json
 
-Of the benchmarks this file alone calls functions inside skd_kernels.gpu: those that start one kernel each.
+Only this benchmark calls functions inside skd_kernels.gpu, namely those that start one kernel each. It measures
 
 * the ceilings: a large copy and a large matrix product;
 * the products of the masked MLP at full width, and its three kernels with an activation in them, against `a @ b`;

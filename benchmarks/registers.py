@@ -37,7 +37,7 @@ WHAT = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread or block takes; `stack` and `local` in bytes: above zero, registers are spilled."""
+    """The resources of one thread or block. If `stack` or `local`, in bytes, is above zero, registers are spilled."""
 
     registers: int
     stack: int
@@ -104,7 +104,7 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
 
 
 def name_in_profiles(launch: Launch) -> str:
-    """That of the compiled kernel, which says what a product ends with."""
+    """The name of the compiled kernel, which includes a product's epilogue."""
     epilogue = launch.constants.get("EPILOGUE")
     return launch.name if epilogue is None else f"product_{epilogue}"
 

@@ -1,4 +1,4 @@
-"""What is measured: every operation of skd_kernels, its shapes, inputs, bytes, FLOPs and
+"""What is measured: every operation of skd_kernels, with its shapes, inputs, bytes, FLOPs and contenders.
 
 A new operation is one entry of `OPERATIONS`, with a function for its inputs, one for its work, and one for each other
 way to compute it. `benchmarks.op` and the tests find it here, and the suite of pytest does if it is a statistic or a
@@ -7,9 +7,9 @@ masked layer. The contenders, against which ours are timed:
     eager           whole tensors; a statistic is computed in the input's dtype, with sums in float32 or float64
     blocked         a statistic in blocks of tokens that stay in the cache of a CPU, the fastest PyTorch found there
     slices          a masked layer in good plain PyTorch: leading rows and columns of the weights, library attention
-    published       as the published implementation does it, the same to rounding: a statistic of cloned features and
-                    centred copies in a Python loop over q, k, v and heads; a masked layer of weights that boolean
-                    masks gather
+    published       the method of the published implementation, with the same result to rounding: a statistic clones
+                    features and centres copies in a Python loop over q, k, v and heads; a masked layer gathers its
+                    weights by boolean masks
     torch.compile   the first of these that the operation has, compiled (`op.Compiled`)
 """
 
@@ -50,7 +50,7 @@ NORM_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3
 
 @dataclass(frozen=True)
 class Work:
-    """The least an operation has to do: every input read once, every output written once."""
+    """The least work of an operation: every input is read once, and every output written once."""
 
     bytes: int
     flops: int
@@ -64,7 +64,7 @@ class Operation:
     axes: str  # the last one of a masked layer is the width
     layer: Callable[[int, int, int, float], Shape]  # shape from (heads, images, tokens, share of the width)
     inputs: Callable[[Shape, torch.dtype, torch.dtype, Draw], Inputs]  # the second dtype is of what is stored
-    work: Callable[[Shape, torch.dtype, bool], Work]  # whoever computes it; with the backward pass or not
+    work: Callable[[Shape, torch.dtype, bool], Work]  # of any contender; the bool includes the backward pass
     ours: Way  # takes the inputs and `arguments`, as do all `ways`
     ways: dict[str, Way]  # the other contenders by name; torch.compile is made of the first
     tolerance: dict[torch.dtype, float]  # largest error of a contender by dtype
@@ -80,7 +80,7 @@ class Operation:
 
     @property
     def plain(self) -> Way:
-        """Good PyTorch, the first of the other ways."""
+        """The plain PyTorch contender, which is the first of the other ways."""
         return next(iter(self.ways.values()))
 
 
@@ -178,7 +178,7 @@ def norm_work(shape: Shape, dtype: torch.dtype, backward: bool) -> Work:
 
 
 def sums_in(x: Tensor) -> torch.dtype:
-    """float32, or what is wider."""
+    """The dtype of sums over x: float32, or that of x if it is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

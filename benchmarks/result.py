@@ -97,7 +97,7 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """Which of the tables it has, by what it holds; empty if it has none."""
+        """The kind of table that the result is for, judged by its fields; empty if there is none."""
         if self.benchmarks is not None:
             return RUN
         if "matmul_tflops" in self.results:
@@ -114,7 +114,7 @@ class Result:
 
 
 def models(results: Mapping[str, object]) -> list[str]:
-    """Those of a result, the smallest first."""
+    """The models of a result, the smallest first."""
     return [model for model in HEADS if model in results]
 
 

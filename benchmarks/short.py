@@ -79,7 +79,7 @@ def infos_of(results: list[Result], key: str) -> list[Info]:
 
 
 def first(times: Times) -> float:
-    """Ours, which stands before the others."""
+    """The name of our contender, which comes before the others."""
     return next(iter(times.values()))
 
 
@@ -177,7 +177,7 @@ def full_width(mean: Info, steps: list[Info]) -> str:
 
 
 def gpu_time(profile: Info, steps: list[Info]) -> str:
-    """What the GPU works for a step, ours and library calls on slices, and what the host takes for it."""
+    """A sentence on the GPU time of a step, ours and library calls on slices, and on the host's time for it."""
     ours = next(iter(profile))
     kernels = {
         fraction: [result.kernels_of(profile.part(name).part(fraction)) for name in (ours, SLICES)]

@@ -1,15 +1,15 @@
-"""The kernels of one training step and the bytes that they name, counted without a GPU; nothing is timed.
+"""The kernels of one training step and the bytes of their tensors, counted without a GPU; nothing is timed.
 
 python -m benchmarks.step_kernels --model base                  a Markdown table
 python -m benchmarks.step_kernels --model tiny --json FILE      and the same as a file
 
 The step is that of `benchmarks.steps` as a CUDA graph captures it, with stochastic depth: forward and backward of the
 super-network with widths on the device, under autocast to bfloat16, then fused AdamW and the average of the weights.
-It runs on a device that is not there (pretend.py). The launches are the same at every width; the bytes are those of
-the full width: each tensor that an operation takes or gives is counted once, and as a whole, so what a kernel reads
-twice, or leaves out, is not seen. Of a workspace what is filled of it counts. A Triton kernel is a launch; operations
-of PyTorch are what its dispatcher sees: one may be several kernels (a sum, `slice_backward`, an update of many
-weights), and views are left out.
+It runs on a pretended device (pretend.py). The launches are the same at every width, and the bytes are those of the
+full width. Each tensor that an operation reads or writes is counted once and as a whole, so parts that a kernel reads
+twice or leaves out are not seen; of a workspace only the filled part counts. A Triton kernel is one launch.
+Operations of PyTorch are those that its dispatcher sees, each of which may be several kernels (a sum,
+`slice_backward`, an update of many weights); views are left out.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def purpose_of(kernel: str, arguments: Arguments) -> str:
 
 
 def stored(tensor: torch.Tensor) -> int:
-    """Bytes of its elements, of which an expanded one has fewer than its shape says."""
+    """The bytes of a tensor's elements; an expanded tensor has fewer elements in memory than its shape says."""
     count = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or size == 0 else 1
@@ -109,7 +109,7 @@ def described(name: str, purpose: str, tensors: Sequence[torch.Tensor]) -> Opera
 
 
 def filled(finish: Arguments) -> int:
-    """The bytes that the parts of a weight's gradient fill of their workspace, which is as large as need be.
+    """The bytes that the partial sums of a weight's gradient fill in their workspace, which may be larger.
 
     Args:
         finish: the arguments of `finish_kernel`, which reads them; weight_gradient.py says how the work is cut.
@@ -129,13 +129,13 @@ def filled(finish: Arguments) -> int:
 
 
 def replaced(operation: Operation, old: int, new: int) -> Operation:
-    """With `new` in place of a tensor of `old` bytes, if it takes one."""
+    """The operation with `new` bytes for its tensor of `old` bytes."""
     place = operation.tensors.index(old)
     return replace(operation, tensors=(*operation.tensors[:place], new, *operation.tensors[place + 1 :]))
 
 
 def makes_a_view(func: OpOverload) -> bool:
-    """Whether it starts no kernel: its result is one of its arguments, seen in another way, or uninitialised."""
+    """Whether the operation starts no kernel, because its result is a view of an argument or uninitialised memory."""
     returns = [found.alias_info for found in func._schema.returns]
     views = any(alias is not None and not alias.is_write for alias in returns)
     return views or func.name().startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach"))
@@ -236,7 +236,7 @@ class Row:
 
 
 def rows_of(operations: Sequence[Operation]) -> list[Row]:
-    """Triton's first, and those that name the most bytes."""
+    """The rows of the table: Triton's kernels come first, and those with the most bytes."""
     rows = []
     for name, purpose in dict.fromkeys((found.name, found.purpose) for found in operations):
         alike = [found for found in operations if (found.name, found.purpose) == (name, purpose)]

@@ -3,7 +3,7 @@
 published             masks gather the kept weights, attention is written out; PyTorch's AdamW, timm's first average
 slices                slices of the weights, library attention, fused AdamW
 torch.compile         `slices`, its block compiled for any widths
-slices, graph         `slices` as a CUDA graph of one entry: the best that can be done by hand, but a graph an entry
+slices, graph         `slices` as a CUDA graph of one entry: the best that can be done by hand, but a graph per entry
 torch.compile, graph  `torch.compile` likewise
 ours                  `skd.train`'s step; on a GPU with the entry on the device
 ours, compiled        the same, its block compiled; on a CPU too with the entry as a tensor: the full network's work
@@ -259,9 +259,9 @@ class OwnStep(Step):
 
 
 def names(device: str) -> list[str]:
-    """The contenders that serve every entry, ours first; what takes long to be ready comes last.
+    """The contenders that serve every entry, ours first; those that take long to be ready come last.
 
-    On a GPU our step is the graph; without one, it waits for the host and says nothing new.
+    On a GPU our step is measured as a graph; without a graph it would only measure how long the host takes.
     """
     if device == "cuda":
         return [OURS_GRAPH, OURS_SCORES, SLICES, PUBLISHED, COMPILED]

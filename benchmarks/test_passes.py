@@ -52,7 +52,7 @@ def published_network(size: str, device: str) -> Network:
 
 
 def plain_step(supernet: skd.SuperNet, index: int, x: torch.Tensor, width: int) -> torch.Tensor:
-    """`supernet.step` at all tokens, also in the last block, as a plain forward pass has it."""
+    """`supernet.step` that computes all tokens in the last block too, as a plain forward pass does."""
     module = supernet.infos[index]
     block = supernet.model.blocks[module.block]
     return block.step(block.modules_in_order.index(module), x, width)

@@ -50,7 +50,7 @@ class Steps:
 
     @contextmanager
     def _excused(self, name: str) -> Iterator[None]:
-        """What a compiler or the device raises for one contender leaves the others."""
+        """Record an error that a compiler or the device raises for one contender; the others go on."""
         try:
             yield
         except Exception as error:
@@ -68,9 +68,9 @@ class Steps:
         self.all[name] = step
 
     def _warm(self, step: steps.Step) -> float:
-        """Seconds that the first calls take beyond as many later ones: compilation, capture, tuning.
+        """Seconds that the first calls take beyond the same number of later ones: compilation, capture, tuning.
 
-        Other widths may be compiled anew: each entry that will be timed has its turn.
+        New widths may cause new compilations, so each entry that will be timed is called.
         """
         entries = [0] * steps.WARM_UP + sorted({*self.entries().values(), *spread(self.supernet, SIZES.averaged)})
         start = time.perf_counter()

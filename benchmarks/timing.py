@@ -135,9 +135,9 @@ def wall(call: Call) -> float:
 
 
 def on_device(call: Call) -> float:
-    """Seconds on the current CUDA device. The host queues the work while the device is kept busy: no gaps.
+    """Seconds on the current CUDA device. The host queues the work while the device is kept busy, so it has no gaps.
 
-    Where launches take longer than that, or wait for the device, the rest of the host's time is in it too.
+    If launches take longer than the device is kept busy, or wait for it, the remaining host time is included.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(QUEUE_CYCLES)
@@ -169,12 +169,12 @@ def clock_of(device: str) -> Callable[[Call], float]:
 
 
 class _TimeOver(BaseException):
-    """No Exception: compilers catch those, and go on."""
+    """The time limit's exception. It is not an Exception, because compilers catch those and go on."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError from the block once it has taken so long. It is stopped in the main thread's Python code."""
+    """Raise TimeoutError from the block after `seconds`. It interrupts Python code of the main thread."""
 
     def stop(*_: object) -> None:
         raise _TimeOver
@@ -247,7 +247,7 @@ def copy_ceiling(device: str) -> float:
 
 
 def _seconds(device: str, call: Call) -> float:
-    """The shortest of several: what others on the machine take away is none of its limits."""
+    """The shortest of several runs, because what other programs take away does not lower the device's limits."""
     clock = clock_of(device)
     call()
     return min(clock(call) for _ in range(CEILING_TIMES))

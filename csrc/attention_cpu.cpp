@@ -1,12 +1,12 @@
 // Softmax attention and its gradient on the CPU, float32, for heads of any width.
 //
 // One task is one head of one image. Its queries are taken 64 at a time: their logits against all keys, the softmax and
-// the products with the values stay in the second-level cache, up to some thousand tokens. What goes back computes the
-// logits again, bit for bit, and needs only the largest of each query and the sum. Matrices are packed with rows and
-// columns of zeros up to whole tiles, and multiplied by tiles of eight rows and one vector. With s = scale q k^T,
-// p = softmax(s), o = p v:
+// the products with the values stay in the second-level cache, up to some thousand tokens. The backward pass computes
+// the logits again, bit for bit; of the forward pass it needs only the largest logit of each query and the sum of its
+// exponentials. Matrices are packed, padded with zeros to whole tiles, and multiplied tile by tile, a tile being
+// eight rows by one vector. With s = scale q k^T, p = softmax(s), o = p v:
 //   dv = p^T do,  dp = do v^T,  ds = p (dp - sum_d do o),  dq = scale ds k,  dk = scale ds^T q.
-// Exponentials are powers of two: queries are packed times scale log2(e).
+// Exponentials are powers of two, because queries are multiplied by scale log2(e) when they are packed.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,8 +29,8 @@ constexpr int64_t kRows = 8;      // of a tile, whose columns are one vector, or
 constexpr int64_t kColumns = 16;  // logits of a query are padded to a multiple
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// 2^t of t <= 0 (a rounding above is allowed), within roundings of float32; 2^-126 if it is less. NaN stays NaN.
-// A polynomial fitted to 2^f on [-1/2, 1/2]; without branches, so that compilers make vectors of it.
+// 2^t for t <= 0 (or above 0 by a rounding), to a few roundings of float32, and at least 2^-126. NaN stays NaN. It is
+// a polynomial fitted to 2^f on [-1/2, 1/2], without branches, so that compilers vectorise it.
 SKD_INLINE float exp2_of_negative(float t) {
   t = t < -126.0f ? -126.0f : t;
   const int32_t whole = int32_t(t - 0.5f);  // towards zero: the nearest
@@ -80,7 +80,7 @@ SKD_INLINE void multiply(Matrix left, const float* right, int64_t right_row, int
   }
 }
 
-// factor * (rows, columns) of `from`, rows `stride` apart, into rows of `width`; what is beyond becomes zero.
+// Copies factor * (rows, columns) of `from`, whose rows are `stride` apart, into rows of `width`, padded with zeros.
 SKD_INLINE void pack(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t padded_rows,
                      int64_t width, float factor = 1.0f) {
   for (int64_t r = 0; r < padded_rows; ++r, from += stride, to += width) {
@@ -90,7 +90,7 @@ SKD_INLINE void pack(const float* from, int64_t stride, int64_t rows, int64_t co
   }
 }
 
-// The transpose: (columns, width), where width is at least `rows`.
+// The same, transposed: the result is (columns, width), where width is at least `rows`.
 SKD_INLINE void pack_transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
                                 int64_t width) {
   for (int64_t c = 0; c < columns; ++c) {
@@ -109,7 +109,7 @@ struct Head {
   int64_t padded() const { return round_up(tokens, kColumns); }
 };
 
-// The largest of `count` values, a multiple of the lanes; whether a NaN among them is passed over does not matter.
+// The largest of `count` values; `count` is a multiple of the lanes. The result may or may not be NaN if a value is.
 template <int64_t Bytes>
 SKD_INLINE float largest_of(const float* values, int64_t count) {
   constexpr int64_t lanes = Bytes / sizeof(float);
@@ -123,12 +123,12 @@ SKD_INLINE float largest_of(const float* values, int64_t count) {
   return result;
 }
 
-// Of one query: the largest logit, and the reciprocal of the sum of 2^(logit - largest).
+// What the backward pass needs of one query: its largest logit, and the reciprocal of the sum of 2^(logit - largest).
 struct Sum {
   float largest, inverse;
 };
 
-// One query's logits to 2^(logit - largest), not normalised; columns beyond `keys` add 2^-126 at most.
+// Replaces one query's logits by 2^(logit - largest), not normalised; columns beyond `keys` become 2^-126 at most.
 template <int64_t Bytes>
 SKD_INLINE Sum softmax_row(float* p, int64_t keys, int64_t padded) {
   for (int64_t j = keys; j < padded; ++j) p[j] = -INFINITY;
@@ -138,7 +138,7 @@ SKD_INLINE Sum softmax_row(float* p, int64_t keys, int64_t padded) {
   return {largest, 1.0f / sum};
 }
 
-// out (tokens, dims; rows `out_stride` apart) and the sums of all queries.
+// The forward pass of one head: out (tokens, dims; rows `out_stride` apart), and the sums of all its queries.
 template <int64_t Bytes>
 SKD_INLINE void head_forward(const Head& head, float* out, int64_t out_stride, Sum* sums) {
   const int64_t n = head.tokens, width = head.width(), padded = head.padded();
@@ -159,7 +159,7 @@ SKD_INLINE void head_forward(const Head& head, float* out, int64_t out_stride, S
   }
 }
 
-// Gradients of q, k and v, laid out as these; `out` and `grad` have rows `out_stride` apart.
+// The backward pass of one head: gradients laid out as q, k and v; rows of `out` and `grad` are `out_stride` apart.
 template <int64_t Bytes>
 SKD_INLINE void head_backward(const Head& head, const float* out, const float* grad, int64_t out_stride,
                               const Sum* sums, float* dq, float* dk, float* dv) {
@@ -203,12 +203,12 @@ SKD_INLINE void head_backward(const Head& head, const float* out, const float* g
   }
   for (int64_t j = 0; j < n; ++j)
     for (int64_t d = 0; d < head.dims; ++d) {
-      dk[j * head.stride + d] = kLn2 * key_sums[j * width + d];  // of queries that are packed times scale log2(e)
+      dk[j * head.stride + d] = kLn2 * key_sums[j * width + d];  // removes log2(e), which packing put into q
       dv[j * head.stride + d] = value_sums[j * width + d];
     }
 }
 
-// One version for each size of registers.
+// One version for each size of vector registers.
 #define SKD_VERSIONS(NAME, BYTES, ATTRIBUTE)                                                                           \
   ATTRIBUTE void forward_##NAME(const Head& head, float* out, int64_t out_stride, Sum* sums) {                         \
     head_forward<BYTES>(head, out, out_stride, sums);                                                                  \

@@ -42,18 +42,18 @@ SKD_INLINE float from_bits(uint32_t bits) {
   return value;
 }
 
-// What the processor has: bytes of a vector register.
+// The number of bytes in a vector register of this processor.
 inline int64_t register_bytes() {
 #ifdef SKD_LEVELS
   __builtin_cpu_init();
-  // The whole level: what is compiled for one uses more than its vector instructions.
+  // Asks for all features of the level, since code compiled for a level uses more of it than the vector instructions.
   if (SKD_MOST_REGISTER_BYTES >= 64 && __builtin_cpu_supports("x86-64-v4")) return 64;
   if (SKD_MOST_REGISTER_BYTES >= 32 && __builtin_cpu_supports("x86-64-v3")) return 32;
 #endif
   return 16;
 }
 
-// Whether it multiplies pairs of bfloat16 in registers of 64 bytes.
+// Whether the processor multiplies pairs of bfloat16 in registers of 64 bytes (AVX-512 BF16).
 inline bool multiplies_pairs() {
 #ifdef SKD_LEVELS
   __builtin_cpu_init();

@@ -1,4 +1,4 @@
-// Vectors for the CPU kernels: as wide as the caller says, of every input type.
+// Vectors for the CPU kernels: of any width that the caller names, loaded from every input type.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace skd {
 
-// A register of so many bytes; in memory it may lie anywhere.
+// A vector of `Bytes` bytes; it may be loaded from unaligned memory.
 template <typename A, int64_t Bytes>
 struct VectorOf {
   typedef A type __attribute__((vector_size(Bytes), aligned(1), may_alias));
@@ -28,8 +28,8 @@ SKD_INLINE void store_vector(A* to, Vector<A, Bytes> v) {
   *reinterpret_cast<Vector<A, Bytes>*>(to) = v;
 }
 
-// Two vectors. Those of 16-bit types come with their even and odd elements apart (no widening of halves of registers,
-// which compilers do badly); `sorted` puts them in order, for who cares.
+// Two vectors of consecutive elements. From 16-bit types one gets the even and the other the odd elements, because
+// compilers widen halves of registers badly; `sorted` restores the order where it matters.
 template <typename A, int64_t Bytes>
 struct Two {
   Vector<A, Bytes> first, second;
@@ -106,7 +106,7 @@ SKD_INLINE Vector<A, Bytes> multiply_add(A left, Vector<A, Bytes> right, Vector<
   return sum + left * right;
 }
 #ifdef SKD_LEVELS
-// Each lane of left and right holds two bfloat16: both products are added, by AVX-512 BF16.
+// Each lane of left and right holds two bfloat16; both products are added to the lane of the sum (AVX-512 BF16).
 template <int64_t Bytes>
 SKD_INLINE Vector<float, Bytes> multiply_add(uint32_t left, Vector<uint32_t, Bytes> right, Vector<float, Bytes> sum) {
   const Vector<uint32_t, Bytes> everywhere = left - Vector<uint32_t, Bytes>{};
@@ -115,7 +115,7 @@ SKD_INLINE Vector<float, Bytes> multiply_add(uint32_t left, Vector<uint32_t, Byt
 }
 #endif
 
-// The bits of the nearest bfloat16, to even in the middle; NaN stays one.
+// The bits of the nearest bfloat16, ties to even; NaN stays NaN.
 template <int64_t Bytes>
 SKD_INLINE Vector<uint32_t, Bytes> to_bfloat16(Vector<float, Bytes> v) {
   using Bits = Vector<uint32_t, Bytes>;

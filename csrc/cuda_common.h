@@ -16,8 +16,9 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// Stream of PyTorch on `device`. Looked up when needed, not linked: the extension then loads under a PyTorch built
-// without CUDA. Python loads libtorch_cuda privately, so the search of global symbols may miss it.
+// PyTorch's current stream on `device`. The function is looked up at run time instead of linked, so that the
+// extension also loads under a PyTorch built without CUDA. Python loads libtorch_cuda with local symbols, so that a
+// search of the global symbols may miss it.
 inline cudaStream_t current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
   static const Function function = [] {
@@ -44,11 +45,11 @@ class OnDevice {
   }
   cudaStream_t stream() const { return stream_; }
 
-  // Blocks of `kernel` that run at the same time. Asked once per kernel and device; threads that ask at once get the
-  // same answer.
+  // The number of blocks of `kernel` that run at the same time. The driver is asked once per kernel and device;
+  // threads that ask at the same time get the same answer.
   template <auto kernel>
   int64_t capacity(int threads) const {
-    constexpr int kDevices = 64;  // more are asked every time
+    constexpr int kDevices = 64;  // the answer for devices beyond these is not kept
     static std::atomic<int64_t> known[kDevices];
     const bool remembered = device_ >= 0 && device_ < kDevices;
     if (const int64_t blocks = remembered ? known[device_].load(std::memory_order_relaxed) : 0; blocks > 0)

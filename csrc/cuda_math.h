@@ -60,10 +60,10 @@ SKD_HD void unpack(const uint4& raw, float (&values)[16 / sizeof(T)]) {
   }
 }
 
-// What one coordinate of one token would cost, to first order: |x g|.
+// |x g|: the first-order change of the cost if this coordinate of this token were removed.
 SKD_HD float taylor_term(float x, float grad) { return fabsf(x * grad); }
 
-// To 2^-23, which is all that is kept of it; the exact one branches.
+// The square root with an error of 2^-23, which is enough here; the exact function has a branch.
 SKD_HD float square_root(float value) {
 #ifdef __CUDA_ARCH__
   float root;
@@ -91,9 +91,10 @@ SKD_HD uint32_t pack_bf16(float first, float second) {
 #endif
 }
 
-// a = high + low to 2^-18 of a, as pairs of bf16. Returned is twice the low part:
+// Splits pairs of a into bf16 numbers: a = high + low to 2^-18 of a. The function returns twice the low part, because
 //   Y^T Y = H^T H + H^T L + L^T H = (M + M^T) / 2   with   M = H^T H + H^T (2 L)
-// up to L^T L, which is below what is kept. So two products do the work of three, and M is symmetrised at the end.
+// except for L^T L, which is below the accuracy that is kept. So two products replace three, and M is symmetrised
+// later.
 SKD_HD void split_bf16(float first, float second, uint32_t& high, uint32_t& twice_low) {
   high = pack_bf16(first, second);
   twice_low = pack_bf16(2.0f * (first - float_of(high << 16)), 2.0f * (second - float_of(high & 0xffff0000u)));

@@ -6,9 +6,9 @@
 // Work is cut into tasks of up to three groups and a range of tokens, by the shape alone, so the result does not depend
 // on the number of threads. Inside a task, blocks of 128 tokens are staged as sqrt(w) y in the cache and multiplied by
 // tiles in registers, upper triangle only, while the next block is fetched from memory. Sums are float32 within a block
-// and float64 across blocks. Of bfloat16 input sqrt(w) y is rounded to bfloat16 again where the processor multiplies
-// such numbers (in pairs, added in float32; denormals count as zero) at twice the rate: no larger an error than the
-// input came with.
+// and float64 across blocks. For bfloat16 input, sqrt(w) y is rounded to bfloat16 again where the processor
+// multiplies pairs of bfloat16 at twice the rate (it adds in float32, and denormals count as zero). This error is no
+// larger than the rounding error of the input itself.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -86,7 +86,7 @@ struct Stage {
   std::vector<A> plain, weighted, token, tokens;
 };
 
-// Into the first-level cache: one token of one group.
+// Prefetches one token of one group into the first-level cache.
 template <typename T>
 SKD_INLINE void fetch_token(const T* x, const T* grad, int64_t dims) {
   for (int64_t d = 0; d < dims; d += kLine / int64_t(sizeof(T))) {
@@ -145,7 +145,7 @@ SKD_INLINE A stage_block(const Block& block, int64_t group, const A* shift, Stag
   return weight;
 }
 
-// Rows of staged tokens, in place, to half as many rows of pairs: two bfloat16 in each uint32_t.
+// Converts rows of staged tokens, in place, to half as many rows of pairs: two bfloat16 in each uint32_t.
 template <int64_t Bytes>
 SKD_INLINE const uint32_t* pack_pairs(float* staged, int64_t tokens, int64_t width) {
   using Pairs = Vector<uint32_t, Bytes>;
@@ -210,7 +210,7 @@ SKD_INLINE void add_outer(const E* staged, int64_t rows, int64_t width, double* 
   }
 }
 
-// All groups of a block; meanwhile the next one is fetched. Paired: staged tokens are rounded to bfloat16.
+// Adds one block to the sums of all groups, and prefetches the next. Paired: staged tokens are rounded to bfloat16.
 template <int64_t Bytes, bool Paired, typename T, typename A>
 SKD_INLINE void add_block(const Block& block, const Block& next, const A* shift, int64_t padded, Stage<A>& stage,
                           const Sums* into) {
@@ -275,9 +275,9 @@ struct Results {
   }
 };
 
-// The parts of one group's sums, all about `from`, to results about `to.about`, which the precision of `from` cannot
-// hold, or about the mean where `centred`. With `step` between the two points and half = sum w y + sum w step / 2, the
-// outer product grows by half step^T + step half^T.
+// Adds up the parts of one group's sums, which are about `from`, and re-bases them to `to.about`, which need not be
+// exact in the precision of `from`, or to the mean if `centred`. With `step` the difference of the two points and
+// half = sum w y + sum w step / 2, the outer product grows by half step^T + step half^T.
 template <typename A>
 void finish(const std::vector<Sums>& parts, const A* from, bool centred, double tokens, int64_t dims, int64_t padded,
             const Results& to) {
@@ -308,8 +308,9 @@ void finish(const std::vector<Sums>& parts, const A* from, bool centred, double 
         to.outer[i * dims + j] = to.outer[j * dims + i];
 }
 
-// The mean of a few tokens from everywhere, near that of all: (groups, dims). A prime number of them, from 0.382 of the
-// way to the second: a batch of sequences might else give its class tokens, which are unlike the others.
+// The mean of a sample of tokens, near the mean of all: (groups, dims). The sample is spread evenly over all tokens,
+// starting at 0.382 of the spacing, and its size is prime: otherwise it might consist of the class tokens of a batch,
+// which are unlike the rest.
 template <typename T>
 void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* mean) {
   const int64_t count = std::min(tokens, kSample);
@@ -325,7 +326,7 @@ void sample_mean(View x, int64_t tokens, int64_t groups, int64_t dims, double* m
   for (int64_t i = 0; i < groups * dims; ++i) mean[i] /= double(count);
 }
 
-// Sums about `to.about`, or, where `centred`, about the mean of the tokens, which goes there.
+// Sums about `to.about`; if `centred`, they are about the mean of the tokens, which is written to `to.about`.
 template <typename T, typename A>
 void run(View x, View grad, bool centred, int64_t tokens, int64_t groups, int64_t dims, const Results& to) {
   const int64_t width = round_up(dims, kWidth), padded = round_up(dims, kRows);

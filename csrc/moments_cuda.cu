@@ -6,11 +6,11 @@
 //
 // A thread block owns one group and a range of tokens. It stages sqrt(w) y in shared memory as the sum of two bf16
 // numbers and multiplies those on the matrix units: float32 accuracy to about 4e-6, where a single bf16 loses 1e-3.
-// Loads of the next tokens are in flight meanwhile. The point that y is taken about is exact in float32: the given
-// shift as nearly as that can be, or else the mean of a few tokens, which every block of a group finds by itself.
-// Blocks write partial sums, which a second kernel adds up in a fixed order in float64 and re-bases to the shift, or to
-// the mean of all: no atomics, the same bits every time on the same kind of device. These two kernels are all that a
-// call starts, of PyTorch's too: each small one more would take several microseconds.
+// Loads of the next tokens are in flight meanwhile. While it sums, the kernel subtracts a point that float32 holds
+// exactly: the given shift rounded to float32, or without one the mean of a few tokens, which every block of a group
+// computes for itself. Blocks write partial sums. A second kernel adds these in float64 in a fixed order, without
+// atomics, so that results are bitwise reproducible on one kind of device, and re-bases them to the shift, or to the
+// mean of all tokens. A call starts only these two kernels: each further small one would take several microseconds.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +28,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kMostTokens = 65536;  // of a block
+constexpr int64_t kMostTokens = 65536;  // in the range of one block
 
 template <typename T, int P>
 void run(const MomentsInput& in, const Tensor& x, const MomentsResults& to, const OnDevice& device) {

@@ -1,4 +1,5 @@
-// The second kernel of the weighted moments on CUDA, which finishes what the first has left; and one call of both.
+// The second kernel of the weighted moments on CUDA, which adds up the partial sums of the first; and the launch of
+// both.
 #pragma once
 
 #include "moments_kernel.h"
@@ -7,11 +8,11 @@ namespace skd {
 
 constexpr int kFinishTile = 16;   // coordinates
 constexpr int kFinishLanes = 4;   // threads that share the partial products of the same four entries
-constexpr int kFinishFlight = 8;  // loads of them in flight per thread
+constexpr int kFinishFlight = 8;  // loads of partial products in flight per thread
 constexpr int kFinishVectors = kFinishTile * kFinishTile / 4;
 constexpr int kFinishThreads = 2 * kFinishVectors * kFinishLanes;  // of a tile and its mirror image
 constexpr int kFinishColumns = 4 * kFinishTile;                    // plain and weighted sums of both
-constexpr int kLinearLanes = kFinishThreads / kFinishColumns;      // threads that share one of those
+constexpr int kLinearLanes = kFinishThreads / kFinishColumns;      // threads that share one of those columns
 static_assert(kFinishThreads == 2 * kFinishTile * kFinishTile);    // one for each entry of both
 
 // What the threads of the second kernel exchange.
@@ -22,8 +23,9 @@ struct MomentsFinish {
   double step[2 * kFinishTile], half[2 * kFinishTile];
 };
 
-// A tile of a group's result, on the diagonal or above it, and its mirror image: both are finished by one block, since
-// the partial products are not symmetric. `rows` and `columns` count tiles.
+// A tile of a group's result, on the diagonal or above it, and its mirror image below. One block finishes both,
+// because partial products are not symmetric and each result needs entries of both tiles. `rows` and `columns` count
+// tiles.
 struct MomentsPair {
   int64_t group;
   int rows, columns;
@@ -39,7 +41,8 @@ struct MomentsPair {
   }
 };
 
-// Sums over every kFinishLanes-th of `count` partial products from `lane` on, `step` apart: of four entries.
+// The sums of four neighbouring entries over every kFinishLanes-th of `count` partial products, starting at `lane`;
+// partial products are `step` apart.
 __device__ __forceinline__ void sum_products(const float* at, int count, int64_t step, int lane, double (&sum)[4]) {
   at += lane * step;
   for (int left = count - lane; left > 0; left -= kFinishLanes * kFinishFlight) {
@@ -53,7 +56,8 @@ __device__ __forceinline__ void sum_products(const float* at, int count, int64_t
   }
 }
 
-// The partial products of both tiles to shared memory, each read once: of one on the diagonal there is no other.
+// Sums the partial products of both tiles into shared memory, reading each once. A tile on the diagonal has no mirror
+// image.
 __device__ __forceinline__ void gather_products(const MomentsPartial& in, const MomentsPair& pair, int64_t groups,
                                                 int count, int padded, MomentsFinish& shared) {
   const int vector = threadIdx.x % kFinishVectors, mirrored = threadIdx.x / kFinishVectors % 2;
@@ -87,7 +91,7 @@ __device__ __forceinline__ void gather_linear(const MomentsPartial& in, const Mo
   if (column == 0) shared.weight[lane] = weight;
 }
 
-// What one coordinate's sums about the point become about the shift. With `step` between the two and
+// Re-bases one coordinate's sums from the point to the shift. With `step` the difference of the two and
 // half = sum w y + sum w step / 2, the outer product grows by half step^T + step half^T.
 __device__ __forceinline__ void rebase(const MomentsInput& in, const MomentsPartial& partial, const MomentsPair& pair,
                                        int padded, const MomentsResults& to, MomentsFinish& shared) {
@@ -113,8 +117,8 @@ __device__ __forceinline__ void rebase(const MomentsInput& in, const MomentsPart
   if (at == 0) *to.count = count;
 }
 
-// One entry per thread of the tile or of its mirror image. Both halves of the matrix are computed in the same way, from
-// what is above the diagonal: they are equal to the bit.
+// Each thread writes one entry of the tile or of its mirror image. Both are computed by the same expression from the
+// same sums, so that the result is symmetric to the bit.
 __device__ __forceinline__ void write_product(const MomentsPair& pair, int dims, const MomentsFinish& shared,
                                               double* outer) {
   const bool diagonal = pair.rows == pair.columns, mirrored = threadIdx.x >= kFinishTile * kFinishTile;

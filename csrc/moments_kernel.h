@@ -1,4 +1,4 @@
-// The first kernel of the weighted moments on CUDA: sums over ranges of tokens. moments_cuda.cu says what it is part of.
+// The first kernel of the weighted moments on CUDA: sums over ranges of tokens. moments_cuda.cu explains the whole.
 #pragma once
 
 #include "cuda_math.h"
@@ -14,7 +14,7 @@ struct MomentsShape {
   static constexpr int kLanes = P / kVector;         // threads that share a token; they are in one warp
   static constexpr int kTileRows = P < 32 ? P : 32;  // coordinates a warp multiplies
   static constexpr int kTileColumns = P < 32 ? P : P < 128 ? 32 : 64;  // by these
-  static constexpr int kColumns = P < 32 ? P : 32;                     // of the tile at a time: they need registers
+  static constexpr int kColumns = P < 32 ? P : 32;                     // multiplied at a time, to save registers
   static constexpr int kAcross = P / kTileColumns;                     // tiles in a row
   static constexpr int kTiles = P / kTileRows * kAcross;
   static constexpr int kSlices = kTiles == 1 ? 4 : 1;  // warps that share a tile, each with its own tokens
@@ -23,7 +23,7 @@ struct MomentsShape {
   static constexpr int kRows = kThreads / kLanes;   // tokens the block loads at a time
   static constexpr int kPasses = 4;                 // loads of x and of grad in flight per thread
   static constexpr int kStage = kRows * kPasses;
-  static constexpr int kStride = P + 8;  // of a staged row: 8 rows then start in 8 different bank groups
+  static constexpr int kStride = P + 8;  // length of a staged row: 8 rows then start in 8 different bank groups
   static constexpr int kStagedBytes = 2 * kStage * kStride * 2;
   static constexpr int kSumBytes = kRows * P * 4;
   static constexpr int kBytes = kStagedBytes > kSumBytes ? kStagedBytes : kSumBytes;
@@ -45,8 +45,8 @@ struct MomentsInput {
   bool aligned;  // rows may be read 16 bytes at a time
 };
 
-// What the first kernel leaves for the second: per split, slice and group the P x P product; what the sums of a group
-// are about; per split and group the weight, plain and weighted sums.
+// What the first kernel leaves for the second: for each split, slice and group the P x P product; for each group the
+// point that was subtracted; for each split and group the weight, plain and weighted sums.
 struct MomentsPartial {
   float* outer;    // (splits * slices, G, P, P)
   float* point;    // (G, P)
@@ -121,14 +121,15 @@ struct MomentsLoads {
   }
 };
 
-// Which token is the i-th of the sample: from everywhere, a prime number of them, and from 0.382 of the way to the
-// second. A batch of sequences might else give its class tokens, which are unlike the others.
+// The index of the i-th token of the sample. The sample is spread evenly over all tokens, starting at 0.382 of the
+// spacing, and its size is prime: otherwise it might consist of the class tokens of a batch, which are unlike the
+// rest.
 SKD_HD int64_t sampled_token(int64_t i, int64_t tokens) {
   return tokens < kSample ? i : tokens * (1000 * i + 382) / (1000 * kSample);
 }
 
-// The mean of the sample at the coordinate `threadIdx.x`, near that of all tokens. Every block of a group adds the same
-// numbers in the same order: they agree on it to the bit. `sums` (kRows, P) is scratch.
+// The mean of the sample at the coordinate `threadIdx.x`, which is near the mean of all tokens. Every block of a
+// group adds the same numbers in the same order, so all get the same bits. `sums` (kRows, P) is scratch.
 template <typename T, int P, bool Aligned>
 __device__ __forceinline__ float sampled_mean(const MomentsInput& in, int64_t group, const MomentsLoads<T, P>& loads,
                                               float* sums) {
@@ -165,21 +166,21 @@ __device__ __forceinline__ void store_words(uint16_t* at, const uint32_t (&words
   *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
 }
 
-// What a thread sums up of its coordinates.
+// A thread's sums for its coordinates.
 template <int V>
 struct MomentsSums {
   float plain[V] = {}, weighted[V] = {}, weight = 0;
 };
 
-// sqrt(w) y of the fetched tokens as bf16 to shared memory: `high`, and in `low` twice the remainder. In a `Whole`
-// stage all tokens exist. Coordinates that do not exist get numbers that nobody reads.
+// Writes sqrt(w) y of the fetched tokens to shared memory as bf16: `high`, and in `low` twice the remainder. In a
+// `Whole` stage all tokens exist. Coordinates past D get numbers that nobody reads.
 template <bool Whole, typename T, int P>
 __device__ __forceinline__ void stage_tokens(const MomentsLoads<T, P>& loads, int stage, float reciprocal,
                                              const float* points, uint16_t* high, uint16_t* low,
                                              MomentsSums<16 / sizeof(T)>& sums) {
   using Shape = MomentsShape<T, P>;
   constexpr int V = Shape::kVector;
-  float point[V];  // read again in every stage: while one is multiplied, its registers are needed
+  float point[V];  // read again in every stage, because the products need its registers
 #pragma unroll
   for (int i = 0; i < V; i += 4) {
     const float4 four = *reinterpret_cast<const float4*>(points + loads.first + i);
@@ -215,7 +216,8 @@ __device__ __forceinline__ void stage_tokens(const MomentsLoads<T, P>& loads, in
   }
 }
 
-// What one warp multiplies: one tile, and of every stage the tokens 16 slice, 16 (slice + kSlices), ...
+// The product of one warp: one tile, summed over the 16 tokens from 16 slice, 16 (slice + kSlices), ... of each
+// stage.
 template <typename T, int P>
 struct MomentsTile {
   using Shape = MomentsShape<T, P>;
@@ -234,8 +236,8 @@ struct MomentsTile {
     right = (16 * slice + right_token(lane)) * Shape::kStride + right_coordinate(lane) + column;
   }
 
-  // Adds the product of what is staged, some columns at a time. The matrix unit truncates when it accumulates: it adds
-  // up one stage only.
+  // Adds the product of the staged tokens, some columns at a time. Tensor cores truncate when they accumulate, so
+  // their accumulators cover one stage only, and are then added to the sums in ordinary float32.
   __device__ __forceinline__ void add_stage(const uint16_t* high, const uint16_t* low) {
 #pragma unroll
     for (int start = 0; start < kWidth; start += kWide) {
@@ -281,7 +283,7 @@ struct MomentsTile {
   }
 };
 
-// Sums of the threads that loaded the same coordinates, over rows in a fixed order. `scratch` is (kRows, P).
+// Adds the sums of all threads that loaded the same coordinates, in a fixed order. `scratch` is (kRows, P).
 template <typename T, int P>
 __device__ __forceinline__ void write_sums(const MomentsLoads<T, P>& loads, const MomentsSums<16 / sizeof(T)>& sums,
                                            float* scratch, double* linear) {
@@ -308,7 +310,8 @@ __device__ __forceinline__ void write_sums(const MomentsLoads<T, P>& loads, cons
   }
 }
 
-// Sums over one group and one range of tokens, about a point that is exact in float. Grid (groups, splits).
+// The kernel: sums over one group and one range of tokens, about a point that is exact in float. Grid (groups,
+// splits).
 template <typename T, int P>
 __global__ void __launch_bounds__(MomentsShape<T, P>::kThreads, MomentsShape<T, P>::kBlocks)
     moments_of_block(const MomentsInput in, const MomentsPartial out) {

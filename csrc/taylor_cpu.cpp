@@ -31,8 +31,9 @@ SKD_INLINE A term(A x, A grad) {
   return Squared ? product * product : std::abs(product);
 }
 
-// Rows are read one after the other, as one stream that the processor fetches ahead; long ones of float32 and float64,
-// whose sums would come and go as often as they do, kUnroll at a time.
+// Rows are read one after the other, as one stream that the processor prefetches. Long rows of float32 and float64
+// are read kUnroll at a time, because their sums would otherwise be loaded and stored as often as the rows
+// themselves.
 template <bool Squared, typename T, typename A>
 SKD_INLINE void add_rows(const T* x, const T* grad, int64_t x_stride, int64_t grad_stride, int64_t tokens, int64_t dims,
                          A* sum) {
@@ -86,7 +87,7 @@ void sum_tokens(const Tensor& x, const Tensor& grad, double* scores, Add add_blo
     for (int64_t d = 0; d < dims; ++d) scores[d] += partial[split * dims + d];
 }
 
-// Squares of small products leave the range of float32: those are formed and summed in float64.
+// Squares of small products underflow in float32, so they are formed and summed in float64.
 template <typename T, typename A>
 void run(const Tensor& x, const Tensor& grad, bool squared, double* scores) {
   if (squared)

@@ -46,8 +46,8 @@ struct Elements {
   }
 };
 
-// |x g| adds up in float for a while. (x g)^2 would leave the range of float where gradients are small: the product
-// of two half-precision numbers is exact in float, its square is taken in float64.
+// |x g| is summed in float over a run of tokens. (x g)^2 would underflow in float where gradients are small. The
+// product of two half-precision numbers is exact in float, so only its square is taken in float64.
 template <typename T, int V, bool Squared>
 __device__ __forceinline__ void add_terms(const Elements<T, V>& x, const Elements<T, V>& grad,
                                           std::conditional_t<Squared, double, float> (&sum)[V]) {

@@ -117,7 +117,7 @@ _MODULES = {
 class _Package(ModuleType):
     """The type of this module: `skd.convert` is the function, also after the module skd.convert has been imported.
 
-    An import sets a module as an attribute of its package, here over the function of the same name, or before it.
+    Importing a submodule sets it as an attribute of its package, and would hide the function of the same name.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answered(argv: Sequence[str] | None, begin: Callable[[], None]) -> int:
-    """As `main`, and call `begin` once everything is imported and before the work begins."""
+    """As `main`; it calls `begin` once everything is imported and before the work begins."""
     arguments = argparse.Namespace()
     try:
         with warnings.catch_warnings():

@@ -1,11 +1,11 @@
 """Compensation without training: what a sub-network drops is predicted from what it keeps (`compensate`).
 
-A sub-network leaves coordinates and whole modules out. What they would have added is, for the most part, a linear
-function of what the remaining ones compute, so that ridge regression finds it on a few calibration images, and the
-output layer of a module (proj, fc2), linear as it is, takes the answer in. Refitting the remaining weights after a
-part is removed is due to Optimal Brain Surgeon (Hassibi, Stork 1993); fitting layer by layer to the outputs of the
-whole network, each on the inputs that the corrected layers before it give, is the sequential form of post-training
-pruning (Frantar, Alistarh, "Optimal Brain Compression", 2022).
+A sub-network leaves out coordinates and whole modules. What they would have added is, for the most part, a linear
+function of the features that remain. Ridge regression finds this function on a few calibration images, and since the
+output layer of a module (proj, fc2) is linear too, its weights and bias can absorb it. Refitting the remaining
+weights after a part is removed is due to Optimal Brain Surgeon (Hassibi, Stork 1993). Fitting layer by layer to the
+outputs of the whole network, each layer on the inputs that the corrected layers before it give, is the sequential
+form of post-training pruning (Frantar, Alistarh, "Optimal Brain Compression", 2022).
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def compensate(
 ) -> dict[int, Correction]:
     """Fit other output layers for entries of the dropout list, so that they follow the full network more closely.
 
-    Each entry is gone through module by module beside the full network. The output layer of every module that runs
-    is fitted so that the residual stream comes nearest, over all tokens of all images, to the full network's where
-    the next running module reads it: a module that is skipped is predicted by the one before it. Then the stream
-    goes on through the corrected module. The fit is ridge regression with an intercept, in float64, which shrinks
-    the change of the weights: a module that has lost nothing stays as it is.
+    Each entry is processed module by module beside the full network. The output layer of every module that runs is
+    fitted so that the entry's residual stream, at the point where the next running module reads it, is as near as
+    possible to the full network's, over all tokens of all images. In this way the module before a skipped one
+    predicts what the skipped one would have added. Then the stream is computed through the corrected module. The fit
+    is ridge regression with an intercept, in float64. It shrinks the change of the weights, so that a module that has
+    lost nothing stays as it is.
 
     The corrections are also put into ``supernet.corrections`` (which keeps those of other entries), where
     ``supernet(images, entry=i)`` in evaluation mode, `skd.evaluate`, `skd.extract` and `skd.save` find them. The full
@@ -106,7 +107,7 @@ def compensate(
 def _chosen(
     supernet: SuperNet, entries: Sequence[int] | None, macs: Sequence[float] | None, convention: str
 ) -> list[int]:
-    """The entries that are meant, each once."""
+    """The entries that `entries` or `macs` choose, each once."""
     if (entries is None) == (macs is None):
         raise ValueError(f"exactly one of entries and macs must be given; got {'none' if macs is None else 'both'}")
     for name, given in (("entries", entries), ("macs", macs)):
@@ -118,7 +119,7 @@ def _chosen(
 
 
 class _Part:
-    """One batch: the residual stream of the full network, that of each cut one, and what its blocks share."""
+    """One batch: the residual stream in the full network and in each cut one, and the tensors that blocks share."""
 
     def __init__(self, x: torch.Tensor, shared: Sequence[Shared], cuts: int) -> None:
         self.whole, self.shared = x, shared
@@ -140,7 +141,7 @@ def _embedded(supernet: SuperNet, batches: Iterable[object], cuts: int, group: P
 
 
 class _Cut:
-    """An entry on its way: its plain model, whose output layers are corrected one after the other."""
+    """An entry that is being fitted: its plain model, whose output layers are corrected one after the other."""
 
     def __init__(self, supernet: SuperNet, entry: int) -> None:
         self.entry, self.widths = entry, tuple(supernet.widths(entry))
@@ -149,7 +150,7 @@ class _Cut:
         self._waiting: int | None = None  # the module that ran last, until it is known where its output is read
 
     def reach(self, index: int, number: int, parts: list[_Part], ridge: float, group: ProcessGroup | None) -> None:
-        """Module `index`, or the head, is next: if it runs, the module before it is fitted, and applied."""
+        """Go on to module `index`, or to the head. If it runs, fit the module that ran last and apply it."""
         last = index == len(self.widths)
         if not (last or self.widths[index]):
             return
@@ -193,7 +194,7 @@ class _Cut:
 
 
 class _Sums(NamedTuple):
-    """What normal equations need of n rows of features (n, k) and of targets (n, C), float64.
+    """The sums for the normal equations of n rows of features (n, k) and of targets (n, C), float64.
 
     Attributes:
         rows: n, a 0-d tensor.
@@ -232,8 +233,8 @@ class _Sums(NamedTuple):
         if intercept:
             squares = squares - self.rows * torch.outer(x, x)
             products = products - self.rows * torch.outer(x, y)
-        # Of features that are the same in every row (those of a class token before any attention) centring leaves
-        # rounding errors alone: they have to predict nothing.
+        # Features that are the same in every row (those of a class token before any attention) are only rounding
+        # errors after centring, and must not predict anything.
         penalty = ridge * squares.diagonal().mean() + _ROUNDING * self.squares.diagonal().mean() + _TINY
         eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
         factor, _ = torch.linalg.cholesky_ex(squares + penalty * eye)

@@ -84,8 +84,8 @@ def convert(
 def _check_function(model: TimmModel, supernet: SuperNet, transforms: dict[str, Transform]) -> None:
     """Refuse a model whose forward is not that of its modules, such as a subclass with its own forward, or hooks.
 
-    Such a forward changes the output by far more than rounding. But where a head has large weights, its logits are
-    small differences of large products, and rounding can be as large; then a conversion in float64 decides.
+    Such a forward changes the output by far more than rounding does. But if a head has large weights, its logits are
+    small differences of large products, and rounding errors can be as large; then a conversion in float64 decides.
     """
     low_precision = next(model.parameters()).dtype not in (torch.float32, torch.float64)
     if not _difference(model, supernet) > (0.2 if low_precision else 1e-3):
@@ -199,7 +199,7 @@ class WpacStatistics:
         return module.transform(self.covariance(module) if scores is None else scores)
 
     def transforms(self, network: Network) -> dict[str, Transform]:
-        """Of every module that was observed, by its name."""
+        """The transform of every module that was observed, by its name."""
         observed = {*self.moments, *self.covariances, *self.importance}
         return {module.name: self.transform(module) for module in network.modules if module.name in observed}
 

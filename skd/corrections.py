@@ -41,7 +41,7 @@ class Correction:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer if tensor is not None)
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Correction:
-        """The same with every tensor replaced by what `function` makes of it, such as a copy on another device."""
+        """The correction with `function` applied to every tensor, for example to copy it to another device."""
         layers = {
             name: OutputLayer(function(layer.weight), None if layer.bias is None else function(layer.bias))
             for name, layer in self.layers.items()
@@ -50,7 +50,7 @@ class Correction:
 
 
 def kept_columns(model: TimmModel, module: Module, width: int) -> torch.Tensor:
-    """(full columns,) bool: which columns of the module's output layer its first `width` coordinates enter."""
+    """(full columns,) bool: which columns of the module's output layer belong to its first `width` coordinates."""
     numbers = module.coordinates(model)[f"{module.output_name}.weight"].numbers
     return numbers < width
 

@@ -92,10 +92,10 @@ class CostModel:
         return self._price(widths, self.base_params, per_unit, self.params_fixed)
 
     def planned_per_unit(self, convention: str = "full") -> list[float]:
-        """The MACs of one unit of each module's width in the planner: those of the module, divided evenly.
+        """The MACs of one unit of each module's width as the planner counts them: the module's, divided by its width.
 
-        They are METHOD 4's figures per module: N (4 d^2 + 4 d) + [2 N^2 H D] for attention, N (2 d h + 2 h + d) for
-        an MLP; without the norm, and with the activation once, which the figure of the whole model counts twice. A
+        The MACs of a module are METHOD 4's: N (4 d^2 + 4 d) + [2 N^2 H D] for attention, N (2 d h + 2 h + d) for an
+        MLP. They leave out the norm, and count the activation once, whereas the whole model's count it twice. A
         skipped module has 0.
         """
         row = CONVENTIONS.index(check_convention(convention))

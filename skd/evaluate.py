@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class Top1:
     """Counts correct predictions of several variants of one network over the same images.
 
-    With a classifier: predictions against labels (without labels: against the reference's own predictions).
-    Headless: an image counts when the nearest, by Euclidean distance, of all the reference network's features is
-    its own (METHOD 1); so nothing can be counted before every image has been seen. An output with a NaN is wrong.
+    With a classifier, predictions are compared with labels, or without labels with the reference network's own
+    predictions. Without one (headless), an image is correct if, of the reference network's features of all images,
+    its own are the nearest by Euclidean distance (METHOD 1); these counts exist only after all images have been
+    seen. An output with a NaN is wrong.
     """
 
     def __init__(self, headless: bool) -> None:
@@ -66,7 +67,7 @@ class Top1:
         hits = 0
         for start in range(0, len(features), 1024):
             part = features[start : start + 1024]
-            # Differences, not products: those lose a small distance between large features.
+            # Distances are computed from differences; products would lose a small distance between large features.
             exact = "donot_use_mm_for_euclid_dist"
             nearest = torch.cdist(part.double(), reference.double(), compute_mode=exact).argmin(1)
             own = torch.arange(start, start + len(part), device=part.device)

@@ -124,7 +124,7 @@ def _budget(name: str, value: object, full: int) -> int:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if 0 < float(value) <= 1:
             count = math.floor(float(value) * full)
-            # A fraction computed as count / full means exactly that count, even if the product rounds below it.
+            # If the fraction was computed as count / full, it means that count, even if the product rounds below it.
             return count + 1 if (count + 1) / full <= float(value) else count
         raise ValueError(f"{name} is {value}; a float is a fraction in (0, 1], an int an absolute count")
     raise ValueError(f"{name} is {value!r}; it must be a float in (0, 1] or an int")

@@ -75,7 +75,7 @@ def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written (a full disk, no permission).
     """
     obj = unwrapped(obj)
-    path = Path(os.path.realpath(path))  # of a link: what it leads to
+    path = Path(os.path.realpath(path))  # a link stays, and its target is replaced
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)
@@ -102,7 +102,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         return _rebuild(header, state, device)
     except MemoryError:
         raise
-    except Exception as error:  # whatever timm makes of a damaged header
+    except Exception as error:  # timm raises many kinds of errors for a damaged header
         raise ValueError(f"path {str(path)!r} cannot be rebuilt: {type(error).__name__}: {error}") from error
 
 

@@ -162,7 +162,7 @@ def _count_skips(
 
 
 def read_scores(module: Module, total: torch.Tensor | None, width: int) -> np.ndarray:
-    """The raw scores of the kept coordinates, or equal scores where there are no sums."""
+    """The raw scores of the kept coordinates; equal scores for a binary module, which has no sums."""
     if total is None:
         return np.ones(width)
     kept: np.ndarray = module.read_scores(total, width).cpu().numpy()

@@ -21,7 +21,7 @@ from skd.vit import unwrapped
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Scores that differ by less are equal, because sums of the same numbers differ in their last bits.
+# Scores that differ by less than this count as equal, because sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
 
 
@@ -182,7 +182,7 @@ def plan(
 
 
 def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) -> dict[str, int]:
-    """The smallest width of each module that may not lose all."""
+    """The smallest width that `keep` and `exclude` allow, of each module that they name."""
     if isinstance(exclude, str) or not isinstance(keep, Mapping):
         raise ValueError(f"keep is {keep!r} and exclude {exclude!r}; they must map names to widths, and list names")
     known, excluded = {info.name: info for info in supernet.infos}, list(exclude)
@@ -196,7 +196,7 @@ def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) 
         if isinstance(width, bool) or not isinstance(width, numbers.Integral) or not 0 <= width <= full:
             raise ValueError(f"keep has {width!r} for {name}; it must be a width in 0..{full}")
         if width and known[name].binary:
-            least[name] = full  # all or nothing
+            least[name] = full  # a binary module
     return {name: int(width) for name, width in least.items()}
 
 

@@ -67,7 +67,7 @@ class SuperNet(nn.Module):
         self.network.replace_blocks(model, [SuperBlock(block, modules) for block, modules in blocks])
         groups = sum(-(-info.full_width // info.group_size) for info in infos)
         device = next(model.parameters()).device
-        # Static shape: the list grows in place, without a new graph.
+        # The table of widths has a static shape, so that the list can grow in place without a new graph.
         table = torch.zeros(1 + groups, len(infos), dtype=torch.int32, device=device)
         self.register_buffer("width_table", table, persistent=False)
         self._corrections: dict[int, Correction] = {}
@@ -112,11 +112,11 @@ class SuperNet(nn.Module):
 
     @property
     def corrections(self) -> Mapping[int, Correction]:
-        """By entry, what `skd.compensate` found. They belong to these weights and these widths.
+        """The corrections that `skd.compensate` found, by entry. They fit the present weights and widths only.
 
         A new dropout list keeps those of entries whose widths it does not change; loading a state dict, and training,
-        drop all. They are no part of the state dict; `skd.save` keeps them. An entry that is given as a tensor on
-        the device, and training mode, do without.
+        drop all. They are not part of the state dict, but `skd.save` writes them. They are not used in training mode,
+        or for an entry that is given as a tensor on the device.
         """
         return MappingProxyType(self._corrections)
 
@@ -144,7 +144,7 @@ class SuperNet(nn.Module):
         return blocks
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SuperNet:
-        """What `to`, `cuda`, `half`, ... call: the corrections follow the weights."""
+        """Apply `fn` to the corrections too; `to`, `cuda`, `half`, ... call this method."""
         super()._apply(fn, recurse)
         self._corrections = {entry: correction.mapped(fn) for entry, correction in self._corrections.items()}
         return self
@@ -167,7 +167,7 @@ class SuperNet(nn.Module):
         widths = torch.from_numpy(self._dropout_list.widths.copy()).to(self.width_table)
         if len(widths) > len(self.width_table):
             self.width_table = torch.zeros_like(widths)
-        # Rows past the end repeat the smallest sub-network: no index reads garbage.
+        # Rows past the end repeat the smallest sub-network, so that every index reads valid widths.
         with torch.no_grad():
             self.width_table[: len(widths)] = widths
             self.width_table[len(widths) :] = widths[-1]
@@ -182,7 +182,7 @@ class SuperNet(nn.Module):
             return [info.full_width for info in self.infos]
         if isinstance(entry, bool) or not isinstance(entry, numbers.Integral):
             raise ValueError(f"entry is {entry!r}; it must be an int")
-        entries = self._dropout_list.widths  # not asking for prices: every forward pass comes here
+        entries = self._dropout_list.widths  # computes no prices: every forward pass comes here
         if not 0 <= entry < len(entries):
             alone = ", the full network alone: skd plan or skd train (skd.plan, skd.train) adds smaller ones"
             raise ValueError(f"entry is {entry}; it may be 0..{len(entries) - 1}{alone if len(entries) == 1 else ''}")
@@ -253,9 +253,9 @@ class SuperNet(nn.Module):
         return [*[None] * (len(self.network.by_block) - 1), self.tokens_read]
 
     def embed(self, images: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
-        """Images (B, in_chans, height, width) to the first block's input (B, N, C), and what each block is told.
+        """Images (B, in_chans, height, width) to the first block's input (B, N, C), and each block's shared input.
 
-        That is None, a rotary embedding or a bias of positions, one per block, for `step`.
+        The shared input is None, a rotary embedding or a bias of positions; pass it to `step`.
         """
         return self.network.embed(self.model, images)
 

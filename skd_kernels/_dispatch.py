@@ -96,7 +96,8 @@ _operations: dict[str, Operation[Any]] = {}
 # The implementations forced by the open blocks of `use`, innermost last. Each name is wrapped in a list, so that two
 # blocks with the same name can be told apart when one ends.
 _forced: ContextVar[tuple[list[str], ...]] = ContextVar("skd_kernels_forced", default=())
-# The same for torch.compile, which traces no ContextVar but guards this: `name`, and all that are `entered`.
+# The same for torch.compile, which cannot trace a ContextVar but guards on the fields of this object: `name`, the
+# implementation in force in this thread, and `entered`, the names of all open blocks.
 _forced_in_graphs = threading.local()
 
 
@@ -106,7 +107,7 @@ def operation(public: Callable[..., _Result]) -> Operation[_Result]:
 
 
 def forced() -> str | None:
-    """The name that `use` puts in force here, if any; a compiled graph is guarded by what it is in the thread."""
+    """The name that `use` forces here, if any. A compiled graph is guarded on the name in force in its thread."""
     if torch.compiler.is_compiling():
         return getattr(_forced_in_graphs, "name", None)
     entered = _forced.get()
@@ -164,7 +165,7 @@ def explain(
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     if name == "weighted_covariance":
-        name = "token_moments"  # it is that operation's covariance
+        name = "token_moments"  # weighted_covariance calls that operation
     if name not in _operations:
         raise ValueError(f"op is {name!r}; it may be one of {sorted(_operations)}")
     entry = _operations[name]
@@ -193,10 +194,10 @@ def use(name: str) -> Iterator[None]:
     Inside the block such an operation raises ValueError when `name` refuses the call; operations without an
     implementation of that name choose as usual. Blocks nest, and the innermost counts.
 
-    It holds for the thread (and the asyncio task) that is in the block, and for no other. What torch.compile has
-    compiled obeys it as well: a call inside the block gets a graph of its own, compiled once, and a call after it the
-    graph of before. Only where several asyncio tasks of one thread are in blocks at once does compiled code see
-    the one that was entered last, whichever task calls.
+    It holds only for the thread (and the asyncio task) that is in the block. Code under torch.compile follows it as
+    well: a call inside the block gets a graph of its own, compiled once, and a call after the block gets the earlier
+    graph again. If several asyncio tasks of one thread are in blocks at the same time, compiled code follows the
+    block that was entered last, whichever task calls.
 
     Raises:
         ValueError: no operation has an implementation of that name.
@@ -215,7 +216,7 @@ def use(name: str) -> Iterator[None]:
 
 @contextmanager
 def _used_in_graphs(this: list[str]) -> Iterator[None]:
-    """What compiled code of this thread sees; tasks of one thread may leave their blocks in any order."""
+    """Set the name that compiled code of this thread sees; asyncio tasks may leave their blocks in any order."""
     entered: list[list[str]] = _forced_in_graphs.__dict__.setdefault("entered", [])
     entered.append(this)
     _forced_in_graphs.name = this[0]
@@ -248,7 +249,7 @@ class BuildInfo(TypedDict):
 
 
 def build_info() -> BuildInfo:
-    """Versions, and what of the package is compiled in this installation."""
+    """The versions, and which parts of the package are compiled in this installation."""
 
     def installed(package: str) -> str | None:
         try:

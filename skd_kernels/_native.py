@@ -1,4 +1,4 @@
-"""The compiled extension, loaded with the package. A failure is warned of once, and every refusal names it."""
+"""The compiled extension, loaded with the package. If that fails, one warning says so, and refusals say why."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def forward_mode() -> bool:
 
 
 def refuses_statistics(*, x: TensorSpec, grad: TensorSpec, **_: object) -> str | None:
-    """Whether the compiled statistics take features `x` and gradients `grad`: None, or why not."""
+    """The reason why the compiled statistics cannot take features `x` and gradients `grad`, or None."""
     if module is None:
         return failure
     if x.device not in STATISTICS_DTYPES:
@@ -52,7 +52,7 @@ def refuses_statistics(*, x: TensorSpec, grad: TensorSpec, **_: object) -> str |
 
 
 def refuses_moments(*, x: TensorSpec, grad: TensorSpec, **_: object) -> str | None:
-    """As `refuses_statistics`; the CUDA kernel holds a group's square in registers, so its size is bounded."""
+    """As `refuses_statistics`; the CUDA kernel holds a group's D x D product in registers, so D is limited."""
     if x.device == "cuda" and x.shape[-1] > CUDA_LARGEST_GROUP:
         return f"groups of {x.shape[-1]} coordinates; the CUDA kernel takes up to {CUDA_LARGEST_GROUP}"
     return refuses_statistics(x=x, grad=grad)

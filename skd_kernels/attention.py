@@ -17,11 +17,11 @@ from skd_kernels.gpu.entry import after_autocast, cast_as_linear, device_width, 
 from skd_kernels.mlp import refuses_to_slice, select, select_bias
 from skd_kernels.taylor import with_taylor_scores
 
-# Coordinates of a head: so few take longer than twice as many, padded with zeros (float32, 197 tokens, AVX-512:
-# 10.7 ms forward and backward against 6.5).
+# Heads with at most this many coordinates are padded with zeros to twice as many, which is faster (float32, 197
+# tokens, AVX-512: 6.5 ms forward and backward instead of 10.7 ms).
 SLOW_ON_CPU = 8
-# Images of PyTorch's attention on CUDA in half precision: 70,000 made cuDNN fail on an H100 (PyTorch 2.11). The
-# second and third dimension of a grid hold this many.
+# The most images in one call of PyTorch's attention on CUDA in half precision: 70,000 images made cuDNN fail on an
+# H100 (PyTorch 2.11). It is the limit of the second and third dimension of a CUDA grid.
 MOST_IMAGES = 65_535
 
 
@@ -144,7 +144,7 @@ def masked_attention_compiled(
     scores: torch.Tensor | None,
     queries: int | None,
 ) -> torch.Tensor:
-    """As "slices", with softmax attention and its gradient by csrc/attention_cpu.cpp, on qkv as it is."""
+    """As "slices", but csrc/attention_cpu.cpp computes attention and its gradient, on qkv without a copy."""
     k = check_range(int(width), w_proj.shape[1] // num_heads)
     if k == 0:
         return masked_attention_slices(x, w_qkv, b_qkv, w_proj, b_proj, k, num_heads, scale, scores, queries)
@@ -175,7 +175,7 @@ class Attention(torch.autograd.Function):
 
 
 class AttentionGradient(torch.autograd.Function):
-    """The gradient at qkv. It has none itself, and says so to whoever asks, rather than pass for a constant."""
+    """The gradient at qkv. Its own backward raises an error, so that a second derivative is not silently zero."""
 
     @staticmethod
     def forward(
@@ -217,7 +217,7 @@ def masked_attention_slices(
     """Exact shapes for the library: the kept rows and columns are gathered, work follows the width."""
     k = check_range(int(width), w_proj.shape[1] // num_heads)
     if k == 0:
-        # Not k: torch.compile may have made it a symbol, and fails on empty tensors of symbols.
+        # The slices end at 0, not at k: under torch.compile k may be a symbol, which fails for empty tensors.
         weight, bias, columns = _kept(w_qkv, b_qkv, w_proj, num_heads, 0)
         # (B, N, 0) times (0, C) is zero and keeps every weight in the graph; so does the sum of nothing.
         nothing = _heads(x[:, :queries], weight, bias)[:, :, 0].flatten(2)
@@ -272,8 +272,9 @@ def refuses_to_launch(
     return refuses_triton(x, w_qkv, b_qkv, w_proj, b_proj)
 
 
-# After "slices": where the host knows the width, the vendor's library on exact shapes is first. On an H100 its core
-# takes about a tenth less time than these kernels' (benchmarks/results/h100-quick.json, commit 38bc3b68).
+# Registered after "slices": where the host knows the width, the vendor's library on exact shapes is preferred. On an
+# H100 its softmax attention takes about a tenth less time than these kernels (benchmarks/results/h100-quick.json,
+# commit 38bc3b68).
 @_operation.implementation("triton", refuses_to_launch)
 def masked_attention_triton(
     x: torch.Tensor,
@@ -322,7 +323,7 @@ def masked_attention_reference(
     qkv = qkv.reshape(*x.shape[:-1], 3, num_heads, inner // num_heads)
     qkv = with_taylor_scores(qkv, scores)
     q, keys, values = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, D)
-    # In float32 at least: logits leave the range of float16.
+    # Logits are computed in float32 at least, because they may exceed the range of float16.
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         q = q[:, :, :queries].to(wide) * (1.0 if scale is None else scale)

@@ -126,8 +126,8 @@ def refuses_to_launch(
     return refuses_triton(x, w1, b1, w2, b2)
 
 
-# After "slices": where the host knows the width, the vendor's library on exact shapes is first. On an H100 it was the
-# faster one at commit 38bc3b68 (benchmarks/results/h100-quick.json); these kernels have not been timed beside it yet.
+# Registered after "slices": where the host knows the width, the vendor's library on exact shapes is preferred. It was
+# faster on an H100 at commit 38bc3b68 (benchmarks/results/h100-quick.json); later kernels were not compared with it.
 @_operation.implementation("triton", refuses_to_launch)
 def masked_mlp_triton(
     x: torch.Tensor,

@@ -105,7 +105,7 @@ class Moments:
         return self._outer_about(-mean)
 
     def _outer_about(self, step: torch.Tensor) -> torch.Tensor:
-        """sum w (y + step)(y + step)^T: with a = sum w y + weight step / 2, one product adds a step^T + step a^T."""
+        """sum w (y + step)(y + step)^T: it adds a step^T + step a^T, where a = sum w y + weight step / 2."""
         half = torch.addcmul(self.weighted_sum, self.weight[:, None], step, value=0.5)
         left, right = torch.stack([half, step], -1), torch.stack([step, half], -2)
         return torch.baddbmm(self.weighted_outer, left, right)
@@ -151,9 +151,9 @@ _operation = operation(token_moments)
 def token_moments_compiled(x: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> Moments:
     """csrc/moments_cpu.cpp, csrc/moments_cuda.cu: one pass over the tokens, and nothing before or after it.
 
-    A GPU is faster than PyTorch's own small kernels can be started: the operation makes all of the result, and the
-    shift it returns is a copy. Copied before are only a `shift` that is not contiguous float64, and tokens that are
-    not evenly spaced or whose coordinates are apart.
+    On a GPU the launches of PyTorch's small kernels would take longer than the work itself. Therefore the operation
+    writes the whole result, and returns a copy of the shift. Inputs are copied beforehand only if `shift` is not
+    contiguous float64, or if tokens are not evenly spaced or their coordinates not contiguous.
     """
     x, grad = rows(x, 2), rows(grad, 2)
     if shift is None:
@@ -167,7 +167,7 @@ def token_moments_reference(x: torch.Tensor, grad: torch.Tensor, shift: torch.Te
     tokens = x.shape[:-2].numel()
     x64 = x.double().reshape(tokens, *x.shape[-2:])  # (T, G, D)
     grad64 = grad.double().reshape(x64.shape)
-    # The mean depends on x; a given shift is a constant, and nobody else's to change.
+    # The mean depends on x. A given shift is a constant, and is copied, since its owner may change it later.
     shift64 = x64.sum(0) / max(tokens, 1) if shift is None else shift.detach().to(x64, copy=True)
     weight = (x64 * grad64).abs().sum(-1) / max(x.shape[-1], 1)  # (T, G)
     y = x64 - shift64

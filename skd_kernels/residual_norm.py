@@ -51,7 +51,7 @@ def residual_norm(
             otherwise zeros take their place, whatever is in them, and they and scale get zero gradients. None: they
             count.
 
-        All floating-point tensors may have different dtypes, unless one is float64: then all are.
+        Floating-point tensors may have different dtypes; but if one is float64, all must be.
 
     Returns:
         sum: (B, N, C), float32, or float64 for float64. Without a branch it is `x` itself, if its dtype fits.
@@ -86,7 +86,7 @@ def residual_norm(
         raise ValueError(f"kind is {kind!r}; it may be one of {list(KINDS)}")
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not eps >= 0:
         raise ValueError(f"eps is {eps!r}; it must be a number, zero or more")
-    # Only the reference runs there: on small tensors the search for it would take as long as its work.
+    # On a CPU only the reference can run; on small tensors the dispatcher would take as long as the work itself.
     call = residual_norm_reference if not x.is_cuda and forced() is None else _operation
     result: tuple[Tensor, Tensor] = call(
         x=x,
@@ -104,7 +104,7 @@ def residual_norm(
 
 
 def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
-    """On the device of `x`, and float64 exactly if `x` is."""
+    """Check that `tensor` is on the device of `x`, and is float64 if and only if `x` is."""
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
     if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
@@ -112,7 +112,7 @@ def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def _check_branch_width(width: object, device: torch.device) -> None:
-    """A 0-d integer tensor on `device`; its value is not read."""
+    """Check that `width` is a 0-d integer tensor on `device`; its value is not read."""
     if not isinstance(width, Tensor):
         raise ValueError(f"branch_width is {width!r}; it must be a 0-d int32 tensor, or None")
     if width.ndim != 0 or width.dtype not in (torch.int32, torch.int64):
@@ -127,12 +127,12 @@ _operation = operation(residual_norm)
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """Of the residual stream."""
+    """The dtype of the residual sum."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def normed_dtype(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
-    """That of the next layer: its parameters are like the norm's, or autocast casts them."""
+    """The dtype of the normed output: that of the norm's parameters or of autocast, as in the next layer."""
     like = next(tensor for tensor in (weight, bias, branch, x) if tensor is not None)
     return after_autocast(like.dtype, x.device.type)
 
@@ -140,7 +140,7 @@ def normed_dtype(x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: 
 def runs_as_kernel(x: Tensor) -> bool:
     """Whether a call with the stream `x` runs as kernels, if its other arguments are ordinary.
 
-    There a bias costs nothing as `branch_bias`. On a CPU outside of ``use("triton")`` the answer is quick.
+    If so, passing a bias as `branch_bias` costs nothing. On a CPU outside of ``use("triton")`` the answer is quick.
     """
     name = forced()
     if name == "reference" or not (x.is_cuda or name == "triton"):
@@ -184,7 +184,7 @@ def residual_norm_triton(
     vectors = weight, bias, scale, mask, branch_bias
     width = None if branch_width is None else device_width(branch_width, x.device)
     total, normed, _, _ = residual_norm_forward(x, branch, *vectors, width, eps, kind == "layer", dtype)
-    # An operator must not return its input: without a branch it is returned here.
+    # A custom operator must not return its input, so without a branch x is returned here as the sum.
     return x if branch is None else total, normed
 
 
@@ -201,7 +201,7 @@ def residual_norm_reference(
     branch_bias: Tensor | None,
     branch_width: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The specification. All of it in float32, or in float64 if that is what there is; only the result is rounded."""
+    """The specification. Everything is computed in float32, or in float64 for float64; only the result is rounded."""
     dtype, wide = normed_dtype(x, branch, weight, bias), sum_dtype(x)
     total = _cast(x, wide)
     if branch is not None:
@@ -220,7 +220,7 @@ def residual_norm_reference(
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, which takes longer to find out that there is nothing to do."""
+    """``tensor.to(dtype)``, skipped where the dtype is the same, because the call itself takes time."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -313,7 +313,7 @@ def residual_norm_backward(
     Args:
         dtotal, dnormed: (B, N, C), not both None.
         total: the sum, or x if there was no branch. branch, branch_bias: only read for the gradient of scale.
-        mean, rstd: what the forward returned; an empty mean tells RMSNorm.
+        mean, rstd: what the forward returned; an empty mean means RMSNorm.
         needs: for each of the six results whether it is needed; the others are empty. Without dnormed neither weight
             nor bias has a gradient.
         branch_width: as in `residual_norm`; where it is not above zero, the gradients of the branch, scale and
@@ -394,7 +394,7 @@ def _backward(
         needed[2] = needed[3] = False
     if not any(needed) or (dtotal is None and dnormed is None):
         return (None,) * 11
-    # The two streams have the same gradient: it is written once.
+    # Without a scale, a mask and a width, x and the branch have the same gradient, which is written once.
     only_added = scale is None and mask is None and branch_width is None
     alike = needed[0] and needed[1] and only_added and ctx.dtypes[0] == ctx.dtypes[1]
     needs = [needed[0], needed[1] and not alike, *needed[2:]]

@@ -103,7 +103,7 @@ def narrow_backbones() -> Iterator[None]:
 
 
 def narrow_resnetv2(build_backbone: Any) -> Any:
-    """As many stages, of one layer each."""
+    """The same number of stages, each of one layer."""
     return lambda layers=(1, 1, 1), **kwargs: build_backbone((1,) * len(layers), **kwargs)
 
 

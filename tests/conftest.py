@@ -26,7 +26,7 @@ sys.path.append(str(TESTS / "kernels"))
 
 @pytest.fixture(autouse=True)
 def device_memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After a test that needs a GPU: several processes may share it, and none keeps what it does not use."""
+    """After a test that needs a GPU, free unused device memory, since several processes may share the GPU."""
     yield
     if request.node.get_closest_marker("gpu") is not None:
         import torch

@@ -50,16 +50,16 @@ def curve(
 
 
 def smoothed(losses: torch.Tensor, steps: int = 25) -> torch.Tensor:
-    """Means over as many steps, one curve a row."""
+    """The means of the curves, one in each row, over windows of `steps` steps."""
     return torch.nn.functional.avg_pool1d(losses[:, None], steps, stride=1)[:, 0]
 
 
 def compare(ours: torch.Tensor, slices: torch.Tensor, *, start: float, part: float) -> None:
-    """Curves (seeds, steps): they begin alike, and stay closer to each other than those of different seeds.
+    """Check that two sets of curves (seeds, steps) begin alike, and differ less than curves of different seeds do.
 
     Args:
         start: the largest relative difference in the first steps, before rounding has had time to grow.
-        part: of the spread between seeds, at every point of the smoothed curves.
+        part: the difference that is allowed at every point of the smoothed curves, as a part of the spread of seeds.
     """
     torch.testing.assert_close(ours[:, :10], slices[:, :10], rtol=start, atol=0.0)
     one, other = smoothed(ours), smoothed(slices)

@@ -1,4 +1,4 @@
-"""Extracted models as the version before made them: layers of size 0 in the place of skipped modules."""
+"""Extracted models in the form of the previous version, with layers of size 0 in the place of skipped modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ model.load_state_dict(state)
 
 
 def sized_zero(sub: Any, folder: Path) -> Any:
-    """`sub` in the form that it had in the version before, with layers of size 0."""
+    """`sub` in the form of the previous version, with layers of size 0."""
     skd.save(sub, folder / "sub.safetensors")
     names = {"path": folder / "sub.safetensors"}
     exec(EARLIER_SNIPPET, names)

@@ -22,7 +22,7 @@ HEAD_PARAMETERS += ["q_bias", "v_bias", "proj.weight"]
 
 
 def by_heads(info: ModuleInfo) -> bool:
-    """An attention whose width counts its heads."""
+    """Whether `info` is an attention whose width counts its heads."""
     return info.kind == "attn" and info.full_width == getattr(info, "num_heads", None) and hasattr(info, "kv_heads")
 
 
@@ -50,7 +50,7 @@ def check_untouched(model: Any, before: dict[str, torch.Tensor]) -> None:
 
 
 def check_rewritten(supernet: Any, before: dict[str, torch.Tensor]) -> None:
-    """The weights that the transform names are new, all others are the same bits under the same keys."""
+    """Check that the weights which the transform rewrites have changed, and all others have the same bits."""
     after = supernet.state_dict()
     assert list(after) == list(before)
     flags = rewritten(supernet.infos)
@@ -66,7 +66,10 @@ def check_rewritten(supernet: Any, before: dict[str, torch.Tensor]) -> None:
 
 
 def rewritten(infos: tuple[ModuleInfo, ...]) -> dict[str, tuple[bool | None, ...]]:
-    """Which equal parts (rows of q, k, v) of each parameter WPAC rewrites; absent: none; None: may be reordered."""
+    """For each parameter, which of its equal parts (rows of q, k, v) WPAC rewrites; None: it may reorder the part.
+
+    Parameters that WPAC does not touch are absent.
+    """
     flags: dict[str, tuple[bool | None, ...]] = {}
     for info in infos:
         prefix = f"blocks.{info.block}.{info.kind}."
@@ -84,7 +87,7 @@ def rewritten(infos: tuple[ModuleInfo, ...]) -> dict[str, tuple[bool | None, ...
 
 @torch.no_grad()
 def check_function(model: Any, supernet: Any) -> float:
-    """The super-network at full width, called every way, is the model."""
+    """The largest error of the super-network at full width, called in every way, against the model."""
     x = images(model, 3)
     expected = model(x)
     assert expected.isfinite().all() and expected.std() > 0.01
@@ -114,7 +117,7 @@ def narrowed(info: ModuleInfo) -> int:
 
 @torch.no_grad()
 def check_entry(supernet: Any, entry: int) -> float:
-    """Extraction, both ways to name the entry, and zeroed weights of the full network are one function."""
+    """Compare extraction, the entry as int and as tensor, and the zeroed full network; return the worst error."""
     x = images(supernet.model, 3)
     widths = supernet.widths(entry)
     expected = zeroed(skd.extract(supernet, entry=0), supernet.infos, widths)(x)
@@ -151,13 +154,13 @@ def zeroed(model: Any, infos: tuple[ModuleInfo, ...], widths: list[int]) -> Any:
 
 
 def check_plain(extracted: Any) -> None:
-    """Only timm's and PyTorch's classes, so skd is not needed to use it; it can be trained."""
+    """Check that a model has only timm's and PyTorch's classes, so that it needs no skd, and can be trained."""
     assert {type(module).__module__.split(".")[0] for module in extracted.modules()} <= {"timm", "torch"}
     assert all(parameter.requires_grad for parameter in extracted.parameters())
 
 
 def check_cost(supernet: Any, extracted: Any, entry: int) -> None:
-    """Super-network and extracted model have one price; the parameters are there, the blocks' MACs happen."""
+    """Check that super-network and extracted model have the same cost, and that counted parameters and MACs agree."""
     empty = len(supernet.dropout_list) - 1
     counts = dict(zip(("linear", "full"), counted(extracted), strict=True))
     for convention, count in counts.items():
@@ -196,7 +199,7 @@ def counted(model: Any) -> tuple[int, int]:
 
 
 def check_importance(supernet: Any, data: Any) -> None:
-    """Finite, non-negative, not all zero, of the widths asked for."""
+    """Check that scores are finite, non-negative, not all zero, and of the widths asked for."""
     widths = supernet.widths(1)
     scores, sensitivity = skd.importance(supernet, data, widths=widths)
     for info, width in zip(supernet.infos, widths, strict=True):

@@ -1,7 +1,7 @@
-"""CUDA graphs without a GPU: the operations of a capture are noted, and a replay runs them on the same tensors.
+"""CUDA graphs without a GPU: a capture records its operations, and a replay runs them on the same tensors.
 
-As on a GPU, what Python computes during the capture is not computed again: a number that changes from step to step
-would be the captured one for ever. And the capture itself leaves all tensors as they were.
+As on a GPU, what Python computes during the capture is not computed again: a Python number that changes from step to
+step would keep its captured value. The capture itself leaves all tensors unchanged.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ ON_THE_HOST = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten
 
 
 def check(func):
-    """Nothing may read a tensor's value, or make a tensor of values that the host has now."""
+    """Refuse operations that read a tensor's value, or make a tensor from values on the host."""
     name = func._schema.name
     assert name not in ON_THE_HOST, f"{name} reads the device"
     assert name not in ("aten::lift_fresh", "aten::rand", "aten::randn"), f"{name} would be recorded once"
 
 
 class NoLooks(TorchDispatchMode):
-    """Inside of it `check` holds for every operation."""
+    """A mode in which `check` is applied to every operation."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         check(func)
@@ -45,10 +45,10 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, error=None):
         super().__init__()
-        self.error = error  # which every operation fails with
+        self.error = error  # raised by every operation, unless it is None
         self.calls = []
-        self.made = set()  # storages that began inside of the capture
-        self.before = {}  # of the others: (tensor, its values) before the first time that they were overwritten
+        self.made = set()  # storages allocated during the capture
+        self.before = {}  # for other storages: (tensor, its values) before they were first overwritten
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,7 +81,7 @@ class Recording(TorchDispatchMode):
                 if place(old) != place(new):
                     old.copy_(new)
             for leaf in tree_leaves(again):
-                if isinstance(leaf, torch.ScriptObject):  # a collective, which others wait for by themselves
+                if isinstance(leaf, torch.ScriptObject):  # the handle of a collective
                     dist.Work.unbox(leaf).wait()
 
 

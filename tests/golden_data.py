@@ -54,7 +54,7 @@ def original():
 
 
 def transformed():
-    """Weights after the published transform; a permutation of neurons was too plain to be stored."""
+    """Weights after the published transform; the permuted MLP weights are not stored, but computed here."""
     stored, weights = arrays("wpac"), original()
     weights |= {key[4:]: value for key, value in stored.items() if key.startswith("A/t/")}
     for block in range(DEPTH):
@@ -122,7 +122,7 @@ def start_weights(scenario, epoch):
 
 
 def forced(implementation):
-    """Context in which every operation uses one implementation; "auto" leaves the choice to it."""
+    """A context in which every operation uses one implementation; with "auto" the dispatcher chooses."""
     return nullcontext() if implementation == "auto" else skd_kernels.use(implementation)
 
 

@@ -49,7 +49,7 @@ def with_twenty_one_entries(dtype: torch.dtype = torch.float64) -> skd.SuperNet:
 
 
 def noted(backend: str) -> tuple[Callable[..., Any], list[Any]]:
-    """A backend of torch.compile, and the graphs that it is given."""
+    """A backend of torch.compile that records the graphs it is given, and the list of them."""
     graphs: list[Any] = []
 
     def compile_graph(graph: Any, example: Any) -> Any:
@@ -118,7 +118,7 @@ def run_training(supernet: Any, config: skd.TrainConfig, out: Any = None, **chan
 
 
 class Hooked:
-    """Batches that call ``hook(number)`` before they give each one; numbers count on over the epochs, from 0."""
+    """Batches that call ``hook(number)`` before each batch; the number starts at 0 and counts on over the epochs."""
 
     def __init__(self, batches: Sequence[Any], hook: Callable[[int], None]) -> None:
         self.batches, self.hook, self.given = batches, hook, 0
@@ -169,7 +169,7 @@ def spoilt(batches: Sequence[Any], index: int, change: Callable[[Any, Any], Any]
 
 
 def raw_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
-    """Tensors as bytes: equal means bit for bit, so that -0.0 and 0.0 differ, and NaN equals itself."""
+    """Tensors as bytes, which are equal if all bits are: -0.0 and 0.0 differ, and NaN equals itself."""
     return {name: (tensor.dtype, tensor.contiguous().numpy().tobytes()) for name, tensor in tensors.items()}
 
 
@@ -192,7 +192,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """All that a run leaves in its folder, less times: equal outcomes are equal runs, bit for bit."""
+    """All that a run leaves in its folder, without times; two runs with equal outcomes are equal bit for bit."""
     tensors, header = read_checkpoint(checkpoint_files(out)[-1])
     supernet = out / "supernet.safetensors"
     header.pop("config")
@@ -211,7 +211,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def assert_same_outcome(found: Path, expected: Path) -> None:
-    """Two runs left the same, bit for bit; says where they differ, and shows no bytes."""
+    """Assert that two runs have the same outcome, bit for bit. The message says where they differ, not the bytes."""
     one, other = outcome(found), outcome(expected)
     for key, value in other.items():
         if isinstance(value, dict):
@@ -222,12 +222,12 @@ def assert_same_outcome(found: Path, expected: Path) -> None:
 
 
 def leftovers(out: Path) -> list[str]:
-    """Temporary files."""
+    """The temporary files that are left in the folder of a run."""
     return [path.name for path in out.rglob("*") if path.name.startswith(".")]
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-12) -> None:
-    """Every tensor agrees, relative to its own norm: a small tensor cannot hide behind a large one."""
+    """Assert that tensors agree, each relative to its own norm, so that a large one hides no error of a small one."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).norm() <= tolerance * tensor.norm().clamp(min=1e-30), name

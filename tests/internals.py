@@ -1,4 +1,4 @@
-"""The functions behind the public API that some tests ask, under one roof: code that moves is followed here alone."""
+"""Access to functions behind the public API that some tests need: if code moves, only this file has to change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ModuleInfo = Any  # RotatedAttention, SortedMlp, ...
 
 
 def modules_of(model: Any) -> tuple[ModuleInfo, ...]:
-    """What is known of each attention and MLP of a timm model, in the method's order."""
+    """The descriptions of the attentions and MLPs of a timm model, in the method's order."""
     return describe(model).modules
 
 
@@ -25,5 +25,5 @@ def planning_prices(supernet: skd.SuperNet, convention: str) -> dict[str, float]
 
 
 def construction(model: Any) -> dict[str, Any]:
-    """What a file says of how to build the model again."""
+    """The part of a file's header that says how to build the model again."""
     return skd.vit.construction.construction(model, describe(model))

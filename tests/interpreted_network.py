@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "no output bias": ({"proj_bias": False, "fc_norm": False}, [8, 0, 0, 13]),
     "norms of Q and K": ({"qk_norm": True, "fc_norm": False}, [0, 20, 16, 0]),
 }
-# Modules that are computed as they are, and keep their bias.
+# Modules that are computed by their own layers, and add their bias themselves.
 WHOLE = {"norms of Q and K": ("0.attn", "1.attn")}
 IMAGES, LABELS = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 7])
 every_model = pytest.mark.parametrize("name", MODELS)

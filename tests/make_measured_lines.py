@@ -30,7 +30,7 @@ def result(name: str) -> Any:
 
 
 def below(value: float, digits: int = 2) -> str:
-    """Cut off, not rounded."""
+    """A number as text, rounded down."""
     return f"{math.floor(round(value * 10**digits, 6)) / 10**digits:.{digits}f}"
 
 
@@ -70,7 +70,7 @@ def steps() -> str:
 
 
 def slower() -> str:
-    """Where the library is faster."""
+    """The line on cases in which the library is faster."""
     base = result("h100-steps-mean")["results"]["base"]["1.0"]
     kernel = next(row for row in result("h100-quick")["results"]["base"] if row["question"] == "fc1 + GELU")
     return (

@@ -25,7 +25,7 @@ VARIANTS = {
 
 
 def leading(scores: torch.Tensor) -> list[torch.Tensor]:
-    """What decides an order: V's scores and those of Q + K per head, or a neuron's."""
+    """The scores that decide an order: of V and of Q + K per head, or of each neuron."""
     return [scores] if scores.ndim == 1 else [scores[2], scores[0] + scores[1]]
 
 

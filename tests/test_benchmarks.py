@@ -43,7 +43,7 @@ SHAPES = {
 
 
 def plain(name: str) -> list[str]:
-    """Ours and the contenders that are not compiled, which takes seconds."""
+    """Our contender and those without torch.compile, which would take seconds."""
     return [OURS, *OPERATIONS[name].ways]
 
 

@@ -29,7 +29,7 @@ RECIPES = {str(path.relative_to(ROOT)) for path in (ROOT / "skd" / "recipes").gl
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what is packaged, so that nothing is left in the tree."""
+    """A copy of the files that are packaged, so that builds leave nothing in the checkout."""
     for name in SOURCES:
         source, target = ROOT / name, tmp_path / "checkout" / name
         target.parent.mkdir(exist_ok=True)
@@ -95,7 +95,7 @@ def cuda_torch(tmp_path: Path) -> Callable[[str | None], str]:
 
 
 def write_nvcc(folder: str, toolkit: Path, version: str = "", codes: Sequence[str] = ()) -> str:
-    """A script that answers as nvcc does; a PATH that holds it."""
+    """Write a script that answers as nvcc does; a PATH that contains it."""
     nvcc = Path(folder) / "nvcc"
     nvcc.write_text(f"""#!/bin/sh
 case $1 in
@@ -209,7 +209,7 @@ def test_a_wheel_has_the_recipes(checkout: Path, tmp_path: Path) -> None:
 
 
 def pip(*arguments: str, **environment: str) -> str:
-    """What it and setup.py print."""
+    """Run pip; the text that it and setup.py print."""
     command = [sys.executable, "-m", "pip", *arguments, "--verbose", "--no-deps", "--no-build-isolation"]
     variables = os.environ | {"SKD_CUDA": "off"} | environment
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -218,7 +218,7 @@ def pip(*arguments: str, **environment: str) -> str:
 
 
 def run_with(packages: Path, code: str) -> str:
-    """What `code` prints in a new process that sees `packages`, and no editable install (-S reads no .pth)."""
+    """The output of `code` in a new process that sees `packages`, but no editable install (-S reads no .pth)."""
     seen = [str(packages), *(path for path in sys.path if path.endswith("site-packages"))]
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],

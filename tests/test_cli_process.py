@@ -25,7 +25,7 @@ INTERRUPT = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.
 
 
 def process(*argv: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:
-    """A process of Python's that finds this skd, and before it what is in `path`."""
+    """A Python process that imports this checkout's skd, and before it whatever is in `path`."""
     places = os.pathsep.join(str(place) for place in (path, Path(skd.__file__).parents[1]) if place)
     environment = os.environ | {"PYTHONPATH": places, "PYTHONUNBUFFERED": ""}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -30,7 +30,7 @@ def net_of(model: Any, *rows: Any) -> skd.SuperNet:
 
 @torch.no_grad()
 def distance(net: skd.SuperNet, entry: int, batches: Any) -> float:
-    """Of the logits from the full network's, over all images."""
+    """The distance of the logits from the full network's, over all images."""
     return float(sum((net(images, entry=entry) - net(images)).square().sum() for images, _ in batches))
 
 

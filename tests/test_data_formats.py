@@ -274,7 +274,7 @@ def test_palette_with_transparent_colours(tmp_path: Path, transparency: Any, cha
 
 
 class Broken:
-    """In the form of timm's readers: one image whose decode raises an error, or that has none."""
+    """A reader like timm's with one image, whose decoding raises an error or returns None."""
 
     def __init__(self, error: type[Exception], in_label: bool = False) -> None:
         self.error, self.in_label = error, in_label

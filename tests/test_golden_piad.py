@@ -39,7 +39,7 @@ def record(scenario, epoch):
 
 
 def by_kind(scenario, key):
-    """A number per kind of module, keyed by module."""
+    """A stored number for each module, of which there is one for attentions and one for MLPs."""
     return {name: document("piad")[scenario][key][name.split(".")[1]] for name in MODULES}
 
 
@@ -50,7 +50,7 @@ def stored(scenario, epoch, what):
 def ranked(scenario, epoch, **options):
     """Our operations from the published scores and sensitivities.
 
-    Without the modules of negative sensitivity: as published those have no operation at all.
+    Modules of negative sensitivity are left out, because the published code has no operations for them.
     """
     epoch_record = record(scenario, epoch)
     arguments = {
@@ -221,7 +221,7 @@ def test_gradients(check, implementation, as_entry):
 
 
 def outside_of(supernet, entry):
-    """Index of what an entry leaves out, by name of parameter."""
+    """The index of the part that an entry leaves out, by name of parameter."""
     index, widths = {}, supernet.widths(entry)
     for block, (k, m) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
         inner = torch.arange(48) % 16 >= k

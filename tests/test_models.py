@@ -80,7 +80,7 @@ def test_the_wrong_argument_is_named(wrong: dict[str, Any], match: str) -> None:
 
 
 class Forward(nn.Module):
-    """A user's own wrapper: what its forward does is not known."""
+    """A user's own wrapper, whose forward may do anything."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Forward(nn.Module):
 
 
 def distributed(module: nn.Module) -> Any:
-    """Its constructor needs a group of processes."""
+    """A model in DistributedDataParallel, without its constructor, which needs a process group."""
     wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(wrapper)
     wrapper.module = module

@@ -1,4 +1,4 @@
-"""The patch embedding as one product: equal to timm's convolution, and only where it is the same function."""
+"""The patch embedding as one product: it equals timm's convolution, and is used only where the two are the same."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_a_rise_is_the_divergence_of_the_network_narrowed_there() -> None:
 
 @torch.no_grad()
 def divergence(net: Any, batches: Any, widths: list[int]) -> float:
-    """Per image, of the network at `widths` from the full one."""
+    """The divergence, per image, of the network at `widths` from the full one."""
     cut = skd.extract(nested(skd.SuperNet(net.model), widths), entry=1) if widths != net.widths() else net
     total, images = 0.0, 0
     for batch, _ in batches:

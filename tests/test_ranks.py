@@ -17,7 +17,7 @@ from skd.support.ranks import RankFailed, others_alive
 
 
 def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:
-    """What convert, importance, plan and compensate make of `batches`."""
+    """The results of convert, importance, plan and compensate on `batches`."""
     model = tiny_vit(**kwargs)
     supernet = skd.convert(model, batches, group=group)
     scores, sensitivity = skd.importance(supernet, batches, group=group)

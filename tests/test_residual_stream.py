@@ -1,7 +1,7 @@
-"""The forward pass hands the residual stream on with its normed form: what it computes, and who is called for it.
+"""The forward pass hands on the residual stream with its normed form: its results, and which layers it calls.
 
-A hook on a norm, which does nothing, makes that norm a layer that is called, as all were before there was a normed
-form: that is what the results are compared with, to the bit.
+An empty hook on a norm makes that norm a layer that is called by itself. A copy in which all norms have such hooks is
+the reference, with which results are compared bit for bit.
 """
 
 from __future__ import annotations

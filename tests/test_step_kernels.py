@@ -87,7 +87,7 @@ def launched(depth: int) -> Counter[tuple[str, str]]:
 
 
 def large(operation: Operation) -> tuple[tuple[int, ...], ...]:
-    """The shapes of what is as large as a block's smallest weight matrix; the stream is larger."""
+    """The shapes of those tensors that have at least the size of a block's smallest weight matrix."""
     return tuple(shape for shape in operation.shapes if prod(shape) >= CHANNELS * CHANNELS)
 
 

@@ -10,7 +10,7 @@ from skd.training.average import Average
 
 
 def moved(net, step):
-    """A step of training, as far as an average is concerned: other weights, the same for the same number."""
+    """Change the weights, as a training step would; the same number gives the same weights."""
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -19,7 +19,7 @@ def moved(net, step):
 
 
 def bits(net):
-    """NumPy has no bfloat16; float32 holds it as it is."""
+    """The bytes of all tensors; bfloat16, which NumPy lacks, is converted to float32, which represents it exactly."""
     return raw_bytes({name: t.float() if t.dtype == torch.bfloat16 else t for name, t in net.state_dict().items()})
 
 

@@ -1,6 +1,6 @@
 """Training by the widths on the device is training by slices: the same draws give the same loss curve.
 
-Two implementations round differently, and a run amplifies that. What it may amount to is what another seed does.
+Two implementations round differently, and a run amplifies the difference. It may be as large as that of another seed.
 """
 
 from __future__ import annotations

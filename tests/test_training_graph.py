@@ -31,7 +31,7 @@ def trained(cuda_graph, net=None, **changes):
 
 
 def assert_same(found, expected):
-    """To the rounding of the learning rate, which is a float32 tensor on the device."""
+    """Assert equality up to the rounding of the learning rate, which is a float32 tensor on the device."""
     assert_close(found[0], expected[0], 1e-6)
     assert found[1:] == (pytest.approx(expected[1], rel=1e-6), expected[2])
 

@@ -267,7 +267,7 @@ def test_skd_loaders_begin_in_the_middle_without_reading_what_was_before():
 
 
 class Noisy(Dataset):
-    """Images with noise from all three global generators."""
+    """A source of images with noise from all three global random generators."""
 
     def __len__(self):
         return 40

@@ -171,7 +171,7 @@ def readable(path):
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C means what it does at a terminal; a shell's background job would ignore it."""
+    """Let SIGINT interrupt this process as at a terminal; a background job of a shell would ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -277,7 +277,7 @@ def uninterrupted(servers, tmp_path_factory):
 
 
 def assert_gone(group):
-    """No process of a run is left: workers notice within seconds that the run was killed."""
+    """Assert that no process of a run is left; workers notice within seconds that the run was killed."""
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         try:
@@ -321,7 +321,7 @@ def test_killed_again_and_again(tmp_path, servers, uninterrupted, kind):
 
 
 def kill(pid, number):
-    """Unless the run has ended by itself."""
+    """Kill a run, unless it has ended by itself."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -334,7 +334,7 @@ def wait_for(found):
 
 
 def remove_leftovers(out):
-    """Small files that a killed process was writing: nobody was left to remove them."""
+    """Remove small files that a killed process was writing and could not remove itself."""
     for path in out.rglob(".*"):
         path.unlink()
 

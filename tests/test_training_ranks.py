@@ -58,7 +58,7 @@ def config(**changes: Any) -> skd.TrainConfig:
 
 
 def share(batches: Any, rank: int) -> list[Any]:
-    """What a rank of two gets of each batch."""
+    """The part of each batch that one of two ranks gets."""
     return [(images[rank::2], labels[rank::2]) for images, labels in batches]
 
 
@@ -135,7 +135,7 @@ def average(rank: int, folder: Path) -> None:
 
 
 def unlike(rank: int, folder: Path) -> None:
-    """Before a CUDA graph trains them."""
+    """Prepare networks that differ between ranks for training by a CUDA graph, and record the error."""
     net: Any = torch.nn.Linear(2 + rank, 2)
     try:
         on_ranks(net, net, dist.group.WORLD, replayed=True)
@@ -198,7 +198,7 @@ def other_settings(rank: int, loaders: dict[str, Any], settings: Any) -> dict[st
 
 
 def failure_and_signal(rank: int, loaders: dict[str, Any], settings: Any) -> dict[str, Any]:
-    """In the same turn."""
+    """One rank fails in the same step in which the other gets a signal."""
     return broken_file(rank, loaders, settings) if rank == 1 else stop_at(loaders, 4)
 
 

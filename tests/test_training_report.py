@@ -100,7 +100,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def table(path: Path, heading: str) -> list[list[str]]:
-    """Cells of the lines of the table whose heading begins so."""
+    """The cells of the table in a file whose heading begins with `heading`, line by line."""
     lines = itertools.dropwhile(lambda line: not line.startswith(heading), path.read_text().splitlines())
     lines = itertools.takewhile(lambda line: line.startswith("|"), lines)
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines][2:]
@@ -116,7 +116,7 @@ def drawn_by(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> dict[str, Any]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plots are not rendered, which takes most of the time."""
+    """Do not render plots, which would take most of the time."""
     monkeypatch.setattr(plots, "png", lambda figure: b"plot")
 
 

@@ -178,7 +178,7 @@ class RotatedAttention(Module):
         return bias
 
     def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
-        """As `Module.narrowed`. timm scales by ``width ** -0.5``, so the Q rows absorb the rest of the full scale."""
+        """As `Module.narrowed`. timm scales by ``width ** -0.5``; the rows of Q are rescaled to make up for it."""
         qkv = first_rows(module.qkv, self.full_width, width)
         proj = first_columns(module.proj, self.full_width, width)
         with torch.no_grad():

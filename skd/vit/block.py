@@ -32,7 +32,7 @@ class SuperBlock(nn.Module):
         super().__init__()
         self.block_class = getattr(block, "block_class", type(block))
         self.modules_in_order = tuple(modules)
-        # Fields of timm's block that are no layers: a scale that is not there, what norms are initialised to.
+        # Copies those fields of timm's block that are not layers: an absent scale, and initial values of norms.
         plain = {"init_values", *(module.place.scale for module in modules)}
         self.settings = {name: value for name, value in vars(block).items() if name in plain}
         for name, parameter in block._parameters.items():
@@ -60,7 +60,7 @@ class SuperBlock(nn.Module):
         timm's own forward of the model may also call this; `of_timm` takes the arguments that timm gives its blocks.
 
         Raises:
-            ValueError: an attention mask, or another argument, which nothing here takes.
+            ValueError: an attention mask, or another argument that is not supported.
         """
         for module in self.modules_in_order:
             shared = of_timm.pop(module.place.shared, shared)
@@ -99,7 +99,7 @@ class SuperBlock(nn.Module):
         shared: Any,
         following: Norm | None,
     ) -> Stream:
-        """`step`, of a stream that may be normed already; the sum is normed by `following`."""
+        """As `step`, on a stream that may be normed already; the result is normed by `following`."""
         module = self.modules_in_order[index]
         place, kept = module.place, stream.leading(tokens)
         norm, scale = getattr(self, place.norm), getattr(self, place.scale, None)
@@ -115,17 +115,17 @@ class SuperBlock(nn.Module):
             normed = norm(inputs.x) if inputs.normed is None else inputs.normed
             y = module.forward(self, normed, width, scores, tokens, shared, with_bias=bias is None)
         if isinstance(width, torch.Tensor) and (place.post_norm or module.binary):
-            # A module at width 0 gives zeros, but a norm after it, or a whole module, does not.
+            # A module at width 0 on the device returns zeros; but a norm behind it, or a binary module, does not.
             y = torch.where(width > 0, y, 0.0)
         if addition is None:
             return add(kept.x, y, scale, drop_path)
         return addition.add(kept.x, y, bias, width)
 
     def entry_norm(self, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:
-        """The norm that the block's input goes through first; `following` if it runs nothing.
+        """The norm that the block applies first to its input, or `following` if it runs no module.
 
-        None: the block takes the stream alone. It does so where it skips its first module and then needs the first
-        `tokens` only, since norming all of them would be a waste.
+        None means that the block should get the stream without a normed form. This is so where it skips its first
+        module and needs the first `tokens` only, because norming all tokens would be wasted work.
         """
         if tokens is not None and _is_skipped(self.modules_in_order[0], widths[0]):
             return None
@@ -180,8 +180,8 @@ def run_block(
 ) -> Stream:
     """Call `block` as a module; with `recomputes` its activations are computed again in the backward pass.
 
-    One that somebody watches, or has wrapped, takes and gives the residual stream alone, a tensor (see `block_norm`).
-    For this call `replaced` takes the place of the block's parameters of these names.
+    A block that has hooks or is wrapped takes and returns the residual stream as a tensor, without its normed form
+    (see `block_norm`). `replaced` gives parameters, by name, that replace the block's own for this call.
     """
     called = partial(_with_parameters, block, replaced) if replaced else block
     call = partial(checkpoint, called, use_reentrant=False) if recomputes else called
@@ -218,8 +218,8 @@ def _is_skipped(module: Module, width: Width) -> bool:
 def _skip(stream: Stream, parts: Sequence[Any]) -> Stream:
     """Return the stream unchanged, but keep the parameters of what is skipped in the autograd graph.
 
-    They then get zero gradients instead of None, so that DistributedDataParallel finds no unused parameter. They are
-    added to the normed form where there is one: after the last block nobody reads the stream itself.
+    Their gradients are then zeros instead of None, so that DistributedDataParallel finds no unused parameter. They
+    are attached to the normed form where there is one, because after the last block only that is read.
     """
     if not torch.is_grad_enabled():
         return stream

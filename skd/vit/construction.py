@@ -1,7 +1,7 @@
-"""How to build a timm model again: its name and arguments, or its constructor's arguments.
+"""How to build a timm model again: by its name and arguments, or by its constructor's arguments.
 
-Models from ``timm.create_model`` know both. For one built directly the arguments are read off its modules, while it
-is still whole: an extracted model no longer shows them.
+Models from ``timm.create_model`` record their name and arguments. The constructor arguments of a model that was built
+directly are read off its modules while it is whole, because an extracted model no longer shows them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Construction(TypedDict):
 
 
 def remember_construction(model: TimmModel, network: Network) -> None:
-    """Record on `model`, where timm keeps them, the arguments that rebuild it, if timm has not and they show."""
+    """Record the arguments that rebuild `model` where timm keeps them, if timm has not and they can be read off."""
     if _known_to_timm(model) or _remembered(model):
         return
     with suppress(ValueError):
@@ -44,7 +44,7 @@ def remember_construction(model: TimmModel, network: Network) -> None:
 
 
 def construction(model: TimmModel, network: Network) -> Construction:
-    """What `build` needs to build `model` again.
+    """The description of `model` from which `build` builds it again.
 
     Raises:
         ValueError: nothing says how the model was built.

@@ -41,11 +41,11 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class HeadAttention(OrderedModule):
-    """An attention whose width counts its heads: one unit is removed in one place, a whole head.
+    """An attention whose width counts its heads: one unit of width is one whole head.
 
     Attributes:
         head_dim: D, the coordinates of a head.
-        kv_heads: heads of keys and values; fewer than the heads of queries where these share them.
+        kv_heads: the number of heads of keys and values; fewer than those of queries in grouped-query attention.
     """
 
     head_dim: int = 0
@@ -87,10 +87,10 @@ class HeadAttention(OrderedModule):
         return self.full_width
 
     def tap(self, model: TimmModel, consume: Consumer) -> list[Handle]:
-        """The feature is the output of the projections, (B, N, 3, H, D). A binary attention is not read.
+        """The feature is the output of the projections, (B, N, 3, H, D). A binary attention gets no hooks.
 
         No layer of timm's has this output, because biases are added separately or there are three layers. Therefore
-        the attention is computed here, in place of timm's forward.
+        timm's forward is replaced, and the attention is computed here.
         """
         attn = self.of(model)
         if self.binary:
@@ -168,7 +168,7 @@ class HeadAttention(OrderedModule):
         q = _rotated(attn, attn.q_norm(q), rope).type_as(v)
         k = _rotated(attn, attn.k_norm(k), rope).type_as(v)
         out = F.scaled_dot_product_attention(q[:, :, :tokens], k, v).transpose(1, 2)  # (B, tokens, heads, D)
-        if isinstance(width, torch.Tensor):  # other heads are selected away, in one graph for every width
+        if isinstance(width, torch.Tensor):  # zeros replace the other heads, so that one graph serves every width
             out = torch.where((torch.arange(heads, device=x.device) < width)[:, None], out, 0.0)
         out, size = out.flatten(2), heads * self.head_dim
         if getattr(attn, "gate", None) is not None:
@@ -275,7 +275,7 @@ class _OtherForward:
 
     def remove(self) -> None:
         del self.module.forward
-        if self.before is not None:  # a function that somebody had put there
+        if self.before is not None:  # the instance already had a forward of its own
             self.module.forward = self.before
 
 

@@ -10,8 +10,8 @@ from skd.vit.protocol import TimmModel
 def image_size(model: TimmModel) -> tuple[int, int]:
     """(height, width) of the images that `model` was built for.
 
-    With `dynamic_img_size` any multiple of the patch is taken, and nothing else: then the largest such size within
-    it, which has as many patches.
+    A model with `dynamic_img_size` takes only multiples of the patch size. Its size is then the largest multiple that
+    is not above the nominal size; the number of patches is the same.
     """
     height, width = model.patch_embed.img_size
     if is_dynamic(model) and not _pads(model):
@@ -52,7 +52,7 @@ def check_images(model: TimmModel, images: object) -> None:
 
 
 def probe(model: TimmModel) -> torch.Tensor:
-    """One random image, the same each time, as `model` takes it: to compare two networks by."""
+    """One random image that `model` takes, the same each time; two networks are compared by their outputs for it."""
     parameter = next(model.parameters())
     image = torch.rand(1, model.in_chans, *image_size(model), generator=torch.Generator().manual_seed(0))
     return image.to(parameter.device, parameter.dtype)

@@ -62,7 +62,7 @@ def permute(tensor: torch.Tensor, order: torch.Tensor, axis: int) -> None:
 
 
 def along(axis: int, width: int, times: int, device: torch.device, *, each: int = 1) -> Coordinates:
-    """The coordinates 0..width - 1 along an axis: `each` positions for each, and the whole run `times` times."""
+    """The coordinates 0..width - 1 along an axis: each fills `each` positions, and the run repeats `times` times."""
     index = torch.arange(width, device=device).repeat_interleave(each).repeat(times)
     return Coordinates(axis, index)
 

@@ -81,7 +81,7 @@ class SortedMlp(OrderedModule):
         if isinstance(mlp, GluMlp) and mlp.gate_last:
             raise ValueError(f"{name} is a GluMlp with gate_last=True; its gate rows must come first")
         hidden = getattr(mlp, output).in_features
-        # GeGluMlp has its norm before the first layer, the others between the two: there it mixes the neurons.
+        # GeGluMlp has its norm before the first layer. The others have it between the two, where it mixes neurons.
         binary = not isinstance(mlp, GeGluMlp) and is_there(mlp.norm)
         return cls(
             name=f"{index}.{place.module}",
@@ -151,7 +151,7 @@ class SortedMlp(OrderedModule):
             w1 = torch.cat([w1, second[0].weight])
             b1 = None if b1 is None else torch.cat([b1, second[0].bias])
         last = getattr(mlp, self.output)
-        # Only a norm over the input is left here: one over the neurons makes the module binary.
+        # A norm here is one over the input, because a norm over the neurons makes the module binary.
         x = mlp.norm(x)
         b2 = last.bias if with_bias else None
         return masked_mlp(x, w1, b1, last.weight, b2, width, act=self.act, gated=self.gated, scores=scores)

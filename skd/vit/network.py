@@ -17,7 +17,7 @@ from skd.vit.patches import embed_patches
 from skd.vit.protocol import Module, Network, Place, TimmModel
 from skd.vit.skipped import SkippedModule, is_skipped
 
-# How a module in a block is described: (index of the block, its place, the module).
+# A function that describes a module, from the index of its block, its place in the block, and the module.
 Describe = Callable[[int, Place, Any], Module]
 
 
@@ -51,10 +51,10 @@ class BlockNetwork(Network):
     @classmethod
     @abstractmethod
     def describers(cls, model: TimmModel) -> tuple[Describe, Describe]:
-        """How the attentions and the MLPs of `model` are described."""
+        """The functions that describe the attentions and the MLPs of `model`."""
 
     def patches(self, model: TimmModel, images: Any) -> torch.Tensor:
-        """What the patch embedding gives, or ValueError for what is no batch of images that it takes."""
+        """The output of the patch embedding; ValueError if `images` is not a batch that it takes."""
         check_images(model, images)
         dtype = next(model.parameters()).dtype
         if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
@@ -76,7 +76,7 @@ class BlockNetwork(Network):
         return tuple(model.patch_embed.grid_size)
 
     def tokens_read(self, model: TimmModel) -> int | None:
-        """With token pooling the prefix tokens only; what the head does not read has no gradient either."""
+        """With token pooling only the prefix tokens; the other outputs of the last block have no gradient either."""
         pooled = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
         return int(model.num_prefix_tokens) if pooled else None
 
@@ -85,7 +85,7 @@ class BlockNetwork(Network):
         return blocks
 
     def replace_blocks(self, model: TimmModel, blocks: Sequence[nn.Module]) -> None:
-        """In a container of the same class."""
+        """Replace the blocks, in a container of the same class."""
         in_list = isinstance(model.blocks, nn.ModuleList)
         container = nn.ModuleList(blocks) if in_list else nn.Sequential(*blocks)
         model.blocks = container.train(model.training)
@@ -108,13 +108,13 @@ class BlockNetwork(Network):
         return linear + pool_macs(model, self.pooled_tokens(model)), linear
 
     def outside_params(self, model: TimmModel) -> int:
-        """Counted without a walk through the blocks: it is asked at every step."""
+        """The count does not walk through the blocks, because every training step asks for it."""
         outside = [part for name, part in model.named_children() if name != "blocks"]
         parameters = chain(model.parameters(recurse=False), *(part.parameters() for part in outside))
         return sum(parameter.numel() for parameter in parameters)
 
     def pooled_tokens(self, model: TimmModel) -> int:
-        """Tokens that an attention pool reads, where there is one."""
+        """The number of tokens that the attention pool reads, if there is one."""
         return self.tokens(model)
 
     def constructor_args(self, model: TimmModel) -> dict[str, Any]:
@@ -142,5 +142,5 @@ def _check_head(model: TimmModel) -> None:
 
 
 def repeated(shared: Any, model: TimmModel) -> Sequence[Any]:
-    """The same for every block."""
+    """`shared` once for every block."""
     return (shared,) * len(model.blocks)

@@ -1,4 +1,4 @@
-"""MACs of what is not in a block, counted by a forward pass on the meta device (METHOD 4)."""
+"""MACs of all layers outside of the blocks, counted by a forward pass on the meta device (METHOD 4)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def outside_macs(model: TimmModel) -> int:
 
 
 def pool_macs(model: TimmModel, tokens: int) -> int:
-    """Q K^T and A V of an attention pool over `tokens`; 0 without one."""
+    """The MACs of Q K^T and A V in an attention pool over `tokens`; 0 if there is none."""
     pool = getattr(model, "attn_pool", None)
     if pool is None:
         return 0
@@ -62,7 +62,7 @@ def _meta_forward(model: TimmModel) -> None:
 
 
 def _leaf_macs(module: nn.Module, output: torch.Tensor) -> int:
-    """One layer in the published convention: bias adds and norms counted, an activation twice."""
+    """The MACs of one layer in the published convention: it counts bias adds and norms, and an activation twice."""
     if isinstance(module, nn.Linear):
         positions = output.numel() // max(module.out_features, 1)
         return positions * module.out_features * (module.in_features + has_bias(module))

@@ -1,7 +1,7 @@
-"""timm's patch embedding as one product: where patches do not overlap, its convolution is a linear layer on each.
+"""timm's patch embedding as one matrix product: where patches do not overlap, it is a linear layer on each patch.
 
-On a GPU a convolution changes the layout of the images and of its output, and runs kernels that know nothing of this
-case; the product reads unfolded patches and gives tokens as they are. On a CPU the convolution stays.
+On a GPU cuDNN's convolution changes the layout of the images and of its output, and its kernels do not make use of
+this special case. The product reads unfolded patches and writes tokens directly. On a CPU the convolution is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from skd_kernels.gpu.entry import after_autocast
 
 
 def embed_patches(layer: TimmLayer, images: torch.Tensor) -> torch.Tensor:
-    """What `layer`, a model's patch embedding, makes of `images` (B, in_chans, height, width)."""
+    """The output of `layer`, a model's patch embedding, for `images` (B, in_chans, height, width)."""
     if images.is_cuda and is_one_product(layer, images):
         return product_of_patches(layer, images)
     embedded: torch.Tensor = layer(images)
@@ -25,10 +25,10 @@ def embed_patches(layer: TimmLayer, images: torch.Tensor) -> torch.Tensor:
 
 
 def is_one_product(layer: TimmLayer, images: torch.Tensor) -> bool:
-    """Whether `product_of_patches` gives what `layer` does, errors and the calls of hooks included.
+    """Whether `product_of_patches` does the same as `layer`, so that no error and no call of a hook is lost.
 
-    It is so for timm's PatchEmbed with a plain convolution whose stride is its kernel, and images of whole patches,
-    of the size that the layer insists on; not for outputs that keep channels first.
+    It can for timm's PatchEmbed with a plain convolution whose stride is its kernel size, on images of whole patches
+    and of the size that the layer requires; it cannot where the output has channels first.
     """
     if type(layer) is not PatchEmbed or is_watched(layer):
         return False
@@ -48,7 +48,7 @@ def product_of_patches(layer: TimmLayer, images: torch.Tensor) -> torch.Tensor:
     conv, (height, width) = layer.proj, layer.patch_size
     tiles = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, in_chans, rows, height, columns, width)
     tiles = tiles.permute(0, 2, 4, 1, 3, 5)  # the weight's order: channels, then rows, then columns
-    # One pass unfolds and, under autocast, rounds.
+    # One pass unfolds the patches and, under autocast, casts them.
     dtype = after_autocast(images.dtype, images.device.type)
     patches = tiles.to(dtype, memory_format=torch.contiguous_format).flatten(3)
     if layer.flatten or layer.output_fmt == Format.NLC:

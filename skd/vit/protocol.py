@@ -91,7 +91,8 @@ class Place:
         module, norm, scale, drop_path: fields of the block. The scale is a layer or a parameter, or is not there.
         post_norm: the norm follows the module; otherwise it comes before it.
         no_scale: the value that replaces the scale, where it is a parameter, when the module is skipped.
-        shared: the name of the argument by which timm's block and module take what all blocks share, or "".
+        shared: the name of the argument by which timm's block and module take the tensor that all blocks share (a
+            rotary embedding, a bias of positions), or "".
     """
 
     module: str
@@ -211,9 +212,9 @@ class Module(ABC):
         shared: Shared,
         with_bias: bool = True,
     ) -> torch.Tensor:
-        """The module's function at a width above 0: (B, N, C) to (B, N, C), or to the first `tokens` only.
+        """The module's function at a width above 0: (B, N, C) to (B, N, C), or only to the first `tokens` tokens.
 
-        A width on the device may be 0; then the result is zeros (a module that is `binary` may return anything).
+        A width on the device may be 0. Then the result is zeros (a `binary` module may return anything).
         The backward pass adds Taylor scores to `scores`. `shared` is what `Network.embed` gave for this block.
         ``with_bias=False`` leaves out `output_bias`, where there is one.
         """

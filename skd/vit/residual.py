@@ -1,14 +1,15 @@
-"""The residual stream between modules: one pass adds a branch to it and norms the sum for whoever reads it next.
+"""The residual stream between modules: one operation adds a branch to it and norms the sum for the next module.
 
-A block before which norms stand computes ``x = x + branch(norm(x))``, over and over. Seen from between the modules
-it is always the same operation: a sum, and the norm of whatever comes next, also across the border of two blocks.
-`skd_kernels.residual_norm` is that operation, so what a module hands on is the stream and its normed form.
+A pre-norm block computes ``x = x + branch(norm(x))`` for each of its modules. Between two modules this is always the
+same operation, also at the border of two blocks: a sum, followed by the norm of the next module.
+`skd_kernels.residual_norm` computes it in one pass. Therefore a module hands on both the stream and its normed form.
 
-Where it runs as a kernel, it also adds the output bias of the attention or MLP that made the branch: in its backward
-pass the gradient of that bias is a sum over what the pass reads anyway.
+Where the operation runs as a kernel, it also adds the output bias of the attention or MLP that made the branch. The
+gradient of that bias then costs no pass of its own, because the backward kernel reads the data anyway.
 
-Where the operation would not be exactly what the layers compute, or somebody watches one of the layers, the layers
-are called one by one: then the normed form is left out, and the next module makes it.
+Where the operation would not compute exactly what the layers compute, or one of the layers has hooks or a replaced
+forward (is "watched"), the layers are called one by one. Then the normed form is missing, and the next module
+computes it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from skd_kernels.residual_norm import runs_as_kernel
 
 # Classes that compute exactly F.layer_norm or F.rms_norm, by the names of `skd_kernels.residual_norm`.
 _KINDS: dict[type[nn.Module], str] = {nn.LayerNorm: "layer", LayerNorm: "layer", nn.RMSNorm: "rms", RmsNorm: "rms"}
-# In half precision the sums would come out in float32, and the stream would not be what timm's blocks make of it.
+# In half precision the operation would return the sum in float32, unlike timm's blocks.
 _STREAMS = (torch.float32, torch.float64)
 
 
@@ -66,7 +67,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, layer: TimmLayer, *, casts_under_autocast: bool = True) -> Norm | None:
-        """None where `layer` computes something else, or must be called because it is watched."""
+        """The norm that `layer` computes; None if it computes something else, or is watched and must be called."""
         kind = _KINDS.get(type(layer))
         if kind is None or len(layer.normalized_shape) != 1 or layer.eps is None or is_watched(layer):
             return None
@@ -86,14 +87,14 @@ def begin(x: torch.Tensor, norm: Norm | None) -> Stream:
 
 
 class Addition(NamedTuple):
-    """``x + drop_path(scale(branch))`` as one operation with the norm of whoever reads the sum next.
+    """``x + drop_path(scale(branch))`` as one operation with the norm of the module that reads the sum next.
 
     Attributes:
         scale: (C,), the block's layer scale, or None.
         mask: (B,), the factors of stochastic depth, or None.
         norm: what norms the sum.
-        takes_bias: the operation runs as a kernel, in which the bias of the layer that makes the branch costs nothing
-            and its gradient no pass of its own. In PyTorch's operations it would be a pass more.
+        takes_bias: whether the operation should also add the output bias of the branch. It should where it runs as a
+            kernel, which does so at no cost; PyTorch's operations would need another pass.
     """
 
     scale: torch.Tensor | None
@@ -103,7 +104,7 @@ class Addition(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor, scale: TimmLayer, drop_path: TimmLayer, norm: Norm | None) -> Addition | None:
-        """None where the layers must be called one by one, see `add`.
+        """The operation, or None where the layers must be called one by one by `add`.
 
         Args:
             x: (B, N, C), the stream.
@@ -124,9 +125,9 @@ class Addition(NamedTuple):
 
         Args:
             x, branch: (B, N, C).
-            bias: (C,), the output bias that the branch is without, or None.
-            width: at which the branch was made. Bias and branch count only where it is above 0; so does a branch
-                with a bias of its own without being told, since it is zeros.
+            bias: (C,), the output bias, if the branch was computed without it; or None.
+            width: the width at which the branch was computed. Bias and branch are added only if it is above 0. It is
+                not needed for a branch that includes its bias, because that is zeros at width 0.
         """
         given = None if bias is None else {"branch_bias": bias}
         if given is not None and isinstance(width, torch.Tensor):
@@ -142,7 +143,7 @@ def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: Timm
 
 
 def factors_of(scale: TimmLayer) -> torch.Tensor | None:
-    """(C,) what a layer scale, a layer or a parameter, multiplies a branch with; None: nothing is multiplied."""
+    """(C,) the factors of a layer scale, which is a layer or a parameter; None if there is none."""
     factors: torch.Tensor | None = getattr(scale, "gamma", None) if isinstance(scale, nn.Module) else scale
     return factors  # an Identity has none
 
@@ -156,9 +157,9 @@ def _summed(x: torch.Tensor, branch: torch.Tensor | None, norm: Norm, **beside: 
 
 
 def _only_multiply(scale: TimmLayer, drop_path: TimmLayer) -> bool:
-    """Whether a factor of each channel and one of each image are all that these layers are, and nobody watches them.
+    """Whether the two layers only multiply, by a factor for each channel and one for each image, and are not watched.
 
-    timm's DropPath draws its mask when it is called: it is called, unless it drops nothing.
+    timm's own DropPath draws its mask when it is called; so it has to be called, unless it drops nothing.
     """
     if isinstance(scale, nn.Module):
         if type(scale) not in (LayerScale, nn.Identity) or is_watched(scale):
@@ -171,12 +172,12 @@ def _only_multiply(scale: TimmLayer, drop_path: TimmLayer) -> bool:
 
 
 class CountedDropPath(nn.Module):
-    """The place of timm's DropPath in one branch; `mask` (B,) is set before each step, 0 or 1 / (1 - rate)."""
+    """Replaces timm's DropPath in one branch; the trainer sets `mask` (B,), 0 or 1 / (1 - rate), before each step."""
 
     mask: torch.Tensor | None = None
 
     def factors(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """(B,) what each image is multiplied with; None: nothing is dropped."""
+        """(B,) the factor of each image; None if nothing is dropped."""
         return None if not self.training or self.mask is None else self.mask.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What stands in place of a module that a sub-network skips: a traced function that returns zeros, without weights.
+"""The replacement of a module that a sub-network skips: a traced function without weights that returns zeros.
 
 Layers of size 0 compute the same, but ONNX Runtime refuses them and quantization reads past their end.
 """

@@ -21,7 +21,7 @@ from skd.vit.protocol import TimmModel
 _WEIGHTS = {"ema": ("state_dict_ema", "model_ema"), "model": ("state_dict", "model")}
 
 
-# What timm makes of the state dict of a file, for a model.
+# A function that converts the state dict of a file to that of a model, as timm does.
 Filter = Callable[[dict[str, torch.Tensor], TimmModel], dict[str, torch.Tensor]]
 
 
@@ -62,7 +62,7 @@ def load_weights(
             return ""
         state, key = _state(file, take)
         state = _filter(model)(state, model)
-        if getattr(model, "attn_pool", None) is None:  # SigLIP's, where another pooling is asked for
+        if getattr(model, "attn_pool", None) is None:  # SigLIP's pool, which a model with another pooling lacks
             state = {name: tensor for name, tensor in state.items() if not name.startswith("attn_pool.")}
         if any_head:
             head = state.get("head.weight")
@@ -70,7 +70,7 @@ def load_weights(
         model.load_state_dict(state)
     except MemoryError:
         raise
-    except Exception as error:  # whatever timm makes of a file that does not fit
+    except Exception as error:  # timm raises many kinds of errors for files that do not fit
         raise ValueError(_shortened(error)) from None
     return key
 

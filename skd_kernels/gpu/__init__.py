@@ -1,14 +1,14 @@
 """The Triton kernels of the masked operations and of the norm. Importing this package does not import Triton.
 
-mlp.py, attention.py     the operators that PyTorch sees, and the order of their kernels
-packing.py               weights cast, and their kept coordinates side by side
+mlp.py, attention.py     the operators that PyTorch sees, and the sequence of their kernels
+packing.py               casts weights, and puts their kept coordinates side by side
 products.py              all matrix products but the gradients of weights: one kernel
-epilogues.py             what that does with its tiles
-weight_gradient.py       the gradients of weights: long sums over tokens
+epilogues.py             what that kernel does with its accumulator tiles
+weight_gradient.py       the gradients of weights: products over tokens, split-K
 flash.py                 attention's core, softmax(q k^T) v; flash_backward.py its gradient
-sums.py                  gradients of biases and Taylor scores, from what other kernels leave
+sums.py                  gradients of biases and Taylor scores, from the partial sums of other kernels
 norm.py                  the kernels of residual_norm, whose operators are in skd_kernels/residual_norm.py
-tiles.py, activations.py what kernels share
+tiles.py, activations.py functions that kernels share
 layout.py                where coordinates lie in weights and activations
 entry.py, buffers.py     arguments and memory
 launch.py                how kernels are started, watched, and recorded to be compiled without a GPU

@@ -1,4 +1,4 @@
-"""Activations and their derivatives, in registers and float32."""
+"""Activations and their derivatives, computed on float32 tiles in registers."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
@@ -11,7 +11,7 @@ from skd_kernels.gpu.entry import INTERPRETED
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 
-# The interpreter knows no instructions of the device.
+# Triton's interpreter cannot run inline assembly.
 INSTRUCTIONS: tl.constexpr = tl.constexpr(not INTERPRETED)
 
 
@@ -22,7 +22,7 @@ def in_kernel(act: str, dtype: torch.dtype) -> str:
 
 @triton.jit
 def power_of_two(x):
-    """2 ** x in one instruction; what would be subnormal is zero. ``tl.exp2`` takes three, to keep the subnormals."""
+    """2 ** x in one instruction that flushes subnormal results to zero; ``tl.exp2`` takes three, to keep them."""
     if INSTRUCTIONS:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -33,7 +33,7 @@ def power_of_two(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x in one instruction, to one unit in the last place; a division takes ten."""
+    """1 / x in one instruction, with an error of one unit in the last place; a division takes ten instructions."""
     if INSTRUCTIONS:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -44,14 +44,15 @@ def reciprocal(x):
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
-    """(act(z), act'(z)); what the caller drops is not computed.
+    """(act(z), act'(z)); if the caller ignores one of the two, the compiler removes its computation.
 
-    All but the exact GELU in float32 are z s with s = 1 / (1 + 2^(z p(z))), so that act' = s + z s (1 - s) q(z): p is
-    the logarithm of s's odds, in base 2, over -z, and q its derivative's factor.
+    Every activation but the exact GELU in float32 has the form act(z) = z s with s = 1 / (1 + 2^(z p(z))). Its
+    derivative is act'(z) = s + z s (1 - s) q(z), where q(z) = -ln(2) d(z p(z))/dz.
 
-    In half precision s is the normal distribution, whose p and q are even: each is a polynomial of fourth degree in
-    z^2, fitted (minimax, by linear programming) on |z| <= 5 and constant beyond. The value is right to 6e-4 of itself
-    from z = -4 on and to 7e-5 anywhere, the slope to 3e-4: a fraction of the roundoff of bfloat16.
+    For the exact GELU in half precision s approximates the normal distribution function. Its p and q are even
+    functions, each replaced by a polynomial of fourth degree in z^2, which was fitted (minimax, by linear
+    programming) on |z| <= 5 and is constant beyond. The relative error of the value is at most 6e-4 for z >= -4, its
+    absolute error at most 7e-5 everywhere; that of the derivative is at most 3e-4, a fraction of bfloat16's roundoff.
     """
     if ACT == "gelu":
         cdf = 0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476)

@@ -1,11 +1,12 @@
-"""`masked_attention` in Triton: the order of its kernels, and what torch.library has to know of them.
+"""`masked_attention` in Triton: the sequence of its kernels, and their registration with torch.library.
 
-Forward: cast and pack the kept rows of W_qkv and columns of W_proj; qkv = x W_qkv^T + b; attention; out = o W_proj^T
-+ b. Backward: the gradient at o, at qkv (two passes), at x, and of the parameters; what no input needs is not
-computed. qkv and o are packed (packing.py) and saved with the softmax's logarithms, and so are the packed weights.
+The forward pass casts and packs the kept rows of W_qkv and columns of W_proj, computes qkv = x W_qkv^T + b, runs the
+attention kernel, and computes out = o W_proj^T + b. The backward pass computes the gradient at o, at qkv (in two
+passes), at x, and of the parameters; gradients that no input needs are not computed. The forward pass saves qkv and
+o, which are packed (packing.py), the log-sum-exp of each row of logits, and the packed weights.
 
-Two opaque operators, so that a compiled graph holds one node for each and never sees the width's value. Importing
-this module does not import Triton.
+The forward and the backward pass are each one opaque custom operator, so that a compiled graph holds one node for
+each and never sees the value of the width. Importing this module does not import Triton.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def attention_forward(
     num_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as `masked_attention`; width a 0-d int32 tensor; only the backward pass uses scores.
+    """The forward operator: arguments as in `masked_attention`, with the width as a 0-d int32 tensor.
 
-    x has the dtype to compute in; the parameters, whatever theirs is, are cast to it.
+    The dtype of x is the one to compute in; the parameters are cast to it. Only the backward pass uses `scores`.
 
     Returns:
-        out (B, N, C), and what the backward needs, uninitialised past the width: qkv (B N, >= 3 H D) and o
-        (B N, >= H D) packed; logsumexp (B, H, N) float32; and the packed weights.
+        out (B, N, C), and what the backward pass needs: qkv (B N, >= 3 H D) and o (B N, >= H D), both packed;
+        logsumexp (B, H, N) float32; and the packed weights. These are uninitialised past the width.
     """
     from skd_kernels.gpu.flash import attend
     from skd_kernels.gpu.packing import pack
@@ -109,7 +110,8 @@ def attention_backward(
     """The gradients of x, w_qkv, b_qkv, w_proj and b_proj, and the scores (3 H D,) float32; empty where not needed.
 
     Args:
-        dout: (B, N, C). qkv ... outward: what the forward returned.
+        dout: (B, N, C), the gradient at the output.
+        qkv, ..., outward: what the forward operator returned, without out.
         head_dim: D.
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
@@ -187,7 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, *parameters, width, ctx.scores, num_heads, ctx.scale = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # or zeros as large as qkv are made for each of them
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as qkv for unused outputs
     ctx.save_for_backward(x, *saved, width)
     ctx.head_dim = parameters[2].shape[1] // num_heads
     ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 PAD = 128  # A multiple of every inner step of the products, and of every tile of hidden features.
-UNIT = 8  # Kept coordinates are rounded up to so many: 16 bytes in half precision. It divides every tile.
+UNIT = 8  # Packed groups are padded to multiples of this: 16 bytes in half precision. It divides every tile.
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -15,14 +15,14 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def padded(size: int) -> int:
-    """Row length of our own buffers: where pointers read a tile that starts inside a row, it ends inside."""
+    """The row length of our own buffers: a multiple of every tile, so that no tile crosses the end of a row."""
     return ceil_div(size, PAD) * PAD
 
 
 def uninitialised(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Memory on the device of `like`, with any content; zeros under ``torch.use_deterministic_algorithms``.
+    """Uninitialised memory on the device of `like`; zeros under ``torch.use_deterministic_algorithms``.
 
-    Kernels leave what lies past the width as it is, so this alone decides whether all of a saved buffer repeats.
+    Kernels do not write past the width, so without these zeros a saved buffer would differ there from run to run.
     """
     if torch.are_deterministic_algorithms_enabled():
         return like.new_zeros(shape, dtype=dtype)
@@ -30,20 +30,21 @@ def uninitialised(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = N
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as (rows, last dimension), contiguous along the last, from a multiple of 16 bytes on.
+    """`tensor` as (rows, last dimension), contiguous along the last, in memory that is aligned to 16 bytes.
 
-    It is a view where there is one. What begins elsewhere, as parts of other tensors may, is copied: Triton would
-    compile another kernel for it than was compiled ahead of time, one that needs more registers than there are.
+    It is a view where that is possible. A tensor at another address, such as a slice of another tensor, is copied:
+    Triton would specialise the kernel for unaligned addresses, and that variant, which is not compiled ahead of time,
+    needs more registers than there are.
     """
     flat = tensor.reshape(-1, tensor.shape[-1])
-    # Rows may be farther apart than they are long, by multiples of 16; one row that stands for all has no distance.
+    # The stride of rows may exceed their length if it is a multiple of 16; a broadcast row (stride 0) is copied.
     apart = flat.stride(0)
     even = apart == flat.shape[1] or (apart > flat.shape[1] and apart % 16 == 0)
     return flat if flat.stride(-1) == 1 and even and flat.data_ptr() % 16 == 0 else _copied(flat)
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without gaps, from a multiple of 16 bytes on, for the reason above: itself, or a copy."""
+    """`tensor`, or a copy of it, contiguous and aligned to 16 bytes; `as_rows` says why."""
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else _copied(tensor)
 
 
@@ -52,6 +53,6 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_dtype(dtypes: Sequence[torch.dtype | None]) -> torch.dtype:
-    """What an operation returns the gradients of parameters of these dtypes in: theirs, or float32 if they differ."""
+    """The dtype of the gradients of parameters with these dtypes: their common one, or float32 if they differ."""
     there = {dtype for dtype in dtypes if dtype is not None}
     return there.pop() if len(there) == 1 else torch.float32

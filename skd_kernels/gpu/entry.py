@@ -1,4 +1,4 @@
-"""What the masked operations share on the way to their Triton kernels; importing it does not import Triton."""
+"""Checks and casts of the masked operations before their Triton kernels. Importing it does not import Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_WEIGHT = 2**31 - 1
 
 
 def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
-    """Whether the Triton kernels take x (B, N, C) and these weights and biases: None, or why not."""
+    """The reason why the Triton kernels cannot take x (B, N, C) and these weights and biases, or None."""
     if not INSTALLED:
         return "triton is not installed"
     if x.device == "cpu":
@@ -39,12 +39,12 @@ def refuses_triton(x: TensorSpec, *parameters: TensorSpec | None) -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability() -> tuple[int, int]:
-    """Of the current device; where there is none nothing runs, and `explain` answers as for one that will do."""
+    """The compute capability of the current device; without one, that of an A100, so that `explain` can answer."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
 
 
 def refuses_tensors(dtypes: tuple[torch.dtype, ...], *tensors: TensorSpec | None) -> str | None:
-    """Whether kernels of these `dtypes` take all tensors, as autocast leaves them: None, or why not."""
+    """The reason why kernels for `dtypes` cannot take these tensors, after autocast has cast them, or None."""
     for tensor in tensors:
         if tensor is None:
             continue
@@ -57,14 +57,14 @@ def refuses_tensors(dtypes: tuple[torch.dtype, ...], *tensors: TensorSpec | None
 
 
 def cast_as_linear(*tensors: torch.Tensor | None) -> list[Any]:
-    """What ``F.linear`` makes of its arguments: under autocast, all but float64 in the type of autocast."""
+    """The tensors, cast as ``F.linear`` casts its arguments: under autocast to its dtype, except for float64."""
     return [
         None if tensor is None else tensor.to(after_autocast(tensor.dtype, tensor.device.type)) for tensor in tensors
     ]
 
 
 def after_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What ``F.linear`` computes in."""
+    """The dtype in which ``F.linear`` computes on tensors of `dtype`."""
     if dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
     return torch.get_autocast_dtype(device)

@@ -1,6 +1,7 @@
-"""What the matrix products do with a tile while it is in registers: products.py says which epilogue does what.
+"""The epilogues of the matrix products: what happens to an accumulator tile before it leaves the registers.
 
-The tile is taken in pieces of columns, one after the other, since each needs registers of its own.
+products.py lists the epilogues. An epilogue handles the tile in slices of columns, one after the other, because the
+temporaries of a slice (bias, slopes, converted results) need registers beside the accumulator.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -40,7 +41,11 @@ def finish(
     WIDTH: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """The epilogue on the tile at (row, column), in PIECES of columns."""
+    """Apply EPILOGUE to the tile at (row, column).
+
+    `total` is the accumulator; `other` is the second one, that of a gated MLP's values, or None. The tile is cut into
+    PIECES slices of columns: this function halves it and calls itself until PIECES is 1.
+    """
     if PIECES > 1:
         HALF: tl.constexpr = WIDTH // 2
         left, right = halves(total, HEIGHT, WIDTH)
@@ -79,7 +84,7 @@ def finish(
 
 @triton.jit
 def load_bias(bias, column, columns, TYPE: tl.constexpr, WIDTH: tl.constexpr):
-    """A bias as a linear layer adds it that computes in TYPE."""
+    """The bias of one tile in float32, rounded to TYPE first, as a linear layer that computes in TYPE rounds it."""
     j = column + tl.arange(0, WIDTH)
     return tl.load(bias + j, mask=j < columns, other=0.0).to(TYPE).to(tl.float32)
 
@@ -104,10 +109,11 @@ def activate_tile(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out = act(gate); `slopes`, unless it is None, gets act'(gate), with which the backward pass only multiplies.
+    """Write out = act(gate) and, unless `slopes` is None, the derivative act'(gate) into `slopes`.
 
-    Gated, out = act(gate) value, and the slopes are its derivatives by the gate and by the value: act'(gate) value
-    and act(gate).
+    `gate` is the pre-activation. The backward pass only has to multiply by the saved derivative. In a gated MLP
+    out = act(gate) value; `slopes` then holds two parts, the derivative with respect to the gate, act'(gate) value,
+    and the derivative with respect to the value, act(gate).
     """
     if bias is not None:
         gate += load_bias(bias, column, columns, TYPE, WIDTH)[None, :]
@@ -151,9 +157,11 @@ def differentiate_tile(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out = dh slopes, for each part; each of out, features and sums may be None.
+    """Write out = dh * slopes for each part, where `dh` is the gradient at the hidden features h (`features`).
 
-    sums (rows of tiles, PARTS + 1, columns) float32: the column sums of `out`, and of |dh features| (Taylor scores).
+    `sums` (rows of tiles, PARTS + 1, columns) float32 gets the column sums over this tile: of `out` for each part
+    (the gradient of the bias), then of |dh * h| (the Taylor scores). `out`, `features` and `sums` may each be None;
+    what they would hold is then not computed.
     """
     place = None
     if sums is not None:

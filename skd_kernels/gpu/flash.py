@@ -1,16 +1,17 @@
-"""Softmax attention on packed heads whose width is read on the device; flash_backward.py has its gradient.
+"""FlashAttention on packed heads whose width is read on the device; flash_backward.py has the gradient.
 
-Packed tensors are described in packing.py: qkv has 3 H groups, the output and its gradient H, in rows of a fixed
-length. What these kernels write ends in zeros, as far as the products read that come after. Logits and
-probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135); the backward pass recomputes them with the
-logarithm of each softmax's sum, which the forward pass stores.
+packing.py describes the packed layout. A row of qkv holds one token's 3 H groups; a row of the output, or of its
+gradient, holds H groups. Rows have a fixed length. These kernels write zeros behind the last group, as far as the
+products that follow will read. Logits and probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135): the
+backward pass recomputes them with the log-sum-exp of each row of logits, which the forward pass stores.
 
-The matrix unit works on 16, 32, 64 or 128 coordinates: each kernel holds one body for each and branches on the width.
-Each head has `pitch` columns, its kept coordinates and zeros up to a multiple of 8; loads are masked beyond them.
+Tensor cores work on 16, 32, 64 or 128 coordinates of a head. Each kernel contains its body once for each of these
+sizes, and branches on the width. Each head has `pitch` columns, its kept coordinates and zeros up to a multiple of 8;
+loads are masked beyond them.
 
-Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. The configurations compile without spills. Timed
-on an H100 in bfloat16 at DeiT-Base (benchmarks/results/h100-sweep.json), ten others of the forward pass are no
-faster, and ten of the backward pass by 2 % at most.
+Exponentials are base 2: ``exp(scale x) = exp2(scale log2(e) x)``. The configurations compile without spills. In a
+sweep on an H100 in bfloat16 at DeiT-Base (benchmarks/results/h100-sweep.json), ten other configurations of the
+forward pass were not faster, and ten others of the backward pass were faster by 2 % at most.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -27,16 +28,18 @@ from skd_kernels.gpu.buffers import PAD
 from skd_kernels.gpu.launch import Device, device_of, launch
 from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
 
-# A multiple of every inner step of the products, and a divisor of the rows' length.
+# Zeros behind the last head end at a multiple of this number: a multiple of every inner step of the products, which
+# therefore read no further, and a divisor of the length of the rows.
 STEP: tl.constexpr = tl.constexpr(64)
 assert PAD % 64 == 0
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How attention is cut: a program owns `rows` tokens and goes through the others `columns` at a time.
+    """A launch configuration: a program owns `rows` tokens and loops over all tokens, `columns` at a time.
 
-    `registers` is the most that a thread may take; None leaves it to ptxas.
+    In the forward pass it owns queries and loops over keys. `registers` is the limit of a thread's registers; None
+    leaves it to ptxas.
     """
 
     rows: int
@@ -46,17 +49,18 @@ class Blocks:
     registers: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        """For `launch`."""
+        """The keyword arguments of `launch`."""
         return {"num_warps": self.warps, "num_stages": self.stages, "max_registers": self.registers}
 
 
 def forward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
-    """64 queries, the least that fills wgmma with 4 warps, by 32 keys.
+    """The configuration of the forward pass: blocks of 64 queries by 32 keys in half precision.
 
-    32 pad the 197 tokens of a ViT to 224 where 64 would pad to 256, and at 64 coordinates take 94 registers on sm_90,
-    so that five programs share a multiprocessor (64 keys: 164, three). Single precision runs on the ordinary cores,
-    whose operands live in registers: small blocks, for which ptxas aims at fewer registers than it needs unless it is
-    told not to.
+    64 queries are the fewest that wgmma takes with 4 warps. Blocks of 32 keys pad the 197 tokens of a ViT to 224,
+    where 64 would pad them to 256. With heads of 64 coordinates a thread needs 94 registers on sm_90, so that five
+    programs share a multiprocessor; with 64 keys it would need 164, and three would. float32 runs on CUDA cores,
+    whose operands live in registers: blocks are small, and an explicit limit keeps ptxas from aiming at fewer
+    registers than the kernel needs, which would spill.
     """
     if dtype == torch.float32:
         return Blocks(32, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(32, 16, 8, 2, registers=255)
@@ -77,7 +81,7 @@ def load_tokens(base, first, tokens, stride, pitch, ROWS: tl.constexpr, WIDTH: t
 
 @triton.jit
 def store_tokens(base, value, first, tokens, stride, pitch, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `load_tokens`."""
+    """Store what `load_tokens` would load, cast to the type of `base`; rows and columns outside are left out."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     address = base + tl.cast(first, tl.int64) * stride + row[:, None] * stride + column[None, :]
@@ -87,7 +91,10 @@ def store_tokens(base, value, first, tokens, stride, pitch, ROWS: tl.constexpr, 
 
 @triton.jit
 def store_tail(base, size, first, tokens, stride, ROWS: tl.constexpr):
-    """Zeros behind the `size` packed coordinates of tokens first .. first + ROWS, up to the products' next step."""
+    """Write zeros behind the `size` packed coordinates of tokens first .. first + ROWS, up to a multiple of STEP.
+
+    The products that read these rows next load whole steps.
+    """
     zeros = tl.zeros((ROWS, STEP), tl.float32)
     store_tokens(base + size, zeros, first, tokens, stride, tl.cdiv(size, STEP) * STEP - size, ROWS, STEP)
 
@@ -168,7 +175,11 @@ def flash_forward(
     PRECISION: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """out = softmax(scale q k^T) v, packed; logsumexp (images, heads, tokens) float32, in base 2."""
+    """out = softmax(scale q k^T) v, packed; logsumexp (images, heads, tokens) is float32 and to base 2.
+
+    The loop is unrolled at compile time, and each body is compiled for its number of coordinates; only the one that
+    fits the width runs.
+    """
     keep = read_width(width, head_dim)
     for bits in tl.static_range(4, 8):  # 16, 32, 64 and 128 coordinates
         if (1 << bits) <= LARGEST:  # noqa: SIM102  (known at compile time)
@@ -183,7 +194,7 @@ def flash_forward(
 
 
 def largest_tile(head_dim: int) -> int:
-    """The matrix unit's size for the full head: the branches above it are left out."""
+    """The number of coordinates that tensor cores work on at full width; bodies for more are not compiled."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
@@ -192,8 +203,8 @@ def attend(
 ) -> None:
     """out = softmax(scale q k^T) v on packed buffers of images * tokens rows.
 
-    logsumexp (images, heads, tokens) float32 becomes the base-2 logarithm of each softmax's sum. At width 0 neither
-    is written.
+    logsumexp (images, heads, tokens) float32 gets the base-2 log-sum-exp of each row of scaled logits. At width 0
+    neither tensor is written.
     """
     images, heads, tokens = logsumexp.shape
     blocks = forward_blocks(qkv.dtype, head_dim, device_of(qkv))

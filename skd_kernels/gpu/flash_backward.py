@@ -1,9 +1,9 @@
-"""The gradient of attention on packed heads, in two passes, each of whose sums has a fixed order.
+"""The gradient of attention on packed heads, in two passes.
 
-The first pass owns blocks of queries and gives dq, the second owns blocks of keys and gives dk and dv: nothing is
-added atomically, at the price of computing the logits twice. The first also leaves ``delta``, the sum over
-coordinates of out * dout, to the second. Both leave sums over their tokens of dqkv (the bias gradient) and of
-|qkv * dqkv| (the Taylor scores).
+In the first pass each program owns a block of queries and computes dq; in the second, each owns a block of keys and
+computes dk and dv. So every sum is made by one program in a fixed order, without atomics, at the price of computing
+the logits twice. The first pass also stores ``delta``, the sum over coordinates of out * dout, for the second. Every
+program stores partial sums over its tokens: of dqkv (for the bias gradient) and of |qkv * dqkv| (Taylor scores).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -21,10 +21,13 @@ from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
 
 
 def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
-    """As forward: 64 by 32 takes 138 and 168 registers on sm_90 (64 by 64: 174 and 225, one program less in each).
+    """The configuration of both backward passes: a program owns 64 tokens and loops over 32 at a time.
 
-    sm_80 holds the operands of its mma instructions in registers, and owns 32 tokens. At 128 coordinates dk and dv of
-    64 keys need 8 warps. For sm_80 and sm_100 ptxas aims at fewer registers than it needs unless told not to.
+    On sm_90 with heads of 64 coordinates a thread needs 138 registers in the first pass and 168 in the second; blocks
+    of 64 by 64 would need 174 and 225, and one program fewer would fit on a multiprocessor in either pass. On sm_80,
+    whose mma instructions read their operands from registers, a program owns 32 tokens. At 128 coordinates, dk and dv
+    of 64 keys need the registers of 8 warps. The explicit limit keeps ptxas, on sm_80 and sm_100, from aiming at
+    fewer registers than the kernels need.
     """
     if dtype == torch.float32:
         return Blocks(16, 32, 4, stages=1, registers=255) if head_dim <= 64 else Blocks(16, 16, 8, 1, registers=255)
@@ -40,7 +43,10 @@ def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks
 
 @triton.jit
 def store_sums(bias_sums, score_sums, target, value, gradient, inside, keep, WIDTH: tl.constexpr):
-    """Sums over the tokens that are `inside` of the gradient and of |value * gradient|, from `target` on."""
+    """Store sums over a block's tokens, where `inside` says which exist, at offset `target` of each buffer.
+
+    bias_sums gets the sum of `gradient`, score_sums that of |value * gradient|; either may be None.
+    """
     column = tl.arange(0, WIDTH)
     gradient = tl.where(inside[:, None], gradient, 0.0)
     if bias_sums is not None:
@@ -147,7 +153,7 @@ def keys_body(
     for start in range(0, tokens, BLOCK_N):
         q = load_tokens(query, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
         do = load_tokens(output, start, tokens, stride_out, pitch, BLOCK_N, WIDTH)
-        # Past the last query q, dout and these two are zero: p is 1 there, what is added is zero.
+        # Past the last query, q, dout, log_total and correction are all zero: p is 1 there, but only zeros are added.
         column = tl.arange(0, BLOCK_N)
         line = pair.to(tl.int64) * tokens + start + column
         log_total = tl.load(logsumexp + line, mask=column < tokens - start, other=0.0)
@@ -190,9 +196,10 @@ def flash_backward(
     LARGEST: tl.constexpr,
     BODY: tl.constexpr,
 ):
-    """One pass: with `queries_body` dq and delta, then with `keys_body` dk and dv; the sums, unless None, in both.
+    """One of the two passes: BODY is `queries_body`, which writes dq and delta, or `keys_body`, for dk and dv.
 
-    delta is like logsumexp; bias_sums and score_sums are (images * blocks, 3, heads, head_dim) float32.
+    delta has the shape of logsumexp. bias_sums and score_sums are (images * blocks, 3, heads, head_dim) float32, or
+    None; each pass writes its own thirds.
     """
     keep = read_width(width, head_dim)
     for bits in tl.static_range(4, 8):  # 16, 32, 64 and 128 coordinates
@@ -219,11 +226,11 @@ def differentiate_attention(
     bias: bool,
     scores: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The gradient at qkv, packed like it, of attention whose `attend` gave out and logsumexp.
+    """The gradient at qkv, packed like qkv; `out` and `logsumexp` are what `attend` wrote in the forward pass.
 
     Returns:
-        dqkv, and if `bias` and `scores` ask for them, sums of dqkv and of |qkv * dqkv| over blocks of tokens:
-        (blocks, 3 H head_dim) float32, unwritten past the width.
+        dqkv; if `bias`, sums of dqkv over blocks of tokens; if `scores`, those of |qkv * dqkv|. The sums are
+        (images * blocks, 3 H head_dim) float32, uninitialised past each head's width.
     """
     images, heads, tokens = logsumexp.shape
     blocks = backward_blocks(qkv.dtype, head_dim, device_of(qkv))

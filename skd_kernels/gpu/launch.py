@@ -86,7 +86,7 @@ class Launch:
         return str(self.kernel.__name__)
 
     def key(self) -> str:
-        """Equal for launches that compile to the same code."""
+        """A key that is equal for launches that compile to the same code."""
         constants = sorted((name, str(value)) for name, value in self.constants.items())
         return str(
             (self.name, sorted(self.signature.items()), constants, self.divisible_by_16, *self.options().items())
@@ -97,7 +97,7 @@ class Launch:
 
 
 def options(num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, Any]:
-    """How Triton names them. The limit on registers only where there is one."""
+    """These settings by Triton's names; the limit on registers is left out where there is none."""
     limit = {} if max_registers is None else {"maxnreg": max_registers}
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **limit}
 
@@ -143,7 +143,7 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The device that a kernel on `tensor` runs on; the recorder's inside `record`."""
+    """The device that a kernel on `tensor` runs on; inside `record` the recorder's device."""
     recorder = _recorder.get()
     if recorder is not None:
         return recorder.device
@@ -169,8 +169,9 @@ def launch(
             numbers, or None. A tensor's storage must start at a multiple of 16 bytes for the code to be the one that
             `record` notes, unless the kernel does not specialise on its alignment.
         num_warps, num_stages: as Triton defines them.
-        max_registers: of a thread. Without it ptxas may choose a limit of its own, and spill to keep it.
-        resident: programs that are to fit on a multiprocessor together; what is compiled is tested for it.
+        max_registers: the limit of a thread's registers. Without it ptxas may choose a lower limit, and spill.
+        resident: the number of programs that must fit on a multiprocessor together; a test checks the compiled
+            kernels for it.
     """
     recorder = _recorder.get()
     if recorder is not None:
@@ -187,7 +188,7 @@ def launch(
 
 
 def _describe(kernel: Any, arguments: dict[str, Any], settings: tuple[int, int, int | None], label: str) -> Launch:
-    """Triton's own rules: constants, None and the int 1 are compiled in; alignment to 16 is noted."""
+    """The launch, by Triton's rules of specialisation: on constants, None, the int 1, and alignment to 16."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     divisible: list[str] = []

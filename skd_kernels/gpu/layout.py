@@ -11,13 +11,13 @@ from skd_kernels.gpu.buffers import UNIT, ceil_div, padded, uninitialised
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the coordinates of an operation lie.
+    """Where the coordinates of an operation lie in its inward and outward weight (packing.py) and its activations.
 
     Attributes:
-        full: coordinates of a group: F, or D of every head.
-        row_groups: groups along the rows of the weight into them: 1 or, gated, 2; for qkv three times the heads.
-        column_groups: groups along the columns of the weight out of them: 1, or the heads.
-        packed: whether the groups are packed.
+        full: the coordinates of a group at full width: F of an MLP, D of a head.
+        row_groups: groups along the rows of the inward weight: 1 for an MLP, 2 for a gated one, 3 H for attention.
+        column_groups: groups along the columns of the outward weight: 1 for an MLP, H for attention.
+        packed: whether a group follows the kept coordinates of the one before it at once (attention).
     """
 
     full: int
@@ -27,23 +27,23 @@ class Layout:
 
     @property
     def part_stride(self) -> int:
-        """Rows, or columns of activations, from one group to the next where they are not packed."""
+        """The distance between groups that are not packed, in rows of the weight and in columns of activations."""
         return padded(self.full)
 
     @property
     def row_pitch(self) -> int:
-        """Rows of the packed weight, and columns of the activations at its output."""
+        """The number of rows of the packed inward weight, and of columns of the activations that it computes."""
         return self._pitch(self.row_groups)
 
     @property
     def column_pitch(self) -> int:
-        """Columns of the packed weight out of the coordinates."""
+        """The number of columns of the packed outward weight."""
         return self._pitch(self.column_groups)
 
     def _pitch(self, groups: int) -> int:
         return padded(groups * ceil_div(self.full, UNIT) * UNIT) if self.packed else groups * self.part_stride
 
     def empty_weights(self, like: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the packed weight into the coordinates and the one out of them, in the dtype of `like`."""
+        """Uninitialised memory for the packed inward and outward weight, in the dtype of `like`."""
         inward = uninitialised(like, self.row_pitch, padded(channels))
         return inward, uninitialised(like, channels, self.column_pitch)

@@ -1,12 +1,12 @@
-"""`masked_mlp` in Triton: the order of its kernels, and what torch.library has to know of them.
+"""`masked_mlp` in Triton: the sequence of its kernels, and their registration with torch.library.
 
-Forward: cast and pack the weights; the hidden features h of the first `width` neurons, and the slopes of their
-activation for the backward pass; then the output. Backward: the gradient at the first layer's output, which adds up
-the gradient of b1 and the Taylor scores on its way; from it those of x and w1; and from the saved h that of w2. What
-no input needs is not computed.
+The forward pass casts and packs the weights, computes the hidden features h of the first `width` neurons together
+with the slopes (the derivatives of their activation, for the backward pass), then the output. The backward pass
+computes the gradient at the pre-activation, in a kernel that also sums up the gradient of b1 and the Taylor scores;
+from this gradient those of x and w1, and from the saved h that of w2. Gradients that no input needs are not computed.
 
-Two opaque operators, so that a compiled graph holds one node for each and never sees the width's value. Importing
-this module does not import Triton.
+The forward and the backward pass are each one opaque custom operator, so that a compiled graph holds one node for
+each and never sees the value of the width. Importing this module does not import Triton.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def mlp_forward(
     gated: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments as `masked_mlp`; width a 0-d int32 tensor; only the backward pass uses scores.
+    """The forward operator: arguments as in `masked_mlp`, with the width as a 0-d int32 tensor.
 
-    x has the dtype to compute in; the parameters, whatever theirs is, are cast to it.
+    The dtype of x is the one to compute in; the parameters are cast to it. Only the backward pass uses `scores`.
 
     Returns:
-        y (B, N, C), and what the backward needs, uninitialised past the width's tile: h (B N, P), P being F rounded
-        up to whole tiles; the slopes (B N, P or, if gated, 2 P), empty unless `save`; and the packed weights.
+        y (B, N, C), and what the backward pass needs: h (B N, P), where P is F rounded up to whole tiles; the slopes
+        (B N, P), or (B N, 2 P) if gated, or empty unless `save`; and the packed weights. These are uninitialised
+        past the tile in which the width ends.
     """
     from skd_kernels.gpu.packing import pack
     from skd_kernels.gpu.products import Ragged, product
@@ -118,7 +119,8 @@ def mlp_backward(
     """The gradients of x, w1, b1, w2 and b2, and the scores (F,) float32; empty where not needed.
 
     Args:
-        dy: (B, N, C). h ... outward: what the forward returned.
+        dy: (B, N, C), the gradient at the output.
+        h, ..., outward: what the forward operator returned, without y.
         hidden: F.
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
@@ -216,9 +218,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, *parameters, width, scores, _, gated, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)  # or zeros as large as h and the slopes are made for them
+    ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as h for unused outputs
     ctx.save_for_backward(x, *saved, width)
-    # The buffer is written in the backward pass, perhaps several times: a saved tensor must not change.
+    # The score buffer is not saved with save_for_backward: the backward pass writes to it, and saved tensors must not
+    # be modified in place.
     ctx.scores, ctx.gated, ctx.hidden = scores, gated, parameters[2].shape[1]
     ctx.dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
 
@@ -254,7 +257,7 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
             shape = (3, 197, channels)
             yield f"{channels} x {hidden} bf16{suffix}", partial(_example, torch.bfloat16, shape, hidden, gated=gated)
         for dtype in (torch.float16, torch.float32):
-            for channels, hidden in ((200, 500), (136, 512)):  # rows of other lengths than multiples of 16
+            for channels, hidden in ((200, 500), (136, 512)):  # rows whose length is no multiple of 16
                 name = f"{channels} x {hidden} {str(dtype).removeprefix('torch.')}{suffix}"
                 yield name, partial(_example, dtype, (3, 197, channels), hidden, gated=gated)
         for dtype in (torch.bfloat16, torch.float32):  # rows that no descriptor can describe

@@ -1,11 +1,11 @@
 """The kernels of residual_norm: a row stays in registers from the residual sum to the normalised output.
 
-Every stream is read once and written once. A gradient that is a sum over tokens is added up in two stages of a fixed
-order: each program sums its own rows, then one kernel sums the programs.
+Every stream (x, branch, sum, normed output) is read once and written once. A gradient that is a sum over tokens is
+added up in two stages of a fixed order: each program sums its own rows, then a second kernel adds the programs' sums.
 
-All streams of a tile have one layout, four elements of a row in a thread. Left to itself, Triton gives eight to half
-precision and four to float32, and exchanges whole tiles through shared memory in between: 19 barriers in the gradient
-kernel where 4 will do. `_columns` forbids that.
+All streams of a tile have the same layout, in which a thread holds four consecutive elements of a row. Without
+`_columns` Triton would choose eight for half precision and four for float32, and would convert whole tiles between
+the two layouts through shared memory: 19 barriers in the gradient kernel instead of 4.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -24,17 +24,17 @@ import triton.language as tl
 from skd_kernels.gpu.buffers import ceil_div
 from skd_kernels.gpu.launch import device_of, launch
 
-COLUMN_TILE, ROW_TILE = 32, 256  # of the second stage: hundreds of programs have left their sums, for few columns
+COLUMN_TILE, ROW_TILE = 32, 256  # the second stage's tile: there are sums of hundreds of programs, but few columns
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Whole rows in the registers of one program: at most 16 elements of each stream in a thread.
+    """A tile of whole rows in the registers of one program: at most 16 elements of each stream in a thread.
 
     Attributes:
-        columns: of the tile, a power of two; those past the row's end are masked.
-        rows: at a time.
-        warps: so few that a thread has the same columns of all rows: what is summed over them needs no exchange.
+        columns: the columns of the tile, a power of two; those past the row's end are masked.
+        rows: the rows that a program handles at a time.
+        warps: so few that each thread holds the same columns of every row; sums over rows need no exchange.
     """
 
     columns: int
@@ -43,15 +43,15 @@ class Tile:
 
     @staticmethod
     def of(columns: int, *, rows: int = 2) -> Tile:
-        """`rows` of 128 columns or more; of fewer columns as many rows more."""
+        """The tile for `columns` columns: it has `rows` rows, and more where there are fewer than 128 columns."""
         block = max(16, triton.next_power_of_2(columns))
         return Tile(block, max(rows, rows * 128 // block), ceil_div(block, 256))
 
     def split(self, like: torch.Tensor, rows: int) -> int:
-        """Rows of each program of the gradient kernel, which fills the device once with 16 warps a multiprocessor.
+        """Rows of each program of the gradient kernel, whose grid gives every multiprocessor 16 warps, once.
 
-        DeiT-Base on an H100, prototype of the kernel: 0.127 ms with 16 warps in programs of 4, 0.150 with programs of
-        8, 0.161 with 8 warps.
+        A prototype of the kernel took 0.127 ms at DeiT-Base on an H100 with 16 warps in programs of 4 warps, 0.150 ms
+        in programs of 8 warps, and 0.161 ms with 8 warps a multiprocessor.
         """
         programs = max(1, 16 // self.warps) * device_of(like).multiprocessors
         return self.rows * ceil_div(rows, self.rows * programs)
@@ -62,7 +62,7 @@ class Tile:
 
 @triton.jit
 def _columns(BLOCK_C: tl.constexpr):
-    """The columns of a tile, with the promise that four of them are together, and no word of more."""
+    """The column indices of a tile, declared contiguous in fours only, so that a thread gets four (see above)."""
     return tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
 
 
@@ -88,11 +88,12 @@ def residual_norm_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """total = x + mask scale (branch + branch_bias), normed = its norm; mean and rstd (rows,) float32.
+    """total = x + mask * scale * (branch + branch_bias), normed = norm(total); mean and rstd (rows,) float32.
 
-    x, branch, total and normed are (rows, COLUMNS) without gaps, `tokens` rows have one element of the mask. The
-    variance is that of the centred row: nothing cancels where the mean is large. LAYER False: RMSNorm, without mean.
-    width: None, or one integer; unless it is above zero, branch and branch_bias are not read, and are zeros.
+    x, branch, total and normed are (rows, COLUMNS) and contiguous. Each element of the mask holds for `tokens` rows.
+    The variance is computed from the centred row, so that nothing cancels where the mean is large. LAYER selects
+    LayerNorm; otherwise it is RMSNorm, without a mean. width is None or one integer; if that is not above zero,
+    branch and branch_bias are not read and count as zeros.
     """
     c = _columns(BLOCK_C)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -156,11 +157,12 @@ def residual_norm_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Gradients at x and at the branch, and of `per_program` rows the terms of those that are sums over rows.
+    """The gradients dx and dbranch, and each program's partial sums, over its `per_program` rows, of the others.
 
-    INPUTS: more is wanted than WEIGHT and BIAS. sums (wanted, programs, COLUMNS), in this order: WEIGHT, BIAS, SCALE,
-    BRANCH (the column sums of dbranch). dtotal, dnormed, dx and dbranch may be None. width: None, or one integer;
-    unless it is above zero, dbranch and what is summed for SCALE and BRANCH are zeros.
+    `sums` (wanted, programs, COLUMNS) holds the partial sums that are wanted, in this order: WEIGHT, BIAS, SCALE,
+    BRANCH (the column sums of dbranch, which are the gradient of branch_bias). INPUTS: something other than WEIGHT
+    and BIAS is wanted. dtotal, dnormed, dx and dbranch may be None. width is None or one integer; if that is not
+    above zero, dbranch and the sums for SCALE and BRANCH are zeros.
     """
     c = _columns(BLOCK_C)
     inside = c < COLUMNS
@@ -242,7 +244,7 @@ def residual_norm_gradient_kernel(
 def residual_norm_sums_kernel(
     sums, first, second, third, fourth, programs, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Add `sums` (wanted, programs, COLUMNS) over its programs, each of them to a vector of its own."""
+    """Sum `sums` (wanted, programs, COLUMNS) over the programs; each wanted sum goes to its own vector."""
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = c < COLUMNS
     which = tl.program_id(1)
@@ -272,7 +274,8 @@ def normalise(inputs: dict[str, Any], results: dict[str, Any], tokens: int, eps:
     rows, tile = x.numel() // columns, Tile.of(columns)
     arguments = {**inputs, **results, "rows": rows, "tokens": tokens, "eps": eps, "COLUMNS": columns, "LAYER": layer}
     arguments |= tile.arguments()
-    # Left to itself, ptxas spills on sm_120 to fit in 48. Rows that begin anywhere take an address for each element.
+    # Without a limit ptxas aims at 48 registers on sm_120, and spills. Rows whose length is no multiple of 4 are not
+    # aligned, so that every element needs an address of its own, and more registers.
     settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": 1, "max_registers": 128 if columns % 4 else 64}
     launch(residual_norm_kernel, (ceil_div(rows, tile.rows),), arguments, **settings)
 
@@ -288,13 +291,15 @@ def differentiate(
     """Start the gradient kernel, and the second stage of its sums.
 
     Args:
-        inputs: of the gradient kernel, by name.
-        vectors: (C,) float32 each: the gradients of weight, bias and scale, the column sums of dbranch; None where
-            not wanted.
+        inputs: arguments of the gradient kernel, by name.
+        dx, dbranch: the outputs, or None where not wanted.
+        vectors: the outputs that are sums over rows, (C,) float32 each: the gradients of weight, bias and scale, and
+            the column sums of dbranch; None where not wanted.
     """
     total = inputs["total"]
     columns = total.shape[-1]
-    # A fourth stream, and up to four sums: half as many rows, or the registers of 16 warps do not hold them.
+    # The gradient of scale needs the branch, a fourth stream, and there may be four sums: with two rows at a time, 16
+    # warps would not have enough registers.
     rows, tile = total.numel() // columns, Tile.of(columns, rows=2 if vectors[2] is None else 1)
     per_program = tile.split(total, rows)
     programs = ceil_div(rows, per_program)
@@ -306,7 +311,7 @@ def differentiate(
     arguments = {**inputs, "dx": dx, "dbranch": dbranch, "sums": sums, "rows": rows, "tokens": tokens}
     arguments |= {"per_program": per_program, "COLUMNS": columns, "LAYER": layer, "INPUTS": inner}
     arguments |= needed | tile.arguments()
-    # 16 warps of 128 registers are all that a multiprocessor has.
+    # 16 warps with 128 registers in each thread use all registers of a multiprocessor.
     settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": 1, "max_registers": 128}
     launch(residual_norm_gradient_kernel, (programs,), arguments, **settings)
     if sums is not None:
@@ -317,7 +322,7 @@ def differentiate(
         launch(residual_norm_sums_kernel, grid, arguments, num_warps=8, num_stages=1)
 
 
-# What a branch comes with: nothing, its bias from a layer whose width is on the device, and all that there may be.
+# The arguments that come with a branch in the examples: none; a bias and a width on the device; all of them.
 _BESIDE_A_BRANCH = {
     "": (),
     ", bias and width": ("branch_bias", "width"),

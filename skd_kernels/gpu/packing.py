@@ -1,14 +1,17 @@
-"""Weights as the products read them: cast, and the kept rows or columns side by side.
+"""Packing: the weights are cast to the dtype of the products, and their kept rows or columns put side by side.
 
-Behind them come zeros up to the next multiple of 128, so that the products load whole tiles without masks.
+A masked operation has two weights around its coordinates. The inward weight (W_1, W_qkv) has a row for each
+coordinate, and a bias; the outward weight (W_2, W_proj) has a column for each. Coordinates come in groups:
 
-A masked operation has a weight into its coordinates, whose rows are kept (W_1, W_qkv), with a bias, and one out of
-them, whose columns are (W_2, W_proj). Coordinates come in groups. Those of attention, the heads' q, k and v, are
-packed: of each group the kept ones, rounded up to a multiple of 8, then at once the next group's. The parts of a
-gated MLP stay where they are, `part_stride` rows apart. The rounding keeps pieces of 16 bytes whole at every width.
+* In attention, q, k and v of each head are a group, and groups are packed: each keeps its first `width` coordinates,
+  zeros round them up to a multiple of 8, and the next group follows at once. The rounding makes every group start at
+  a multiple of 16 bytes in half precision, at any width.
+* In an MLP the hidden neurons are one group. The gates and the values of a gated MLP are two groups of rows, which
+  stay where they are, `part_stride` rows apart.
 
-One launch casts and packs what an operation needs. What lies past the width is written as zeros as far as the
-products' tiles reach, and left as it is behind that: NaN in a weight that is not kept does no harm.
+Zeros follow the last kept coordinate up to the next multiple of 128, so that the products load whole tiles without
+masks. What lies behind these zeros is never read. Nothing is multiplied by a weight that is not kept, so that NaN in
+such a weight does no harm. One launch packs all that an operation needs.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -25,12 +28,15 @@ from skd_kernels.gpu.launch import launch
 from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import read_width, rounded, width_kernel
 
-ROWS, COLUMNS = 16, 256  # that one program copies
+ROWS, COLUMNS = 16, 256  # the tile of a packed weight that one program writes
 
 
 @triton.jit
 def source_of(place, keep, full, groups, part_stride, PACKED: tl.constexpr):
-    """(the coordinate that lies at `place`, counted through all groups; whether there is one)."""
+    """(index, live): which row or column of the original weight belongs at `place` of the packed one.
+
+    Where `live` is false, `place` is padding, and the index means nothing.
+    """
     pitch = tl.maximum(rounded(keep), 8) if PACKED else part_stride
     group = place // pitch
     coordinate = place - group * pitch
@@ -39,7 +45,10 @@ def source_of(place, keep, full, groups, part_stride, PACKED: tl.constexpr):
 
 @triton.jit
 def reach(keep, groups, PACKED: tl.constexpr, PAD: tl.constexpr):
-    """How far the products read: the kept coordinates, up to the end of a tile; of each part if not PACKED."""
+    """How many rows or columns of the packed weight the products read: the kept ones, rounded up to whole tiles.
+
+    If not PACKED it is the number in each part.
+    """
     size = groups * rounded(keep) if PACKED else keep
     return tl.cdiv(size, PAD) * PAD
 
@@ -66,7 +75,7 @@ def pack_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Programs up to `inward_programs` copy rows of `inward` and its bias, the others columns of `outward`."""
+    """The first `inward_programs` programs pack rows of `inward` and its bias, the others columns of `outward`."""
     keep = read_width(width, full)
     program = tl.program_id(0)
     if program < inward_programs:
@@ -108,7 +117,13 @@ def pack(
     width: torch.Tensor,
     layout: Layout,
 ) -> None:
-    """Fill `packed` from a weight (rows full, C), its bias or None, and a weight (C, columns full), of any dtype."""
+    """Fill `packed` (inward weight, its bias or None, outward weight) from the parameters of an operation.
+
+    Args:
+        inward: (row_groups * full, C), of any dtype.
+        bias: (row_groups * full,), or None.
+        outward: (C, column_groups * full).
+    """
     packed_inward, packed_bias, packed_outward = packed
     channels = outward.shape[0]
     inward, outward = contiguous(inward), contiguous(outward)

@@ -1,10 +1,10 @@
-"""The matrix products of the masked operations, all but the gradients of weights: one kernel, three epilogues.
+"""All matrix products of the masked operations except the gradients of weights: one kernel with three epilogues.
 
-    result (rows, columns) = a (rows, depth) b + what the epilogue makes of it
+    result (rows, columns) = epilogue(a (rows, depth) b)
 
-either the columns or the inner dimension stop at a width that the kernel reads on the device:
+The kernel reads the width on the device. Either the columns of the result or the inner dimension end at that width:
 
-    epilogue      masked_mlp                        masked_attention            stops at the width
+    epilogue      masked_mlp                        masked_attention            ends at the width
     "linear"                                        qkv = x W_qkv^T + bias      columns
                                                     do = dy W_proj              columns
                   y = h W_2^T + bias                y = o W_proj^T + bias       depth
@@ -12,9 +12,10 @@ either the columns or the inner dimension stop at a width that the kernel reads 
     "activate"    h = act(x W_1^T + bias)                                       columns
     "gradient"    dz = (dy W_2) act'                                            columns
 
-Weights come packed (packing.py): kept coordinates side by side, then zeros up to the end of the last tile that is
-read. Activations are written likewise. So the inner loops need no mask for the width, and what lies behind, which may
-be NaN, is never read. A grid of programs that fills the device once walks over the tiles of the present width.
+Weights come packed (packing.py): the kept coordinates side by side, then zeros up to the end of the last tile that is
+read. Activations are written in the same form. Therefore the inner loops need no mask for the width, and the memory
+behind the zeros, which may hold NaN, is never read. The kernel is persistent: a grid that fills the device once loops
+over the tiles of the current width.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -48,12 +49,12 @@ from skd_kernels.gpu.tiles import (
 
 @dataclass(frozen=True)
 class Ragged:
-    """What stops at the width: `groups` times the kept ones of `full` coordinates.
+    """The size of the dimension that ends at the width: `groups` groups, each with `value` of its `full` coordinates.
 
     Attributes:
-        value: 0-d int32 tensor on the device.
-        full: F, or D of every head.
-        groups: 1, or the number of heads; for qkv three times that.
+        value: the width, a 0-d int32 tensor on the device.
+        full: the coordinates of one group at full width: F of an MLP, D of a head.
+        groups: 1 for an MLP, the number of heads for an attention's output, three times that for qkv.
     """
 
     value: torch.Tensor
@@ -62,11 +63,11 @@ class Ragged:
 
 
 def name_in_profiles(specialization: Any) -> str:
-    """product_linear, product_activate or product_gradient."""
+    """The name that profilers show: product_linear, product_activate or product_gradient."""
     return f"product_{specialization.constants['EPILOGUE']}"
 
 
-@triton.jit(do_not_specialize_on_alignment=["width"], repr=name_in_profiles)  # as tiles.width_kernel, and named
+@triton.jit(do_not_specialize_on_alignment=["width"], repr=name_in_profiles)  # tiles.width_kernel with a name
 def product_kernel(
     a,
     b,
@@ -104,17 +105,20 @@ def product_kernel(
     FLATTEN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out = epilogue(a b), or a b^T if TRANSPOSED; `columns`, `depth` and `b_rows` are those of the buffers.
+    """out = epilogue(a b), or epilogue(a b^T) if TRANSPOSED.
 
-    PARTS: 2 for gated MLPs; from the gates to the values it is `part_stride` columns, in weights rows. The other
-    operands are the
-    epilogues'. WHOLE: `depth` is a multiple of BLOCK_K.
+    `columns`, `depth` and `b_rows` are sizes of the buffers; the width may end a dimension earlier: the columns if
+    RAGGED_COLUMNS, otherwise the depth. PARTS is 2 for gated MLPs: the values begin `part_stride` after the gates,
+    counted in columns of activations and in rows of the first weight. WHOLE: `depth` is a multiple of BLOCK_K.
+    epilogues.py explains bias, slopes, features and sums.
     """
     keep = groups * rounded(read_width(width, full))
     wide = keep if RAGGED_COLUMNS else columns
     steps = tl.cdiv(depth if RAGGED_COLUMNS else keep, BLOCK_K)
     tall = tl.cdiv(rows, BLOCK_M)
     across = tl.cdiv(wide, BLOCK_N)
+    # For a gated MLP, "activate" accumulates the tile of the gates and that of the values side by side (TWO), and the
+    # dx product sums first over the gates, then over the values (TURNS).
     TWO: tl.constexpr = PARTS == 2 and EPILOGUE == "activate"
     TURNS: tl.constexpr = PARTS if EPILOGUE == "linear" else 1
     for index in tl.range(tl.program_id(0), tall * across, tl.num_programs(0), flatten=FLATTEN):
@@ -153,17 +157,19 @@ def product_kernel(
 
 
 def linear_config(like: torch.Tensor, channels: int, columns: int, depth: int, by_descriptor: bool) -> Config:
-    """For "linear". On an H100 (prototypes, DeiT-Base): 687 TFLOP/s with 128 x 256 and 4 stages, flattened.
+    """The configuration of "linear" products.
 
-    Other widths of a network than multiples of 256 take the widest tile that wastes nothing. sm_80 feeds its tensor
-    cores from registers, and sm_120 has 99 KiB of shared memory: 128 x 128 at most.
+    A prototype of the kernel reached 687 TFLOP/s on an H100 at DeiT-Base, with tiles of 128 x 256, 4 stages and the
+    flattened loop. Where 256 does not divide a small number of columns, the widest tile that wastes no columns is
+    used. Tiles are at most 128 x 128 on sm_80, whose tensor cores read their operands from registers, and on sm_120,
+    which has only 99 KiB of shared memory.
     """
     small = small_config(like, channels, by_descriptor)
     if small is not None:
         return small
     step = inner_step(like)
     if by_descriptor and device_of(like).architecture < 120:
-        if depth <= 384:  # few steps: another program's product runs beside this one's epilogue
+        if depth <= 384:  # few steps: two resident programs overlap one's product with the other's epilogue
             return Config(128, 128 if columns > 64 else 64, step, warps=4, stages=3, resident=2, pieces=2)
         if columns % 256 == 0 or columns > 1024:
             return Config(128, 256, step, warps=8, stages=4, pieces=2, flatten=True)
@@ -174,9 +180,10 @@ def linear_config(like: torch.Tensor, channels: int, columns: int, depth: int, b
 
 
 def activate_config(like: torch.Tensor, channels: int, gated: bool, by_descriptor: bool) -> Config:
-    """For "activate". On an H100 (prototypes, DeiT-Base) 0.279 ms, the stores alone 0.261; in 2 pieces 0.372.
+    """The configuration of "activate" products.
 
-    Gated, a program computes two tiles, of half the columns.
+    A prototype of the kernel took 0.279 ms on an H100 at DeiT-Base, and 0.372 ms with 2 pieces instead of 4; its
+    stores alone take 0.261 ms. In a gated MLP a program accumulates two tiles, so each has half the columns.
     """
     small = small_config(like, channels, by_descriptor)
     if small is not None:
@@ -187,10 +194,11 @@ def activate_config(like: torch.Tensor, channels: int, gated: bool, by_descripto
 
 
 def gradient_config(like: torch.Tensor, channels: int, gated: bool, by_descriptor: bool) -> Config:
-    """For "gradient", with the columns of `activate_config`: what that wrote is what this reads.
+    """The configuration of "gradient" products.
 
-    On an H100 (prototypes, DeiT-Base) 0.263 ms, with scores 0.340. Without wgmma, or with addresses of pointers, the
-    registers of 4 warps are too few.
+    The tile has as many columns as in `activate_config`, because this kernel reads up to the end of the tiles that
+    "activate" wrote. A prototype took 0.263 ms on an H100 at DeiT-Base, and 0.340 ms with scores. Without wgmma, or
+    where pointers replace descriptors, 4 warps do not have enough registers, so that 8 are used.
     """
     n = activate_config(like, channels, gated, by_descriptor).n
     small = small_config(like, channels, by_descriptor)
@@ -201,7 +209,7 @@ def gradient_config(like: torch.Tensor, channels: int, gated: bool, by_descripto
 
 
 def gradient_rows(dy: torch.Tensor, gated: bool) -> int:
-    """Rows of tiles of "gradient" on dy (T, C), each of which has sums of its own."""
+    """The number of rows of tiles of "gradient" on dy (T, C), which is the number of partial sums that it writes."""
     return ceil_div(dy.shape[0], gradient_config(dy, dy.shape[1], gated, described(dy)).m)
 
 
@@ -229,17 +237,20 @@ def product(
     """Start `product_kernel` on matrices whose memory begins at multiples of 16 bytes.
 
     Args:
-        a: (rows, depth), with `parts` of them side by side where the sum goes over both parts.
-        b: (depth, columns), or if `transposed` (columns, depth): packed, and as long as whole tiles are.
-        bias: (columns,), or None; with `ragged_columns` packed like b.
-        out: (rows, columns), in two parts side by side for the "gradient" of a gated MLP.
-        part_stride: from the gates of a gated MLP to its values, in columns of activations and in rows of weights.
-        columns: of the result, or of one of its parts.
+        a: (rows, depth); the dx product of a gated MLP sums over the gates and the values, which are side by side.
+        b: (depth, columns), or (columns, depth) if `transposed`; packed, and padded to whole tiles.
+        bias: (columns,), or None; packed like b if `ragged_columns`.
+        out: (rows, columns); for the "gradient" of a gated MLP it has two such parts side by side.
+        width: the size of the dimension that ends at the width.
+        ragged_columns: whether the columns end at the width; otherwise the depth does.
+        parts: 2 for a gated MLP.
+        part_stride: the distance from the gates to the values, in columns of activations and in rows of weights.
+        columns: the number of columns of the result, or of one of its parts.
     """
     rows, depth = a.shape
     by_descriptor = described(a, b, out, slopes, features)
     channels, gated = depth if ragged_columns else columns, parts == 2
-    most = width.groups * width.full  # of the kept ones; buffers are padded
+    most = width.groups * width.full  # kept coordinates at full width, without the buffers' padding
     wide, deep = (most, depth) if ragged_columns else (columns, parts * most)
     if epilogue == "linear":
         config = linear_config(a, channels, wide, deep, by_descriptor)

@@ -1,6 +1,6 @@
-"""Sums over tokens: gradients of biases and Taylor scores, from what other kernels have left for each block of rows.
+"""Sums over tokens: gradients of biases and Taylor scores, from the partial sums that other kernels have stored.
 
-Each has a fixed order, so that results repeat to the bit, and writes exact zeros where nothing is kept.
+Every sum has a fixed order, so that results are bitwise reproducible. Coordinates that are not kept get exact zeros.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -20,7 +20,7 @@ from skd_kernels.gpu.tiles import read_width, width_kernel
 def column_sums_kernel(
     a, partial, width, tokens, columns, stride_a, chunk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """partial (chunks, columns): sums over `chunk` rows each; nothing at width 0."""
+    """partial (chunks, columns) = the sum of `a` over each chunk of `chunk` rows; nothing is written at width 0."""
     if tl.load(width) > 0:
         j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         begin = tl.program_id(1) * chunk
@@ -50,9 +50,10 @@ def sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add `partial` (rows, PARTS + 1, >= columns) over its rows: to `bias` (PARTS * columns,), the last to `scores`.
+    """Sum `partial` (rows, PARTS + 1, >= columns) over its rows.
 
-    Exact zeros past the width. WHOLE: all columns are kept unless the width is 0.
+    The first PARTS sums go to `bias` (PARTS * columns,) and the last to `scores` (columns,); either may be None.
+    Columns past the width get exact zeros; if WHOLE, all columns are kept unless the width is 0.
     """
     limit = read_width(width, columns)
     if WHOLE:
@@ -97,7 +98,7 @@ def column_sums(a: torch.Tensor, width: torch.Tensor, out: torch.Tensor) -> torc
     """out (C,) = the sum of a (T, C) over its rows; zeros at width 0."""
     tokens, columns = a.shape
     block = 64
-    # Four programs on every multiprocessor keep enough loads in flight.
+    # Four programs per multiprocessor keep enough loads in flight.
     chunks = max(1, min(ceil_div(tokens, 64), 4 * device_of(a).multiprocessors // ceil_div(columns, block)))
     chunk = ceil_div(tokens, chunks)
     chunks = ceil_div(tokens, chunk)
@@ -127,7 +128,7 @@ def add_terms(partial, out, width, terms, columns, head_dim, BLOCK_M: tl.constex
 def sum_terms(partial: torch.Tensor, out: torch.Tensor, width: torch.Tensor, head_dim: int) -> None:
     """out (columns,) = partial (terms, columns) float32 summed, zero where ``column % head_dim`` is not kept."""
     terms, columns = partial.shape
-    # 64-byte pieces of rows: few columns a program, so that a few thousand columns still occupy the device.
+    # A program takes few columns (64 bytes of a row), so that a few thousand columns still occupy the whole device.
     arguments: dict[str, Any] = {"partial": partial, "out": out, "width": width, "terms": terms, "columns": columns}
     arguments |= {"head_dim": head_dim, "BLOCK_M": 128, "BLOCK_N": 16}
     launch(add_terms, (ceil_div(columns, 16),), arguments, num_warps=4, num_stages=1)

@@ -1,9 +1,10 @@
 """What the matrix products share: launch configurations, and how tiles are found, read and written.
 
-An operand is read in whole tiles. Where the device has descriptors of tensors (sm_90 and later), and the operand is
-of half precision and begins at multiples of 16 bytes, a descriptor made by the host copies tiles: past the last row
-and column it reads zeros and writes nothing. Elsewhere tiles are read and written through pointers, with the same
-meaning. No loop selects elements by the width: whoever writes an operand writes zeros up to the end of its tile.
+Operands are read in whole tiles. On devices with tensor descriptors (TMA, sm_90 and later), half-precision operands
+whose rows begin at multiples of 16 bytes are read and written through descriptors that the host makes: past the last
+row and column these read zeros and write nothing. Otherwise tiles are read and written through pointers, with masks
+of the same effect. No loop masks elements by the width, because the kernel that writes an operand also writes zeros
+up to the end of the last tile.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -28,10 +29,10 @@ class Config:
         m, n, k: rows and columns of the tile that a program computes, and the length of one inner step.
         warps, stages: as Triton defines them.
         resident: programs that fit on a multiprocessor together, by registers and shared memory.
-        pieces: into how many pieces of columns the tile is cut for what follows the product: 1, 2 or 4.
-        flatten: whether the loops over tiles and steps become one, so that the next tile's loads are under way
-            while this tile is finished.
-        registers: the most that a thread may take; None leaves it to ptxas.
+        pieces: the number of slices of columns, 1, 2 or 4, in which the epilogue handles the tile.
+        flatten: whether Triton merges the loops over tiles and inner steps into one, so that the loads of the next
+            tile are in flight during the epilogue of this one.
+        registers: the limit of a thread's registers; None leaves it to ptxas.
     """
 
     m: int
@@ -45,42 +46,44 @@ class Config:
     registers: int | None = None
 
     def programs(self, like: torch.Tensor, tiles: int) -> int:
-        """Programs of a persistent grid: they fill the device once and walk over the tiles of the current width."""
+        """The size of a persistent grid, whose programs fill the device once and loop over the tiles."""
         return max(1, min(tiles, self.resident * device_of(like).multiprocessors))
 
     def settings(self) -> dict[str, Any]:
-        """For `launch`."""
+        """The keyword arguments of `launch`."""
         launched = {"num_warps": self.warps, "num_stages": self.stages}
         return {**launched, "max_registers": self.registers, "resident": self.resident}
 
     def blocks(self) -> dict[str, Any]:
-        """The constants of a kernel that loops over tiles."""
+        """The constexpr arguments of a kernel that loops over tiles."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "FLATTEN": self.flatten}
 
     def fitted(self, like: torch.Tensor) -> Config:
-        """With as many stages as the device's shared memory holds beside the tile that leaves through it."""
+        """This configuration with no more stages than fit in shared memory beside the output tile staged there."""
         free = device_of(like).shared_memory - self.m * self.n // self.pieces * like.element_size()
         stages = free // ((self.m + self.n) * self.k * like.element_size())
         return replace(self, stages=max(1, min(self.stages, stages)))
 
 
 def precision() -> str:
-    """float32 products stay float32 unless PyTorch's own switch, in its old form or its new, allows TF32.
+    """The `input_precision` of products: float32 stays float32 unless PyTorch's setting, old or new, allows TF32.
 
-    Then the tensor cores read the operands as they lie in memory: the last 13 bits are cut off, not rounded.
+    With TF32 the tensor cores read float32 operands as they are in memory, so that their last 13 bits are truncated
+    instead of rounded.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def small_config(like: torch.Tensor, channels: int, by_descriptor: bool) -> Config | None:
-    """The configuration of products on which the large tiles would spill, or None.
+    """The configuration for products in which larger tiles would spill registers; None if this is not one of them.
 
-    float32 without TF32 runs on the ordinary cores, which keep their operands in registers. And where 16 does not
-    divide `channels`, the length of the rows of x, pointers load element by element, with an address for each.
+    There are two such cases. float32 without TF32 runs on CUDA cores, which keep their operands in registers. And
+    where 16 does not divide `channels`, the length of the rows of x, pointers load single elements, each of which
+    needs an address in registers.
     """
     uneven = channels % 16 > 0 and not by_descriptor
     if like.element_size() == 4 and precision() == "ieee":
-        if uneven:  # longer steps, or steps that overlap, would need more registers than ptxas finds
+        if uneven:  # longer or pipelined steps would spill
             return Config(32, 32, 32, warps=8, stages=1, registers=255)
         return Config(64, 64, 32, warps=8, stages=3, registers=255)  # left to itself, ptxas spills to fit in 128
     if uneven:
@@ -89,21 +92,21 @@ def small_config(like: torch.Tensor, channels: int, by_descriptor: bool) -> Conf
 
 
 def inner_step(like: torch.Tensor) -> int:
-    """One step along the sum reads 128 bytes of a row: a cache line, and the width of swizzled shared memory."""
+    """BLOCK_K: 128 bytes of a row, which is a cache line and the width of the swizzle in shared memory."""
     return 128 // like.element_size()
 
 
 def described(*matrices: torch.Tensor | None) -> bool:
-    """Whether descriptors can describe all of these matrices, as far as they are there."""
+    """Whether tensor descriptors can describe all of these matrices; those that are None do not count."""
     there = [matrix for matrix in matrices if matrix is not None]
     even = all(matrix.element_size() == 2 and matrix.stride(0) % 8 == 0 for matrix in there)
     return even and device_of(there[0]).has_descriptors
 
 
 def operand(matrix: torch.Tensor | None, rows: int, columns: int, by_descriptor: bool) -> Any:
-    """`matrix` as a kernel takes it that reads or writes it in tiles of rows x columns.
+    """The argument for a kernel that reads or writes `matrix` in tiles of rows x columns: a descriptor or a tensor.
 
-    Its memory begins at a multiple of 16 bytes (`buffers.as_rows`).
+    The memory of `matrix` must begin at a multiple of 16 bytes (`buffers.as_rows`).
     """
     if matrix is None or not by_descriptor:
         return matrix
@@ -111,12 +114,12 @@ def operand(matrix: torch.Tensor | None, rows: int, columns: int, by_descriptor:
 
 
 def triton_type(dtype: torch.dtype) -> Any:
-    """The element type `dtype` as kernels name it."""
+    """Triton's type for `dtype`."""
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
-# Triton would compile twice, for 16-byte-aligned and for other addresses. A width may be an element of a table, at
-# any address, so kernels are not specialised on the alignment of the width's pointer.
+# `triton.jit` for kernels that read a width. A width may be an element of a table, at any address, and Triton would
+# compile one kernel for addresses aligned to 16 bytes and another for the rest; this decorator forbids that.
 width_kernel = triton.jit(do_not_specialize_on_alignment=["width"])
 
 
@@ -128,14 +131,19 @@ def read_width(width, full):
 
 @triton.jit
 def rounded(kept):
-    """Kept coordinates of one group, with the zeros behind them up to a multiple of UNIT."""
+    """The columns of one packed group: its kept coordinates, rounded up to a multiple of UNIT with zeros."""
     return (kept + 7) // 8 * 8
 
 
 @triton.jit
 def tile_of(index, rows, columns, GROUP: tl.constexpr):
-    """(row, column) of a tile: bands of GROUP rows, column by column, so that neighbours share operands in L2."""
-    # A flattened loop computes the first tile even if there is none: nothing is divided by zero.
+    """(row, column) of the tile with this index.
+
+    The order is grouped: bands of GROUP rows of tiles, each band column by column, so that programs that run at the
+    same time share operands in the L2 cache.
+    """
+    # A flattened loop computes the position of its first tile even if there is no tile (width 0), and must not divide
+    # by zero.
     band = GROUP * tl.maximum(columns, 1)
     first = index // band * GROUP
     height = tl.maximum(tl.minimum(rows - first, GROUP), 1)
@@ -157,14 +165,15 @@ def load_tile(
 ):
     """The tile of `matrix` (rows, columns) that begins at (row, column); zeros past its end.
 
-    WHOLE: no tile ends past the last column. A mask along the contiguous dimension forbids asynchronous copies.
+    WHOLE: no tile ends past the last column, so that columns need no mask; a mask along the contiguous dimension
+    would prevent asynchronous copies.
     """
     if DESCRIBED:
         return matrix.load([row, column])
     else:
         i = tl.arange(0, HEIGHT)
         j = tl.arange(0, WIDTH)
-        # One scalar pointer, and a register of 32 bits for each address: a tensor of pointers would take two.
+        # A scalar pointer and 32-bit offsets take one register for each address; a tensor of pointers would take two.
         start = matrix + tl.cast(row, tl.int64) * stride + column
         inside = (i < rows - row)[:, None]
         if not WHOLE:

@@ -1,12 +1,13 @@
-"""The gradients of weights whose rows or columns stop at the width: sums over tokens.
+"""The gradients of weights whose rows or columns end at the width, as split-K products: K is the tokens.
 
-A weight's gradient has few tiles and a long sum: DeiT-Base gives 72 tiles of 128 x 256, an H100 has 132
-multiprocessors, and at a small width most would idle. So the tokens are cut into as many parts as let the programs
-finish soonest, and each program sums tiles over parts: all tiles of a part run together, and share its rows in the
-L2 cache. (Cutting tiles and tokens into equal shares balances better, but its programs read different rows: 0.51 ms
-against 0.103 at half of DeiT-Base's width on an H100.) The sums go to a workspace in float32; a second kernel adds
-the parts of a tile in order, unpacks the rows or columns (packing.py) and writes zeros where nothing is kept. How the
-work is cut follows from the width and the device alone: results repeat to the bit, and no atomic operation is used.
+A weight's gradient has few tiles and a long sum: DeiT-Base has 72 tiles of 128 x 256, but an H100 has 132
+multiprocessors, most of which would idle at a small width. Therefore the tokens are split into parts, as many as make
+the last program finish earliest, and a work item is one tile summed over one part. All tiles of a part run at the
+same time, so that they share its rows in the L2 cache. (Stream-K, with an equal share of steps for every program,
+would balance better, but its programs read different rows at the same time: 0.51 ms against 0.103 ms on an H100 at
+half of DeiT-Base's width.) The partial sums go to a float32 workspace. A second kernel adds the parts of each tile in
+order, unpacks the rows or columns (packing.py) and writes zeros for coordinates that are not kept. The split depends
+on the shapes, the width and the device alone, and there are no atomics, so results are bitwise reproducible.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -35,8 +36,9 @@ from skd_kernels.gpu.tiles import (
     width_kernel,
 )
 
-FINISHED = 4096  # elements, a strip of a tile's rows, that one program of the second kernel writes
-# What a part costs beside its steps, in steps: the first loads, which nothing hides, and the sums' way to memory.
+FINISHED = 4096  # elements that one program of the second kernel writes: a strip of some rows of a tile
+# The fixed cost of a work item, in units of inner steps: its first loads, which nothing hides, and the store of its
+# partial sums.
 OVERHEAD = 20
 
 
@@ -44,7 +46,10 @@ OVERHEAD = 20
 def grid_of(
     keep, groups, rows, columns, PACKED: tl.constexpr, BY_ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """(row tiles of one part, row tiles, column tiles) of the kept rows or columns."""
+    """The numbers of tiles that cover what is kept: (row tiles of one group, all row tiles, column tiles).
+
+    Only the rows of a gated MLP's first weight have several groups that are tiled separately (not PACKED).
+    """
     size = groups * rounded(keep) if PACKED else keep
     if BY_ROWS:
         part_rows = tl.cdiv(size, M)
@@ -56,14 +61,14 @@ def grid_of(
 
 @triton.jit
 def splits(tiles, steps, programs, OVERHEAD: tl.constexpr):
-    """Into how many parts the sum is cut: what one wave of programs takes, or two waves if they end sooner."""
+    """The number of parts into which the tokens are split: as many as fill one wave of programs, or two if faster."""
     tiles = tl.maximum(tiles, 1)
     one = tl.minimum(tl.maximum(programs // tiles, 1), steps)
     two = tl.minimum(tl.maximum(2 * programs // tiles, 1), steps)
     end_of_one = tl.cdiv(tiles * one, programs) * (tl.cdiv(steps, one) + OVERHEAD)
     end_of_two = tl.cdiv(tiles * two, programs) * (tl.cdiv(steps, two) + OVERHEAD)
     best = tl.where(end_of_two < end_of_one, two, one)
-    return tl.cdiv(steps, tl.cdiv(steps, best))  # none is empty
+    return tl.cdiv(steps, tl.cdiv(steps, best))  # fewer where the last parts would be empty
 
 
 @width_kernel
@@ -92,9 +97,10 @@ def weight_gradient_kernel(
     PIECES: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """work (parts of the sum, tiles, BLOCK_M, BLOCK_N) = a^T b over the tokens of each part.
+    """work (parts, tiles, BLOCK_M, BLOCK_N) = a^T b, summed over the tokens of each part.
 
-    BY_ROWS: the width limits a's columns, otherwise b's; the other's are masked unless WHOLE.
+    BY_ROWS: the width limits the columns of a (rows of the result), otherwise those of b. The other operand is not
+    padded: its columns are masked unless WHOLE, which says that they fill whole tiles.
     """
     keep = read_width(width, full)
     part_rows, tall, across = grid_of(keep, groups, rows, columns, PACKED, BY_ROWS, BLOCK_M, BLOCK_N)
@@ -102,7 +108,8 @@ def weight_gradient_kernel(
     count = splits(tall * across, steps, tl.num_programs(0), OVERHEAD)
     share = tl.cdiv(steps, count)
     items = tall * across * count
-    # A flattened loop computes the first item even if there is none: nothing is divided by zero.
+    # A flattened loop computes the indices of its first item even if there is no item (width 0), and must not divide
+    # by zero.
     across = tl.maximum(across, 1)
     tiles = tl.maximum(tall * across, 1)
     part_rows = tl.maximum(part_rows, 1)
@@ -115,7 +122,8 @@ def weight_gradient_kernel(
         left = tile % across * BLOCK_N
         first = item // tiles * share
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # The last part may go on past the last token, where zeros are read: loops of one length become one loop.
+        # Every part has `share` steps, because loops can be flattened only if the inner one has a constant length.
+        # The last part may continue past the last token, where loads give zeros.
         for step in range(0, share):
             t = (first + step) * BLOCK_K
             a_tile = load_tile(a, t, top, tokens, rows, stride_a, BLOCK_K, BLOCK_M, WHOLE or BY_ROWS, DESCRIBED)
@@ -128,7 +136,11 @@ def weight_gradient_kernel(
 
 @triton.jit
 def store_sums(place, total, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr):
-    """Write a tile (HEIGHT, WIDTH) into rows of ROW elements, in PIECES of columns, to need less shared memory."""
+    """Store a tile (HEIGHT, WIDTH) as rows that are ROW elements apart.
+
+    The tile is stored in PIECES slices of columns, since a store changes the layout through shared memory, and a
+    slice takes less of it.
+    """
     if PIECES > 1:
         left, right = halves(total, HEIGHT, WIDTH)
         store_sums(place, left, HEIGHT, WIDTH // 2, ROW, PIECES // 2)
@@ -156,9 +168,9 @@ def finish_kernel(
     BLOCK_K: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """out (rows, columns) = the sum over the parts; zeros where a row or a column is not kept.
+    """out (rows, columns) = the sum over the parts, with zeros in rows or columns that are not kept.
 
-    Program (x, y) writes strip x of the rows, and columns y of BLOCK_N.
+    Program (x, y) writes the x-th strip of STRIP rows and the y-th block of BLOCK_N columns.
     """
     keep = read_width(width, full)
     part_rows, tall, across = grid_of(keep, groups, rows, columns, PACKED, BY_ROWS, BLOCK_M, BLOCK_N)
@@ -166,7 +178,7 @@ def finish_kernel(
     count = splits(tiles, tl.cdiv(tokens, BLOCK_K), programs, OVERHEAD)
     r = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Where the row and the column of each element lie in the workspace, and whether they do.
+    # Find each element's tile and its place within the tile in the workspace, and whether its coordinate is kept.
     group = (r if BY_ROWS else c) // full
     coordinate = (r if BY_ROWS else c) - group * full
     live = coordinate < keep
@@ -196,9 +208,10 @@ def finish_kernel(
 
 
 def weight_gradient_config(like: torch.Tensor, channels: int, columns: int, by_descriptor: bool) -> Config:
-    """On an H100 (prototypes, DeiT-Base): 0.103 and 0.064 ms at half and quarter width with 128 x 256.
+    """The configuration of the first kernel.
 
-    The prototype's loops over tiles and steps were not one, and it wrote the sums in one piece.
+    A prototype with tiles of 128 x 256 took 0.103 ms at half and 0.064 ms at a quarter of DeiT-Base's width on an
+    H100. Unlike this configuration, it did not flatten its loops, and stored a tile in one piece.
     """
     small = small_config(like, channels, by_descriptor)
     if small is not None:
@@ -218,11 +231,12 @@ def weight_gradient(
     *,
     by_rows: bool,
 ) -> torch.Tensor:
-    """out (R, C) = a^T b over the tokens, the kept rows or columns unpacked, exact zeros elsewhere.
+    """out (R, C) = a^T b, summed over the T tokens: kept rows or columns are unpacked, the others are exact zeros.
 
     Args:
-        a: (T, >= R), packed if `by_rows`. b: (T, >= C), packed otherwise.
-        by_rows: whether the width limits the rows of `out` or its columns.
+        a: (T, >= R), packed if `by_rows`.
+        b: (T, >= C), packed unless `by_rows`.
+        by_rows: whether the width limits the rows of `out`; otherwise it limits the columns.
     """
     tokens, (rows, columns) = a.shape[0], out.shape
     by_descriptor = described(a, b)
@@ -232,7 +246,7 @@ def weight_gradient(
     tiles = ceil_div(high, config.m) * ceil_div(wide, config.n)
     steps = ceil_div(tokens, config.k)
     programs = config.programs(a, tiles * steps)
-    # At most two turns of all programs.
+    # `splits` makes at most two items per program, or one item per tile where there are more tiles than that.
     work = uninitialised(a, max(tiles, min(2 * programs, tiles * steps)), config.m, config.n, dtype=torch.float32)
     even = columns % config.n == 0 if by_rows else rows % config.m == 0
     shapes: dict[str, Any] = {

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every buffer that an operation makes is born full of NaN, and float32 is float32."""
+    """Fill every buffer that an operation allocates with NaN, and forbid TF32."""
 
     def poison(make: Any) -> Any:
         def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -41,7 +41,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def launched() -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """The kernels that are started, and their arguments; a product's name is its epilogue's."""
+    """A list of the kernels that are started, with their arguments; a product has the name of its epilogue."""
     from skd_kernels.gpu.launch import watch
 
     found: list[tuple[str, dict[str, Any]]] = []
@@ -51,7 +51,7 @@ def launched() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 @pytest.fixture(scope="session")
 def largest_errors() -> Iterator[dict[str, list[float]]]:
-    """Where SKD_ERRORS names a file, the largest errors found go there, for a table: the kernels' and PyTorch's."""
+    """If SKD_ERRORS names a file, write the largest errors of the kernels and of PyTorch there, for a table."""
     found: dict[str, list[float]] = {}
     yield found
     if "SKD_ERRORS" in os.environ:

@@ -1,6 +1,6 @@
-"""The checks that every operation's kernels pass: on the CPU by the interpreter, on a GPU, or on both.
+"""The checks that every operation's kernels must pass: on the CPU by the interpreter, on a GPU, or on both.
 
-A file of tests says for its operation which `problems` these are, and has a class of its own for each set of checks.
+The test file of an operation derives a class from each set of checks, and names the problems to check as attributes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Cases = dict[str, list[tuple[Problem, Any]]]
 
 
 def check_alignment(name: str, arguments: dict[str, Any]) -> None:
-    """Tensors begin at multiples of 16 bytes, but for the width, on which no kernel is specialised."""
+    """Check that all tensors begin at multiples of 16 bytes, except the width, on which no kernel is specialised."""
     bases = {key: getattr(value, "base", value) for key, value in arguments.items() if key != "width"}
     tensors = {key: value for key, value in bases.items() if hasattr(value, "data_ptr")}
     assert not [key for key, tensor in tensors.items() if tensor.data_ptr() % 16], name
@@ -53,12 +53,12 @@ def with_gradients(problem: Problem) -> Tensors:
 
 @pytest.mark.usefixtures("poisoned")
 class Everywhere:
-    """On any device.
+    """Checks on any device.
 
     Attributes:
-        cases: by what they are for; each is compared with float64.
-        repeated: whose results repeat to the bit, and at which controls.
-        compiled: for each of these problems one graph serves all `controls`.
+        cases: problems by purpose; each is compared with float64.
+        repeated: a problem, and the controls at which its results must repeat to the bit.
+        compiled: problems; for each, one graph must serve all `controls`.
     """
 
     device: ClassVar[str] = "cpu"
@@ -135,12 +135,12 @@ class Everywhere:
 
 
 class Interpreted(Everywhere):
-    """Only without a GPU, since one would say the same.
+    """Checks without a GPU only, because the results on a GPU would be the same.
 
     Attributes:
-        small: as few programs as there can be, with half of the coordinates kept `at_half`.
-        large: of which the work is counted, at `large.full` and at a quarter of it.
-        tiled: with more tiles in every direction than the width `at_tiles` takes.
+        small: a problem with the fewest programs possible; the width `at_half` keeps half of its coordinates.
+        large: a problem whose work is counted, at `large.full` and at a quarter of it.
+        tiled: a problem with more tiles in every direction than the width `at_tiles` needs.
     """
 
     small: ClassVar[Masked]
@@ -333,11 +333,11 @@ class Interpreted(Everywhere):
 
 
 class OnGpu(Everywhere):
-    """Only on a GPU.
+    """Checks on a GPU only.
 
     Attributes:
-        replayed: whose graph of CUDA replays all `replays`.
-        asynchronous: a problem, and a control on the device, at which the host is never stopped.
+        replayed: a problem whose CUDA graph is replayed at all `replays`.
+        asynchronous: a problem, and a control on the device, for which the host must never wait for the device.
     """
 
     device = "cuda"

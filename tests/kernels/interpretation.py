@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 
 
 def run_interpreted(file: str) -> None:
-    """All tests of a file beside this one pass, and none is skipped. Triton reads TRITON_INTERPRET when imported."""
+    """Check that all tests of a file pass and none is skipped, in a process with TRITON_INTERPRET from the start."""
     triton = pytest.importorskip("triton")
     if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
         pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, not {numpy.__version__}")

@@ -1,4 +1,4 @@
-"""residual_norm as an operation to check: what its inputs are, and how it is called."""
+"""residual_norm as a problem for every_operation.py: what its inputs are, and how it is called."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def make_inputs(
     device: str = "cpu",
     width: int = 3,
 ) -> Inputs:
-    """All that residual_norm takes, or None for what is left out; `stream` is the dtype of all but the branch.
+    """All arguments of residual_norm, None for those left out; `stream` is the dtype of all but the branch.
 
-    Exactly representable in `dtype`, so that every precision computes on the same numbers. One image of several is
-    dropped. `width` is the branch's.
+    The numbers are exactly representable in `dtype`, so that every precision computes on the same ones. One image of
+    several is dropped. `width` is that of the branch.
     """
     images, _, channels = shape
     generator = torch.Generator().manual_seed(sum(shape))
@@ -54,8 +54,8 @@ def make_inputs(
 class Norm(Problem):
     """residual_norm.
 
-    What may change from call to call is the width of the branch, and which images are dropped: a control is a width,
-    or a vector of a width and, for each image, its factor in units of 0.625.
+    The width of the branch may change from call to call, and also which images are dropped. Therefore a control is a
+    width, or a vector of a width and, for each image, its factor in units of 0.625.
     """
 
     kind: str = "layer"

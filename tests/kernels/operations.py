@@ -1,6 +1,7 @@
 """The operations that have Triton kernels, and how each is compared with float64, on the CPU and on a GPU.
 
-An operation says what its inputs are, what a width keeps of them, and how it is called. All else is written once.
+A class for each operation says what its inputs are, which elements a width keeps, and how it is called. The
+comparison itself is written once, for all operations.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def in_double(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers, for the specification; None and integers as they are."""
+    """The tensors in float64, for the specification; None and integers are returned unchanged."""
     return {
         n: value.double() if value is not None and value.is_floating_point() else value for n, value in inputs.items()
     }
@@ -38,7 +39,7 @@ class Problem:
 
     Attributes:
         shape: of x, (B, N, C).
-        dtype: what is computed in.
+        dtype: the dtype in which the operation computes.
         mixed: parameters are float32 and autocast is on, as in training.
     """
 
@@ -66,7 +67,7 @@ class Problem:
         raise NotImplementedError
 
     def arguments(self, leaves: Tensors, control: Any) -> dict[str, Any]:
-        """Of the operation; `control` is what may change from call to call without another compilation."""
+        """The arguments of the operation; `control` may change from call to call without another compilation."""
         raise NotImplementedError
 
     def call(self, leaves: Tensors, control: Any, scores: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
@@ -84,7 +85,7 @@ class Problem:
         return None
 
     def kept(self, inputs: Tensors, control: Any) -> Tensors:
-        """For each input that stops at a width, which elements are kept."""
+        """For each input that ends at a width, which elements are kept."""
         return {}
 
     def logit(self, exact: Tensors, control: Any) -> float:
@@ -115,7 +116,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Masked(Problem):
-    """An operation that stops at a width, between a weight into its coordinates and one out of them."""
+    """An operation with a width, whose coordinates lie between an inward and an outward weight."""
 
     full: int = 0  # coordinates, F or D of every head
     bias: bool = True
@@ -126,12 +127,12 @@ class Masked(Problem):
 
     @property
     def groups(self) -> int:
-        """Of coordinates, in the weight out of them."""
+        """The number of groups of coordinates in the outward weight."""
         return 1
 
     @property
     def sets(self) -> int:
-        """Rows of the weight into the coordinates for each of them."""
+        """The number of rows of the inward weight for each coordinate."""
         return 1
 
     @property

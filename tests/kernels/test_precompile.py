@@ -59,7 +59,7 @@ def keys(launches: list[pretend.Wanted]) -> set[str]:
 
 
 def recorded() -> list[Launch]:
-    """The same by the host code on meta tensors."""
+    """The same launches, recorded by running the host code on meta tensors."""
     x, w1, b1, w2, b2 = (
         torch.empty(shape, dtype=torch.float16, device="meta")
         for shape in ((2, 5, 32), (48, 32), (48,), (32, 48), (32,))

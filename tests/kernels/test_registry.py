@@ -63,7 +63,7 @@ def attentions() -> Iterator[tuple[Inputs, dict[str, Any]]]:
 
 
 def norms() -> Iterator[tuple[Inputs, dict[str, Any]]]:
-    """Both kinds, with all that there is; without a branch, without parameters, without images; odd sizes."""
+    """Both kinds of norm, with all arguments; without a branch, without parameters, without images; odd sizes."""
     for kind in ("layer", "rms"):
         for batch, tokens, channels in ((2, 67, 24), (0, 5, 8), (3, 1, 13)):
             streams = {"x": (batch, tokens, channels), "branch": (batch, tokens, channels)}

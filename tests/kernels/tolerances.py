@@ -50,12 +50,12 @@ def kernel_tolerance(
 ) -> float:
     """Largest relative error (Frobenius norm) of a masked operation's kernels against the float64 reference.
 
-    Twice what PyTorch itself makes in the same precision, since both round the same intermediate results and differ
-    in the order of sums; and two roundings, for results that PyTorch happens to get exactly. The error of fewer than
-    64 `elements` is a matter of luck, PyTorch's too: eight roundings, one for each stage of the backward pass. In
-    float64 the reference has no better to be compared with: 1e-10, as for the statistics.
+    It is twice the error of PyTorch itself in the same precision, because both round the same intermediate results
+    and differ only in the order of sums, plus two roundings, for results that PyTorch happens to get exactly. The
+    error of fewer than 64 `elements` is a matter of luck, also for PyTorch: then it is eight roundings, one for each
+    stage of the backward pass. In float64 there is no better reference: 1e-10, as for the statistics.
 
-    What does not depend on PyTorch comes on top:
+    Two terms that do not depend on PyTorch are added:
 
     * The kernels add up an element's products one after the other, in float32 whatever the `dtype`, `terms` of them
       at most. Three such sums lie between an input and a gradient, and their errors add up like a random walk:
