@@ -56,14 +56,14 @@ Layer = Callable[..., torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor]  # images and labels
 SMALLEST = 0.125  # of the MACs, as METHOD's lists end
 LR, DECAY, SMOOTHING = 1e-6, 0.9999, 0.1
-WARM_UP = 5  # steps; `ours, graph` is timing.captured at the fourth
+WARM_UP = 5  # steps; `ours, graph` is captured at the fourth
 OURS, OURS_COMPILED, OURS_GRAPH, OURS_SCORES = "ours", "ours, compiled", "ours, graph", "ours, scores"
 # The masked layers of a network: attention and MLP.
 PLAIN_LAYERS = {
     PUBLISHED: (registry.attention_published, registry.mlp_published),
     SLICES: (registry.attention_slices, registry.mlp_slices),
 }
-FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is timing.captured for one entry
+FIXED = {SLICES: "slices, graph", COMPILED: "torch.compile, graph"}  # by what is captured for one entry
 RECIPE = skd.TrainConfig(
     mixup=0.0, cutmix=0.0, drop_path=0.0, lr=LR, warmup_epochs=0, smoothing=SMOOTHING, model_ema_warmup=False,
     model_ema_decay=DECAY,
@@ -255,7 +255,7 @@ class OwnStep(Step):
     def __call__(self, entry: int) -> None:
         self.step([(self.images, self.labels)], self._at(entry))
         if self.step.capture is not None and self.step.capture.failed:
-            raise RuntimeError("the step could not be timing.captured; a warning says why")
+            raise RuntimeError("the step could not be captured; a warning says why")
 
 
 def names(device: str) -> list[str]:
@@ -284,7 +284,7 @@ def replayed(step: Step, entry: int) -> Callable[[], object]:
     before = weight.clone()
     graph.replay()
     if torch.equal(before, weight):
-        raise RuntimeError("a replay of the timing.captured step leaves the weights as they were")
+        raise RuntimeError("a replay of the captured step leaves the weights as they were")
     return graph.replay
 
 

@@ -2,6 +2,11 @@
 
 import sys
 
-from skd.support.process import program
+try:
+    from skd.support.process import INTERRUPTED, program
 
-sys.exit(program())
+    status = program()
+except KeyboardInterrupt:  # in the moment before `program` listens
+    print("error: interrupted", file=sys.stderr)
+    status = INTERRUPTED
+sys.exit(status)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import random_batches, tiny_vit
 
-from benchmarks import op, result, steps, table, test_passes, test_steps
+from benchmarks import op, result, steps, table, test_passes, test_steps, timing
 from benchmarks import train_fashion_mnist as fashion_mnist
 from benchmarks import train_throughput as throughput
 from benchmarks.accuracy import compensation
@@ -164,9 +164,12 @@ def test_recorded(benchmark):
 @pytest.mark.parametrize(("seconds", "status"), [(1.09, 0), (1.11, 1), (0.5, 0)])
 def test_a_regression_of_recorded_times_is_found(tmp_path: Path, seconds: float, status: int) -> None:
     """By pytest-benchmark itself, whose clock repeats what contenders in turn took."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_suite.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command.append(str(tmp_path / "test_suite.py"))
     old = tmp_path / "old.json"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # As by hand, also where several processes run these tests: in those pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": str(ROOT)}
     for value, options in (
         (1.0, ["--benchmark-json", str(old)]),
         (seconds, ["--benchmark-compare", str(old), "--benchmark-compare-fail", "median:10%"]),
@@ -262,7 +265,7 @@ def test_a_captured_step_that_does_not_train_is_no_contender(monkeypatch: pytest
     def capture(call: Any, warm_up: int) -> Any:
         return SimpleNamespace(replay=call if trains else lambda: calls.append("nothing"))
 
-    monkeypatch.setattr(steps, "captured", capture)
+    monkeypatch.setattr(timing, "captured", capture)
     if trains:
         steps.replayed(step, 0)()
         return
@@ -403,7 +406,8 @@ def test_the_readme_of_the_benchmarks_names_every_command() -> None:
     """And no command that is not there."""
     text = (ROOT / "benchmarks" / "README.md").read_text()
     named = set(re.findall(r"python -m ([\w.]+)", text))
-    commands = {f"benchmarks.{path.stem}" for path in FILES if '__name__ == "__main__"' in path.read_text()}
+    starters = (path for path in FILES if '__name__ == "__main__"' in path.read_text())
+    commands = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in starters}
     assert named == commands - {"benchmarks.on_gpu"}  # run_on_gpu.sh starts it
     for path in re.findall(r"pytest (benchmarks/\S+\.py)", text):
         assert (ROOT / path).is_file(), path
