@@ -3,10 +3,10 @@
 import sys
 
 try:
-    from skd.support.process import INTERRUPTED, program
+    from skd.support.process import program
 
     status = program()
 except KeyboardInterrupt:  # in the moment before `program` listens
     print("error: interrupted", file=sys.stderr)
-    status = INTERRUPTED
+    status = 130  # what a shell reports of a process that Ctrl-C ended
 sys.exit(status)

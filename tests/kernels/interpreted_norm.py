@@ -31,25 +31,26 @@ def in_training(shape: tuple[int, int, int], kind: str, dtype: torch.dtype = tor
 
 
 class TestNorm(Everywhere):
-    repeated = Norm((3, 70, 72)), (3, 0)
-    compiled = tuple(in_training((2, 5, 24), kind, without=without) for kind in KINDS for without in ((), FIRST))
+    repeated = Norm((2, 25, 72)), (3, 0)
+    compiled = in_training((2, 5, 24), "layer"), in_training((2, 5, 24), "rms", without=FIRST)
     controls = (3, 0)
     cases: ClassVar[Cases] = {
         # 192 channels fill three quarters of the tile; 150 rows are several turns of a program, the last cut short.
         "everything at once": [
-            *((Norm((3, 50, 192), kind=kind, dtype=dtype), None) for kind in KINDS for dtype in DTYPES),
-            *((in_training((3, 50, 192), kind, dtype), None) for kind in KINDS for dtype in DTYPES[1:]),
+            (Norm((3, 50, 192)), None),
+            *((Norm((1, 9, 192), kind=kind, dtype=dtype), None) for kind in KINDS for dtype in DTYPES),
+            *((in_training((1, 9, 192), kind, dtype), None) for kind in KINDS for dtype in DTYPES[1:]),
         ],
         "whatever is left out": [
             (Norm((2, 4, 72), kind=kind, without=without), None)
-            for count in range(1, len(OPTIONAL) + 1)
+            for count in (1, 2, len(OPTIONAL))
             for without in itertools.combinations(OPTIONAL, count)
             for kind in KINDS
             if "branch" not in without or set(OF_A_BRANCH) <= set(without)
         ],
         "any number of channels": [
             (problem, None)
-            for channels in (13, 16, 45, 128, 130, 257, 768, 1152, 2048, 2500, 4096)
+            for channels in (13, 130, 2500, 4096)
             for kind in KINDS
             for problem in (
                 Norm((2, 3, channels), kind=kind),
@@ -58,7 +59,7 @@ class TestNorm(Everywhere):
         ],
         "any number of tokens": [
             (problem, None)
-            for images, tokens in ((1, 1), (1, 2), (5, 1), (1, 97), (7, 31))
+            for images, tokens in ((1, 1), (5, 1), (3, 11))
             for kind in KINDS
             for problem in (
                 Norm((images, tokens, 24), kind=kind),
@@ -193,7 +194,7 @@ def test_the_second_stage_takes_several_turns() -> None:
     torch.testing.assert_close(found, sums.sum(1))
 
 
-@pytest.mark.parametrize("count", range(1, len(NAMES)))
+@pytest.mark.parametrize("count", [1, 2, len(NAMES) - 1])
 def test_only_what_is_asked_for_is_computed(count: int, launched: list[tuple[str, Any]]) -> None:
     inputs, grads = make_inputs((2, 5, 24)), grads_of((2, 5, 24))
     everything = results("triton", inputs, "layer", grads)
