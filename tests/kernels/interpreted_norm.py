@@ -43,7 +43,7 @@ class TestNorm(Everywhere):
         ],
         "whatever is left out": [
             (Norm((2, 4, 72), kind=kind, without=without), None)
-            for count in (1, 2, len(OPTIONAL))
+            for count in (1, len(OPTIONAL))
             for without in itertools.combinations(OPTIONAL, count)
             for kind in KINDS
             if "branch" not in without or set(OF_A_BRANCH) <= set(without)

@@ -124,6 +124,7 @@ def prebuilt_folder(place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_the_whole_script_rehearses_on_a_cpu(tmp_path: Path) -> None:
     """Every part, with a prebuilt folder, and results of each."""
     pytest.importorskip("timm")
