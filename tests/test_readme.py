@@ -70,7 +70,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+# One of each class of timm's; the others are run by hand.
+QUICK = ("constructor", "timm name", "eva02_base_patch14_224", "beit_base_patch16_224")
+CASES = [
+    pytest.param(make, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, make in MODELS.items()
+]
+
+
+@pytest.mark.parametrize("build", CASES)
 def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
     batches = random_batches(dtype=torch.float32)
     supernet = skd.convert(build(), batches)
