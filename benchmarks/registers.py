@@ -103,17 +103,12 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     return Resources(registers, stack, local, compiled.metadata.shared, 32 * launch.num_warps, launch.resident)
 
 
-def name_in_profiles(launch: Launch) -> str:
-    """The name of the compiled kernel, which includes a product's epilogue."""
-    epilogue = launch.constants.get("EPILOGUE")
-    return launch.name if epilogue is None else f"product_{epilogue}"
-
-
 def row(launch: Launch, architecture: int, resources: Resources) -> dict[str, JSON]:
     """The cells of the table, by its columns."""
     blocks = "x".join(str(value) for name, value in launch.constants.items() if name.startswith("BLOCK"))
     return {
-        "kernel": name_in_profiles(launch),
+        # As profilers name it, without the module: a product's name includes its epilogue.
+        "kernel": launch.kernel.repr(launch).rpartition(".")[2],
         "example": launch.label,
         "target": f"sm_{architecture}",
         "tile": blocks,

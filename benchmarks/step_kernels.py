@@ -125,7 +125,8 @@ def filled(finish: Arguments) -> int:
     steps = ceil_div(number["tokens"], number["BLOCK_K"])
     one, two = (min(max(turns * programs // tiles, 1), steps) for turns in (1, 2))
     ends = [ceil_div(tiles * cut, programs) * (ceil_div(steps, cut) + number["OVERHEAD"]) for cut in (one, two)]
-    return tiles * (two if ends[1] < ends[0] else one) * m * n * torch.float32.itemsize
+    parts = ceil_div(steps, ceil_div(steps, two if ends[1] < ends[0] else one))
+    return tiles * parts * m * n * torch.float32.itemsize
 
 
 def replaced(operation: Operation, old: int, new: int) -> Operation:

@@ -196,7 +196,7 @@ def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) 
         if isinstance(width, bool) or not isinstance(width, numbers.Integral) or not 0 <= width <= full:
             raise ValueError(f"keep has {width!r} for {name}; it must be a width in 0..{full}")
         if width and known[name].binary:
-            least[name] = full  # a binary module
+            least[name] = full  # the module is kept whole or not at all
     return {name: int(width) for name, width in least.items()}
 
 

@@ -289,7 +289,7 @@ def masked_attention_triton(
     queries: int | None,
 ) -> torch.Tensor:
     """skd_kernels/gpu: the width is read on the device, so one graph and one compilation serve every width."""
-    (x,) = cast_as_linear(x)
+    x = cast_as_linear(x)
     assert scale is not None  # an empty head is refused
     kept = device_width(width, x.device)
     out: torch.Tensor

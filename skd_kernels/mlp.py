@@ -141,7 +141,7 @@ def masked_mlp_triton(
     scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """skd_kernels/gpu: the width is read on the device, so one graph and one compilation serve every width."""
-    (x,) = cast_as_linear(x)
+    x = cast_as_linear(x)
     # Slopes are kept only for the gradients that pass through the activation.
     inputs = (x, w1, b1)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)

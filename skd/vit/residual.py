@@ -129,10 +129,12 @@ class Addition(NamedTuple):
             width: the width at which the branch was computed. Bias and branch are added only if it is above 0. It is
                 not needed for a branch that includes its bias, because that is zeros at width 0.
         """
-        given = None if bias is None else {"branch_bias": bias}
-        if given is not None and isinstance(width, torch.Tensor):
-            given["branch_width"] = width
-        return _summed(x, branch, self.norm, scale=self.scale, mask=self.mask, **given or {})
+        of_branch = {"scale": self.scale, "mask": self.mask}
+        if bias is not None:
+            of_branch["branch_bias"] = bias
+            if isinstance(width, torch.Tensor):
+                of_branch["branch_width"] = width
+        return _summed(x, branch, self.norm, **of_branch)
 
 
 def add(x: torch.Tensor, branch: torch.Tensor, scale: TimmLayer, drop_path: TimmLayer) -> Stream:

@@ -15,7 +15,10 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def padded(size: int) -> int:
-    """The row length of our own buffers: a multiple of every tile, so that no tile crosses the end of a row."""
+    """The row length of our own buffers: no tile that is read through pointers crosses the end of a row.
+
+    Tiles of 256 columns may, which only descriptors read and write: they clip them.
+    """
     return ceil_div(size, PAD) * PAD
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any
 
 import torch
 
@@ -56,11 +55,9 @@ def refuses_tensors(dtypes: tuple[torch.dtype, ...], *tensors: TensorSpec | None
     return None
 
 
-def cast_as_linear(*tensors: torch.Tensor | None) -> list[Any]:
-    """The tensors, cast as ``F.linear`` casts its arguments: under autocast to its dtype, except for float64."""
-    return [
-        None if tensor is None else tensor.to(after_autocast(tensor.dtype, tensor.device.type)) for tensor in tensors
-    ]
+def cast_as_linear(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, cast as ``F.linear`` casts its arguments: under autocast to its dtype, except for float64."""
+    return tensor.to(after_autocast(tensor.dtype, tensor.device.type))
 
 
 def after_autocast(dtype: torch.dtype, device: str) -> torch.dtype:

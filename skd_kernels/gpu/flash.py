@@ -100,6 +100,18 @@ def store_tail(base, size, first, tokens, stride, ROWS: tl.constexpr):
 
 
 @triton.jit
+def owned_block(keep, tokens, heads, ROWS: tl.constexpr):
+    """Which tokens of which head a program owns, as (pitch, blocks, block, pair, image, head).
+
+    A packed head has `pitch` columns. A sequence has `blocks` blocks of ROWS tokens, and the program owns `block` of
+    them. Its head is `head` of `image`, or `pair` if the heads of all images are counted through.
+    """
+    blocks = tl.cdiv(tokens, ROWS)
+    pair = tl.program_id(0) // blocks
+    return rounded(keep), blocks, tl.program_id(0) % blocks, pair, (pair // heads).to(tl.int64), pair % heads
+
+
+@triton.jit
 def forward_body(
     qkv,
     out,
@@ -115,12 +127,8 @@ def forward_body(
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = rounded(keep)
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    first = tl.program_id(0) % blocks * BLOCK_M
-    pair = tl.program_id(0) // blocks
-    image = (pair // heads).to(tl.int64)
-    head = pair % heads
+    pitch, _, block, pair, image, head = owned_block(keep, tokens, heads, BLOCK_M)
+    first = block * BLOCK_M
     inner = heads * pitch
     query = qkv + image * tokens * stride_qkv + head * pitch
     key = query + inner

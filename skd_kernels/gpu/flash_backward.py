@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from skd_kernels.gpu.flash import Blocks, largest_tile, load_tokens, store_tail, store_tokens
+from skd_kernels.gpu.flash import Blocks, largest_tile, load_tokens, owned_block, store_tail, store_tokens
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
+from skd_kernels.gpu.tiles import precision, read_width, width_kernel
 
 
 def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
@@ -77,13 +77,8 @@ def queries_body(
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = rounded(keep)
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    block = tl.program_id(0) % blocks
+    pitch, blocks, block, pair, image, head = owned_block(keep, tokens, heads, BLOCK_M)
     first = block * BLOCK_M
-    pair = tl.program_id(0) // blocks
-    image = (pair // heads).to(tl.int64)
-    head = pair % heads
     inner = heads * pitch
     query = image * tokens * stride_qkv + head * pitch
     key = qkv + query + inner
@@ -134,13 +129,8 @@ def keys_body(
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch = rounded(keep)
-    blocks = tl.cdiv(tokens, BLOCK_M)
-    block = tl.program_id(0) % blocks
+    pitch, blocks, block, pair, image, head = owned_block(keep, tokens, heads, BLOCK_M)
     first = block * BLOCK_M
-    pair = tl.program_id(0) // blocks
-    image = (pair // heads).to(tl.int64)
-    head = pair % heads
     inner = heads * pitch
     query = qkv + image * tokens * stride_qkv + head * pitch
     key = image * tokens * stride_qkv + inner + head * pitch

@@ -31,11 +31,12 @@ import triton.language as tl
 from skd_kernels.gpu.activations import in_kernel
 from skd_kernels.gpu.buffers import ceil_div
 from skd_kernels.gpu.epilogues import finish
-from skd_kernels.gpu.launch import device_of, launch
+from skd_kernels.gpu.launch import launch
 from skd_kernels.gpu.tiles import (
     Config,
     described,
     inner_step,
+    large_tiles_fit,
     load_tile,
     operand,
     precision,
@@ -168,7 +169,7 @@ def linear_config(like: torch.Tensor, channels: int, columns: int, depth: int, b
     if small is not None:
         return small
     step = inner_step(like)
-    if by_descriptor and device_of(like).architecture < 120:
+    if large_tiles_fit(like, by_descriptor):
         if depth <= 384:  # few steps: two resident programs overlap one's product with the other's epilogue
             return Config(128, 128 if columns > 64 else 64, step, warps=4, stages=3, resident=2, pieces=2)
         if columns % 256 == 0 or columns > 1024:
@@ -188,8 +189,7 @@ def activate_config(like: torch.Tensor, channels: int, gated: bool, by_descripto
     small = small_config(like, channels, by_descriptor)
     if small is not None:
         return replace(small, n=32, stages=min(small.stages, 2)) if gated else small
-    # Addresses of pointers take registers, and sm_120 has 99 KiB of shared memory: there one program fits.
-    resident = 2 if by_descriptor and device_of(like).architecture < 120 else 1
+    resident = 2 if large_tiles_fit(like, by_descriptor) else 1
     if gated:
         return Config(128, 64, inner_step(like), warps=8, stages=3, resident=resident, pieces=2)
     return Config(128, 128, inner_step(like), warps=8, stages=3, resident=resident, pieces=4, flatten=True)
@@ -206,7 +206,7 @@ def gradient_config(like: torch.Tensor, channels: int, gated: bool, by_descripto
     small = small_config(like, channels, by_descriptor)
     if small is not None:
         return replace(small, m=min(small.m, 64), n=n, registers=255)
-    fits = by_descriptor and device_of(like).architecture < 120
+    fits = large_tiles_fit(like, by_descriptor)
     return Config(128, n, inner_step(like), warps=4 if fits else 8, stages=3, resident=2 if fits else 1, pieces=2)
 
 

@@ -103,6 +103,14 @@ def described(*matrices: torch.Tensor | None) -> bool:
     return even and device_of(there[0]).has_descriptors
 
 
+def large_tiles_fit(like: torch.Tensor, by_descriptor: bool) -> bool:
+    """Whether a program has room for the largest tiles, or a multiprocessor for two programs with large ones.
+
+    Addresses of pointers take registers that descriptors leave free, and sm_120 has only 99 KiB of shared memory.
+    """
+    return by_descriptor and device_of(like).architecture < 120
+
+
 def operand(matrix: torch.Tensor | None, rows: int, columns: int, by_descriptor: bool) -> Any:
     """The argument for a kernel that reads or writes `matrix` in tiles of rows x columns: a descriptor or a tensor.
 

@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 
 from skd_kernels.gpu.buffers import ceil_div, uninitialised
-from skd_kernels.gpu.launch import device_of, launch
+from skd_kernels.gpu.launch import launch
 from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import (
     Config,
     described,
     halves,
     inner_step,
+    large_tiles_fit,
     load_tile,
     operand,
     precision,
@@ -216,8 +217,7 @@ def weight_gradient_config(like: torch.Tensor, channels: int, columns: int, by_d
     small = small_config(like, channels, by_descriptor)
     if small is not None:
         return small
-    wide = by_descriptor and device_of(like).architecture < 120 and columns > 128
-    if wide:
+    if columns > 128 and large_tiles_fit(like, by_descriptor):
         return Config(128, 256, inner_step(like), warps=8, stages=3, pieces=4, flatten=True)
     return Config(128, 128, inner_step(like), warps=8, stages=3)
 
