@@ -18,7 +18,9 @@ def test_a_cpu_is_warned() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"grad_accum_steps": 2}, {"importance": "online", "progressive_epochs": 3}], ids=str
+    "changes",
+    [{}, {"grad_accum_steps": 2}, {"importance": "online", "progressive_epochs": 3}, {"kd_teacher": "both"}],
+    ids=str,
 )
 def test_one_compilation_for_all_entries(changes: dict) -> None:
     settings = {"mixup": 0.0, "cutmix": 0.0, "model_ema": False, **changes}
@@ -27,8 +29,10 @@ def test_one_compilation_for_all_entries(changes: dict) -> None:
     torch._dynamo.reset()
     counters.clear()
     found = run_training(compiled, training_config(torchcompile=True, **settings))
-    # One with scores, while the list grows, and one without.
-    assert counters["stats"]["unique_graphs"] == (2 if "importance" in changes else 1)
+    # One with scores, while the list grows, and one without; one of each teacher.
+    assert counters["stats"]["unique_graphs"] == (
+        2 if "importance" in changes else 3 if "kd_teacher" in changes else 1
+    )
     assert not counters["graph_break"]
     assert len(compiled.dropout_list) > 2
     assert_close(compiled.state_dict(), plain.state_dict(), 1e-9)

@@ -43,6 +43,7 @@ def assert_same(found, expected):
         {"clip_grad": 0.1},
         {"sched_on_updates": True},
         {"model_ema": False},
+        {"kd_teacher": "both"},  # another entry in every step, and another list
         {"model_ema_warmup": True},  # another decay in every step: the kept weights are the average
     ],
     ids=str,

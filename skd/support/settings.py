@@ -20,6 +20,8 @@ _Value = TypeVar("_Value")
 
 DECAYS = ("published", "expected")
 IMPORTANCE = ("passes", "online")
+KD_TEACHERS = ("original", "larger", "both")
+SAMPLINGS = ("uniform", "small", "sandwich")  # of the entries that are trained
 AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 CONVENTIONS = ("full", "linear")  # how MACs are counted
@@ -82,7 +84,7 @@ class OptimizerSettings:
         name: `opt`.
         peak_lr: `lr`, or the value computed from `lr_base`.
         eps: `opt_eps`.
-        weight_decay, decay, clip_grad: as in `TrainConfig`.
+        weight_decay, decay, clip_grad, entry_sampling: as in `TrainConfig`.
     """
 
     name: str
@@ -91,6 +93,7 @@ class OptimizerSettings:
     weight_decay: float
     decay: str
     clip_grad: float | None
+    entry_sampling: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,22 @@ class AverageSettings:
 
     decay: float
     warmup: bool
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Who teaches the sub-networks, and how much: `TrainConfig.distillation`.
+
+    Attributes:
+        original, larger: whether each of these is a teacher.
+        temperature: `kd_temperature`.
+        task_share: `task_loss_weight`.
+    """
+
+    original: bool
+    larger: bool
+    temperature: float
+    task_share: float
 
 
 def _option(default: _Value, help: str, **metadata: object) -> _Value:
@@ -195,6 +214,18 @@ class TrainConfig:
         "weights (DeiT: no)",
     )
 
+    # Distillation
+    kd_teacher: str | None = _option(
+        None,
+        "whose predictions each sub-network is also trained on: 'original': the network before the first step, "
+        "frozen; 'larger': the next larger entry of the dropout list, at the present weights; 'both'; unset: none "
+        "(paper: none)",
+    )
+    kd_temperature: float = _option(2.0, "temperature that softens both predictions (paper: no distillation)")
+    task_loss_weight: float = _option(
+        0.5, "with a teacher, the share of the loss that is of the labels, the rest is the teacher's (paper: 1)"
+    )
+
     # Augmentation, of the loaders that skd makes (`skd.data.loaders`)
     scale: tuple[float, float] = _option(Augmentation.scale, "area of the random crop (DeiT: 0.08 1.0)")
     ratio: tuple[float, float] = _option(Augmentation.ratio, "aspect ratio of the random crop (DeiT: 3/4 4/3)")
@@ -222,6 +253,11 @@ class TrainConfig:
         "passes",
         "'passes': measured before each epoch that grows the list, on calibration images (paper); 'online': after "
         "the first, followed from the training steps themselves (planner 'paper' only)",
+    )
+    entry_sampling: str = _option(
+        "uniform",
+        "how a step's entry of the dropout list is drawn: 'uniform' (paper); 'small': in inverse proportion to its "
+        "MACs; 'sandwich': the full network, the smallest and one at random take turns",
     )
     calibration_images: int = _option(1024, "un-augmented training images that importance is measured on (1024)")
     convention: str = _option("full", "how planning counts MACs: 'full' or 'linear' (paper: linear)")
@@ -274,7 +310,15 @@ class TrainConfig:
 
     @property
     def optimizer(self) -> OptimizerSettings:
-        return OptimizerSettings(self.opt, self.peak_lr, self.opt_eps, self.weight_decay, self.decay, self.clip_grad)
+        return OptimizerSettings(
+            name=self.opt,
+            peak_lr=self.peak_lr,
+            eps=self.opt_eps,
+            weight_decay=self.weight_decay,
+            decay=self.decay,
+            clip_grad=self.clip_grad,
+            entry_sampling=self.entry_sampling,
+        )
 
     @property
     def schedule(self) -> ScheduleSettings:
@@ -290,6 +334,14 @@ class TrainConfig:
     def average(self) -> AverageSettings | None:
         """The settings of the moving average of the weights, or None without one."""
         return AverageSettings(self.model_ema_decay, self.model_ema_warmup) if self.model_ema else None
+
+    @property
+    def distillation(self) -> DistillationSettings | None:
+        """The settings of the distillation, or None without a teacher."""
+        if self.kd_teacher is None:
+            return None
+        original, larger = self.kd_teacher in ("original", "both"), self.kd_teacher in ("larger", "both")
+        return DistillationSettings(original, larger, self.kd_temperature, self.task_loss_weight)
 
     def changed(self, **changes: Any) -> TrainConfig:
         """A copy with some fields changed.
@@ -386,14 +438,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v >= 1,
         "at least 1",
     ),
-    ("lr lr_base clip_grad opt_eps", lambda v: v > 0, "positive"),
+    ("lr lr_base clip_grad opt_eps kd_temperature", lambda v: v > 0, "positive"),
     (
         "min_lr warmup_epochs warmup_lr weight_decay mixup cutmix color_jitter progressive_epochs checkpoint_steps "
         "workers",
         lambda v: v >= 0,
         "at least 0",
     ),
-    ("drop_path model_ema_decay smoothing", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("drop_path model_ema_decay smoothing task_loss_weight", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("mixup_prob mixup_switch_prob hflip vflip reprob", lambda v: 0 <= v <= 1, "from 0 to 1"),
     ("target", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("expected_top1", lambda v: 0 <= v <= 100, "from 0 to 100"),
@@ -403,6 +455,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("decay", lambda v: v in DECAYS, f"one of {DECAYS}"),
     ("amp_dtype", lambda v: v in AMP_DTYPES, f"one of {AMP_DTYPES}"),
     ("importance", lambda v: v in IMPORTANCE, f"one of {IMPORTANCE}"),
+    ("kd_teacher", lambda v: v in KD_TEACHERS, f"one of {KD_TEACHERS}"),
+    ("entry_sampling", lambda v: v in SAMPLINGS, f"one of {SAMPLINGS}"),
     ("bad_images", lambda v: v in BAD_IMAGES, f"one of {BAD_IMAGES}"),
     ("convention", lambda v: v in CONVENTIONS, f"one of {CONVENTIONS}"),
 )

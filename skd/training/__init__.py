@@ -12,6 +12,8 @@ state.py        all that a step reads and writes; what speaks against a CUDA gra
 capture.py      any function of tensors as a CUDA graph
 average.py      the moving average of the weights
 mixing.py       Mixup, CutMix and the loss
+drawing.py      which entry a step trains
+distillation.py teachers: the frozen original, the next larger entry
 dropping.py     stochastic depth with counted masks
 decay.py        weight decay by inclusion probability
 optimizer.py    the optimizer and the schedule, by timm's names

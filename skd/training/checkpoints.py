@@ -1,8 +1,9 @@
 """Checkpoints of a training run: safetensors files that appear whole or not at all; nothing is pickled.
 
-Tensors: "model.*" and "ema.*" with timm's names, "optimizer.STATE.*" per parameter. The JSON under the metadata key
-"skd-checkpoint" has everything else: the position of the run, its settings, dropout list and history. No states of
-random generators are saved, because random numbers depend only on the seed and on counters (`skd.data.counted`).
+Tensors: "model.*", "ema.*" and "teacher.*" with timm's names, "optimizer.STATE.*" per parameter. The JSON under the
+metadata key "skd-checkpoint" has everything else: the position of the run, its settings, dropout list and history. No
+states of random generators are saved, because random numbers depend only on the seed and on counters
+(`skd.data.counted`).
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ from torch import nn
 
 from skd.dropout_list import DropoutList
 from skd.supernet import SuperNet
+from skd.training.drawing import frequencies
 from skd.vit import Module
 
 
-def inclusion(dropout_list: DropoutList, module: int, full_width: int) -> np.ndarray:
-    """P, (full_width,): the share of entries that include each coordinate of one module."""
-    widths = dropout_list.widths[:, module]
-    return (np.arange(full_width)[:, None] < widths[None, :]).mean(1)
+def inclusion(dropout_list: DropoutList, module: int, full_width: int, sampling: str = "uniform") -> np.ndarray:
+    """P, (full_width,): the share of steps whose entry includes each coordinate of one module."""
+    included = np.arange(full_width)[:, None] < dropout_list.widths[None, :, module]
+    return np.average(included, axis=1, weights=frequencies(dropout_list, sampling))
 
 
 class ExpectedDecay:
@@ -26,8 +27,19 @@ class ExpectedDecay:
     gradients, so their weights shrink.
     """
 
-    def __init__(self, supernet: SuperNet, parameters: Sequence[torch.Tensor], weight_decay: float) -> None:
+    def __init__(
+        self,
+        supernet: SuperNet,
+        parameters: Sequence[torch.Tensor],
+        weight_decay: float,
+        sampling: str = "uniform",
+    ) -> None:
+        """
+        Args:
+            sampling: how entries are drawn; see `skd.training.drawing`.
+        """
         self.supernet, self.parameters, self.weight_decay = supernet, list(parameters), weight_decay
+        self.sampling = sampling
         self.update()
 
     def update(self) -> None:
@@ -35,7 +47,7 @@ class ExpectedDecay:
         shares: dict[int, torch.Tensor] = {}
         for index, info in enumerate(self.supernet.infos):
             if info.full_width:
-                own = inclusion(self.supernet.dropout_list, index, info.full_width)
+                own = inclusion(self.supernet.dropout_list, index, info.full_width, self.sampling)
                 shares |= _by_parameter(self.supernet.model, info, torch.from_numpy(own))
         one = torch.ones(())
         self.shares = [shares.get(id(p), one).to(p.device, p.dtype) for p in self.parameters]

@@ -204,7 +204,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _state_bytes(state: StepState) -> int:
-    """The bytes that do not depend on the batch: weights, gradients, optimizer state and average."""
+    """The bytes that do not depend on the batch: weights, gradients, optimizer state, average and teacher."""
     weights = sum(p.numel() * p.element_size() for p in state.supernet.parameters())
     of_optimizer = sum(
         value.numel() * value.element_size()
@@ -212,7 +212,8 @@ def _state_bytes(state: StepState) -> int:
         for value in values.values()
         if isinstance(value, torch.Tensor)
     )
-    return 2 * weights + of_optimizer + (weights if state.average is not None else 0)
+    copies = [state.average, state.teacher.original if state.teacher is not None else None]
+    return 2 * weights + of_optimizer + weights * sum(copy is not None for copy in copies)
 
 
 def _print(console: Console, document: DryRun, config: TrainConfig) -> None:
@@ -227,7 +228,7 @@ def _print(console: Console, document: DryRun, config: TrainConfig) -> None:
         ("two steps", f"full network, {_measured(first)}; {_measured(second)}"),
         ("time per step", f"{document['seconds_per_step']:.2f} s for {config.batch_size} images{scaled}"),
         ("memory", f"{document['peak_bytes'] / 1e9:.1f} GB at its peak, with {part} images at a time{scaled}"),
-        ("", f"of it {document['state_bytes'] / 1e9:.2f} GB weights, gradients, optimizer state and average"),
+        ("", f"of it {document['state_bytes'] / 1e9:.2f} GB weights, gradients, optimizer state, average, teacher"),
         ("training images", f"{document['images']:,}{assumed}"),
         ("steps", f"{document['steps_per_epoch']:,} per epoch, {config.epochs} epochs"),
         ("time per epoch", f"{_duration(document['seconds_per_epoch'])} at this step's pace, training alone"),

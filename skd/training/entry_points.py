@@ -42,7 +42,7 @@ def train(
     """Train a super-network by progressive importance-aware dropout (PIAD, METHOD 2), in place.
 
     In each of the first epochs importance is measured on the calibration images and the dropout list grows; every
-    step draws one of its entries uniformly, the last included, and trains that sub-network.
+    step draws one of its entries (by default uniformly, the last included) and trains that sub-network.
 
     Args:
         supernet: from `skd.convert`. Its corrections (`skd.compensate`) are dropped first, since they belong to its
@@ -126,6 +126,8 @@ def finetune(
         raise ValueError(
             f"progressive_epochs is {config.growing_epochs}; a plain model has nothing to drop: set it to 0"
         )
+    if config.kd_teacher in ("larger", "both"):
+        raise ValueError(f"kd_teacher is {config.kd_teacher!r}; a plain model has no larger entry: use 'original'")
     _check(supernet, train_loader, val_loader, config, None, resume, group)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)

@@ -34,7 +34,7 @@ class Epoch(Mapping[str, Any]):
         epoch: from 0.
         step: optimizer steps so far.
         lr: learning rate of the last step.
-        loss: mean over the steps.
+        loss: mean over the steps; with a teacher, that of the labels and the teacher in their shares.
         images: that were trained on.
         entries: length of the dropout list.
         macs_fraction: of the smallest entry.

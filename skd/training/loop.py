@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from skd.data.counted import generator
 from skd.support.ranks import StopAll, in_step
 from skd.support.taps import checked_batch
 from skd.training.batches import start_epoch
+from skd.training.drawing import draw
 from skd.training.dropping import drop_paths
 from skd.training.evaluation import evaluate_epoch, measure_original
 from skd.training.growing import grow
@@ -141,8 +141,8 @@ def _checked(run: Run, number: int, part: object) -> LabelledBatch:
 
 
 def _one_step(run: Run, batch: list[LabelledBatch]) -> None:
-    """Train the entry that this step draws, uniformly from the list, the last one included; and log it."""
-    entry = int(generator(run.config.seed, "entry", run.step).integers(len(run.supernet.dropout_list)))
+    """Train the entry that this step draws, and log it."""
+    entry = draw(run.supernet.dropout_list, run.config.entry_sampling, run.config.seed, run.step)
     start = _now(run.state.device)
     loss = run.stepper(batch, entry)
     run.finite &= torch.isfinite(loss)

@@ -16,7 +16,8 @@ class OnlineImportance:
     """Sums of |x g| (METHOD 2, step 2) over the steps since the dropout list last grew.
 
     Such sums have to be divided by the probability that a step includes the coordinate. Here it is 1, because only
-    the coordinates of the last entry are read, and in a nested list every entry includes them. Sensitivity is not
+    the coordinates of the last entry are read, and in a nested list every entry includes them, however entries are
+    drawn. Sensitivity is not
     measured by skipping modules; the module's share of all scores, summed over its heads, takes its place.
 
     Attributes:

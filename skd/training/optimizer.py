@@ -38,7 +38,7 @@ def make_optimizer(
     if settings.decay == "expected":
         decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
         groups = [group | {"weight_decay": 0.0} for group in groups]
-        decay = ExpectedDecay(supernet, decayed, settings.weight_decay)
+        decay = ExpectedDecay(supernet, decayed, settings.weight_decay, settings.entry_sampling)
     fused = {"fused": True} if settings.name == "adamw" else {}  # one kernel; others have none
     try:
         optimizer = create_optimizer_v2(

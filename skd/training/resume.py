@@ -63,6 +63,8 @@ def put_away(run: Run) -> tuple[Tensors, Header]:
     tensors = {f"model.{name}": tensor for name, tensor in run.supernet.state_dict().items()}
     if state.average is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in state.average.module.state_dict().items()}
+    if state.teacher is not None:
+        tensors |= {f"teacher.{name}": tensor for name, tensor in state.teacher.state().items()}
     if run.online is not None:
         tensors |= {f"scores.{name}": tensor for name, tensor in run.online.state().items()}
     of_optimizer, numbers = optimizer_tensors(state.optimizer, state.names)
@@ -102,6 +104,8 @@ def take_up(run: Run, tensors: Tensors, header: Header) -> None:
         run.supernet.load_state_dict(_part(tensors, "model."))
         if state.average is not None:
             state.average.module.load_state_dict(_part(tensors, "ema."))
+        if state.teacher is not None:
+            state.teacher.load_state(_part(tensors, "teacher."))
         restore_optimizer(state.optimizer, state.names, tensors, numbers)
         dropout_list = DropoutList.from_json(header["dropout_list"])
         run.supernet.dropout_list = dropout_list

@@ -14,6 +14,7 @@ from skd.support.ranks import check_same, rank_of, size_of
 from skd.support.settings import TrainConfig
 from skd.training.average import Average, has_bfloat16
 from skd.training.decay import ExpectedDecay
+from skd.training.distillation import Teacher
 from skd.training.dropping import DropPaths
 from skd.training.mixing import Mixing
 from skd.training.optimizer import make_optimizer
@@ -33,6 +34,7 @@ class StepState:
         average: of the weights; None: the weights themselves are evaluated and saved.
         scaler: of the loss, in float16; otherwise it does nothing.
         decay: where weight decay follows the dropout list; None: the optimizer does it.
+        teacher: whose predictions are learned besides the labels; None: nobody's.
         precision: of autocast; float32: none.
         clip_grad: the largest norm of the gradient.
         graph_refusal: the reason why steps cannot be replayed as a CUDA graph, or None if they can.
@@ -46,6 +48,7 @@ class StepState:
     scaler: torch.amp.GradScaler
     decay: ExpectedDecay | None
     mixing: Mixing
+    teacher: Teacher | None
     precision: torch.dtype
     clip_grad: float | None
     group: Group
@@ -103,16 +106,17 @@ def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> 
     why = refuses_graph(supernet, config, device, group)
     if config.cuda_graph and why is not None:
         warnings.warn(f"cuda_graph: the steps run one by one, because {why}", stacklevel=2)
-    forward: Forward = supernet
+    alone: Forward = supernet
     if config.torchcompile:
         if device.type == "cpu":
             warnings.warn("torchcompile: on a CPU each compiled step does the full network's work", stacklevel=2)
-        forward = torch.compile(supernet)  # once for every entry: widths are looked up on the device
-    if group is not None:
-        forward = on_ranks(forward, supernet, group, replayed=why is None)
+        alone = torch.compile(supernet)  # once for every entry: widths are looked up on the device
+    forward = alone if group is None else on_ranks(alone, supernet, group, replayed=why is None)
     precision = amp_dtype(config.amp_dtype, device)
-    # The average is made before stochastic depth is inserted, so that it does not contain it.
+    # These copies are made before stochastic depth is inserted, so that they do not contain it.
     average = None if config.average is None else Average(supernet, config.average)
+    taught = config.distillation
+    teacher = None if taught is None else Teacher(supernet, alone, taught, config.torchcompile)
     optimizer, decay = make_optimizer(supernet, config.optimizer)
     return StepState(
         supernet=supernet,
@@ -122,6 +126,7 @@ def make_state(supernet: SuperNet, config: TrainConfig, group: Group = None) -> 
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         decay=decay,
         mixing=Mixing(config.mixing, supernet.model.num_classes),
+        teacher=teacher,
         precision=precision,
         clip_grad=config.optimizer.clip_grad,
         group=group,

@@ -64,14 +64,21 @@ def _passes(state: StepState, parts: Iterable[Part], images: int, entry: Entry) 
             state.paths.set(part.masks)
         # The ranks reduce their gradients only in the backward pass of the last micro-batch.
         with nullcontext() if wrapped is None or done == images else wrapped.no_sync():
-            with state.autocast():
-                logits = state.forward(part.images, entry=entry)
-                share = state.mixing.loss(logits, part.targets) * (len(part.targets) / images)
+            share = _loss(state, part, entry) * (len(part.targets) / images)
             state.scaler.scale(share).backward()
         loss += share.detach()
     if state.group is not None and wrapped is None:
         average_gradients(state.supernet, state.group)
     return loss
+
+
+def _loss(state: StepState, part: Part, entry: Entry) -> torch.Tensor:
+    """The mean loss of a part's images: of the labels, and where there is a teacher of its predictions too."""
+    with state.autocast():
+        taught = state.teacher(part.images, entry) if state.teacher is not None else []
+        logits = state.forward(part.images, entry=entry)
+        loss = state.mixing.loss(logits, part.targets)
+        return loss if state.teacher is None else state.teacher.loss(loss, logits, taught, entry)
 
 
 def _update(state: StepState) -> None:
@@ -142,6 +149,8 @@ class Stepper:
             masks = state.paths.masks(self.step, images * state.world)[:, state.rank :: state.world]
         if state.average is not None:
             state.average.begin_step(self.step + 1)
+        if state.teacher is not None:
+            state.teacher.begin_step()
         with others_alive(state.group), seeded(self.seed, "step", self.step):
             parts = self._mixed(batch, masks)
             if self.capture is None:
