@@ -154,8 +154,8 @@ class WpacStatistics:
         tokens_read: by block, how many leading tokens the head depends on, where that is not all.
     """
 
-    def __init__(self, centering: str = "dataset", choices: Choices = Choices()) -> None:
-        self.centering, self.choices = centering, choices
+    def __init__(self, centering: str = "dataset", choices: Choices | None = None) -> None:
+        self.centering, self.choices = centering, choices or Choices()
         self.second: dict[str, SecondMoments] = {}
         self.tokens_read: dict[int, int | None] = {}
         self._second_batch: dict[str, SecondMoments] = {}

@@ -60,7 +60,9 @@ def test_the_function_is_preserved(choice: dict[str, str], dtype: torch.dtype, t
 )
 def test_where_a_module_cannot_take_one_it_keeps_the_papers(model: Any) -> None:
     model, images = model(), random_batches(2, 6)
-    images = [(pixels[..., : model.patch_embed.img_size[0], : model.patch_embed.img_size[0]], y) for pixels, y in images]
+    images = [
+        (pixels[..., : model.patch_embed.img_size[0], : model.patch_embed.img_size[0]], y) for pixels, y in images
+    ]
     supernet = skd.convert(model, images, **ALL)
     with torch.no_grad():
         assert relative(supernet(images[0][0]), model(images[0][0])) < 1e-12

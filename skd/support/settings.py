@@ -24,7 +24,11 @@ AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 CONVENTIONS = ("full", "linear")  # how MACs are counted
 CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
-QK, V, NEURONS = ("joint", "balanced"), ("variance", "output"), ("taylor", "residual")  # conversions, the default first
+QK, V, NEURONS = (
+    ("joint", "balanced"),
+    ("variance", "output"),
+    ("taylor", "residual"),
+)  # conversions, the default first
 LABELS = ("given", "predicted")  # of calibration images
 CHECKPOINT_WEIGHTS = ("ema", "model")  # which weights to take of a checkpoint that has both
 RESUME = (None, "auto")
