@@ -8,11 +8,12 @@ K, and per MLP a permutation of its neurons; an attention that no rotation leave
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
+from skd.moments import moments as feature_moments
 from skd.supernet import SuperNet, belongs_to_supernet
 from skd.support.ranks import check_group, in_step, others_alive, summed, total
 from skd.support.settings import CENTERINGS, LABELS, NEURONS, QK, V
@@ -35,6 +36,7 @@ def convert(
     qk: str = QK[0],
     v: str = V[0],
     neurons: str = NEURONS[0],
+    moments: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> SuperNet:
@@ -57,6 +59,7 @@ def convert(
             after the others have taken over what they predict of it, for use with `skd.compensate`.
             Attentions that are not rotated (with qk_norm, a gate, an inner norm, or cut by heads) and MLPs with an
             inner norm keep the paper's conversion whatever is chosen.
+        moments: also store the moments of the converted network (`skd.moments`), by another pass over the batches.
         progress: wraps the batches, e.g. ``tqdm``.
         group: a torch.distributed group whose processes all call this with the same model, each with its own share
             of the batches; the statistics are added up in float64, so the result is that of one process with all
@@ -74,10 +77,7 @@ def convert(
         raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
     if labels not in LABELS:
         raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
-    choices = Choices(qk, v, neurons)
-    for name, known in zip(Choices._fields, (QK, V, NEURONS), strict=True):
-        if getattr(choices, name) not in known:
-            raise ValueError(f"{name} is {getattr(choices, name)!r}; it may be one of {known}")
+    choices = _checked_choices(qk, v, neurons)
     model = unwrapped(model)
     if belongs_to_supernet(model):
         raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
@@ -86,8 +86,10 @@ def convert(
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering, choices)
     statistics.tokens_read = {network.modules[-1].block: network.tokens_read(model)}
-    batches = batches if progress is None else progress(batches)
-    collect(converted, network.modules, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
+    if moments and isinstance(batches, Iterator):
+        batches = list(batches)  # an iterator would be empty in the second pass
+    shown = batches if progress is None else progress(batches)
+    collect(converted, network.modules, shown, statistics.add, statistics.end_batch, labels == "predicted", group)
     with others_alive(group):
         statistics.all_reduce(group)
     report_left_out(statistics.skipped, bool(statistics.batches))
@@ -95,7 +97,17 @@ def convert(
     apply_transforms(converted, network, transforms)
     supernet = SuperNet(converted, copy=False, network=network)
     _check_function(model, supernet, transforms)
+    if moments:
+        feature_moments(supernet, batches, progress=progress, group=group)
     return supernet
+
+
+def _checked_choices(*given: str) -> Choices:
+    choices = Choices(*given)
+    for name, known in zip(Choices._fields, (QK, V, NEURONS), strict=True):
+        if getattr(choices, name) not in known:
+            raise ValueError(f"{name} is {getattr(choices, name)!r}; it may be one of {known}")
+    return choices
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def moments(
     model = extract(supernet, entry=0, corrected=False)
     sums, left_out = dict[str, SecondMoments](), 0
     batch = dict[str, SecondMoments]()
-    for module in supernet.infos:  # the hooks are on a copy, which is not used again
+    for module in _with_features(supernet.infos):  # the hooks are on a copy, which is not used again
         note = partial(_note, batch, module, supernet.tokens_of(module))
         module.output_layer(module.of(model)).register_forward_pre_hook(note)
     with frozen(model):
@@ -96,6 +96,11 @@ def moments(
     found = {name: _stored(SecondMoments(*summed(own, group))) for name, own in sums.items()}
     supernet.moments = found
     return found
+
+
+def _with_features(modules: Iterable[Module]) -> list[Module]:
+    """The modules that compute something: all but those that an extraction skipped."""
+    return [module for module in modules if module.full_width]
 
 
 def _note(
@@ -123,11 +128,10 @@ def check_moments(model: TimmModel, modules: tuple[Module, ...], given: object) 
     Raises:
         ValueError: they are something else, of other modules, or of another shape.
     """
+    modules = tuple(_with_features(modules))
     if not isinstance(given, Mapping) or (given and set(given) != {module.name for module in modules}):
-        raise ValueError(
-            f"moments is {type(given).__name__} of {list(given) if isinstance(given, Mapping) else given}"
-            "; it must be empty or map every module of the network to a FeatureMoments"
-        )
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(f"moments is {got}; it must be empty or map every module to a FeatureMoments")
     for module in modules if given else ():
         own, k = given[module.name], module.output_layer(module.of(model)).in_features
         size = 0 if module.binary else k
@@ -155,7 +159,7 @@ def moments_correction(supernet: SuperNet, entry: int, ridge: float = 0.01) -> C
             layers[module.name] = _predicted(supernet, module, width, ridge)
             changed |= {module.name} if width < module.full_width else set()
             before = None if module.place.post_norm else module
-        elif before is not None and not module.place.post_norm:
+        elif before is not None and module.full_width and not module.place.post_norm:
             _add_mean(supernet, before, module, layers)
             changed.add(before.name)
     return Correction(widths, {name: layer for name, layer in layers.items() if name in changed})

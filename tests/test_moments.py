@@ -12,9 +12,11 @@ import timm
 import torch
 from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
 from safetensors import safe_open
+from test_commands import KWARGS, MODEL, command, make_images
 from test_compensation import MODELS, distance, largest, net_of
 
 import skd
+from skd.cli import main
 from skd.moments import FeatureMoments, moments_correction
 
 
@@ -148,6 +150,47 @@ def test_they_go_when_the_weights_change() -> None:
         assert set(net.moments) == set(net.modules_in_order)
         change()
         assert not net.moments
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """convert stores moments, plan keeps them, info has their bytes, evaluate and extract use them when asked."""
+    make_images(tmp_path / "images")
+    data = ["--data", tmp_path / "images", "--workers", 0]
+    converted, planned, report, cut = (
+        tmp_path / name for name in ("a.safetensors", "b.safetensors", "c", "d.safetensors")
+    )
+    loading, bases = (
+        [*data, "--calibration-images", 24],
+        ["--qk", "balanced", "--v", "output", "--neurons", "residual"],
+    )
+    made = command("convert", *MODEL, json.dumps(KWARGS), *loading, *bases, "--moments", "--out", converted, report)
+    plan = ["plan", "--supernet", converted, *loading, "--out", planned, "--rounds", 1, "--target", 0.8]
+    again = command(*plan, report)
+    assert made["moments_bytes"] == again["moments_bytes"] == command("info", planned, report)["moments_bytes"] > 0
+    assert again["seconds"] > 0 and f"planned in {again['seconds']:.1f} s" in capsys.readouterr().out
+    net, images = skd.load(planned), torch.randn(2, 3, 16, 16)
+    options = ["extract", "--supernet", planned, "--macs", 0.5, "--out", cut]
+    found = command(*options, "--compensate", "moments", report)
+    assert found["compensated"] and "from the stored moments" in capsys.readouterr().out
+    expected = skd.extract(net, macs=0.5, corrected="moments")(images)
+    assert largest(skd.load(cut)(images), expected) < 1e-5
+    assert not command(*options, report)["compensated"]
+    assert largest(skd.load(cut)(images), expected) > 1e-4
+    measured = ["evaluate", "--supernet", planned, *data, "--compensate", "moments"]
+    assert command(*measured, "--entry", found["entry"], report)["compensated"]
+    curve = command(*measured, "--budgets", 1, 0.5, report)
+    assert [row["entry"] for row in curve["corrections"]] == [row["entry"] for row in curve["curve"]]
+    restored = command(*plan, "--moments", report)
+    assert restored["moments_bytes"] == made["moments_bytes"]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in (*options, "--compensate", "moments", "--uncorrected")])
+
+
+def test_convert_makes_them_from_an_iterator_too() -> None:
+    model, batches = tiny_vit(), random_batches()
+    net = skd.convert(model, iter(batches), moments=True)
+    expected = skd.moments(skd.convert(model, batches), batches)
+    assert all(torch.equal(net.moments[name].covariance, own.covariance) for name, own in expected.items())
 
 
 def test_what_is_refused() -> None:

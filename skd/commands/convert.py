@@ -27,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--qk", choices=QK, default=QK[0], help="bases of queries and keys (default: %(default)s)")
     parser.add_argument("--v", choices=V, default=V[0], help="bases of values (default: %(default)s)")
     parser.add_argument("--neurons", choices=NEURONS, default=NEURONS[0], help="their order (default: %(default)s)")
+    options.add_moments(parser)
     options.add_device(parser)
 
 
@@ -54,6 +55,7 @@ def run(given: argparse.Namespace) -> Document:
         qk=given.qk,
         v=given.v,
         neurons=given.neurons,
+        moments=given.moments,
         progress=work.progress("Converting"),
         group=given.group,
     )
@@ -64,8 +66,10 @@ def run(given: argparse.Namespace) -> Document:
         f"{given.out}: {full.params:,} parameters, {work.count(full.macs)} MACs (full), "
         f"{work.count(linear.macs)} (linear); next: skd train, or skd plan"
     )
+    work.print_moments(supernet)
     return {
         "out": given.out,
+        "moments_bytes": work.moments_bytes(supernet),
         **work.weights_taken(given),
         "macs": full.macs,
         "macs_linear": linear.macs,
