@@ -57,7 +57,7 @@ def test_the_published_skip_adds_the_norm_of_the_stream(changes: dict[str, Any])
         setattr(block, part, Unchanged())
         assert found[name] == max(whole - correct(), 0.5) / whole
         setattr(block, part, own)
-    assert found != other
+    assert changes or found != other
 
 
 @pytest.mark.parametrize("name", ["sensitivity", "skip"])
