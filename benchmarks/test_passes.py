@@ -78,7 +78,7 @@ def convert_published(model: VisionTransformer, batches: Iterable[Batch]) -> skd
             for module, feature, grad in kept:
                 _add(statistics, module, feature, grad)
             kept.clear()
-    apply_transforms(converted, network, statistics.transforms(network))
+    apply_transforms(converted, network, statistics.transforms(network, converted))
     return skd.SuperNet(converted, copy=False, network=network)
 
 

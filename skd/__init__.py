@@ -17,6 +17,7 @@ The method, in the order of its steps:
     planning        rounds of a planner, without any training
     extract         a sub-network as a plain timm model
     compensation    what an entry drops predicted from what it keeps, without training
+    moments         second moments of features, which correct any entry without images
     corrections     the output layers that this gives an entry
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from skd.extract import extract
     from skd.files import load, save
     from skd.importance import importance
+    from skd.moments import FeatureMoments, moments
     from skd.planning import plan, rank_operations
     from skd.supernet import SuperNet
     from skd.support.settings import TrainConfig, finetune_config
@@ -68,6 +70,7 @@ __all__ = [
     "Correction",
     "Cost",
     "DropoutList",
+    "FeatureMoments",
     "History",
     "Operation",
     "SuperNet",
@@ -82,6 +85,7 @@ __all__ = [
     "finetune_config",
     "importance",
     "load",
+    "moments",
     "plan",
     "rank_operations",
     "save",
@@ -93,6 +97,7 @@ _MODULES = {
     "Correction": "skd.corrections",
     "Cost": "skd.cost",
     "DropoutList": "skd.dropout_list",
+    "FeatureMoments": "skd.moments",
     "History": "skd.training",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
@@ -107,6 +112,7 @@ _MODULES = {
     "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
+    "moments": "skd.moments",
     "plan": "skd.planning",
     "rank_operations": "skd.planning",
     "save": "skd.files",

@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from skd.corrections import Correction, OutputLayer
 from skd.cost import check_convention
 from skd.extract import choose_entry, extract
+from skd.moments import moments_correction
 from skd.supernet import SuperNet, check_supernet
 from skd.support.ranks import check_group, in_step, summed, total
+from skd.support.regression import Sums
 from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.support.types import Progress
 from skd.vit import Module, unwrapped
@@ -31,14 +33,11 @@ from skd.vit.refit import output_factors, output_features
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_ROUNDING = 1e-11  # relative errors of sums of squares in float64
-_TINY = 1e-300  # where all features are zeros
-
 
 @torch.no_grad()
 def compensate(
     supernet: SuperNet,
-    batches: Iterable[object],
+    batches: Iterable[object] | None = None,
     *,
     entries: Sequence[int] | None = None,
     macs: Sequence[float] | None = None,
@@ -64,7 +63,8 @@ def compensate(
     Args:
         supernet: with its dropout list.
         batches: calibration images as for `skd.importance`, read once; labels are not looked at. For each entry, and
-            once more, the residual stream of all images is kept on the network's device.
+            once more, the residual stream of all images is kept on the network's device. None: use
+            ``supernet.moments``.
         entries: indices into the dropout list.
         macs: budgets instead, each as `skd.extract` takes it: the largest entry within each is chosen. Exactly one
             of `entries` and `macs` must be given.
@@ -79,7 +79,8 @@ def compensate(
 
     Raises:
         ValueError: not exactly one choice or an empty one, an entry out of range, a budget below the smallest
-            sub-network, a ridge that is not positive, bad batches, none whose outputs are finite, or an overflow.
+            sub-network, a ridge that is not positive, bad batches, none whose outputs are finite, or an overflow; no
+            batches and no moments.
     """
     supernet = unwrapped(supernet)
     check_supernet(supernet)
@@ -87,21 +88,36 @@ def compensate(
     chosen = _chosen(supernet, entries, macs, convention)
     if isinstance(ridge, bool) or not isinstance(ridge, numbers.Real) or not 0 < ridge < math.inf:
         raise ValueError(f"ridge is {ridge!r}; it must be a positive, finite number")
+    if batches is None:
+        found = {entry: moments_correction(supernet, entry, float(ridge)) for entry in chosen}
+    else:
+        found = _fitted(supernet, batches, chosen, float(ridge), progress, group)
+    supernet.corrections = {**supernet.corrections, **found}
+    return found
+
+
+def _fitted(
+    supernet: SuperNet,
+    batches: Iterable[object],
+    chosen: Sequence[int],
+    ridge: float,
+    progress: Progress | None,
+    group: ProcessGroup | None,
+) -> dict[int, Correction]:
+    """The corrections of entries, each fitted module by module beside the full network."""
     with frozen(supernet):
         cuts = [_Cut(supernet, entry) for entry in chosen]
         parts = _embedded(supernet, batches, len(cuts), group)
-        steps: Iterable[int] = range(len(supernet.infos) + 1)
-        for index in steps if progress is None else progress(steps):
+        steps = range(len(supernet.infos) + 1)
+        for index, _ in enumerate(steps if progress is None else progress(steps)):
             for number, cut in enumerate(cuts):
-                cut.reach(index, number, parts, float(ridge), group)
+                cut.reach(index, number, parts, ridge, group)
             if index < len(supernet.infos):
                 for part in parts:
                     part.whole = supernet.step(
                         index, part.whole, supernet.infos[index].full_width, shared=part.shared
                     )
-    found = {cut.entry: Correction(cut.widths, cut.layers) for cut in cuts}
-    supernet.corrections = {**supernet.corrections, **found}
-    return found
+    return {cut.entry: Correction(cut.widths, cut.layers) for cut in cuts}
 
 
 def _chosen(
@@ -169,7 +185,7 @@ class _Cut:
         network = self.network
         block = network.network.blocks(network.model)[module.block]
         layer, gamma = module.output_layer(module.of(network.model)), output_factors(module, block)
-        sums = _Sums.empty(layer.in_features, layer.out_features, layer.weight.device)
+        sums = Sums.empty(layer.in_features, layer.out_features, layer.weight.device)
         for part in parts:
             x, whole = part.cut[number], part.whole
             tokens = whole.shape[1]  # all, or after the last block those that the head reads
@@ -182,7 +198,7 @@ class _Cut:
             if gamma is not None:  # no output reaches a channel whose factor is 0
                 wanted = torch.where(gamma == 0, 0.0, wanted)
             sums.add(features.flatten(0, 1), wanted.flatten(0, 1))
-        weight, bias = _Sums(*summed(sums, group)).solved(ridge, intercept=layer.bias is not None)
+        weight, bias = Sums(*summed(sums, group)).solved(ridge, intercept=layer.bias is not None)
         if not all_finite([weight, bias]):
             raise ValueError(f"batches: the features of {module.name} in entry {self.entry} are not finite")
         layer.weight.add_(weight.to(layer.weight.dtype))
@@ -191,53 +207,3 @@ class _Cut:
         self.layers[module.name] = OutputLayer(
             layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         )
-
-
-class _Sums(NamedTuple):
-    """The sums for the normal equations of n rows of features (n, k) and of targets (n, C), float64.
-
-    Attributes:
-        rows: n, a 0-d tensor.
-        features, targets: (k,) and (C,), the sums of the rows.
-        squares: (k, k), features^T features.
-        products: (k, C), features^T targets.
-    """
-
-    rows: torch.Tensor
-    features: torch.Tensor
-    targets: torch.Tensor
-    squares: torch.Tensor
-    products: torch.Tensor
-
-    @classmethod
-    def empty(cls, k: int, channels: int, device: torch.device) -> _Sums:
-        shapes = (), (k,), (channels,), (k, k), (k, channels)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add rows, in place."""
-        self.rows.add_(len(features))
-        self.features.add_(features.sum(0))
-        self.targets.add_(targets.sum(0))
-        self.squares.addmm_(features.mT, features)
-        self.products.addmm_(features.mT, targets)
-
-    def solved(self, ridge: float, *, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ridge regression: the weight (C, k) and the bias (C,), zeros without `intercept`.
-
-        The bias is not shrunk: with it, the equations are those of centred features and targets. The penalty is
-        `ridge` times the mean of the diagonal of features^T features.
-        """
-        squares, products = self.squares, self.products
-        x, y = self.features / self.rows, self.targets / self.rows
-        if intercept:
-            squares = squares - self.rows * torch.outer(x, x)
-            products = products - self.rows * torch.outer(x, y)
-        # Features that are the same in every row (those of a class token before any attention) are only rounding
-        # errors after centring, and must not predict anything.
-        penalty = ridge * squares.diagonal().mean() + _ROUNDING * self.squares.diagonal().mean() + _TINY
-        eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
-        factor, _ = torch.linalg.cholesky_ex(squares + penalty * eye)
-        weight = torch.cholesky_solve(products, factor)
-        bias = y - x @ weight if intercept else torch.zeros_like(y)
-        return weight.mT, bias

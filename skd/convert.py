@@ -2,22 +2,25 @@
 
 The network's function is unchanged: per head one orthogonal matrix for V and the output projection, one for Q and
 K, and per MLP a permutation of its neurons; an attention that no rotation leaves alone has its heads reordered.
+`skd.vit.conversions` has other bases and orders, which are options of `convert`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 
+from skd.moments import moments as feature_moments
 from skd.supernet import SuperNet, belongs_to_supernet
 from skd.support.ranks import check_group, in_step, others_alive, summed, total
-from skd.support.settings import CENTERINGS, LABELS
+from skd.support.settings import CENTERINGS, LABELS, NEURONS, QK, V
 from skd.support.taps import all_finite, checked, frozen, objective, report_left_out, tapped
 from skd.support.types import Progress
 from skd.vit import Module, Network, TimmModel, Transform, describe, probe, unwrapped
+from skd.vit.conversions import Choices, SecondMoments
 from skd_kernels import Moments
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ def convert(
     *,
     centering: str = "dataset",
     labels: str = "given",
+    qk: str = QK[0],
+    v: str = V[0],
+    neurons: str = NEURONS[0],
+    moments: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> SuperNet:
@@ -44,6 +51,15 @@ def convert(
         centering: "dataset" centres by the mean of all calibration tokens, so the result does not depend on the
             batch size; "batch" by each batch's own mean, as published.
         labels: "given", or "predicted" to ignore the labels in favour of the model's own predictions.
+        qk: "joint", the paper's one orthogonal matrix for Q and K; "balanced": one for each, which are not
+            orthogonal, so that leading coordinates have the logits with the smallest error.
+        v: "variance", the paper's principal axes of the values; "output": bases with the smallest error of what the
+            output projection makes of the averaged values; not orthogonal either.
+        neurons: "taylor", by the paper's importance; "residual": by how much of the output is lost without a neuron
+            after the others have taken over what they predict of it, for use with `skd.compensate`.
+            Attentions that are not rotated (with qk_norm, a gate, an inner norm, or cut by heads) and MLPs with an
+            inner norm keep the paper's conversion whatever is chosen.
+        moments: also store the moments of the converted network (`skd.moments`), by another pass over the batches.
         progress: wraps the batches, e.g. ``tqdm``.
         group: a torch.distributed group whose processes all call this with the same model, each with its own share
             of the batches; the statistics are added up in float64, so the result is that of one process with all
@@ -61,23 +77,37 @@ def convert(
         raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
     if labels not in LABELS:
         raise ValueError(f"labels is {labels!r}; it may be one of {LABELS}")
+    choices = _checked_choices(qk, v, neurons)
     model = unwrapped(model)
     if belongs_to_supernet(model):
         raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
     check_group(group)
     network = describe(model)
     converted = copy.deepcopy(model)
-    statistics = WpacStatistics(centering)
-    batches = batches if progress is None else progress(batches)
-    collect(converted, network.modules, batches, statistics.add, statistics.end_batch, labels == "predicted", group)
+    statistics = WpacStatistics(centering, choices)
+    statistics.tokens_read = {network.modules[-1].block: network.tokens_read(model)}
+    if moments and isinstance(batches, Iterator):
+        batches = list(batches)  # an iterator would be empty in the second pass
+    shown = batches if progress is None else progress(batches)
+    collect(converted, network.modules, shown, statistics.add, statistics.end_batch, labels == "predicted", group)
     with others_alive(group):
         statistics.all_reduce(group)
     report_left_out(statistics.skipped, bool(statistics.batches))
-    transforms = statistics.transforms(network)
+    transforms = statistics.transforms(network, converted)
     apply_transforms(converted, network, transforms)
     supernet = SuperNet(converted, copy=False, network=network)
     _check_function(model, supernet, transforms)
+    if moments:
+        feature_moments(supernet, batches, progress=progress, group=group)
     return supernet
+
+
+def _checked_choices(*given: str) -> Choices:
+    choices = Choices(*given)
+    for name, known in zip(Choices._fields, (QK, V, NEURONS), strict=True):
+        if getattr(choices, name) not in known:
+            raise ValueError(f"{name} is {getattr(choices, name)!r}; it may be one of {known}")
+    return choices
 
 
 @torch.no_grad()
@@ -132,10 +162,15 @@ class WpacStatistics:
 
     Attributes:
         batches, skipped: number of batches that count, and of those left out.
+        second: unweighted second moments, of the modules that take one of the `choices` beyond METHOD's.
+        tokens_read: by block, how many leading tokens the head depends on, where that is not all.
     """
 
-    def __init__(self, centering: str = "dataset") -> None:
-        self.centering = centering
+    def __init__(self, centering: str = "dataset", choices: Choices | None = None) -> None:
+        self.centering, self.choices = centering, choices or Choices()
+        self.second: dict[str, SecondMoments] = {}
+        self.tokens_read: dict[int, int | None] = {}
+        self._second_batch: dict[str, SecondMoments] = {}
         self.moments: dict[str, Moments] = {}
         self.covariances: dict[str, torch.Tensor] = {}
         self.importance: dict[str, torch.Tensor] = {}
@@ -148,15 +183,20 @@ class WpacStatistics:
         self._device = feature.device
         known = self.moments.get(module.name)
         self._batch[module.name] = module.observe(feature, grad, None if known is None else known.shift)
+        second = module.second_moments(feature, self.tokens_read.get(module.block), self.choices)
+        if second is not None:
+            self._second_batch[module.name] = second
 
     def end_batch(self) -> None:
         """Add the present batch to the sums, or count it as skipped."""
         batch, self._batch = self._batch, {}
+        second, self._second_batch = self._second_batch, {}
         # The diagonal is enough: a NaN or infinity in any token also makes a sum of squares NaN or infinite.
         sums = [
             part.weighted_outer.diagonal(dim1=-2, dim2=-1) if isinstance(part, Moments) else part
             for part in batch.values()
         ]
+        sums += [part.squares.diagonal(dim1=-2, dim2=-1) for part in second.values()]
         if not all_finite(sums):
             self.skipped += 1
             return
@@ -168,6 +208,8 @@ class WpacStatistics:
                 self.covariances[name] = self.covariances.get(name, 0.0) + part.covariance()
             else:
                 self.moments[name] = self.moments[name] + part if name in self.moments else part
+        for name, own in second.items():
+            self.second[name] = self.second[name].plus(own) if name in self.second else own
 
     def all_reduce(self, group: ProcessGroup | None) -> None:
         """Add up the statistics of all ranks; nothing without a group.
@@ -184,6 +226,7 @@ class WpacStatistics:
         self.moments = {name: moments.all_reduce(group) for name, moments in self.moments.items()}
         for sums in (self.covariances, self.importance):
             sums.update(zip(sums, summed(list(sums.values()), group), strict=True))
+        self.second = {name: SecondMoments(*summed(own, group)) for name, own in self.second.items()}
 
     def covariance(self, module: Module) -> torch.Tensor:
         """(3, H, D, D) float64 for q, k and v of an attention that is rotated."""
@@ -198,10 +241,15 @@ class WpacStatistics:
         scores = self.importance.get(module.name)
         return module.transform(self.covariance(module) if scores is None else scores)
 
-    def transforms(self, network: Network) -> dict[str, Transform]:
-        """The transform of every module that was observed, by its name."""
+    def transforms(self, network: Network, model: TimmModel) -> dict[str, Transform]:
+        """The transform of every module of `model` that was observed, by its name."""
         observed = {*self.moments, *self.covariances, *self.importance}
-        return {module.name: self.transform(module) for module in network.modules if module.name in observed}
+        found = {module.name: self.transform(module) for module in network.modules if module.name in observed}
+        for module in network.modules:
+            if module.name in self.second:
+                second = self.second[module.name]
+                found[module.name] = module.refined(model, found[module.name], second, self.choices)
+        return found
 
 
 def apply_transforms(model: TimmModel, network: Network, transforms: dict[str, Transform]) -> None:

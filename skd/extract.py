@@ -13,6 +13,7 @@ from torch import nn
 
 from skd.corrections import Correction
 from skd.cost import check_convention
+from skd.moments import moments_correction
 from skd.supernet import SuperNet, check_supernet
 from skd.vit import Module, TimmLayer, unwrapped
 
@@ -24,7 +25,7 @@ def extract(
     params: float | None = None,
     entry: int | None = None,
     convention: str = "full",
-    corrected: bool = True,
+    corrected: bool | str = True,
 ) -> nn.Module:
     """Cut one sub-network out of the super-network.
 
@@ -35,7 +36,8 @@ def extract(
         entry: index into the dropout list. Exactly one of `macs`, `params` and `entry` must be given.
         convention: how `macs` counts, "full" or "linear" (see `skd.cost`).
         corrected: fold in the entry's correction, where it has one (`skd.compensate`); False: take the
-            super-network's own weights.
+            super-network's own weights; "moments": fold in what ``skd.compensate(supernet, entries=[entry])`` gives
+            from the stored moments (`skd.moments`), without images.
 
     Returns:
         A model of timm's class, of timm and torch modules only, usable without skd. Its logits are those of
@@ -46,14 +48,19 @@ def extract(
         cut model looks into modules that may be gone.
 
     Raises:
-        ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network.
+        ValueError: not exactly one choice, an entry out of range, or a budget below the smallest sub-network;
+            "moments" of a super-network without any.
     """
     supernet = unwrapped(supernet)
+    if corrected not in (True, False, "moments"):
+        raise ValueError(f"corrected is {corrected!r}; it may be True, False or 'moments'")
     chosen = choose_entry(supernet, macs=macs, params=params, entry=entry, convention=convention)
     network = supernet.network
     blocks, widths = network.blocks(supernet.model), network.per_block(supernet.widths(chosen))
     cut = [block.cut(own) for block, own in zip(blocks, widths, strict=True)]
-    if corrected and chosen in supernet.corrections:
+    if corrected == "moments":
+        _correct(cut, network.modules, moments_correction(supernet, chosen))
+    elif corrected and chosen in supernet.corrections:
         _correct(cut, network.modules, supernet.corrections[chosen])
     # Everything outside of the blocks is copied; the blocks are already cut, and are not copied again.
     model: nn.Module = copy.deepcopy(supernet.model, {id(blocks): blocks})

@@ -3,7 +3,7 @@
 The tensors have timm's names; where a module is skipped, those of its layers are there with a size of 0. The JSON
 header, under the metadata key "skd", says how to build what they fit:
 
-    format          1, or 2 where there are corrections
+    format          1, 2 where there are corrections, or 3 where there are moments
     kind            "supernet" or "model"
     architecture    timm's name, or null: then model_args are the class's own constructor arguments
     model_class     timm's: "VisionTransformer", "VisionTransformerDistilled", "Eva" or "Beit"
@@ -12,6 +12,7 @@ header, under the metadata key "skd", says how to build what they fit:
     widths          [[attention, MLP], ...], the widths of each block's modules
     dropout_list    what `DropoutList.to_json` wrote, or null
     corrections     [[entry, [module, ...]], ...]; absent in files of earlier versions
+    moments         [module, ...], whose features have moments; absent where there are none
     data            mean, std, interpolation, crop_pct, input_size, ...
     label_names     class names, or null
     versions        of skd, torch and timm when written
@@ -35,6 +36,7 @@ from skd import __version__
 from skd.corrections import Correction, OutputLayer
 from skd.dropout_list import DropoutList
 from skd.extract import extract
+from skd.moments import FeatureMoments
 from skd.supernet import SuperNet
 from skd.support.devices import usable_device
 from skd.support.outputs import replacing
@@ -43,8 +45,9 @@ from skd.vit import Module, Network, TimmModel, describe, image_size, probe, unw
 from skd.vit.construction import Construction, build, construction
 
 KEY = "skd"
-FORMAT = 2
-PLAIN = 1  # the format of files without corrections, which earlier versions read too
+FORMAT = 3
+CORRECTED = 2  # the format of files with corrections and without moments
+PLAIN = 1  # the format of files with neither, which the earliest versions read too
 # Largest relative difference of logits after a round trip, by dtype; the arithmetic is the same, so nearly zero.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -57,6 +60,7 @@ class Header(Construction):
     widths: list[list[int]]
     dropout_list: str | None
     corrections: list[tuple[int, list[str]]]
+    moments: list[str]
     data: dict[str, object]
     label_names: list[str] | None
     versions: dict[str, str]
@@ -79,7 +83,7 @@ def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
     header = _header(obj)
-    tensors = _tensors(obj, header) | (_correction_tensors(obj) if isinstance(obj, SuperNet) else {})
+    tensors = _tensors(obj, header) | (_added_tensors(obj) if isinstance(obj, SuperNet) else {})
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
     with replacing(path) as temporary:
         _write(tensors, header, temporary)
@@ -112,13 +116,15 @@ def _header(obj: SuperNet | TimmModel) -> Header:
     network = obj.network if supernet else describe(model)
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     corrections = [(entry, list(own.layers)) for entry, own in obj.corrections.items()] if supernet else []
+    moments = list(obj.moments) if supernet else []
     return {
-        "format": FORMAT if corrections else PLAIN,
+        "format": FORMAT if moments else CORRECTED if corrections else PLAIN,
         "kind": "supernet" if supernet else "model",
         **construction(model, network),
         "widths": [[module.full_width for module in modules] for modules in network.by_block],
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
         "corrections": corrections,
+        "moments": moments,
         "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
         "versions": {"skd": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -139,9 +145,18 @@ def _tensors(obj: nn.Module, header: Header) -> dict[str, torch.Tensor]:
     return obj.state_dict() | {key: torch.empty(shape, dtype=dtype) for key, shape in placeholders.items()}
 
 
-def _correction_tensors(supernet: SuperNet) -> dict[str, torch.Tensor]:
-    """The tensors of all corrections: ``corrections.7.blocks.3.mlp.fc2.weight`` is of entry 7."""
-    return {
+def _added_tensors(supernet: SuperNet) -> dict[str, torch.Tensor]:
+    """The tensors of all corrections and moments.
+
+    ``corrections.7.blocks.3.mlp.fc2.weight`` is of entry 7, ``moments.blocks.3.mlp.fc2.mean`` of what enters fc2.
+    """
+    moments = {
+        f"{_moments_prefix(module)}.{kind}": tensor
+        for module in supernet.infos
+        if module.name in supernet.moments
+        for kind, tensor in supernet.moments[module.name]._asdict().items()
+    }
+    return moments | {
         f"{_correction_prefix(entry, module)}.{kind}": tensor
         for entry, correction in supernet.corrections.items()
         for module in supernet.infos
@@ -155,6 +170,20 @@ def _correction_prefix(entry: int, module: Module) -> str:
     return f"corrections.{entry}.{module.path}.{module.output_name}"
 
 
+def _moments_prefix(module: Module) -> str:
+    return f"moments.{module.path}.{module.output_name}"
+
+
+def _with_moments(supernet: SuperNet, header: Header, tensors: dict[str, torch.Tensor]) -> SuperNet:
+    """`supernet` with the moments that the header lists; their tensors are taken out of `tensors`."""
+    modules, found = {module.name: module for module in supernet.infos}, dict[str, FeatureMoments]()
+    for name in header.get("moments", []):
+        own = (tensors.pop(f"{_moments_prefix(modules[name])}.{kind}").cpu() for kind in FeatureMoments._fields)
+        found[name] = FeatureMoments(*own)
+    supernet.moments = found
+    return supernet
+
+
 def _with_corrections(supernet: SuperNet, header: Header, tensors: dict[str, torch.Tensor]) -> SuperNet:
     """`supernet` with the corrections that the header lists."""
     modules, found = {module.name: module for module in supernet.infos}, dict[int, Correction]()
@@ -165,7 +194,7 @@ def _with_corrections(supernet: SuperNet, header: Header, tensors: dict[str, tor
             layers[name] = OutputLayer(tensors.pop(f"{prefix}.weight"), tensors.pop(f"{prefix}.bias", None))
         found[entry] = Correction(tuple(supernet.widths(entry)), layers)
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors are of no correction, such as {min(tensors)}")
+        raise ValueError(f"{len(tensors)} tensors are of no correction and no module, such as {min(tensors)}")
     supernet.corrections = found
     return supernet
 
@@ -231,8 +260,8 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
     blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
     if not len(blocks) <= len(header["widths"]) == header["model_args"].get("depth", len(header["widths"])):
         raise ValueError(f"the file has {len(blocks)} blocks; its header has {len(header['widths'])}")
-    corrections = {key: tensor for key, tensor in state.items() if key.startswith("corrections.")}
-    state = {key: tensor for key, tensor in state.items() if key not in corrections}
+    added = {key: tensor for key, tensor in state.items() if key.startswith(("corrections.", "moments."))}
+    state = {key: tensor for key, tensor in state.items() if key not in added}
     with torch.device("meta"):
         whole = build(header)
         network = describe(whole)
@@ -257,9 +286,9 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
         model._model_args = header["model_args"] | {"norm_eps": header["norm_eps"]}
     if header["kind"] == "supernet":
         supernet = SuperNet(model, DropoutList.from_json(header["dropout_list"] or ""), copy=False).eval()
-        return _with_corrections(supernet, header, corrections)
-    if corrections:
-        raise ValueError(f"a model has no corrections, but the file has {min(corrections)}")
+        return _with_corrections(_with_moments(supernet, header, added), header, added)
+    if added:
+        raise ValueError(f"a model has no corrections and no moments, but the file has {min(added)}")
     return model.eval()
 
 

@@ -16,9 +16,13 @@ from skd.support.taps import all_finite, check_gradients_possible, checked, froz
 from skd.support.types import Progress
 from skd.vit import Module, unwrapped
 from skd.vit.protocol import Shared
+from skd.vit.skipped import norm_added
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+SKIPS = ("identity", "published")
 
 
 def importance(
@@ -26,6 +30,7 @@ def importance(
     batches: Iterable[object],
     *,
     widths: Sequence[int] | None = None,
+    skip: str = "identity",
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -36,6 +41,8 @@ def importance(
         batches: iterable of (images, labels), un-augmented; the paper uses 1,024 training images. Labels may be
             None: then the full network's own predictions are the labels.
         widths: of every module, in order; None: those of the last entry of the dropout list.
+        skip: what a skipped module is replaced by in the sensitivity: "identity", nothing is added to the stream; or
+            "published", the normed stream is added, as the paper's own code does.
         progress: wraps the batches, e.g. ``tqdm``.
         group: a torch.distributed group whose processes all call this, each with its own share of the batches: scores
             and counts are added up, and every rank returns the same. None: this process alone.
@@ -55,6 +62,8 @@ def importance(
     """
     supernet = unwrapped(supernet)
     check_supernet(supernet)
+    if skip not in SKIPS:
+        raise ValueError(f"skip is {skip!r}; it may be one of {SKIPS}")
     check_gradients_possible()
     check_group(group)
     last = len(supernet.dropout_list) - 1
@@ -83,7 +92,7 @@ def importance(
                 continue
             top1.start(reference, labels, len(images))
             top1.add("all", output)
-            _count_skips(supernet, current, streams, shared, top1)
+            _count_skips(supernet, current, streams, shared, top1, skip)
     device = next(supernet.parameters()).device
     ranks_without = total(not top1.images, group, device)
     report_left_out(total(left_out, group, device), ranks_without == 0)
@@ -147,7 +156,12 @@ def _add_scores(
 
 @torch.no_grad()
 def _count_skips(
-    supernet: SuperNet, widths: list[int], streams: list[torch.Tensor], shared: Sequence[Shared], top1: Top1
+    supernet: SuperNet,
+    widths: list[int],
+    streams: list[torch.Tensor],
+    shared: Sequence[Shared],
+    top1: Top1,
+    skip: str = "identity",
 ) -> None:
     """Count the correct predictions with each module skipped.
 
@@ -155,10 +169,13 @@ def _count_skips(
     """
     active = [index for index, width in enumerate(widths) if width]
     for position, skipped in enumerate(active):
-        x = streams[skipped]
+        module, x = supernet.infos[skipped], streams[skipped]
+        if skip == "published":
+            block = supernet.network.blocks(supernet.model)[module.block]
+            x = norm_added(module, block, x, supernet.tokens_of(module))
         for index in active[position + 1 :]:
             x = supernet.step(index, x, widths[index], shared=shared)
-        top1.add(supernet.infos[skipped].name, supernet.head(x))
+        top1.add(module.name, supernet.head(x))
 
 
 def read_scores(module: Module, total: torch.Tensor | None, width: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Scores that differ by less than this count as equal, because sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
+SENSITIVITIES = ("count", "sqrt")
 
 
 def rank_operations(
@@ -146,7 +148,7 @@ def plan(
             published one.
         keep: by the name of a module ("3.attn", "0.mlp"), the smallest width that it may get.
         exclude: names of modules that stay at their full width.
-        options: of the planner's own; "paper" has none.
+        options: of the planner's own, such as ``sensitivity="sqrt"`` of "paper".
 
     Returns:
         A `DropoutList` that starts at the full network.
@@ -240,11 +242,23 @@ def propose(
     *,
     convention: str = "full",
     group: ProcessGroup | None = None,
+    sensitivity: str = "count",
+    skip: str = "identity",
 ) -> Proposal:
-    """One round: measure importance at the last entry of `current`, and rank the operations."""
+    """One round: measure importance at the last entry of `current`, and rank the operations.
+
+    The options are those of the planner "paper".
+    """
+    check_sensitivity(sensitivity)
     widths = current.entry(len(current) - 1)
-    scores, sensitivity = importance(supernet, batches, widths=list(widths.values()), group=group)
-    return ranked(supernet, scores, sensitivity, widths, convention)
+    scores, gamma = importance(supernet, batches, widths=list(widths.values()), skip=skip, group=group)
+    return ranked(supernet, scores, gamma, widths, convention, sensitivity)
+
+
+def check_sensitivity(sensitivity: str) -> None:
+    """Raise ValueError unless it is one that `ranked` knows."""
+    if sensitivity not in SENSITIVITIES:
+        raise ValueError(f"sensitivity is {sensitivity!r}; it may be one of {SENSITIVITIES}")
 
 
 def ranked(
@@ -253,8 +267,14 @@ def ranked(
     sensitivity: dict[str, float],
     widths: Mapping[str, int],
     convention: str,
+    use: str = "count",
 ) -> Proposal:
-    """Rank the operations at `widths` by what was measured there, with the network's own prices."""
+    """Rank the operations at `widths` by what was measured there, with the network's own prices.
+
+    With `use` "sqrt" the square root of the sensitivity counts, and the proposal's sensitivity is that square root.
+    """
+    if use == "sqrt":
+        sensitivity = {name: math.sqrt(gamma) for name, gamma in sensitivity.items()}
     operations = rank_operations(
         scores,
         sensitivity,

@@ -15,7 +15,8 @@ from torch import nn
 from skd.corrections import Correction, check_correction, replaced
 from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
-from skd.vit import Network, SuperBlock, TimmModel, Width, describe, unwrapped
+from skd.moments import FeatureMoments, check_moments
+from skd.vit import Module, Network, SuperBlock, TimmModel, Width, describe, unwrapped
 from skd.vit.block import block_norm, run_block
 from skd.vit.construction import remember_construction
 from skd.vit.residual import Norm, Stream, begin
@@ -34,6 +35,7 @@ class SuperNet(nn.Module):
             image size), and those of the dropout list with them.
         dropout_list: settable; a new one must name the same modules and start at the full widths.
         corrections: settable; of some entries, other output layers (`skd.compensate`), which evaluation uses.
+        moments: settable; of the features that enter the output layers (`skd.moments`), for corrections of any entry.
         scores: None, or for each module a buffer (or None) to which backward passes add its Taylor scores; see
             `masked_attention` and `masked_mlp`.
 
@@ -71,6 +73,7 @@ class SuperNet(nn.Module):
         table = torch.zeros(1 + groups, len(infos), dtype=torch.int32, device=device)
         self.register_buffer("width_table", table, persistent=False)
         self._corrections: dict[int, Correction] = {}
+        self._moments: dict[str, FeatureMoments] = {}
         full = DropoutList(self.modules_in_order, [[info.full_width for info in infos]])
         self.dropout_list = full if dropout_list is None else dropout_list
         self.register_state_dict_post_hook(_strip_prefix)
@@ -130,6 +133,24 @@ class SuperNet(nn.Module):
                 raise ValueError(f"corrections[{entry}] is of widths {correction.widths}; the entry has {widths}")
             check_correction(self.model, self.infos, entry, correction)
         self._corrections = {int(entry): correction for entry, correction in sorted(value.items())}
+
+    @property
+    def moments(self) -> Mapping[str, FeatureMoments]:
+        """What `skd.moments` found, by module; empty if it was not called.
+
+        They fit the present weights only: loading a state dict, and training, drop them. They are not part of the
+        state dict, but `skd.save` writes them. They stay on the CPU, in float32.
+        """
+        return MappingProxyType(self._moments)
+
+    @moments.setter
+    def moments(self, value: Mapping[str, FeatureMoments]) -> None:
+        check_moments(self.model, self.infos, value)
+        self._moments = dict(value)
+
+    def tokens_of(self, module: Module) -> int | None:
+        """The number of leading tokens that the head depends on in a module's output; None means all."""
+        return self._tokens_kept()[module.block]
 
     def _replaced(self, entry: int | torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
         """For each block the parameters that this entry's correction replaces, by their names in the block."""
@@ -300,7 +321,7 @@ def _add_prefix(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
 
     Skipped modules have no tensors here, or, in what earlier versions cut, tensors of size 0: either state fits both.
     """
-    module._corrections = {}  # they belong to the weights before
+    module._corrections, module._moments = {}, {}  # they belong to the weights before
     own = module.model.state_dict()
     for key in [key for key in state if key.startswith(prefix)]:
         name, tensor = key[len(prefix) :], state.pop(key)

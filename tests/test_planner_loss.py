@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
 
 import skd
-from skd.planners.loss import _convex, rises
+from skd.planners.loss import SHAPES, _convex, _shaped, rises
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
 
@@ -83,6 +84,44 @@ def test_labels_do_not_matter_and_points_do() -> None:
     for points in (0, 2.0, True):
         with pytest.raises(ValueError, match="points is"):
             skd.plan(net, batches, planner="loss", points=points)
+
+
+def test_cross_entropy_is_that_of_the_labels() -> None:
+    net, batches = skd.SuperNet(tiny_vit()), random_batches()
+    widths = net.widths()
+    (curve, *_) = rises(net, batches, widths, [[8], [], [], []], None, "cross_entropy")
+    nested(net, [8, *widths[1:]])
+    with torch.no_grad():
+        full, cut = (
+            sum(F.cross_entropy(net(x, entry=entry), y, reduction="sum") for x, y in batches) / 8 for entry in (0, 1)
+        )
+    assert curve[1][1] == pytest.approx(float(cut - full), rel=1e-9)
+    unlabelled = [(images, None) for images, _ in batches]
+    for other in (batches, unlabelled):
+        kl = rises(net, unlabelled, widths, [[8], [0], [0], [0]], None)
+        assert (rises(net, other, widths, [[8], [0], [0], [0]], None, "cross_entropy") == kl) is (other is unlabelled)
+
+
+def test_between_the_measured_widths_taylor_scores_shape_the_rise() -> None:
+    info = skd.SuperNet(tiny_vit()).infos[1]  # 72 neurons in groups of 3
+    scores = np.arange(72.0)[::-1]
+    shaped = dict(_shaped(info, [(72, 0.0), (60, 1.0), (0, 9.0)], scores))
+    assert list(shaped) == [*range(72, 0, -info.group_size), 0]
+    assert shaped[66] == pytest.approx(scores[66:].sum() / scores[60:].sum())
+    assert shaped[30] == pytest.approx(1 + 8 * scores[30:60].sum() / scores[:60].sum())
+    assert (shaped[72], shaped[60], shaped[0]) == (0.0, 1.0, 9.0)
+    flat = dict(_shaped(info, [(72, 0.0), (0, 72.0)], np.zeros(72)))
+    assert flat[36] == 36.0
+    batches = list(digit_data()[2])
+    given = {"target": 0.5, "rounds": 2, "planner": "loss", "points": 1}
+    linear, taylor = (skd.plan(digit_net(), batches, shape=shape, **given) for shape in SHAPES)
+    assert linear != taylor
+
+
+@pytest.mark.parametrize("name", ["criterion", "shape"])
+def test_other_words_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is 'best'; it may be one of"):
+        skd.plan(digit_net(), digit_data()[2], planner="loss", **{name: "best"})
 
 
 @pytest.mark.parametrize(

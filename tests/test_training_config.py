@@ -63,6 +63,7 @@ BAD = {
     "target": [0, 0.0, 1.01, -0.5],
     "progressive_epochs": [-1, 301, 1.5],
     "planner": ["nobody", "", "Paper", 3, None],
+    "planner_options": [3, [], "points", {1: 2}],
     "importance": ["sometimes", None],
     "calibration_images": [0],
     "convention": ["paper", None],

@@ -111,6 +111,23 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_moments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--moments",
+        action="store_true",
+        help="also store second moments of the features, from which extract and evaluate --compensate moments "
+        "correct a sub-network without images; they may be larger than the weights",
+    )
+
+
+def add_compensate(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--compensate",
+        choices=["moments"],
+        help="correct the sub-network from the stored moments (convert or plan --moments)",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
 
@@ -127,7 +144,7 @@ def add_model(parser: argparse.ArgumentParser, help: str, *, required: bool) -> 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Add the options that go with --model NAME."""
     parser.add_argument(
-        "--model-kwargs", metavar="JSON", type=_json_object, default={}, help="arguments of timm.create_model"
+        "--model-kwargs", metavar="JSON", type=json_object, default={}, help="arguments of timm.create_model"
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--pretrained", action="store_true", help="timm's weights, downloaded if need be")
@@ -153,7 +170,7 @@ def add_num_classes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _json_object(text: str) -> dict[str, JSON]:
+def json_object(text: str) -> dict[str, JSON]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -193,6 +210,8 @@ def _kind(setting: Field[object]) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if annotation.startswith("tuple"):
         return {"type": float, "nargs": "+", "metavar": "X"}
+    if annotation.startswith("dict"):
+        return {"type": json_object, "metavar": "JSON"}
     kinds: dict[str, Callable[[str], object]] = {"int": whole, "float": float, "str": str}
     base = kinds[annotation.split(" ")[0]]
     metavar = {"int": "N", "float": "X", "str": "NAME"}[annotation.split(" ")[0]]
@@ -240,6 +259,11 @@ def shares(text: str) -> list[float]:
     if not all(0 < share <= 1 for share in found):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.5,0.25")
     return found
+
+
+def names(text: str) -> list[str]:
+    """Names of modules, such as '0.attn,11.mlp'."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def size(text: str) -> int | float:

@@ -437,6 +437,17 @@ def print_corrections(rows: list[CorrectionRow], more: str = "") -> None:
         print(f"compensated entries: {each}" + (f"; {more}" if more else ""))
 
 
+def moments_bytes(supernet: SuperNet) -> int:
+    """The bytes of the moments of a super-network (`skd.moments`); 0 without any."""
+    return sum(own.nbytes for own in supernet.moments.values())
+
+
+def print_moments(supernet: SuperNet) -> None:
+    """Print one line on the moments; nothing without any."""
+    if supernet.moments:
+        print(f"moments of the features: {moments_bytes(supernet):,} bytes, for --compensate moments")
+
+
 def print_expected(about: About) -> None:
     """Print the published results of a recipe."""
     headings = list(dict.fromkeys(key for row in about["expected"] for key in row))

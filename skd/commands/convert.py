@@ -8,7 +8,7 @@ import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files
-from skd.support.settings import CENTERINGS
+from skd.support.settings import CENTERINGS, NEURONS, QK, V
 from skd.support.types import Document
 
 
@@ -24,6 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     options.add_data(parser)
     options.add_calibration(parser)
     parser.add_argument("--centering", choices=CENTERINGS, default="dataset", help="'batch' is the published way")
+    parser.add_argument("--qk", choices=QK, default=QK[0], help="bases of queries and keys (default: %(default)s)")
+    parser.add_argument("--v", choices=V, default=V[0], help="bases of values (default: %(default)s)")
+    parser.add_argument("--neurons", choices=NEURONS, default=NEURONS[0], help="their order (default: %(default)s)")
+    options.add_moments(parser)
     options.add_device(parser)
 
 
@@ -48,6 +52,10 @@ def run(given: argparse.Namespace) -> Document:
         batches,
         centering=given.centering,
         labels=given.labels,
+        qk=given.qk,
+        v=given.v,
+        neurons=given.neurons,
+        moments=given.moments,
         progress=work.progress("Converting"),
         group=given.group,
     )
@@ -58,8 +66,10 @@ def run(given: argparse.Namespace) -> Document:
         f"{given.out}: {full.params:,} parameters, {work.count(full.macs)} MACs (full), "
         f"{work.count(linear.macs)} (linear); next: skd train, or skd plan"
     )
+    work.print_moments(supernet)
     return {
         "out": given.out,
+        "moments_bytes": work.moments_bytes(supernet),
         **work.weights_taken(given),
         "macs": full.macs,
         "macs_linear": linear.macs,

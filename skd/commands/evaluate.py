@@ -39,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--convention", choices=CONVENTIONS, default="full", help="of --macs and --budgets (default: %(default)s)"
     )
+    options.add_compensate(parser)
     options.add_weights(parser)
     options.add_data(parser)
     options.add_device(parser)
@@ -50,7 +51,6 @@ def files(given: argparse.Namespace) -> Files:
 
 def run(given: argparse.Namespace) -> Document:
     from skd.commands import _work as work
-    from skd.extract import choose_entry
     from skd.support.curve import Row, sizes_of
 
     where = work.device(given)
@@ -59,12 +59,12 @@ def run(given: argparse.Namespace) -> Document:
     work.check_no_weights(given)
     supernet = work.supernet(given.supernet, where)
     batches = work.validation(given, supernet.model)
+    if given.compensate is not None:
+        skd.compensate(supernet, entries=_measured(given, supernet))
     work.print_corrections(work.corrections(supernet), "they are measured with their corrections")
     if given.entry is None and given.macs is None and given.params is None:
         return _curve(given, supernet, batches)
-    entry = choose_entry(
-        supernet, entry=given.entry, macs=given.macs, params=given.params, convention=given.convention
-    )
+    (entry,) = _measured(given, supernet)
     (top1,) = skd.evaluate(
         supernet, batches, entries=[entry], progress=work.progress("Evaluating"), group=given.group
     )
@@ -79,13 +79,30 @@ def run(given: argparse.Namespace) -> Document:
     }
 
 
+def _budgets(given: argparse.Namespace) -> tuple[float, ...]:
+    budgets = tuple(given.budgets or TrainConfig().budgets)
+    if not all(0 < budget <= 1 for budget in budgets):
+        raise ValueError(f"--budgets is {budgets}; they must be shares above 0 and at most 1")
+    return budgets
+
+
+def _measured(given: argparse.Namespace, supernet: skd.SuperNet) -> list[int]:
+    """The entries that will be measured."""
+    from skd.extract import choose_entry
+    from skd.support.curve import entries_within
+
+    if given.entry is None and given.macs is None and given.params is None:
+        return list(entries_within(supernet, _budgets(given), given.convention).values())
+    return [
+        choose_entry(supernet, entry=given.entry, macs=given.macs, params=given.params, convention=given.convention)
+    ]
+
+
 def _curve(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:
     from skd.commands import _work as work
     from skd.support.curve import area, measure_curve
 
-    budgets = tuple(given.budgets or TrainConfig().budgets)
-    if not all(0 < budget <= 1 for budget in budgets):
-        raise ValueError(f"--budgets is {budgets}; they must be shares above 0 and at most 1")
+    budgets = _budgets(given)
     rows = measure_curve(
         supernet,
         batches,
@@ -112,6 +129,8 @@ def _plain(given: argparse.Namespace, where: torch.device) -> Document:
     chosen = [name for name in ("entry", "macs", "params", "budgets") if getattr(given, name) is not None]
     if chosen:
         raise ValueError(f"--{chosen[0]} is given with --model; only a super-network has sub-networks")
+    if given.compensate is not None:
+        raise ValueError("--compensate is given with --model; only a super-network has sub-networks")
     if given.convention != "full":
         raise ValueError("--convention is given with --model; only a super-network has sub-networks")
     model = work.plain_model(given, instead="give it as --supernet").to(where)

@@ -21,7 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--params", type=options.size, metavar="X", help="a share (0.5), or a count (22M)")
     budget.add_argument("--entry", type=options.whole, metavar="I", help="index into the dropout list")
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
-    parser.add_argument(
+    corrected = parser.add_mutually_exclusive_group()
+    options.add_compensate(corrected)
+    corrected.add_argument(
         "--uncorrected", action="store_true", help="without the correction that skd plan --compensate has stored"
     )
     parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
@@ -43,12 +45,14 @@ def run(given: argparse.Namespace) -> Document:
     entry = choose_entry(
         supernet, macs=given.macs, params=given.params, entry=given.entry, convention=given.convention
     )
-    compensated = entry in supernet.corrections and not given.uncorrected
-    cut = skd.extract(supernet, entry=entry, corrected=not given.uncorrected)
+    compensated = given.compensate is not None or (entry in supernet.corrections and not given.uncorrected)
+    cut = skd.extract(supernet, entry=entry, corrected=given.compensate or not given.uncorrected)
     work.write(cut, given.out, given.group)
     rows = sizes_of(supernet, [entry])
     work.print_sizes(rows, given.out)
-    if compensated:
+    if given.compensate is not None:
+        print("with a correction from the stored moments folded in")
+    elif compensated:
         print("with its correction folded in (skd plan --compensate)")
     return {"out": given.out, **rows[0], "compensated": compensated}
 

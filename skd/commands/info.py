@@ -73,6 +73,8 @@ def _file(path: str) -> Document:
         work.print_sizes(rows, f"{last + 1} sub-networks, some of them")
         document["corrections"] = found = work.corrections(network)
         work.print_corrections(found)
+        document["moments_bytes"] = work.moments_bytes(network)
+        work.print_moments(network)
     return document
 
 

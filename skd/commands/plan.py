@@ -32,6 +32,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--planner", choices=planners.names(), default="paper", help="decides what to narrow (default: %(default)s)"
     )
+    parser.add_argument(
+        "--planner-options",
+        metavar="JSON",
+        type=options.json_object,
+        default={},
+        help='of the planner\'s own, such as \'{"sensitivity": "sqrt"}\'',
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="JSON",
+        type=options.json_object,
+        default={},
+        help="smallest widths that modules may get, such as '{\"0.mlp\": 64}'",
+    )
+    parser.add_argument(
+        "--exclude",
+        metavar="NAME,...",
+        type=options.names,
+        default=[],
+        help="modules that stay whole, such as 11.attn",
+    )
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of MACs (default: %(default)s)")
     parser.add_argument(
         "--compensate",
@@ -40,6 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="for the largest sub-network within each of these shares of the MACs: predict what it drops from what "
         "it keeps, and store the corrections for evaluate and extract",
     )
+    options.add_moments(parser)
     options.add_device(parser)
 
 
@@ -58,6 +80,8 @@ def run(given: argparse.Namespace) -> Document:
     work.model_file(given.out)
     supernet = work.supernet(given.supernet, work.device(given))
     batches = work.calibration(given, supernet.model)
+    planners.check_options(given.planner, given.planner_options)
+    start = time.perf_counter()
     supernet.dropout_list = skd.plan(
         supernet,
         batches,
@@ -67,7 +91,13 @@ def run(given: argparse.Namespace) -> Document:
         progress=work.progress("Planning"),
         group=given.group,
         planner=given.planner,
+        keep=given.keep,
+        exclude=given.exclude,
+        **given.planner_options,
     )
+    seconds = time.perf_counter() - start
+    if given.moments:
+        skd.moments(supernet, batches, progress=work.progress("Moments"), group=given.group)
     compensation = {} if given.compensate is None else _compensate(given, supernet, batches)
     work.write(supernet, given.out, given.group)
     entries = list(
@@ -76,7 +106,17 @@ def run(given: argparse.Namespace) -> Document:
     rows = sizes_of(supernet, entries)
     images = work.images_read(given, calibration=batches)
     work.print_sizes(rows, f"{given.out}: {len(supernet.dropout_list)} sub-networks, some of them")
-    return {"out": given.out, "entries": len(supernet.dropout_list), "subnetworks": rows, **compensation, **images}
+    print(f"planned in {seconds:.1f} s")
+    work.print_moments(supernet)
+    return {
+        "out": given.out,
+        "entries": len(supernet.dropout_list),
+        "seconds": seconds,
+        "subnetworks": rows,
+        "moments_bytes": work.moments_bytes(supernet),
+        **compensation,
+        **images,
+    }
 
 
 def _compensate(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:

@@ -112,6 +112,21 @@ def planner(name: str) -> Planner:
     return _PLANNERS[name]
 
 
+def check_options(chosen: str, options: Mapping[str, object] | None) -> None:
+    """Check that a planner has options of these names; their values it checks itself, when it is called.
+
+    Raises:
+        ValueError: it does not.
+    """
+    call: Any = planner(chosen)
+    own = [p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    own = [name for name in own if name not in ("current", "convention", "group")]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call).parameters.values())
+    unknown = [name for name in options or {} if name not in own]
+    if unknown and not takes_any:
+        raise ValueError(f"planner {chosen!r} has no option {unknown[0]!r}; it has {own or 'none'}")
+
+
 def grow(
     chosen: str | Planner,
     supernet: SuperNet,

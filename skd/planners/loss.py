@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from skd.dropout_list import DropoutList, Operation
+from skd.importance import importance
 from skd.planners import register
 from skd.supernet import SuperNet
 from skd.support.ranks import in_step, summed, total
@@ -20,6 +23,7 @@ from skd.vit import Module
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+CRITERIA, SHAPES = ("kl", "cross_entropy"), ("linear", "taylor")
 Curve = list[tuple[int, float]]  # (width, rise of the loss per image), from the present width down
 
 
@@ -33,6 +37,8 @@ def loss(
     convention: str,
     group: ProcessGroup | None,
     points: int = 6,
+    criterion: str = "kl",
+    shape: str = "linear",
 ) -> DropoutList:
     """The list grown by the operations with the smallest rise of the loss per MAC.
 
@@ -44,16 +50,25 @@ def loss(
 
     Args:
         points: how many widths of a module are measured, 0 included; at least 1.
+        criterion: "kl", as above; "cross_entropy", with the labels, where a batch has them and the model has a head.
+        shape: of the rise between two measured widths: "linear" in the width; "taylor", in proportion to the Taylor
+            scores of the coordinates between them (`skd.importance`).
 
     Raises:
-        ValueError: bad batches, none whose outputs are finite, or points < 1.
+        ValueError: bad batches, none whose outputs are finite, points < 1, or another criterion or shape.
     """
+    for name, value, known in (("criterion", criterion, CRITERIA), ("shape", shape, SHAPES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it may be one of {known}")
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(f"points is {points!r}; it must be an int of at least 1")
     widths = list(current.entry(len(current) - 1).values())
     pairs = zip(supernet.infos, widths, strict=True)
     measured = [_widths_to_measure(module, width, points) for module, width in pairs]
-    curves = rises(supernet, batches, widths, measured, group)
+    curves = rises(supernet, batches, widths, measured, group, criterion)
+    if shape == "taylor":
+        scores, _ = importance(supernet, batches, widths=widths, group=group)
+        curves = [_shaped(m, curve, scores[m.name]) for m, curve in zip(supernet.infos, curves, strict=True)]
     prices = supernet.costs.planned_per_unit(convention)
     steps: list[tuple[float, float, int, Operation]] = []
     for index, (module, price) in enumerate(zip(supernet.infos, prices, strict=True)):
@@ -83,6 +98,7 @@ def rises(
     widths: Sequence[int],
     measured: Sequence[Sequence[int]],
     group: ProcessGroup | None,
+    criterion: str = "kl",
 ) -> list[Curve]:
     """For each module the rise of the loss per image, at its present width (0) and at those to be measured.
 
@@ -91,8 +107,9 @@ def rises(
     sums = [torch.zeros(1 + len(own), dtype=torch.float64) for own in measured]
     images, left_out = 0, 0
     with frozen(supernet):
-        for batch, _ in in_step(checked(supernet.model, batches, with_labels=False), group):
-            losses = _losses(supernet, batch, widths, measured)
+        with_labels = criterion == "cross_entropy"
+        for batch, labels in in_step(checked(supernet.model, batches, with_labels=with_labels), group):
+            losses = _losses(supernet, batch, labels, widths, measured)
             if all_finite(losses):
                 images += len(batch)
                 for added, own in zip(sums, losses, strict=True):
@@ -111,26 +128,37 @@ def rises(
 
 
 def _losses(
-    supernet: SuperNet, images: torch.Tensor, widths: Sequence[int], measured: Sequence[Sequence[int]]
+    supernet: SuperNet,
+    images: torch.Tensor,
+    labels: torch.Tensor | None,
+    widths: Sequence[int],
+    measured: Sequence[Sequence[int]],
 ) -> list[torch.Tensor]:
     """For each module the losses of one batch: with nothing narrowed further, then at each width to be measured."""
-    reference = supernet(images)
+    headless = supernet.model.num_classes == 0
+    if labels is None or headless:
+        distance = partial(_distance, reference=supernet(images), headless=headless)
+    else:
+        distance = partial(_cross_entropy, labels=labels)
     x, shared = supernet.embed(images)
     streams = []
     for index, width in enumerate(widths):
         streams.append(x)
         x = supernet.step(index, x, width, shared=shared)
-    headless = supernet.model.num_classes == 0
-    base, losses = _distance(supernet.head(x), reference, headless), []
+    base, losses = distance(supernet.head(x)), []
     for index, below in enumerate(measured):
         own = [base]
         for width in below:
             x = supernet.step(index, streams[index], width, shared=shared)
             for later in range(index + 1, len(widths)):
                 x = supernet.step(later, x, widths[later], shared=shared)
-            own.append(_distance(supernet.head(x), reference, headless))
+            own.append(distance(supernet.head(x)))
         losses.append(torch.stack(own))
     return losses
+
+
+def _cross_entropy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output.to(torch.promote_types(output.dtype, torch.float32)), labels, reduction="sum")
 
 
 def _distance(output: torch.Tensor, reference: torch.Tensor, headless: bool) -> torch.Tensor:
@@ -140,6 +168,18 @@ def _distance(output: torch.Tensor, reference: torch.Tensor, headless: bool) -> 
     if headless:
         return 0.5 * (output - reference).square().sum()
     return F.kl_div(output.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum")
+
+
+def _shaped(module: Module, curve: Curve, scores: np.ndarray) -> Curve:
+    """The curve with a point at every group between the measured widths, in proportion to the Taylor scores."""
+    points, group = curve[:1], module.full_width if module.binary else module.group_size
+    for (wide, low), (narrow, high) in pairwise(curve):
+        total = float(scores[narrow:wide].sum())
+        for width in range((wide - 1) // group * group, narrow, -group):
+            share = float(scores[width:wide].sum()) / total if total > 0 else (wide - width) / (wide - narrow)
+            points.append((width, low + (high - low) * share))
+        points.append((narrow, high))
+    return points
 
 
 def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:

@@ -8,6 +8,7 @@
     devices       the device that was asked for
     ranks         several processes: sums, broadcasts, and ranks that fail
     taps          checked batches, frozen networks, features with their gradients
+    regression    ridge regression from sums over the rows
     curve         sizes and accuracies over a dropout list
     plots         curves and lists as pictures
 

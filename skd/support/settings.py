@@ -26,6 +26,7 @@ AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 CONVENTIONS = ("full", "linear")  # how MACs are counted
 CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
+QK, V, NEURONS = ("joint", "balanced"), ("variance", "output"), ("taylor", "residual")  # the defaults come first
 LABELS = ("given", "predicted")  # of calibration images
 CHECKPOINT_WEIGHTS = ("ema", "model")  # which weights to take of a checkpoint that has both
 RESUME = (None, "auto")
@@ -249,6 +250,9 @@ class TrainConfig:
     planner: str = _option(
         "paper", "decides how the dropout list grows ('paper': the published one)", choices=planners.names
     )
+    planner_options: dict[str, Any] | None = _option(  # noqa: RUF009 (None is the default)
+        None, 'of the planner\'s own, such as {"sensitivity": "sqrt"}; unset: none'
+    )
     importance: str = _option(
         "passes",
         "'passes': measured before each epoch that grows the list, on calibration images (paper); 'online': after "
@@ -424,6 +428,8 @@ def _check_type(setting: Field[object], value: object) -> None:
         wanted = "a finite number"
     elif kind.startswith("str"):
         good, wanted = isinstance(value, str), "a string"
+    elif kind.startswith("dict"):
+        good, wanted = isinstance(value, dict) and all(isinstance(name, str) for name in value), "a mapping of names"
     else:
         return
     if not good:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from skd import planners
 from skd.data.building import warn_of_ignored
 from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
 from skd.support.outputs import output_folder, remove_leftovers, write_json
@@ -45,9 +46,10 @@ def train(
     step draws one of its entries (by default uniformly, the last included) and trains that sub-network.
 
     Args:
-        supernet: from `skd.convert`. Its corrections (`skd.compensate`) are dropped first, since they belong to its
-            present weights. Its dropout list grows; at the end it holds the weights of the evaluated epoch
-            with the largest area under the accuracy-MACs curve (the average of the weights, where model_ema is on).
+        supernet: from `skd.convert`. Its corrections (`skd.compensate`) and moments (`skd.moments`) are dropped
+            first, since they belong to its present weights. Its dropout list grows; at the end it holds the weights
+            of the evaluated epoch with the largest area under the accuracy-MACs curve (the average of the weights,
+            where model_ema is on).
         train_loader: batches (images (B, in_chans, H, W) float, labels (B,) int), augmented and preprocessed; Mixup
             is applied here. Read once per epoch; ``set_epoch(epoch)`` is called where it exists. skd's own
             (`skd.data.train_loader`) resume in the middle of an epoch without reading what was before; with those, or
@@ -84,7 +86,7 @@ def train(
     supernet = unwrapped(supernet)
     _check(supernet, train_loader, val_loader, config, calibration, resume, group)
     folder = None if out is None else _run_folder(out, resume, group)
-    supernet.corrections = {}
+    supernet.corrections, supernet.moments = {}, {}
     screen = Screen(console, verbose)
     run = make_run(
         supernet, train_loader, val_loader, config, calibration or (), screen=screen, folder=folder, group=group
@@ -172,6 +174,7 @@ def _check(
         raise ValueError("expected_top1 is given, but val_loader is None: there is nothing to measure it on")
     if config.opt.startswith("lookahead"):
         raise ValueError(f"opt is {config.opt!r}; Lookahead keeps state that a checkpoint cannot hold")
+    planners.check_options(config.planner, config.planner_options)
     if resume not in RESUME:
         raise ValueError(f"resume is {resume!r}; it may be one of {RESUME}")
     loaders = {"train_loader": train_loader, "val_loader": val_loader, "calibration": calibration}

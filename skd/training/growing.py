@@ -13,12 +13,12 @@ from skd.training.run import Run
 
 def grow(run: Run) -> None:
     """Run one round of planning at the current weights (not their average), and use the grown list on every rank."""
-    supernet, config = run.supernet, run.config
+    supernet, config, options = run.supernet, run.config, run.config.planner_options or {}
     current = supernet.dropout_list
     total = int(supernet.costs.macs(supernet.widths(), config.convention))
     target = config.target * (run.position.epoch + 1) / config.growing_epochs * total
     if run.online is not None and run.online.steps:  # the planner "paper", with scores from the training steps
-        proposal = run.online.propose(config.convention)
+        proposal = run.online.propose(config.convention, options.get("sensitivity", "count"))
         grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
     else:
         grown = planners.grow(
@@ -29,6 +29,7 @@ def grow(run: Run) -> None:
             current=current,
             convention=config.convention,
             group=run.group,
+            options=options,
         )
         sensitivity = dict(grown.sensitivity or {})
     # Every rank uses the list of rank 0: the scores are the same, but the processors may sort or round differently.

@@ -39,7 +39,7 @@ class OnlineImportance:
         """From now on backward passes of the super-network add to the sums, or no longer do."""
         self.supernet.scores = self.buffers if wanted else None
 
-    def propose(self, convention: str) -> Proposal:
+    def propose(self, convention: str, sensitivity: str = "count") -> Proposal:
         """Operations at the widths of the list's last entry, as `skd.planning.propose` has them; sums restart."""
         listed = self.supernet.dropout_list
         widths = listed.entry(len(listed) - 1)
@@ -52,9 +52,9 @@ class OnlineImportance:
             scores[info.name] = raw.astype(np.float64)
             shares[info.name] = float(scores[info.name].sum()) * info.coordinates_per_unit
         largest = max(max(shares.values()), 1e-300)
-        sensitivity = {name: share / largest for name, share in shares.items()}
         self.restart()
-        return ranked(self.supernet, scores, sensitivity, widths, convention)
+        gamma = {name: share / largest for name, share in shares.items()}
+        return ranked(self.supernet, scores, gamma, widths, convention, sensitivity)
 
     def restart(self) -> None:
         self.steps = 0

@@ -8,6 +8,7 @@ All of skd speaks to the protocols `Module` and `Network`:
     attention     plain attention: rotated, every head keeps its leading coordinates
     heads         attention by whole heads, in PyTorch
     mlp           MLPs: sorted, the first neurons are kept
+    conversions   bases and orders beyond METHOD's, from unweighted second moments
     skipped       what stands in place of a module that is skipped
     residual      the residual stream between modules: sums and norms in one pass
     block         `SuperBlock`, and how a plain block is cut out of it

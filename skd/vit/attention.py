@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention
 from torch import nn
 
+from skd.vit.conversions import Choices, SecondMoments, balanced_bases
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, require_linear
 from skd.vit.protocol import (
     Consumer,
@@ -117,34 +119,55 @@ class RotatedAttention(Module):
     def transform(self, statistic: torch.Tensor) -> Rotation:
         """Principal axes of the (3, H, D, D) covariances: V's own, and those of Q and K together."""
         q, k, v = statistic
-        return Rotation(
+        return Rotation.orthogonal(
             v=principal_axes(v) if self.rotates_v else None,
             qk=principal_axes(q + k) if self.rotates_qk else None,
         )
 
+    def second_moments(self, feature: torch.Tensor, tokens: int | None, choices: Choices) -> SecondMoments | None:
+        """3 H groups of D coordinates: queries, keys, and the averages of values that enter the output projection."""
+        if self.binary or (choices.qk, choices.v) == Choices()[:2]:
+            return None
+        q, k, v = feature.permute(2, 0, 3, 1, 4).double()  # (B, H, N, D) each
+        q = q[:, :, :tokens]
+        read = F.scaled_dot_product_attention(q, k, v)
+        return SecondMoments.joined([SecondMoments.of(part.transpose(0, 1).flatten(1, 2)) for part in (q, k, read)])
+
+    def refined(self, model: TimmModel, transform: Transform, moments: SecondMoments, choices: Choices) -> Rotation:
+        """Keys are centred, because the softmax ignores what is the same for all keys; queries are not."""
+        assert isinstance(transform, Rotation)
+        q, k, v, proj = transform.q, transform.k, transform.v, transform.proj
+        about_zero, covariance = (m.chunk(3) for m in (moments.about_zero(), moments.covariance()))
+        if choices.qk == "balanced":
+            q, k = balanced_bases(about_zero[0], covariance[1])
+        if choices.v == "output":
+            columns = self.of(model).proj.weight.double().unflatten(1, (self.num_heads, self.full_width))  # (C, H, D)
+            proj, v = balanced_bases(torch.einsum("chd,che->hde", columns, columns), about_zero[2])
+        return Rotation(q, k, v, proj)
+
     def ordering(self, scores: torch.Tensor) -> Rotation:
         """Permutations within each head: V's by its scores, those of Q and K jointly by the sum of theirs."""
         q, k, v = scores
-        return Rotation(
+        return Rotation.orthogonal(
             v=_permutations(v) if self.rotates_v else None,
             qk=_permutations(q + k) if self.rotates_qk else None,
         )
 
     @torch.no_grad()
     def apply(self, model: TimmModel, transform: Transform) -> None:
-        """W <- T^T W and b <- T^T b per head; W_proj <- W_proj T undoes V's."""
+        """W <- T^T W and b <- T^T b per head; W_proj <- W_proj T undoes V's, and the basis of K that of Q."""
         assert isinstance(transform, Rotation)
-        attn, parts = self.of(model), (transform.qk, transform.qk, transform.v)
+        attn, parts = self.of(model), (transform.q, transform.k, transform.v)
         for tensor in (attn.qkv.weight, attn.qkv.bias):
             if tensor is None:
                 continue
             rows = tensor.double().reshape(*self.score_shape, -1)
             turned = [r if t is None else t.mT @ r for t, r in zip(parts, rows, strict=True)]
             tensor.copy_(torch.stack(turned).reshape(tensor.shape))
-        if transform.v is not None:
+        if transform.proj is not None:
             weight = attn.proj.weight
             columns = weight.double().unflatten(1, (self.num_heads, self.full_width))  # (C, H, D)
-            weight.copy_((columns.transpose(0, 1) @ transform.v).transpose(0, 1).flatten(1))
+            weight.copy_((columns.transpose(0, 1) @ transform.proj).transpose(0, 1).flatten(1))
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import nn
 
 from skd.vit.attention import around
+from skd.vit.conversions import Choices, SecondMoments, elimination_order
 from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
 from skd.vit.protocol import (
     Consumer,
@@ -114,6 +115,16 @@ class SortedMlp(OrderedModule):
 
     def observe(self, feature: torch.Tensor, grad: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         return self.taylor(feature, grad, power=2)
+
+    def second_moments(self, feature: torch.Tensor, tokens: int | None, choices: Choices) -> SecondMoments | None:
+        """One group of F neurons."""
+        if self.binary or choices.neurons == Choices().neurons:
+            return None
+        return SecondMoments.of(feature[:, :tokens].flatten(0, 1)[None])
+
+    @torch.no_grad()
+    def refined(self, model: TimmModel, transform: Transform, moments: SecondMoments, choices: Choices) -> Transform:
+        return elimination_order(moments.covariance()[0], self.output_layer(self.of(model)).weight)
 
     @torch.no_grad()
     def row_norms(self, model: TimmModel) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 import torch
 from torch import nn
 
+from skd.vit.conversions import Choices, SecondMoments
 from skd_kernels import Moments
 
 # A timm model, and a part of one. Their fields depend on timm's class, and torch.nn.Module declares none of them, so
@@ -28,14 +29,22 @@ Shared: TypeAlias = torch.Tensor | None  # what a block gets beside its input: a
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal change of basis in one attention, float64; columns are the new coordinates, best first.
+    """A change of basis in one attention, float64; columns are the new coordinates, best first.
 
     Attributes:
-        v, qk: (H, D, D), or None where a rotation would change the network's function.
+        q, k: (H, D, D) with ``q k^T = I``, or None where the change would change the network's function. METHOD's are
+            one orthogonal matrix, its own inverse transposed.
+        v, proj: (H, D, D) likewise, of the values and of the columns of the output projection.
     """
 
+    q: torch.Tensor | None
+    k: torch.Tensor | None
     v: torch.Tensor | None
-    qk: torch.Tensor | None
+    proj: torch.Tensor | None
+
+    @classmethod
+    def orthogonal(cls, qk: torch.Tensor | None, v: torch.Tensor | None) -> Rotation:
+        return cls(qk, qk, v, v)
 
 
 Transform = Rotation | torch.Tensor  # a tensor is the new order of the coordinates, (width,) int64
@@ -185,6 +194,13 @@ class Module(ABC):
     def row_norms(self, model: TimmModel) -> torch.Tensor:
         """The L2 norm of the weights that compute each coordinate; `score_shape`, float64."""
 
+    def second_moments(self, feature: torch.Tensor, tokens: int | None, choices: Choices) -> SecondMoments | None:
+        """What `refined` needs of a feature, of which the head depends on the first `tokens` tokens (None: all).
+
+        None: no conversion beyond METHOD's applies to this module, or none is chosen.
+        """
+        return None
+
     # Rewriting the weights (METHOD 1)
 
     @abstractmethod
@@ -194,6 +210,10 @@ class Module(ABC):
     @abstractmethod
     def ordering(self, scores: torch.Tensor) -> Transform:
         """The transform that puts the coordinates with the highest of `score_shape` scores first."""
+
+    def refined(self, model: TimmModel, transform: Transform, moments: SecondMoments, choices: Choices) -> Transform:
+        """METHOD's `transform` with the chosen conversions in place of its own, from sums of `second_moments`."""
+        return transform
 
     @abstractmethod
     def apply(self, model: TimmModel, transform: Transform) -> None:

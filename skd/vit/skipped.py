@@ -15,6 +15,7 @@ from skd.vit.protocol import (
     Consumer,
     Coordinates,
     Handle,
+    Module,
     OrderedModule,
     Place,
     Prices,
@@ -24,6 +25,7 @@ from skd.vit.protocol import (
     Transform,
     Width,
 )
+from skd.vit.residual import factors_of
 
 
 def skipped_like(module: nn.Module) -> fx.GraphModule:
@@ -44,6 +46,17 @@ def skipped_like(module: nn.Module) -> fx.GraphModule:
     skipped = fx.GraphModule(nn.Module(), graph, class_name="Skipped")
     skipped.train(module.training)
     return skipped
+
+
+def norm_added(module: Module, block: TimmLayer, x: torch.Tensor, tokens: int | None) -> torch.Tensor:
+    """The first `tokens` tokens of the stream (B, N, C) plus their norm, scaled as the module's output would be.
+
+    The published code measures a module's sensitivity with this in place of the module (METHOD 2, step 1).
+    """
+    x = x[:, :tokens]
+    normed: torch.Tensor = getattr(block, module.place.norm)(x)
+    factors = factors_of(getattr(block, module.place.scale, None))
+    return x + (normed if factors is None else normed * factors)
 
 
 def is_skipped(module: object) -> bool:

@@ -1,0 +1,60 @@
+"""Ridge regression with an intercept, from sums over the rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+_ROUNDING = 1e-11  # relative errors of sums of squares in float64
+_TINY = 1e-300  # where all features are zeros
+
+
+class Sums(NamedTuple):
+    """The sums for the normal equations of n rows of features (n, k) and of targets (n, C), float64.
+
+    Attributes:
+        rows: n, a 0-d tensor.
+        features, targets: (k,) and (C,), the sums of the rows.
+        squares: (k, k), features^T features.
+        products: (k, C), features^T targets.
+    """
+
+    rows: torch.Tensor
+    features: torch.Tensor
+    targets: torch.Tensor
+    squares: torch.Tensor
+    products: torch.Tensor
+
+    @classmethod
+    def empty(cls, k: int, channels: int, device: torch.device) -> Sums:
+        shapes = (), (k,), (channels,), (k, k), (k, channels)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add rows, in place."""
+        self.rows.add_(len(features))
+        self.features.add_(features.sum(0))
+        self.targets.add_(targets.sum(0))
+        self.squares.addmm_(features.mT, features)
+        self.products.addmm_(features.mT, targets)
+
+    def solved(self, ridge: float, *, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ridge regression: the weight (C, k) and the bias (C,), zeros without `intercept`.
+
+        The bias is not shrunk: with it, the equations are those of centred features and targets. The penalty is
+        `ridge` times the mean of the diagonal of features^T features.
+        """
+        squares, products = self.squares, self.products
+        x, y = self.features / self.rows, self.targets / self.rows
+        if intercept:
+            squares = squares - self.rows * torch.outer(x, x)
+            products = products - self.rows * torch.outer(x, y)
+        # Features that are the same in every row (those of a class token before any attention) are only rounding
+        # errors after centring, and must not predict anything.
+        penalty = ridge * squares.diagonal().mean() + _ROUNDING * self.squares.diagonal().mean() + _TINY
+        eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
+        factor, _ = torch.linalg.cholesky_ex(squares + penalty * eye)
+        weight = torch.cholesky_solve(products, factor)
+        bias = y - x @ weight if intercept else torch.zeros_like(y)
+        return weight.mT, bias
