@@ -56,7 +56,7 @@ def finished(unit: Unit, out: Path) -> Info | None:
 
 def run(units: Sequence[Unit], data: str | None, out: Path, hours: float) -> int:
     """Measure the units that are not there, in order, until the time is over; how many were measured."""
-    end, known, done = time.monotonic() + 3600 * hours, dict[str, Images](), 0
+    end, known, done, where = time.monotonic() + 3600 * hours, dict[str, Images](), 0, provenance()
     (out / "units").mkdir(parents=True, exist_ok=True)
     for unit in units:
         if finished(unit, out) is not None:
@@ -73,7 +73,7 @@ def run(units: Sequence[Unit], data: str | None, out: Path, hours: float) -> int
             found = measuring.measured(unit, CONTENDERS[unit.contender], model, known[unit.task])
         seconds = {"network": round(before - start, 2), "unit": round(time.process_time() - before, 2)}
         record = Info(unit._asdict()) | found | {"settings": settings(unit), "total_seconds": Info(seconds)}
-        outputs.write_json(file_of(unit, out), {**record, **provenance()})
+        outputs.write_json(file_of(unit, out), {**record, **where})
         done += 1
         print(line(unit, Info(record)), flush=True)
     return done
@@ -95,9 +95,8 @@ def collected(units: Sequence[Unit], out: Path) -> Info:
     records = [record for unit in units if (record := finished(unit, out)) is not None]
     if not records:
         raise ValueError(f"--out is {str(out)!r}; it has no finished unit of these")
-    dropped = {*provenance(), "settings"}
-    rows = [{key: value for key, value in record.items() if key not in dropped} for record in records]
-    where = {key: records[-1][key] for key in provenance() if key in records[-1]}
+    where = {key: records[-1][key] for key in ("device", "cores", "versions", "commit", "date")}
+    rows = [{key: value for key, value in record.items() if key not in {*where, "settings"}} for record in records]
     contenders = {unit.contender: CONTENDERS[unit.contender].described() for unit in units}
     images: dict[str, object] = {name: vars(task) for name, task in TASKS.items()}
     document = as_json({"units": rows, "contenders": contenders, "tasks": images, "sizes": SIZES, **where})

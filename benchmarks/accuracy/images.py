@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +58,13 @@ class Task:
     less_deep: int = 0
 
 
-_FASHION = Task(28, 7, (0 - MEAN) / STD, shift=2, flips=True, pretraining=8, epochs=12, steps=93)
+_FASHION = Task(28, 7, (0 - MEAN) / STD, shift=2, flips=True, pretraining=10, epochs=12, steps=93)
 TASKS = {
     "digits": Task(
         8, 2, (0 - DIGITS_MEAN) / DIGITS_STD, 1, False, pretraining=40, epochs=24, steps=21, spread=0.5, less_deep=2
     ),
     "fashion": _FASHION,
-    "harder": _FASHION,
+    "harder": replace(_FASHION, pretraining=16),  # after 8 epochs it was right on 58 % of the images
 }
 SIZES = {"small": (64, 6), "large": (96, 8)}  # width, blocks
 
