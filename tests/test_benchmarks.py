@@ -22,7 +22,7 @@ from helpers import random_batches, tiny_vit
 from benchmarks import op, result, steps, table, test_passes, test_steps, timing
 from benchmarks import train_fashion_mnist as fashion_mnist
 from benchmarks import train_throughput as throughput
-from benchmarks.accuracy import compensation
+from benchmarks.accuracy import compensation, summary
 from benchmarks.op import OURS, Case
 from benchmarks.registry import COMPILED, LAYERS, MASKED, OPERATIONS, STATISTICS
 from benchmarks.result import Info, Result
@@ -411,6 +411,13 @@ def test_the_readme_of_the_benchmarks_names_every_command() -> None:
     assert named == commands - {"benchmarks.on_gpu"}  # run_on_gpu.sh starts it
     for path in re.findall(r"pytest (benchmarks/\S+\.py)", text):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_comparison_in_the_docs_is_the_committed_result() -> None:
+    file = RESULTS / "accuracy-comparison.json"
+    expected = summary.tables(Info(json.loads(file.read_text()))) if file.exists() else "Not measured yet."
+    _, inside, _ = result.split((ROOT / "docs" / "ACCURACY.md").read_text(), summary.BEGIN, summary.END)
+    assert inside == expected
 
 
 def test_compensation_in_the_docs_is_the_committed_result() -> None:

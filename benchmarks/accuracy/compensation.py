@@ -22,25 +22,17 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import skd
+from benchmarks.accuracy.images import CALIBRATION, TRAINED, load
 from benchmarks.result import Info, rewrite, rows_of
 from benchmarks.timing import JSON, provenance, write_json
 from skd.data.digits import Batches, Split, batched
-from skd.data.indexed import IdxImages
 from skd.demo.running import reproducible
 from skd.support.curve import entries_within
 
 BEGIN, END = "<!-- compensation:begin -->", "<!-- compensation:end -->"
 SHARES = (0.33, 0.25, 0.2, 0.15, 0.12)  # of the full network's MACs
 PLANNERS = {"paper": 10, "loss": 5}  # the rounds of each
-TRAINED, CALIBRATION = 12_000, 1_024
 BATCH, EPOCHS, RATE = 64, 6, 2e-3
-MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels, scaled to [0, 1]
-
-
-def images(folder: str, split: str) -> Split:
-    source = IdxImages(Path(folder), split)
-    pixels = torch.from_numpy(np.array(source.images)).float().div(255).unsqueeze(1)
-    return Split((pixels - MEAN) / STD, torch.from_numpy(np.array(source.labels)).long())
 
 
 def pretrained(train: Split) -> VisionTransformer:
@@ -83,16 +75,16 @@ def planned(converted: skd.SuperNet, planner: str, calibration: Batches, test: B
 
 
 def run(folder: str, seeds: int) -> Info:
-    whole, test = images(folder, "train"), batched(images(folder, "validation"), 1000)
-    train = Split(whole.images[:TRAINED], whole.labels[:TRAINED])
-    rest = Split(*(part[TRAINED : TRAINED + CALIBRATION] for part in whole))
+    train, rest, test = load("fashion", folder)
     results: list[JSON] = []
     for seed in range(seeds):
         with reproducible(seed):
             model = pretrained(train)
             converted = skd.convert(model, batched(rest, 256))
-            found = {planner: planned(converted, planner, batched(rest, 256), test) for planner in PLANNERS}
-            results.append(Info(seed=seed, full=skd.evaluate(converted, test), planners=Info(found)))
+            found = {
+                planner: planned(converted, planner, batched(rest, 256), batched(test, 1000)) for planner in PLANNERS
+            }
+            results.append(Info(seed=seed, full=skd.evaluate(converted, batched(test, 1000)), planners=Info(found)))
         print(json.dumps(results[-1]), flush=True)
     return Info(runs=results, images=Info(trained=TRAINED, calibration=CALIBRATION, test=10_000), **provenance())
 

@@ -1,0 +1,214 @@
+"""The images of the comparison, the order in which networks see them, and the networks pre-trained on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional as F
+
+import skd
+from skd.data.counted import generator
+from skd.data.digits import MEAN as DIGITS_MEAN
+from skd.data.digits import STD as DIGITS_STD
+from skd.data.digits import Split, digits
+from skd.data.indexed import IdxImages
+from skd.support.outputs import replacing
+
+MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels, scaled to [0, 1]
+TRAINED, CALIBRATION = 12_000, 1_024
+BATCH = 64
+HEAD = 32  # coordinates of an attention head
+HARDER_SEED = 0  # there is one harder set, which all networks share
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set of images, and how long networks are trained on it.
+
+    Attributes:
+        pixels, patch: height and width of an image and of a patch; 17 tokens in all.
+        spread: standard deviation of the positions' initial embedding.
+        background: value of an empty pixel.
+        shift: pixels that a training image is moved by at most, along both axes.
+        flips: whether half of the training images are mirrored.
+        pretraining: epochs of the network that stands in for a pre-trained one.
+        epochs, steps: of the training of a super-network; steps of each epoch.
+        less_deep: blocks that its networks have less than those of the other sets.
+    """
+
+    pixels: int
+    patch: int
+    background: float
+    shift: int
+    flips: bool
+    pretraining: int
+    epochs: int
+    steps: int
+    spread: float = 0.02
+    less_deep: int = 0
+
+
+_FASHION = Task(28, 7, (0 - MEAN) / STD, shift=2, flips=True, pretraining=10, epochs=12, steps=93)
+TASKS = {
+    "digits": Task(
+        8, 2, (0 - DIGITS_MEAN) / DIGITS_STD, 1, False, pretraining=40, epochs=24, steps=21, spread=0.5, less_deep=2
+    ),
+    "fashion": _FASHION,
+    "harder": replace(_FASHION, pretraining=16),  # after 8 epochs it was right on 58 % of the images
+}
+SIZES = {"small": (64, 6), "large": (96, 8)}  # width, blocks
+
+
+class Images(NamedTuple):
+    """To train; to convert, plan and compensate with (not trained on, except of the digits); to measure with."""
+
+    train: Split
+    calibration: Split
+    test: Split
+
+
+def load(name: str, folder: str | None) -> Images:
+    """The images of a set; `folder` has Fashion-MNIST's idx files.
+
+    Raises:
+        ValueError: no folder is given, and the set needs it.
+    """
+    if name == "digits":
+        train, test = digits()
+        return Images(train, Split(*(part[:CALIBRATION] for part in train)), test)
+    if folder is None:
+        raise ValueError(f"--data is not given; {name} needs a folder with Fashion-MNIST's idx files")
+    whole, test = fashion(folder, "train", name == "harder"), fashion(folder, "validation", name == "harder")
+    train = Split(*(part[:TRAINED] for part in whole))
+    return Images(train, Split(*(part[TRAINED : TRAINED + CALIBRATION] for part in whole)), test)
+
+
+def fashion(folder: str, split: str, changed: bool = False) -> Split:
+    """Fashion-MNIST's images, normalised; `changed` makes the harder set of them."""
+    source = IdxImages(Path(folder), split)
+    count = TRAINED + CALIBRATION if split == "train" else None
+    pixels = torch.from_numpy(np.array(source.images[:count])).float().div(255).unsqueeze(1)
+    if changed:
+        pixels = harder(pixels, generator(HARDER_SEED, "harder", split).random((len(pixels), 8)))
+    return Split((pixels - MEAN) / STD, torch.from_numpy(np.array(source.labels[:count])).long())
+
+
+def harder(images: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
+    """Images scaled by .6 to 1.2 and shifted by up to 5 pixels, with a grey rectangle in front; empty pixels are 0.
+
+    Args:
+        images: (n, 1, height, width), pixels from 0 to 1.
+        drawn: (n, 8) numbers from 0 to 1; a row belongs to one image.
+    """
+    numbers = torch.from_numpy(drawn).float()
+    scale = 0.6 + 0.6 * numbers[:, 0]
+    shift = (2 * numbers[:, 1:3] - 1) * 5 * 2 / images.shape[-1]  # affine_grid's unit is half an image
+    theta = torch.diag_embed(torch.stack([1 / scale, 1 / scale], 1))
+    theta = torch.cat([theta, -(shift / scale[:, None])[:, :, None]], 2)
+    moved = F.grid_sample(images, F.affine_grid(theta, list(images.shape), False), align_corners=False)
+    sides = (0.2 + 0.25 * numbers[:, 3:5]) * images.shape[-1]
+    centres = numbers[:, 5:7] * images.shape[-1]
+    place = torch.arange(images.shape[-1]) + 0.5
+    down, right = ((place - centres[:, axis, None]).abs() < sides[:, axis, None] / 2 for axis in (0, 1))
+    covered = (down[:, :, None] & right[:, None, :])[:, None]
+    return torch.where(covered, numbers[:, 7].reshape(-1, 1, 1, 1), moved)
+
+
+class TrainingImages:
+    """Batches in random order, each image moved a little: a function of (seed, epoch)."""
+
+    def __init__(self, split: Split, task: Task, steps: int, seed: int) -> None:
+        if steps * BATCH > len(split.labels):
+            raise ValueError(
+                f"steps is {steps}; {len(split.labels)} images have {len(split.labels) // BATCH} batches"
+            )
+        self.split, self.task, self.steps, self.seed = split, task, steps, seed
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.epoch, self.start = epoch, start_batch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        seed = int(generator(self.seed, "images", self.epoch).integers(2**63))
+        numbers = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.split.labels), generator=numbers)
+        for index, batch in enumerate(order.split(BATCH)[: self.steps]):
+            images = moved(self.split.images[batch], self.task, numbers)
+            if index >= self.start:
+                yield images, self.split.labels[batch]
+
+
+def moved(images: torch.Tensor, task: Task, numbers: torch.Generator) -> torch.Tensor:
+    """Each image shifted, and perhaps mirrored; the pixels that become free are background."""
+    count, _, height, width = images.shape
+    padded = F.pad(images[:, 0], (task.shift,) * 4, value=task.background)
+    down, right = torch.randint(0, 2 * task.shift + 1, (2, count, 1), generator=numbers)
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    if task.flips:
+        mirrored = torch.rand(count, 1, generator=numbers) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def build(task: Task, size: str) -> VisionTransformer:
+    """A freshly initialised network, from the global generator of PyTorch."""
+    width, depth = SIZES[size]
+    model = VisionTransformer(
+        img_size=task.pixels,
+        patch_size=task.patch,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=width,
+        depth=depth - task.less_deep,
+        num_heads=width // HEAD,
+    )
+    torch.nn.init.trunc_normal_(model.pos_embed, std=task.spread)
+    return model
+
+
+def pretrained(name: str, size: str, seed: int, images: Images, folder: Path) -> VisionTransformer:
+    """The network that stands in for a pre-trained one: from the folder, or trained and put there."""
+    task, file = TASKS[name], folder / f"{name}-{size}-{seed}.safetensors"
+    settings = json.dumps([asdict(task), SIZES[size], seed, len(images.train.labels)])
+    torch.manual_seed(seed)
+    model = build(task, size)
+    if file.exists():
+        with safe_open(file, "pt") as stored:
+            known = stored.metadata()["settings"]
+        if known == settings:
+            model.load_state_dict(load_file(file))
+            return model.eval()
+    loader = TrainingImages(images.train, task, len(images.train.labels) // BATCH, seed)
+    config = skd.finetune_config(epochs=task.pretraining, lr=2e-3, warmup_epochs=1, seed=seed, **recipe())
+    skd.finetune(model, loader, None, config, console=Console(quiet=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary:
+        save_file(model.state_dict(), temporary, {"settings": settings})
+    return model.eval()
+
+
+def recipe() -> dict[str, float | bool | str]:
+    """The settings that both trainings share: networks so small bear no Mixup and no stochastic depth."""
+    return {
+        "batch_size": BATCH,
+        "min_lr": 1e-5,
+        "sched_on_updates": True,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "drop_path": 0.0,
+        "model_ema": False,
+        "amp_dtype": "float32",
+    }

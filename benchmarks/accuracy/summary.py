@@ -1,0 +1,202 @@
+"""The tables and the plot of a comparison (compare.py): means and standard errors over seeds, paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.accuracy.contenders import BASE
+from benchmarks.result import Info, rows_of, three_digits
+
+BEGIN, END = "<!-- comparison:begin -->", "<!-- comparison:end -->"
+AFTER = ", compensated"
+Curve = dict[float, float]  # top-1 by share of the MACs
+
+
+@dataclass
+class Group:
+    """The results on one set and size.
+
+    Attributes:
+        curves: of each contender, compensated or not, by seed.
+        records: of each contender, one for each seed.
+        shares: the budgets that every curve meets.
+    """
+
+    task: str
+    size: str
+    headless: bool
+    curves: dict[str, dict[int, Curve]] = field(default_factory=dict)
+    records: dict[str, list[Info]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}, {self.size}" + (", nearest neighbours by the features" if self.headless else "")
+
+    @property
+    def shares(self) -> list[float]:
+        curves = [set(curve) for by_seed in self.curves.values() for curve in by_seed.values()]
+        return sorted(set.intersection(*curves), reverse=True)
+
+    def all_shares(self) -> list[float]:
+        return sorted({s for by_seed in self.curves.values() for curve in by_seed.values() for s in curve})[::-1]
+
+    def area(self, name: str, seed: int) -> float:
+        return area(self.curves[name][seed], self.shares)
+
+
+def groups(result: Info) -> list[Group]:
+    """The units of a result by set and size, in their order."""
+    found: dict[tuple[str, str, bool], Group] = {}
+    for record in result.rows("units"):
+        contender = record.text("contender")
+        headless = bool(result.part("contenders").part(contender).get("headless"))
+        key = record.text("task"), record.text("size"), headless
+        group = found.setdefault(key, Group(*key))
+        group.records.setdefault(contender, []).append(record)
+        for name, column in ((contender, "alone"), (contender + AFTER, "compensated")):
+            curve = {
+                row.number("share"): row.number(column) for row in record.rows("rows") if row[column] is not None
+            }
+            if curve:
+                group.curves.setdefault(name, {})[int(record.number("seed"))] = curve
+    return list(found.values())
+
+
+def area(curve: Mapping[float, float], shares: Sequence[float]) -> float:
+    """Mean top-1 over the logarithm of the MACs, by trapezoids between these budgets."""
+    if len(shares) == 1:
+        return curve[shares[0]]
+    x, y = np.log(np.array(sorted(shares))), np.array([curve[share] for share in sorted(shares)])
+    return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum() / (x[-1] - x[0]))
+
+
+def spread(values: Sequence[float], sign: bool = False) -> str:
+    """Mean and standard error of the mean; the mean alone of one value."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):+.2f}" if sign else f"{np.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.2f}"
+
+
+# Tables ---------------------------------------------------------------------------------------------
+
+
+def tables(result: Info) -> str:
+    """The page's text."""
+    versions = result.part("versions")
+    lines = [
+        f"{result['device']}, one thread, torch {versions['torch']}, {result['date']}; mean ± standard error of the "
+        "mean over seeds. Area: mean top-1 over the logarithm of the MACs, between the budgets that all rows have.",
+    ]
+    for group in groups(result):
+        seeds = max(len(by_seed) for by_seed in group.curves.values())
+        lines += [
+            "",
+            f"**{group.title}** ({seeds} seeds; the network before: {before(group)})",
+            "",
+            *accuracies(group),
+        ]
+        if BASE in group.curves and not group.headless:
+            lines += ["", f"The same, less `{BASE}` on the same network:", "", *differences(group)]
+        lines += ["", *costs(group)]
+    return "\n".join(lines)
+
+
+def before(group: Group) -> str:
+    """Top-1 of the pre-trained networks, or of a k-NN classifier with their features."""
+    full = {int(row.number("seed")): row.number("full") for rows in group.records.values() for row in rows}
+    return spread(list(full.values()))
+
+
+def accuracies(group: Group) -> list[str]:
+    rows = []
+    for name, by_seed in group.curves.items():
+        cells = [spread([curve[s] for curve in by_seed.values() if s in curve]) for s in group.all_shares()]
+        rows.append([name, *cells, spread([group.area(name, seed) for seed in by_seed])])
+    return rows_of(["contender", *(f"{share:.0%}" for share in group.all_shares()), "area"], rows, 1)
+
+
+def differences(group: Group) -> list[str]:
+    """Paired: only seeds that both have."""
+    base, rows = group.curves[BASE], []
+    for name, by_seed in group.curves.items():
+        seeds = [seed for seed in by_seed if seed in base]
+        if name == BASE or not seeds:
+            continue
+        cells = []
+        for share in group.all_shares():
+            both = [seed for seed in seeds if share in by_seed[seed] and share in base[seed]]
+            cells.append(spread([by_seed[seed][share] - base[seed][share] for seed in both], sign=True))
+        areas = [group.area(name, seed) - group.area(BASE, seed) for seed in seeds]
+        rows.append([name, *cells, spread(areas, sign=True)])
+    return rows_of(["contender", *(f"{share:.0%}" for share in group.all_shares()), "area"], rows, 1)
+
+
+def costs(group: Group) -> list[str]:
+    """Median seconds of a processor for each stage, and thousands of forward passes of the full network."""
+    rows = []
+    for name, records in group.records.items():
+        work = [_work(record.times("seconds")) for record in records]
+        passes = [_work(record.times("forwards")) / 1000 for record in records]
+        after = [record.times("seconds").get("compensate") for record in records]
+        seconds = [value for value in after if value is not None]
+        converting = np.median([record.times("seconds")["convert"] for record in records])
+        entries = np.median([record.number("entries") for record in records])
+        rows.append(
+            [
+                name,
+                f"{converting:.1f}",
+                three_digits(float(np.median(work))),
+                f"{np.median(passes):,.0f}",
+                f"{np.median(seconds):.1f}" if seconds else "",
+                f"{entries:.0f}",
+            ]
+        )
+    columns = [
+        "contender",
+        "s to convert",
+        "s to plan or train",
+        "thousand forward passes",
+        "s to compensate",
+        "entries",
+    ]
+    return rows_of(columns, rows, 1)
+
+
+def _work(stages: Mapping[str, float]) -> float:
+    """Of the stage that makes the sub-networks."""
+    return stages.get("train", stages.get("plan", 0.0))
+
+
+# Plot -----------------------------------------------------------------------------------------------
+
+
+def plot(result: Info, path: Path) -> None:
+    """One panel for each set and size: mean top-1 against MACs, with bars of one standard error."""
+    from matplotlib.figure import Figure
+
+    drawn = [group for group in groups(result) if not group.headless]
+    figure = Figure(figsize=(7.2, 3.6 * len(drawn)), dpi=120, layout="constrained")
+    for axes, group in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
+        for index, (name, by_seed) in enumerate(group.curves.items()):
+            points = [_point(by_seed.values(), share) for share in group.shares]
+            means, errors = zip(*points, strict=True)
+            style = {"color": "0.2", "linewidth": 2} if name == BASE else {"color": f"C{index % 10}", "linewidth": 1}
+            dashes = ":" if AFTER in name else "--" if "planned" in name else "-"
+            percents = [100 * share for share in group.shares]
+            axes.errorbar(percents, means, errors, linestyle=dashes, marker=".", label=name, capsize=2, **style)
+        axes.set(title=group.title, xscale="log", xlabel="share of the MACs (%)", ylabel="top-1 (%)")
+        axes.set_xticks([100 * share for share in group.shares], [f"{share:.0%}" for share in group.shares])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def _point(curves: Iterable[Curve], share: float) -> tuple[float, float]:
+    values = [curve[share] for curve in curves]
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
