@@ -50,6 +50,17 @@ CONTENDERS: dict[str, Contender] = {
     "skd, planned": Contender(),
     "loss": Contender({"planner": "loss"}),
     "loss, planned": Contender(plan=LOSS),
+    "square root": Contender({"planner_options": {"sensitivity": "sqrt"}}),
+    # With the planner that measures the loss, one option of training at a time.
+    "loss, original teaches": Contender({"planner": "loss", "kd_teacher": "original"}),
+    "loss, larger teaches": Contender({"planner": "loss", "kd_teacher": "larger"}),
+    "loss, both teach": Contender({"planner": "loss", "kd_teacher": "both"}),
+    "loss, small more often": Contender({"planner": "loss", "entry_sampling": "small"}),
+    "loss, sandwich": Contender({"planner": "loss", "entry_sampling": "sandwich"}),
+    # And one conversion at a time, planned.
+    "loss, balanced, planned": Contender(plan=LOSS, convert={"qk": "balanced"}),
+    "loss, V by output, planned": Contender(plan=LOSS, convert={"v": "output"}),
+    "loss, neurons by residual, planned": Contender(plan=LOSS, convert={"neurons": "residual"}),
     "skd, headless": Contender(headless=True),
     "loss, headless": Contender(plan=LOSS, headless=True),
 }
