@@ -60,7 +60,6 @@ ONCE_A_STEP = {
     "the gradient of the head's weight": ("aten::mm", (HEAD,)),
     "the same in float32": ("aten::_to_copy", (HEAD, HEAD)),
     # The last MLP reads the class token alone.
-    "zeros around its gradient at the last attention's output": ("aten::slice_backward", (STREAM,)),
     "zeros around its gradient in the stream": ("aten::slice_backward", (STREAM,)),
     "add the gradients of the first norm's input and of the stream": ("aten::add.Tensor", (STREAM, STREAM, STREAM)),
     "the gradient of the position embedding": ("aten::sum.dim_IntList", (STREAM, ONE)),

@@ -271,8 +271,19 @@ class Interpreted(Everywhere):
         with kernels.use("triton"):
             assert self.small.call(self.small.inputs(), self.at_half)[0].grad_fn is None
 
-    def test_work_shrinks_with_the_width(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_work_shrinks_with_the_width(self, multiplications: list[int]) -> None:
         """The multiplications of every dot product that the interpreter computes; whole tiles of 64 coordinates."""
+        work, inputs = [], self.large.inputs()
+        for width in (self.large.full, self.large.full // 4, 0):
+            multiplications.clear()
+            run(self.large, "triton", inputs, width)
+            work.append(sum(multiplications))
+        full, quarter, none = work
+        assert none == 0 < quarter <= full / 4
+
+    @pytest.fixture
+    def multiplications(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Of each dot product that the interpreter has computed."""
         from triton.runtime.interpreter import InterpreterBuilder
 
         products: list[int] = []
@@ -283,13 +294,7 @@ class Interpreted(Everywhere):
             return dot(self, a, b, *args)
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
-        work, inputs = [], self.large.inputs()
-        for width in (self.large.full, self.large.full // 4, 0):
-            products.clear()
-            run(self.large, "triton", inputs, width)
-            work.append(sum(products))
-        full, quarter, none = work
-        assert none == 0 < quarter <= full / 4
+        return products
 
     def test_autocast_casts_as_linear_does(self) -> None:
         """The gradients of parameters in float32 are the sums that others would round to half precision."""
