@@ -66,6 +66,12 @@ class TestNorm(Everywhere):
                 in_training((images, tokens, 200), kind, torch.float16),
             )
         ],
+        "few tokens of the sum": [
+            (Norm(shape, kind=kind, without=without, sum_tokens=tokens), None)
+            for shape, tokens in (((3, 25, 72), 1), ((2, 11, 24), 10))
+            for kind in KINDS
+            for without in ((), FIRST)
+        ],
         "a width of zero": [
             (problem, width)
             for width in (0, -1)
@@ -243,8 +249,8 @@ def test_column_sums_without_a_branch_bias(kind: str) -> None:
     inputs = make_inputs((2, 30, 72), without=("branch_bias", "branch_width"))
     dsum, dnormed = grads_of((2, 30, 72))
     x, branch, weight, scale, mask = (inputs[name] for name in ("x", "branch", "weight", "scale", "mask"))
-    total, _, mean, rstd = residual_norm_forward(
-        x, branch, weight, None, scale, mask, None, None, 1e-6, kind == "layer", torch.float32
+    total, _, _, mean, rstd = residual_norm_forward(
+        x, branch, weight, None, scale, mask, None, None, 1e-6, kind == "layer", torch.float32, None
     )
     dtypes, needs = (torch.float32, torch.bfloat16), [False, True, False, False, False, True]
     _, dbranch, *_, sums = residual_norm_backward(
@@ -262,15 +268,27 @@ def test_torch_library_accepts_the_operators(kind: str) -> None:
     inputs = make_inputs((2, 3, 20), torch.bfloat16, stream=torch.float32)
     layer, order = kind == "layer", ("x", *OPTIONAL)
     leaves = [inputs[name].requires_grad_(name not in PLAIN) for name in order]
-    torch.library.opcheck(residual_norm_forward, (*leaves, 1e-6, layer, torch.bfloat16))
-    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 7, 1e-6, layer, torch.float32))
+    torch.library.opcheck(residual_norm_forward, (*leaves, 1e-6, layer, torch.bfloat16, None))
+    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 7, 1e-6, layer, torch.float32, 2))
     vectors = [leaf.detach() for leaf in leaves]
     _, branch, weight, _, scale, mask, branch_bias, width = vectors
-    total, normed, mean, rstd = residual_norm_forward(*vectors, 1e-6, layer, torch.bfloat16)
+    total, first, normed, mean, rstd = residual_norm_forward(*vectors, 1e-6, layer, torch.bfloat16, 1)
     read = total, branch, weight, scale, mask, branch_bias, width, mean, rstd, torch.float32, torch.bfloat16
     for needs in ([True] * 6, [False, True, True, False, False, False]):
         torch.library.opcheck(residual_norm_backward, (total, normed, *read, needs))
-    torch.library.opcheck(residual_norm_backward, (total, None, *read, [True, True, False, False, False, False]))
+    torch.library.opcheck(residual_norm_backward, (first, None, *read, [True, True, False, False, False, False]))
+
+
+def test_the_first_norm_adds_both_gradients_of_x(launched: list[tuple[str, Any]]) -> None:
+    """That of the stream reaches its kernel, in one call, and x is not copied."""
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 24), (24,)))
+    with kernels.use("triton"):
+        total, normed = kernels.residual_norm(x, None, weight, None, eps=1e-6)
+    assert total.data_ptr() == x.data_ptr()
+    launched.clear()
+    torch.autograd.backward((total, normed), grads_of((2, 5, 24)))
+    assert [name for name, _ in launched] == ["residual_norm_gradient_kernel", "residual_norm_sums_kernel"]
+    assert launched[0][1]["dtotal"] is not None and launched[0][1]["dx"].data_ptr() == x.grad.data_ptr()
 
 
 def test_a_chain_of_norms_is_a_residual_stream() -> None:
