@@ -49,18 +49,17 @@ def attention_forward(
     """
     from skd_kernels.gpu.flash import attend
     from skd_kernels.gpu.packing import pack
-    from skd_kernels.gpu.products import Ragged, product
+    from skd_kernels.gpu.products import product
 
     head_dim = w_proj.shape[1] // num_heads
     layout, rows = _layout(head_dim, num_heads), as_rows(x)
     out, qkv, o, logsumexp, inward, outward = _outputs(x, w_proj, num_heads, queries)
     bias = None if b_qkv is None else uninitialised(x, layout.row_pitch)
     pack(w_qkv, b_qkv, w_proj, (inward, bias, outward), width, layout)
-    into = Ragged(width, head_dim, 3 * num_heads)
-    product(rows, inward, bias, qkv, into, ragged_columns=True, transposed=True, columns=layout.row_pitch)
+    product(rows, inward, bias, qkv, width, layout, ragged_columns=True, transposed=True, by_rows=True)
     attend(qkv, o, logsumexp, width, head_dim, scale)
-    b_proj, out_of = None if b_proj is None else contiguous(b_proj), Ragged(width, head_dim, num_heads)
-    product(o, outward, b_proj, as_rows(out), out_of, ragged_columns=False, transposed=True, columns=x.shape[-1])
+    b_proj = None if b_proj is None else contiguous(b_proj)
+    product(o, outward, b_proj, as_rows(out), width, layout, ragged_columns=False, transposed=True, by_rows=False)
     return out, qkv, o, logsumexp, inward, outward
 
 
@@ -123,8 +122,8 @@ def attention_backward(
         needs: for each of the six results whether it is needed.
     """
     from skd_kernels.gpu.flash_backward import differentiate_attention
-    from skd_kernels.gpu.products import Ragged, product
-    from skd_kernels.gpu.sums import column_sums, sum_terms
+    from skd_kernels.gpu.products import product
+    from skd_kernels.gpu.sums import column_sums, sums
     from skd_kernels.gpu.weight_gradient import weight_gradient
 
     num_heads = logsumexp.shape[1]
@@ -137,21 +136,19 @@ def attention_backward(
     if needs[4]:
         column_sums(drows, width, db_proj)
     if needs[0] or needs[1] or needs[2] or needs[5]:
-        do, out_of = uninitialised(o, *o.shape), Ragged(width, head_dim, num_heads)
-        product(drows, outward, None, do, out_of, ragged_columns=True, transposed=False, columns=layout.column_pitch)
-        dqkv, bias_sums, score_sums = differentiate_attention(
+        do = uninitialised(o, *o.shape)
+        product(drows, outward, None, do, width, layout, ragged_columns=True, transposed=False, by_rows=False)
+        dqkv, terms = differentiate_attention(
             qkv, o, do, logsumexp, width, head_dim, scale, bias=needs[2], scores=needs[5]
         )
-        if bias_sums is not None:
-            sum_terms(bias_sums, db_qkv, width, head_dim)
-        if score_sums is not None:
-            sum_terms(score_sums, scores, width, head_dim)
+        if terms is not None:
+            bias, columns = db_qkv if needs[2] else None, 3 * num_heads * head_dim
+            sums(terms, columns, bias, scores if needs[5] else None, width, full=head_dim)
         if needs[1]:
             weight_gradient(dqkv, rows, width, dw_qkv, layout, by_rows=True)
         if needs[0]:
-            into = Ragged(width, head_dim, 3 * num_heads)
             product(
-                dqkv, inward, None, as_rows(dx), into, ragged_columns=False, transposed=False, columns=x.shape[-1]
+                dqkv, inward, None, as_rows(dx), width, layout, ragged_columns=False, transposed=False, by_rows=True
             )
     return results
 

@@ -228,23 +228,23 @@ def differentiate_attention(
     *,
     bias: bool,
     scores: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradient at qkv, packed like qkv; `out` and `logsumexp` are what `attend` wrote in the forward pass.
 
     It is zeros for q of tokens that are no queries.
 
     Returns:
-        dqkv; if `bias`, sums of dqkv over blocks of tokens; if `scores`, those of |qkv * dqkv|. The sums are
-        (images * blocks, 3 H head_dim) float32, uninitialised past each head's width.
+        dqkv; and its sums over blocks of tokens, (images * blocks, parts, 3 H head_dim) float32, uninitialised past
+        each head's width, or None: if `bias`, a part with the sums of dqkv; if `scores`, one with those of
+        |qkv * dqkv|.
     """
     images, heads, queries = logsumexp.shape
     tokens = qkv.shape[0] // images
     blocks = backward_blocks(qkv.dtype, head_dim, device_of(qkv))
     count = triton.cdiv(tokens, blocks.rows)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(logsumexp)
-    shape = (images * count, 3 * heads * head_dim)
-    bias_sums = qkv.new_empty(shape, dtype=torch.float32) if bias else None
-    score_sums = qkv.new_empty(shape, dtype=torch.float32) if scores else None
+    terms = qkv.new_empty((bias + scores, images * count, 3 * heads * head_dim), dtype=torch.float32)
+    bias_sums, score_sums = terms[0] if bias else None, terms[-1] if scores else None
     arguments: dict[str, Any] = {
         "qkv": qkv,
         "out": out,
@@ -265,4 +265,4 @@ def differentiate_attention(
             {**arguments, "BODY": body},
             **blocks.settings(),
         )
-    return dqkv, bias_sums, score_sums
+    return dqkv, terms.transpose(0, 1) if bias or scores else None

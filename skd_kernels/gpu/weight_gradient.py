@@ -241,7 +241,7 @@ def weight_gradient(
     tokens, (rows, columns) = a.shape[0], out.shape
     by_descriptor = described(a, b)
     config = weight_gradient_config(a, columns if by_rows else rows, columns, by_descriptor).fitted(a)
-    groups = layout.row_groups if by_rows else layout.column_groups
+    groups = layout.groups(by_rows)
     high, wide = (a.shape[1], columns) if by_rows else (rows, b.shape[1])
     tiles = ceil_div(high, config.m) * ceil_div(wide, config.n)
     steps = ceil_div(tokens, config.k)

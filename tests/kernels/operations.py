@@ -103,14 +103,14 @@ class Problem:
     def autocast(self) -> Any:
         return torch.autocast(self.device, self.dtype) if self.mixed else nullcontext()
 
-    def result_shape(self) -> tuple[int, int, int]:
-        """The shape of every output."""
-        return self.shape
+    def result_shapes(self) -> list[tuple[int, int, int]]:
+        """The shape of each output."""
+        return [self.shape for _ in self.outputs]
 
     def gradients(self) -> list[torch.Tensor]:
         """At the outputs."""
         generator = torch.Generator().manual_seed(1)
-        made = (torch.randn(self.result_shape(), generator=generator, dtype=torch.float64) for _ in self.outputs)
+        made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.result_shapes())
         return [gradient.to(self.device, self.dtype) for gradient in made]
 
     def terms(self) -> int:
@@ -215,11 +215,11 @@ class Attention(Masked):
     kernels_of: ClassVar[dict[str, set[str]]] = {
         "x": {"linear", "flash_backward"},
         "w_qkv": {"linear", "flash_backward", "weight_gradient_kernel", "finish_kernel"},
-        "b_qkv": {"linear", "flash_backward", "add_terms"},
+        "b_qkv": {"linear", "flash_backward", "sums_kernel"},
         "w_proj": {"weight_gradient_kernel", "finish_kernel"},
         "b_proj": {"column_sums_kernel", "sums_kernel"},
     }
-    scored_by: ClassVar[str] = "add_terms"
+    scored_by: ClassVar[str] = "sums_kernel"
 
     @property
     def library(self) -> str:  # type: ignore[override]
@@ -241,9 +241,9 @@ class Attention(Masked):
         own = {"num_heads": self.heads, "scale": self.scale, "queries": self.queries}
         return super().arguments(leaves, control) | own
 
-    def result_shape(self) -> tuple[int, int, int]:
+    def result_shapes(self) -> list[tuple[int, int, int]]:
         images, tokens, channels = self.shape
-        return images, tokens if self.queries is None else self.queries, channels
+        return [(images, tokens if self.queries is None else self.queries, channels)]
 
     def logit(self, exact: Tensors, control: Any) -> float:
         """The largest absolute value of scale q k^T; 0 at width 0."""
