@@ -219,6 +219,8 @@ attention_forward.register_autograd(_backward, setup_context=_setup_context)
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
     yield "quick DeiT-Base bf16", partial(_example, torch.bfloat16)
+    for size, heads in (("Tiny", 3), ("Small", 6)):
+        yield f"DeiT-{size} bf16", partial(_example, torch.bfloat16, (128, 197, 64 * heads), heads)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in (16, 32, 64, 128):
             label = f"{str(dtype).removeprefix('torch.')}, heads of {head_dim}"

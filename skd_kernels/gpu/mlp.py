@@ -236,6 +236,8 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     from skd_kernels.gpu.activations import ACTIVATIONS
 
     yield "quick DeiT-Base bf16", partial(_example, torch.bfloat16)
+    for size, channels in (("Tiny", 192), ("Small", 384)):
+        yield f"DeiT-{size} bf16", partial(_example, torch.bfloat16, (128, 197, channels), 4 * channels)
     for gated in (False, True):
         suffix = " gated" if gated else ""
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

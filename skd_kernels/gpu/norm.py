@@ -349,16 +349,19 @@ _BESIDE_A_BRANCH = {
 }
 
 
+_IN_DEIT = {192: "DeiT-Tiny", 384: "DeiT-Small", 768: "quick DeiT-Base"}
+
+
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for dtype, layer, (suffix, beside) in product(dtypes, (True, False), _BESIDE_A_BRANCH.items()):
         name = f"{str(dtype).removeprefix('torch.')} {'layer' if layer else 'rms'}{suffix}"
-        quick = "quick " if (dtype, layer) == (torch.bfloat16, True) else ""
-        yield f"{quick}DeiT-Base {name}", partial(_example, dtype, 768, layer, beside)
-        if (dtype, layer) in ((torch.bfloat16, True), (torch.float32, False)):
-            for columns in (1, 13, 100, 192, 384, 1152, 2048, 4096):
-                yield f"{columns} {name}", partial(_example, dtype, columns, layer, beside)
+        as_in_deit = (dtype, layer) == (torch.bfloat16, True)
+        for columns in (768, 1, 13, 100, 192, 384, 1152, 2048, 4096):
+            label = _IN_DEIT.get(columns, str(columns)) if as_in_deit else str(columns)
+            if columns == 768 or as_in_deit or (dtype, layer) == (torch.float32, False):
+                yield f"{label} {name}", partial(_example, dtype, columns, layer, beside)
 
 
 def _example(dtype: torch.dtype, columns: int, layer: bool, beside: Sequence[str]) -> None:
