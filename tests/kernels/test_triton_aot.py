@@ -58,7 +58,7 @@ def test_products_copy_tiles_by_descriptors_to_tensor_cores() -> None:
 def test_products_copy_asynchronously_where_there_are_no_descriptors() -> None:
     """A mask or an offset that Triton cannot see through turns 16-byte copies into loads of single elements."""
     for item in gpu.launches(80, quick=True):
-        if item.name != "product_kernel":
+        if item.name not in PRODUCTS:
             continue
         ptx = compile_for(item, 80).asm["ptx"]
         assert "mma.sync" in ptx and "cp.async.ca" not in ptx
