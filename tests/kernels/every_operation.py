@@ -57,12 +57,14 @@ class Everywhere:
 
     Attributes:
         cases: problems by purpose; each is compared with float64.
+        slow: more of them, which prove little else.
         repeated: a problem, and the controls at which its results must repeat to the bit.
         compiled: problems; for each, one graph must serve all `controls`.
     """
 
     device: ClassVar[str] = "cpu"
     cases: ClassVar[Cases]
+    slow: ClassVar[Cases] = {}
     repeated: ClassVar[tuple[Problem, tuple[Any, ...]]]
     compiled: ClassVar[tuple[Problem, ...]]
     controls: ClassVar[tuple[Any, ...]]
@@ -72,8 +74,13 @@ class Everywhere:
         cls = metafunc.cls
         if "case" in metafunc.fixturenames:
             cases = [
-                pytest.param((replace(problem, device=cls.device), control), id=f"{name}: {problem} at {control}")
-                for name, several in cls.cases.items()
+                pytest.param(
+                    (replace(problem, device=cls.device), control),
+                    id=f"{name}: {problem} at {control}",
+                    marks=[pytest.mark.slow] if cases is cls.slow else [],
+                )
+                for cases in (cls.cases, cls.slow)
+                for name, several in cases.items()
                 for problem, control in several
             ]
             metafunc.parametrize("case", cases)
