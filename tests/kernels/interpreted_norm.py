@@ -30,6 +30,38 @@ def in_training(shape: tuple[int, int, int], kind: str, dtype: torch.dtype = tor
     return Norm(shape, kind=kind, dtype=dtype, mixed=True, **options)
 
 
+def of_kinds(one: str, other: str) -> Cases:
+    """Problems of every size, by the one kind of norm or the other."""
+    return {
+        "any number of channels": [
+            (problem, None)
+            for channels in (13, 130, 2500, 4096)
+            for problem in (
+                Norm((2, 3, channels), kind=one),
+                in_training((1, 3, channels), other, without=OF_A_BRANCH),
+            )
+        ],
+        "any number of tokens": [
+            (problem, None)
+            for images, tokens in ((1, 1), (5, 1), (3, 11))
+            for problem in (
+                Norm((images, tokens, 24), kind=one),
+                in_training((images, tokens, 200), other, torch.float16),
+            )
+        ],
+        "few tokens of the sum": [
+            (Norm(shape, kind=kind, without=without, sum_tokens=tokens), None)
+            for shape, tokens in (((3, 25, 72), 1), ((2, 11, 24), 10))
+            for kind, without in ((one, ()), (other, FIRST))
+        ],
+        "a width of zero": [
+            (problem, width)
+            for width in (0, -1)
+            for problem in (Norm((2, 9, 72), kind=one), in_training((2, 9, 72), other))
+        ],
+    }
+
+
 class TestNorm(Everywhere):
     repeated = Norm((2, 25, 72)), (3, 0)
     compiled = in_training((2, 5, 24), "layer"), in_training((2, 5, 24), "rms", without=FIRST)
@@ -48,37 +80,9 @@ class TestNorm(Everywhere):
             for kind in KINDS
             if "branch" not in without or set(OF_A_BRANCH) <= set(without)
         ],
-        "any number of channels": [
-            (problem, None)
-            for channels in (13, 130, 2500, 4096)
-            for kind in KINDS
-            for problem in (
-                Norm((2, 3, channels), kind=kind),
-                in_training((1, 3, channels), kind, without=OF_A_BRANCH),
-            )
-        ],
-        "any number of tokens": [
-            (problem, None)
-            for images, tokens in ((1, 1), (5, 1), (3, 11))
-            for kind in KINDS
-            for problem in (
-                Norm((images, tokens, 24), kind=kind),
-                in_training((images, tokens, 200), kind, torch.float16),
-            )
-        ],
-        "few tokens of the sum": [
-            (Norm(shape, kind=kind, without=without, sum_tokens=tokens), None)
-            for shape, tokens in (((3, 25, 72), 1), ((2, 11, 24), 10))
-            for kind in KINDS
-            for without in ((), FIRST)
-        ],
-        "a width of zero": [
-            (problem, width)
-            for width in (0, -1)
-            for kind in KINDS
-            for problem in (Norm((2, 9, 72), kind=kind), in_training((2, 9, 72), kind))
-        ],
+        **of_kinds("layer", "rms"),
     }
+    slow: ClassVar[Cases] = of_kinds("rms", "layer")
 
 
 def grads_of(shape: tuple[int, ...]) -> list[torch.Tensor]:

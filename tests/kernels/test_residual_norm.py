@@ -222,6 +222,11 @@ def test_interpreted() -> None:
     run_interpreted("interpreted_norm.py")
 
 
+@pytest.mark.slow
+def test_more_cases_interpreted() -> None:
+    run_interpreted("interpreted_norm.py", slow=True)
+
+
 def compiled_launches(architecture: int) -> list[Any]:
     from skd_kernels.gpu import norm
     from skd_kernels.gpu.launch import record
