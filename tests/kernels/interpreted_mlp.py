@@ -40,8 +40,8 @@ class TestMlp(Interpreted):
             for act, (gated, dtype) in itertools.product(ACTIVATIONS, zip((False, True), BOTH, strict=True))
         ],
         "widths": [
-            *in_dtypes(Mlp(SHAPE, full=72), (0, 63, 72), (torch.float32,)),
-            *in_dtypes(Mlp(SHAPE, full=72), (63,), (HALF,)),
+            *in_dtypes(Mlp(SHAPE, full=72), (0, 63), (torch.float32,)),
+            *in_dtypes(Mlp(SHAPE, full=72), (63, 72), (HALF,)),
         ],
         "widths of two parts": in_dtypes(Mlp(SHAPE, full=72, gated=True), (63,)),
         "parameters in float32": [(Mlp(SHAPE, full=72, gated=g, dtype=HALF, mixed=True), 45) for g in (False, True)],
@@ -64,8 +64,8 @@ class TestMlp(Interpreted):
             for act, (gated, dtype) in itertools.product(ACTIVATIONS, zip((True, False), BOTH, strict=True))
         ],
         "widths": [
-            *in_dtypes(Mlp(SHAPE, full=72), (8,), (torch.float32,)),
-            *in_dtypes(Mlp(SHAPE, full=72), (0, 8, 72), (HALF,)),
+            *in_dtypes(Mlp(SHAPE, full=72), (8, 72), (torch.float32,)),
+            *in_dtypes(Mlp(SHAPE, full=72), (0, 8), (HALF,)),
         ],
         "widths of two parts": in_dtypes(Mlp(SHAPE, full=72, gated=True), (0,)),
         "several tiles": [(Mlp((1, 70, 80), full=200, gated=True), 131)],
