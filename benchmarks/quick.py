@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +32,6 @@ from benchmarks.table import products_table
 from benchmarks.timing import DEVICE, GPU, JSON, SIZES, Call
 
 WHAT = "Kernels at full width, next to calls of the library; forward and backward of the operations in one graph."
-
-
-class Placed(TypedDict, total=False):
-    """Arguments of `skd_kernels.gpu.products.product` that say where the width is, and how long rows are."""
-
-    ragged_columns: Required[bool]
-    columns: Required[int]
-    part_stride: int
 
 
 class Questions:
@@ -77,7 +68,7 @@ class Questions:
         """fc1 with GELU, fc2, dZ, and the gradients of an input and of a weight, at full width."""
         from skd_kernels.gpu.layout import Layout
         from skd_kernels.gpu.packing import pack
-        from skd_kernels.gpu.products import Ragged, gradient_rows, product
+        from skd_kernels.gpu.products import gradient_rows, product
         from skd_kernels.gpu.weight_gradient import weight_gradient
 
         rows, channels = self.batch * self.tokens, self.heads * HEAD_WIDTH
@@ -92,36 +83,35 @@ class Questions:
         h, y, dw1 = self.randn(rows, layout.part_stride), torch.empty_like(x), torch.empty_like(w1)
         slopes, dz, flops = h.clone(), h.clone(), 2.0 * rows * channels * hidden
         sums = torch.empty(gradient_rows(dy, False), 2, layout.part_stride, device=self.device)
-        flat, kept = h[:, :hidden], Ragged(width, hidden)
-        into: Placed = {"ragged_columns": True, "part_stride": layout.part_stride, "columns": layout.part_stride}
-        out_of: Placed = {"ragged_columns": False, "columns": channels}
+        flat, into = h[:, :hidden], partial(product, ragged_columns=True, by_rows=True)
+        out_of = partial(product, ragged_columns=False)
 
         def features() -> None:
-            product(x, inward, bias, h, kept, epilogue="activate", transposed=True, act="gelu", slopes=slopes, **into)
+            into(x, inward, bias, h, width, layout, epilogue="activate", transposed=True, act="gelu", slopes=slopes)
 
         self.ask("fc1 + GELU", features, lambda: x @ w1.T, flops)
-        second = partial(product, h, outward, None, y, kept, transposed=True, **out_of)
+        second = partial(out_of, h, outward, None, y, width, layout, transposed=True, by_rows=False)
         self.ask("fc2", second, lambda: flat @ w2.T, flops)
 
         def gradient(scores: bool) -> None:
             features = h if scores else None
-            product(
+            into(
                 dy,
                 outward,
                 None,
                 dz,
-                kept,
+                width,
+                layout,
                 epilogue="gradient",
                 transposed=False,
                 slopes=slopes,
                 features=features,
                 sums=sums,
-                **into,
             )
 
         self.ask("dZ and db1", lambda: gradient(False), lambda: dy @ w2, flops)
         self.ask("dZ, db1 and scores", lambda: gradient(True), lambda: dy @ w2, flops)
-        back = partial(product, dz, inward, None, y, kept, transposed=False, **out_of)
+        back = partial(out_of, dz, inward, None, y, width, layout, transposed=False, by_rows=True)
         self.ask("dX", back, lambda: flat @ w1, flops)
         self.ask("dW1", lambda: weight_gradient(dz, x, width, dw1, layout, by_rows=True), lambda: flat.T @ x, flops)
 

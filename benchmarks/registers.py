@@ -2,6 +2,7 @@
 
 python -m benchmarks.registers                      a Markdown table for sm_80, sm_90 and sm_100
 python -m benchmarks.registers --arch 90 --quick    the examples of the ordinary test suite only
+python -m benchmarks.registers --deit               what DeiT-Tiny, -Small and -Base start in bfloat16 only
 python -m benchmarks.registers --json FILE          and the same as a file
 python -m benchmarks.registers --check              exit with 1 on spills, or on more shared memory than there is
 
@@ -124,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--quick", action="store_true", help="only the examples of the ordinary test suite")
+    parser.add_argument("--deit", action="store_true", help="the examples of DeiT's three sizes only")
     parser.add_argument("--check", action="store_true", help="exit with 1 on spills or too much shared memory")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -132,7 +134,7 @@ def main() -> int:
     print("|---|---|---|---|--:|--:|--:|--:|--:|")
     faults, rows = [], list[JSON]()
     for architecture in arguments.arch or TABLE:
-        for launch in launches(architecture, quick=arguments.quick):
+        for launch in launches(architecture, quick=arguments.quick, deit=arguments.deit):
             resources = compile_launch(launch, architecture)
             cells = row(launch, architecture, resources)
             rows.append(cells)

@@ -45,7 +45,6 @@ PURPOSES = {
     "pack_kernel": "weights and biases cast and packed",
     "flash_forward": "attention, forward",
     "flash_backward": "attention, backward: a pass for q, one for k and v",
-    "add_terms": "gradient of qkv's bias, its terms added up",
     "weight_gradient_kernel": "gradients of weights, in parts of the tokens",
     "finish_kernel": "gradients of weights, the parts added up",
     "column_sums_kernel": "gradients of output biases, in parts of the tokens",

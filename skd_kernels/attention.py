@@ -293,8 +293,9 @@ def masked_attention_triton(
     assert scale is not None  # an empty head is refused
     kept = device_width(width, x.device)
     out: torch.Tensor
-    out, *_ = attention_forward(x, w_qkv, b_qkv, w_proj, b_proj, kept, scores, num_heads, float(scale))
-    return out[:, :queries]
+    first = x.shape[1] if queries is None else queries
+    out, *_ = attention_forward(x, w_qkv, b_qkv, w_proj, b_proj, kept, scores, num_heads, float(scale), first)
+    return out
 
 
 @_operation.implementation("reference", always)

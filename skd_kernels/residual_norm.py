@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ def residual_norm(
     mask: Tensor | None = None,
     branch_bias: Tensor | None = None,
     branch_width: Tensor | None = None,
+    sum_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``sum = x + mask * scale * (branch + branch_bias)`` and ``normed = norm(sum)``.
 
@@ -50,20 +51,23 @@ def residual_norm(
             branch; never read by the host on a GPU. The branch and its bias count only where it is above zero:
             otherwise zeros take their place, whatever is in them, and they and scale get zero gradients. None: they
             count.
+        sum_tokens: the sum is returned at only the first so many tokens, 1..N, because nobody reads the others; all
+            are normed. The gradient of the sum has then no zeros that would have to be written and read. None: all.
 
         Floating-point tensors may have different dtypes; but if one is float64, all must be.
 
     Returns:
-        sum: (B, N, C), float32, or float64 for float64. Without a branch it is `x` itself, if its dtype fits.
+        sum: (B, N, C) or (B, sum_tokens, C), float32, or float64 for float64. Without a branch it is `x` itself or a
+            view of it, if its dtype fits.
         normed: (B, N, C). Its dtype is that of the weight; where there is none, that of the bias, of the branch or of
         `x`, the first that there is; under autocast the one that ``F.linear`` would cast this to.
 
     Raises:
-        ValueError: wrong shape, dtype, device, kind or eps; scale, mask, branch_bias or branch_width without a
-            branch; a mask that requires grad.
+        ValueError: wrong shape, dtype, device, kind, eps or sum_tokens; scale, mask, branch_bias or branch_width
+            without a branch; a mask that requires grad.
     """
     check_tensor("x", x, (None, None, None))
-    images, _, channels = x.shape
+    images, tokens, channels = x.shape
     vectors = {"weight": weight, "bias": bias, "scale": scale, "branch_bias": branch_bias}
     for name, tensor, shape in (
         ("branch", branch, tuple(x.shape)),
@@ -86,6 +90,9 @@ def residual_norm(
         raise ValueError(f"kind is {kind!r}; it may be one of {list(KINDS)}")
     if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not eps >= 0:
         raise ValueError(f"eps is {eps!r}; it must be a number, zero or more")
+    whole = isinstance(sum_tokens, int) and not isinstance(sum_tokens, bool)
+    if sum_tokens is not None and not (whole and 1 <= sum_tokens <= tokens):
+        raise ValueError(f"sum_tokens is {sum_tokens!r}; it may be 1..{tokens}, or None")
     # On a CPU only the reference can run; on small tensors the dispatcher would take as long as the work itself.
     call = residual_norm_reference if not x.is_cuda and forced() is None else _operation
     result: tuple[Tensor, Tensor] = call(
@@ -99,6 +106,7 @@ def residual_norm(
         mask=mask,
         branch_bias=branch_bias,
         branch_width=branch_width,
+        sum_tokens=sum_tokens,
     )
     return result
 
@@ -176,6 +184,7 @@ def residual_norm_triton(
     mask: Tensor | None,
     branch_bias: Tensor | None,
     branch_width: Tensor | None,
+    sum_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
     """skd_kernels/gpu/norm.py: every stream is read once and written once, in the forward as in the backward pass."""
     if branch is None:
@@ -183,9 +192,10 @@ def residual_norm_triton(
     dtype = normed_dtype(x, branch, weight, bias)
     vectors = weight, bias, scale, mask, branch_bias
     width = None if branch_width is None else device_width(branch_width, x.device)
-    total, normed, _, _ = residual_norm_forward(x, branch, *vectors, width, eps, kind == "layer", dtype)
-    # A custom operator must not return its input, so without a branch x is returned here as the sum.
-    return x if branch is None else total, normed
+    arguments = x, branch, *vectors, width, eps, kind == "layer", dtype, sum_tokens
+    alone = branch is None and sum_tokens is None
+    total, first, normed, _, _ = FirstNorm.apply(*arguments) if alone else residual_norm_forward(*arguments)
+    return total if sum_tokens is None else first, normed
 
 
 @_operation.implementation("reference", always)
@@ -200,6 +210,7 @@ def residual_norm_reference(
     mask: Tensor | None,
     branch_bias: Tensor | None,
     branch_width: Tensor | None,
+    sum_tokens: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The specification. Everything is computed in float32, or in float64 for float64; only the result is rounded."""
     dtype, wide = normed_dtype(x, branch, weight, bias), sum_dtype(x)
@@ -211,12 +222,12 @@ def residual_norm_reference(
         added = added if scale is None else added * _cast(scale, wide)
         added = added if mask is None else added * _cast(mask, wide)[:, None, None]
         total = total + added
-    shape = total.shape[-1:]
+    shape, returned = total.shape[-1:], total if sum_tokens is None else total[:, :sum_tokens]
     weight, bias = (None if vector is None else _cast(vector, wide) for vector in (weight, bias))
     if kind == "layer":
-        return total, _cast(F.layer_norm(total, shape, weight, bias, eps), dtype)
+        return returned, _cast(F.layer_norm(total, shape, weight, bias, eps), dtype)
     normed = F.rms_norm(total, shape, weight, eps)
-    return total, _cast(normed if bias is None else normed + bias, dtype)
+    return returned, _cast(normed if bias is None else normed + bias, dtype)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,22 +251,26 @@ def residual_norm_forward(
     eps: float,
     layer: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sum_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments as `residual_norm`, which says what they may be; `dtype` is that of the normalised output.
 
     Returns:
-        total (B, N, C) float32, empty without a branch; normed (B, N, C); and what the backward needs besides: mean,
-        empty unless `layer`, and the reciprocal of the standard deviation or of the root mean square, (B N,) float32.
+        total (B, N, C) float32, empty without a branch; its first tokens, a copy (B, sum_tokens, C), empty if
+        sum_tokens is None; normed (B, N, C); and what the backward needs besides: mean, empty unless `layer`, and the
+        reciprocal of the standard deviation or of the root mean square, (B N,) float32.
     """
     from skd_kernels.gpu.norm import normalise
 
-    total, normed, mean, rstd = results = _outputs(x, branch, layer, dtype)
+    total, first, normed, mean, rstd = results = _outputs(x, branch, layer, dtype, sum_tokens)
     inputs = {"x": x, "branch": branch, "weight": weight, "bias": bias}
     inputs |= {"scale": scale, "mask": mask, "branch_bias": branch_bias}
     there = {name: None if tensor is None else contiguous(tensor) for name, tensor in inputs.items()}
     there["width"] = branch_width
     own = {"normed": normed, "rstd": rstd, "total": None if branch is None else total}
     normalise(there, {**own, "mean": mean if layer else None}, x.shape[1], eps, layer)
+    if sum_tokens is not None:
+        first.copy_((x if branch is None else total)[:, :sum_tokens])
     return results
 
 
@@ -272,16 +287,19 @@ def _(
     eps: float,
     layer: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(x, branch, layer, dtype)
+    sum_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _outputs(x, branch, layer, dtype, sum_tokens)
 
 
 def _outputs(
-    x: Tensor, branch: Tensor | None, layer: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.shape[0] * x.shape[1]
+    x: Tensor, branch: Tensor | None, layer: bool, dtype: torch.dtype, sum_tokens: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    images, tokens, channels = x.shape
+    rows = images * tokens
     return (
         x.new_empty((0,) if branch is None else x.shape, dtype=torch.float32),
+        x.new_empty((0,) if sum_tokens is None else (images, sum_tokens, channels), dtype=torch.float32),
         x.new_empty(x.shape, dtype=dtype),
         x.new_empty((rows if layer else 0,), dtype=torch.float32),
         x.new_empty((rows,), dtype=torch.float32),
@@ -311,7 +329,8 @@ def residual_norm_backward(
     knows its own bias can ask for it here. It is added up before the branch's gradient is rounded.
 
     Args:
-        dtotal, dnormed: (B, N, C), not both None.
+        dtotal: (B, tokens, C), the gradient at the sum of the first tokens, or of all; that of the others is zero.
+        dnormed: (B, N, C). One of the two may be None.
         total: the sum, or x if there was no branch. branch, branch_bias: only read for the gradient of scale.
         mean, rstd: what the forward returned; an empty mean means RMSNorm.
         needs: for each of the six results whether it is needed; the others are empty. Without dnormed neither weight
@@ -364,19 +383,22 @@ def _gradients(
 
 
 class _NormContext(Context, Protocol):
+    returns_all: bool
     dtypes: list[torch.dtype]
     parameters: list[torch.dtype | None]
 
 
 # The arguments of `residual_norm_forward`.
 _Maybe = Tensor | None
-_Inputs = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, float, bool, torch.dtype]
+_Inputs = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, float, bool, torch.dtype, int | None]
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _setup_context(ctx: _NormContext, inputs: _Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, branch, weight, bias, scale, mask, branch_bias, branch_width, _, _, _ = inputs
-    total, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd, *(() if branch is not None else (total,)))
+def _setup_context(ctx: _NormContext, inputs: _Inputs, output: _Outputs) -> None:
+    x, branch, weight, bias, scale, mask, branch_bias, branch_width, _, _, _, sum_tokens = inputs
+    total, first, _, mean, rstd = output
+    ctx.returns_all = sum_tokens is None
+    ctx.mark_non_differentiable(mean, rstd, first if ctx.returns_all else total)
     ctx.set_materialize_grads(False)
     of_scale = ctx.needs_input_grad[4]
     ctx.dtypes = [x.dtype, x.dtype if branch is None else branch.dtype]
@@ -386,14 +408,15 @@ def _setup_context(ctx: _NormContext, inputs: _Inputs, output: tuple[Tensor, Ten
 
 
 def _backward(
-    ctx: _NormContext, dtotal: Tensor | None, dnormed: Tensor | None, *_: object
+    ctx: _NormContext, dtotal: Tensor | None, dfirst: Tensor | None, dnormed: Tensor | None, *_: object
 ) -> tuple[Tensor | None, ...]:
+    dtotal = dtotal if ctx.returns_all else dfirst  # the other is None, or empty under torch.compile
     total, branch, branch_bias, weight, scale, mask, branch_width, mean, rstd = ctx.saved_tensors
     needed = [ctx.needs_input_grad[index] for index in (0, 1, 2, 3, 4, 6)]
     if dnormed is None:
         needed[2] = needed[3] = False
     if not any(needed) or (dtotal is None and dnormed is None):
-        return (None,) * 11
+        return (None,) * 12
     # Without a scale, a mask and a width, x and the branch have the same gradient, which is written once.
     only_added = scale is None and mask is None and branch_width is None
     alike = needed[0] and needed[1] and only_added and ctx.dtypes[0] == ctx.dtypes[1]
@@ -404,7 +427,28 @@ def _backward(
     dweight, dbias, dscale, dbranch_bias = (
         None if vector is None else vector.to(dtype) for vector, dtype in zip(vectors, ctx.parameters, strict=True)
     )
-    return dx, dx if alike else dbranch, dweight, dbias, dscale, None, dbranch_bias, None, None, None, None
+    return dx, dx if alike else dbranch, dweight, dbias, dscale, None, dbranch_bias, *(None,) * 5
 
 
 residual_norm_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class FirstNorm(torch.autograd.Function):
+    """`residual_norm_forward` without a branch, with a view of x in place of the sum.
+
+    Both gradients of x, through the stream and through the norm, then reach one call of the backward kernel, which
+    adds them. A custom operator must not return a view of its input, but an autograd function may.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> _Outputs:
+        _, *others = residual_norm_forward(*inputs)
+        return inputs[0].view_as(inputs[0]), *others
+
+    @staticmethod
+    def setup_context(ctx: _NormContext, inputs: _Inputs, output: _Outputs) -> None:
+        _setup_context(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: _NormContext, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)

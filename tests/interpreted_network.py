@@ -28,7 +28,6 @@ MODELS: dict[str, tuple[dict[str, Any], list[int]]] = {
 # Modules that are computed by their own layers, and add their bias themselves.
 WHOLE = {"norms of Q and K": ("0.attn", "1.attn")}
 IMAGES, LABELS = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 7])
-every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def network(name: str) -> skd.SuperNet:
@@ -66,8 +65,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     yield found
 
 
-@every_model
-@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("name", "on_device"),
+    [
+        *((name, True) for name in MODELS),
+        ("class token", False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in list(MODELS)[1:]),
+    ],
+)
 def test_loss_and_gradients(name: str, on_device: bool, calls: list[dict[str, Any]]) -> None:
     """Kernels add output biases with the sums; then none reads a gradient only to add up its columns."""
     net, found, launched = network(name), [], list[str]()

@@ -367,7 +367,7 @@ def test_gradients_of_each_image_by_torch_func() -> None:
         torch.testing.assert_close(found[name].sum(0), parameter.grad)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_graph_holds_the_whole_pass(recomputes: bool) -> None:
     net = with_entries("layer scale, average")
     net.grad_checkpointing = recomputes
@@ -384,3 +384,8 @@ def test_one_graph_holds_the_whole_pass(recomputes: bool) -> None:
 
 def test_with_the_kernels_it_is_what_the_reference_computes() -> None:
     run_interpreted("../interpreted_network.py")
+
+
+@pytest.mark.slow
+def test_with_the_kernels_more_networks_compute_the_same() -> None:
+    run_interpreted("../interpreted_network.py", slow=True)

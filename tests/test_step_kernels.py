@@ -37,11 +37,13 @@ BLOCK = {
     ("product_kernel", "gradient through fc2 and the activation"): 1,
     ("product_kernel", "gradient at the heads' outputs"): 1,
     ("flash_backward", "attention, backward: a pass for q, one for k and v"): 2,
-    ("add_terms", "gradient of qkv's bias, its terms added up"): 1,
     ("product_kernel", "gradients at the norms' outputs"): 2,
     ("weight_gradient_kernel", "gradients of weights, in parts of the tokens"): 4,
     ("finish_kernel", "gradients of weights, the parts added up"): 4,
-    ("sums_kernel", "gradients of biases, the parts added up"): 1,  # of fc1; output biases are the norms' affair
+    (
+        "sums_kernel",
+        "gradients of biases, the parts added up",
+    ): 2,  # of qkv and fc1; output biases are the norms' affair
 }
 STREAM, ONE, WEIGHT = (BATCH, TOKENS, CHANNELS), (1, TOKENS, CHANNELS), (CHANNELS, 768)
 EMBEDDED, ROWS, HEAD = (BATCH, 196, CHANNELS), (BATCH * 196, CHANNELS), (CLASSES, CHANNELS)
@@ -59,10 +61,6 @@ ONCE_A_STEP = {
     "the gradient at the head's input": ("aten::mm", (HEAD,)),
     "the gradient of the head's weight": ("aten::mm", (HEAD,)),
     "the same in float32": ("aten::_to_copy", (HEAD, HEAD)),
-    # The last MLP reads the class token alone.
-    "zeros around its gradient at the last attention's output": ("aten::slice_backward", (STREAM,)),
-    "zeros around its gradient in the stream": ("aten::slice_backward", (STREAM,)),
-    "add the gradients of the first norm's input and of the stream": ("aten::add.Tensor", (STREAM, STREAM, STREAM)),
     "the gradient of the position embedding": ("aten::sum.dim_IntList", (STREAM, ONE)),
     "the gradient of the tokens in bfloat16": ("aten::_to_copy", (EMBEDDED, EMBEDDED)),
     "the gradient of the patch embedding's weight": ("aten::mm", (ROWS[::-1], (BATCH * 196, 768), WEIGHT)),

@@ -125,11 +125,13 @@ class SuperBlock(nn.Module):
         """The norm that the block applies first to its input, or `following` if it runs no module.
 
         None means that the block should get the stream without a normed form. This is so where it skips its first
-        module and needs the first `tokens` only, because norming all tokens would be wasted work.
+        module and needs the first `tokens` only, because norming all tokens would be wasted work. Otherwise such a
+        block needs all tokens in their normed form, and only the first of the stream.
         """
         if tokens is not None and _is_skipped(self.modules_in_order[0], widths[0]):
             return None
-        return self._norm_from(0, widths, following)
+        norm = self._norm_from(0, widths, following)
+        return norm if norm is None or tokens is None else norm._replace(sum_tokens=tokens)
 
     def _norm_from(self, start: int, widths: Sequence[Width], following: Norm | None) -> Norm | None:
         """The norm of the first module from `start` on that runs, or `following`."""

@@ -35,7 +35,7 @@ class Stream(NamedTuple):
     """What one module hands to the next.
 
     Attributes:
-        x: (B, N, C), the residual stream.
+        x: (B, N, C), the residual stream; of a last block's input only the first tokens, where it reads no others.
         normed: (B, N, C), the stream after the norm of the module that reads it next, under autocast in the dtype of
             its linear layers; None: that module has yet to norm it.
     """
@@ -57,6 +57,7 @@ class Norm(NamedTuple):
         weight, bias: (C,) or None.
         casts_under_autocast: under autocast the result has autocast's dtype, because a linear layer reads it and
             would cast it.
+        sum_tokens: of the sum itself, nobody reads more than the first so many tokens; None: all are read.
     """
 
     weight: torch.Tensor | None
@@ -64,6 +65,7 @@ class Norm(NamedTuple):
     eps: float
     kind: str
     casts_under_autocast: bool
+    sum_tokens: int | None = None
 
     @classmethod
     def of(cls, layer: TimmLayer, *, casts_under_autocast: bool = True) -> Norm | None:
@@ -152,10 +154,10 @@ def factors_of(scale: TimmLayer) -> torch.Tensor | None:
 
 def _summed(x: torch.Tensor, branch: torch.Tensor | None, norm: Norm, **beside: torch.Tensor | None) -> Stream:
     """`beside` are arguments of `residual_norm` that come with a branch."""
-    device, (weight, bias, eps, kind, casts) = x.device.type, norm
+    device, (weight, bias, eps, kind, casts, tokens) = x.device.type, norm
     exact = not casts and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if exact else nullcontext():
-        return Stream(*residual_norm(x, branch, weight, bias, eps=eps, kind=kind, **beside))
+        return Stream(*residual_norm(x, branch, weight, bias, eps=eps, kind=kind, sum_tokens=tokens, **beside))
 
 
 def _only_multiply(scale: TimmLayer, drop_path: TimmLayer) -> bool:

@@ -23,12 +23,13 @@ from typing import Any
 MODULES: tuple[str, ...] = ("mlp", "attention", "norm")
 
 
-def launches(architecture: int, *, quick: bool = False) -> list[Any]:
+def launches(architecture: int, *, quick: bool = False, deit: bool = False) -> list[Any]:
     """Every distinct `launch.Launch` that the modules' examples reach on `architecture`.
 
     Args:
         architecture: 10 * major + minor of the compute capability, one of `launch.RECORDED_DEVICES`.
         quick: only the examples whose label starts with "quick".
+        deit: only those with DeiT in their label: the shapes of its three sizes, in bfloat16.
     """
     from skd_kernels.gpu.launch import record
 
@@ -36,7 +37,7 @@ def launches(architecture: int, *, quick: bool = False) -> list[Any]:
     with record(architecture) as recorder:
         for module in MODULES:
             for label, call in importlib.import_module(f"skd_kernels.gpu.{module}").examples():
-                if quick and not label.startswith("quick"):
+                if (quick and not label.startswith("quick")) or (deit and "DeiT" not in label):
                     continue
                 recorder.label = label
                 call()

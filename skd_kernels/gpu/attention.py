@@ -1,9 +1,11 @@
 """`masked_attention` in Triton: the sequence of its kernels, and their registration with torch.library.
 
 The forward pass casts and packs the kept rows of W_qkv and columns of W_proj, computes qkv = x W_qkv^T + b, runs the
-attention kernel, and computes out = o W_proj^T + b. The backward pass computes the gradient at o, at qkv (in two
-passes), at x, and of the parameters; gradients that no input needs are not computed. The forward pass saves qkv and
-o, which are packed (packing.py), the log-sum-exp of each row of logits, and the packed weights.
+attention kernel, and computes out = o W_proj^T + b. Where only the first tokens are queries, as in a last block whose
+class token alone is read, the attention kernels and all products after them compute only these. The backward pass
+computes the gradient at o, at qkv (in two passes), at x, and of the parameters; gradients that no input needs are not
+computed. The forward pass saves qkv and o, which are packed (packing.py), the log-sum-exp of each row of logits, and
+the packed weights.
 
 The forward and the backward pass are each one opaque custom operator, so that a compiled graph holds one node for
 each and never sees the value of the width. Importing this module does not import Triton.
@@ -35,29 +37,29 @@ def attention_forward(
     scores: Tensor | None,
     num_heads: int,
     scale: float,
+    queries: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward operator: arguments as in `masked_attention`, with the width as a 0-d int32 tensor.
 
     The dtype of x is the one to compute in; the parameters are cast to it. Only the backward pass uses `scores`.
 
     Returns:
-        out (B, N, C), and what the backward pass needs: qkv (B N, >= 3 H D) and o (B N, >= H D), both packed;
-        logsumexp (B, H, N) float32; and the packed weights. These are uninitialised past the width.
+        out (B, queries, C), and what the backward pass needs: qkv (B N, >= 3 H D) and o (B queries, >= H D), both
+        packed; logsumexp (B, H, queries) float32; and the packed weights. These are uninitialised past the width.
     """
     from skd_kernels.gpu.flash import attend
     from skd_kernels.gpu.packing import pack
-    from skd_kernels.gpu.products import Ragged, product
+    from skd_kernels.gpu.products import product
 
     head_dim = w_proj.shape[1] // num_heads
     layout, rows = _layout(head_dim, num_heads), as_rows(x)
-    out, qkv, o, logsumexp, inward, outward = _outputs(x, w_proj, num_heads)
+    out, qkv, o, logsumexp, inward, outward = _outputs(x, w_proj, num_heads, queries)
     bias = None if b_qkv is None else uninitialised(x, layout.row_pitch)
     pack(w_qkv, b_qkv, w_proj, (inward, bias, outward), width, layout)
-    into = Ragged(width, head_dim, 3 * num_heads)
-    product(rows, inward, bias, qkv, into, ragged_columns=True, transposed=True, columns=layout.row_pitch)
+    product(rows, inward, bias, qkv, width, layout, ragged_columns=True, transposed=True, by_rows=True)
     attend(qkv, o, logsumexp, width, head_dim, scale)
-    b_proj, out_of = None if b_proj is None else contiguous(b_proj), Ragged(width, head_dim, num_heads)
-    product(o, outward, b_proj, as_rows(out), out_of, ragged_columns=False, transposed=True, columns=x.shape[-1])
+    b_proj = None if b_proj is None else contiguous(b_proj)
+    product(o, outward, b_proj, as_rows(out), width, layout, ragged_columns=False, transposed=True, by_rows=False)
     return out, qkv, o, logsumexp, inward, outward
 
 
@@ -72,22 +74,25 @@ def _(
     scores: Tensor | None,
     num_heads: int,
     scale: float,
+    queries: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(x, w_proj, num_heads)
+    return _outputs(x, w_proj, num_heads, queries)
 
 
 def _layout(head_dim: int, num_heads: int) -> Layout:
     return Layout(head_dim, row_groups=3 * num_heads, column_groups=num_heads, packed=True)
 
 
-def _outputs(x: Tensor, w_proj: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, w_proj: Tensor, num_heads: int, queries: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     images, tokens, channels = x.shape
     layout = _layout(w_proj.shape[1] // num_heads, num_heads)
     return (
-        uninitialised(x, *x.shape),
+        uninitialised(x, images, queries, channels),
         uninitialised(x, images * tokens, layout.row_pitch),
-        uninitialised(x, images * tokens, layout.column_pitch),
-        uninitialised(x, images, num_heads, tokens, dtype=torch.float32),
+        uninitialised(x, images * queries, layout.column_pitch),
+        uninitialised(x, images, num_heads, queries, dtype=torch.float32),
         *layout.empty_weights(x, channels),
     )
 
@@ -110,15 +115,15 @@ def attention_backward(
     """The gradients of x, w_qkv, b_qkv, w_proj and b_proj, and the scores (3 H D,) float32; empty where not needed.
 
     Args:
-        dout: (B, N, C), the gradient at the output.
+        dout: (B, queries, C), the gradient at the output.
         qkv, ..., outward: what the forward operator returned, without out.
         head_dim: D.
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
     """
     from skd_kernels.gpu.flash_backward import differentiate_attention
-    from skd_kernels.gpu.products import Ragged, product
-    from skd_kernels.gpu.sums import column_sums, sum_terms
+    from skd_kernels.gpu.products import product
+    from skd_kernels.gpu.sums import column_sums, sums
     from skd_kernels.gpu.weight_gradient import weight_gradient
 
     num_heads = logsumexp.shape[1]
@@ -131,21 +136,19 @@ def attention_backward(
     if needs[4]:
         column_sums(drows, width, db_proj)
     if needs[0] or needs[1] or needs[2] or needs[5]:
-        do, out_of = uninitialised(o, *o.shape), Ragged(width, head_dim, num_heads)
-        product(drows, outward, None, do, out_of, ragged_columns=True, transposed=False, columns=layout.column_pitch)
-        dqkv, bias_sums, score_sums = differentiate_attention(
+        do = uninitialised(o, *o.shape)
+        product(drows, outward, None, do, width, layout, ragged_columns=True, transposed=False, by_rows=False)
+        dqkv, terms = differentiate_attention(
             qkv, o, do, logsumexp, width, head_dim, scale, bias=needs[2], scores=needs[5]
         )
-        if bias_sums is not None:
-            sum_terms(bias_sums, db_qkv, width, head_dim)
-        if score_sums is not None:
-            sum_terms(score_sums, scores, width, head_dim)
+        if terms is not None:
+            bias, columns = db_qkv if needs[2] else None, 3 * num_heads * head_dim
+            sums(terms, columns, bias, scores if needs[5] else None, width, full=head_dim)
         if needs[1]:
             weight_gradient(dqkv, rows, width, dw_qkv, layout, by_rows=True)
         if needs[0]:
-            into = Ragged(width, head_dim, 3 * num_heads)
             product(
-                dqkv, inward, None, as_rows(dx), into, ragged_columns=False, transposed=False, columns=x.shape[-1]
+                dqkv, inward, None, as_rows(dx), width, layout, ragged_columns=False, transposed=False, by_rows=True
             )
     return results
 
@@ -186,7 +189,7 @@ def _gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *parameters, width, ctx.scores, num_heads, ctx.scale = inputs
+    x, *parameters, width, ctx.scores, num_heads, ctx.scale, _ = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # otherwise autograd makes zeros as large as qkv for unused outputs
@@ -197,7 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     needed = ctx.needs_input_grad[:5]
     with_scores = ctx.scores is not None and any(needed[:3])
     dtype = gradient_dtype(ctx.dtypes)
@@ -207,7 +210,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if with_scores:
         ctx.scores.add_(added.detach().view(ctx.scores.shape))
     cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
-    return (*(gradient if need else None for gradient, need in zip([dx, *cast], needed, strict=True)), *(None,) * 4)
+    return (*(gradient if need else None for gradient, need in zip([dx, *cast], needed, strict=True)), *(None,) * 5)
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -216,6 +219,8 @@ attention_forward.register_autograd(_backward, setup_context=_setup_context)
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
     yield "quick DeiT-Base bf16", partial(_example, torch.bfloat16)
+    for size, heads in (("Tiny", 3), ("Small", 6)):
+        yield f"DeiT-{size} bf16", partial(_example, torch.bfloat16, (128, 197, 64 * heads), heads)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in (16, 32, 64, 128):
             label = f"{str(dtype).removeprefix('torch.')}, heads of {head_dim}"
@@ -230,14 +235,15 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
 def _example(
     dtype: torch.dtype, shape: tuple[int, int, int] = (128, 197, 768), num_heads: int = 12, head_dim: int = 64
 ) -> None:
+    """All tokens are queries; fewer take the same kernels."""
     inner, channels = num_heads * head_dim, shape[-1]
     x, w_qkv, b_qkv, w_proj, b_proj = (
         torch.empty(size, dtype=dtype, device="meta")
         for size in (shape, (3 * inner, channels), (3 * inner,), (channels, inner), (channels,))
     )
     width = torch.empty((), dtype=torch.int32, device="meta")
-    _, *saved = attention_forward._init_fn(x, w_qkv, b_qkv, w_proj, b_proj, width, None, num_heads, 0.125)
-    attention_forward._init_fn(x, w_qkv, None, w_proj, None, width, None, num_heads, 0.125)
+    _, *saved = attention_forward._init_fn(x, w_qkv, b_qkv, w_proj, b_proj, width, None, num_heads, 0.125, shape[1])
+    attention_forward._init_fn(x, w_qkv, None, w_proj, None, width, None, num_heads, 0.125, shape[1])
     for bias, scores in ((True, True), (True, False), (False, False)):
         needs = [True, True, bias, True, bias, scores]
         attention_backward._init_fn(x, x, *saved, width, head_dim, 0.125, dtype, needs)

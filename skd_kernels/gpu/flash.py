@@ -1,9 +1,10 @@
 """FlashAttention on packed heads whose width is read on the device; flash_backward.py has the gradient.
 
 packing.py describes the packed layout. A row of qkv holds one token's 3 H groups; a row of the output, or of its
-gradient, holds H groups. Rows have a fixed length. These kernels write zeros behind the last group, as far as the
-products that follow will read. Logits and probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135): the
-backward pass recomputes them with the log-sum-exp of each row of logits, which the forward pass stores.
+gradient, holds H groups of one query. The queries are the first tokens of each image, or all. Rows have a fixed
+length. These kernels write zeros behind the last group, as far as the products that follow will read. Logits and
+probabilities never reach memory (Dao et al., 2022, arXiv 2205.14135): the backward pass recomputes them with the log-
+sum-exp of each row of logits, which the forward pass stores.
 
 Tensor cores work on 16, 32, 64 or 128 coordinates of a head. Each kernel contains its body once for each of these
 sizes, and branches on the width. Each head has `pitch` columns, its kept coordinates and zeros up to a multiple of 8;
@@ -26,12 +27,14 @@ import triton.language as tl
 
 from skd_kernels.gpu.buffers import PAD
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.tiles import precision, read_width, rounded, width_kernel
+from skd_kernels.gpu.tiles import precision, read_width, rounded
 
 # Zeros behind the last head end at a multiple of this number: a multiple of every inner step of the products, which
 # therefore read no further, and a divisor of the length of the rows.
 STEP: tl.constexpr = tl.constexpr(64)
 assert PAD % 64 == 0
+# `tiles.width_kernel` for kernels that also take a number of queries: one compiled kernel serves every number.
+attention_kernel = triton.jit(do_not_specialize=["queries"], do_not_specialize_on_alignment=["width"])
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def store_tail(base, size, first, tokens, stride, ROWS: tl.constexpr):
 
 @triton.jit
 def owned_block(keep, tokens, heads, ROWS: tl.constexpr):
-    """Which tokens of which head a program owns, as (pitch, blocks, block, pair, image, head).
+    """Which tokens, or queries, of which head a program owns, as (pitch, blocks, block, pair, image, head).
 
     A packed head has `pitch` columns. A sequence has `blocks` blocks of ROWS tokens, and the program owns `block` of
     them. Its head is `head` of `image`, or `pair` if the heads of all images are counted through.
@@ -118,6 +121,7 @@ def forward_body(
     logsumexp,
     keep,
     tokens,
+    queries,
     heads,
     stride_qkv,
     stride_out,
@@ -127,12 +131,12 @@ def forward_body(
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    pitch, _, block, pair, image, head = owned_block(keep, tokens, heads, BLOCK_M)
+    pitch, _, block, pair, image, head = owned_block(keep, queries, heads, BLOCK_M)
     first = block * BLOCK_M
     inner = heads * pitch
     query = qkv + image * tokens * stride_qkv + head * pitch
     key = query + inner
-    q = load_tokens(query, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
+    q = load_tokens(query, first, queries, stride_qkv, pitch, BLOCK_M, WIDTH)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     mean = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -149,30 +153,31 @@ def forward_body(
         mean = tl.dot(p.to(v.dtype), v, mean * shrink[:, None], input_precision=PRECISION)
         largest = larger
     store_tokens(
-        out + image * tokens * stride_out + head * pitch,
+        out + image * queries * stride_out + head * pitch,
         mean / total[:, None],
         first,
-        tokens,
+        queries,
         stride_out,
         pitch,
         BLOCK_M,
         WIDTH,
     )
     if head == heads - 1:
-        store_tail(out + image * tokens * stride_out, inner, first, tokens, stride_out, BLOCK_M)
+        store_tail(out + image * queries * stride_out, inner, first, queries, stride_out, BLOCK_M)
     row = tl.arange(0, BLOCK_M)
     tl.store(
-        logsumexp + pair.to(tl.int64) * tokens + first + row, largest + tl.log2(total), mask=row < tokens - first
+        logsumexp + pair.to(tl.int64) * queries + first + row, largest + tl.log2(total), mask=row < queries - first
     )
 
 
-@width_kernel
+@attention_kernel
 def flash_forward(
     qkv,
     out,
     logsumexp,
     width,
     tokens,
+    queries,
     heads,
     stride_qkv,
     stride_out,
@@ -183,7 +188,7 @@ def flash_forward(
     PRECISION: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """out = softmax(scale q k^T) v, packed; logsumexp (images, heads, tokens) is float32 and to base 2.
+    """out = softmax(scale q k^T) v, packed; logsumexp (images, heads, queries) is float32 and to base 2.
 
     The loop is unrolled at compile time, and each body is compiled for its number of coordinates; only the one that
     fits the width runs.
@@ -193,7 +198,7 @@ def flash_forward(
         if (1 << bits) <= LARGEST:  # noqa: SIM102  (known at compile time)
             if (keep <= (1 << bits)) & (keep > ((1 << bits) // 2 if bits > 4 else 0)):
                 forward_body(
-                    qkv, out, logsumexp, keep, tokens, heads, stride_qkv, stride_out, scale,
+                    qkv, out, logsumexp, keep, tokens, queries, heads, stride_qkv, stride_out, scale,
                     BLOCK_M, BLOCK_N, PRECISION, 1 << bits,
                 )  # fmt: skip
 
@@ -209,24 +214,25 @@ def largest_tile(head_dim: int) -> int:
 def attend(
     qkv: torch.Tensor, out: torch.Tensor, logsumexp: torch.Tensor, width: torch.Tensor, head_dim: int, scale: float
 ) -> None:
-    """out = softmax(scale q k^T) v on packed buffers of images * tokens rows.
+    """out = softmax(scale q k^T) v of the first tokens of each image, the queries, which see all tokens.
 
-    logsumexp (images, heads, tokens) float32 gets the base-2 log-sum-exp of each row of scaled logits. At width 0
-    neither tensor is written.
+    qkv is packed, of images * tokens rows; so is out, of images * queries rows. logsumexp (images, heads, queries)
+    float32 gets the base-2 log-sum-exp of each row of scaled logits. At width 0 neither tensor is written.
     """
-    images, heads, tokens = logsumexp.shape
+    images, heads, queries = logsumexp.shape
     blocks = forward_blocks(qkv.dtype, head_dim, device_of(qkv))
     arguments: dict[str, Any] = {
         "qkv": qkv,
         "out": out,
         "logsumexp": logsumexp,
         "width": width,
-        "tokens": tokens,
+        "tokens": qkv.shape[0] // images,
+        "queries": queries,
         "heads": heads,
         "stride_qkv": qkv.stride(0),
         "stride_out": out.stride(0),
     }
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
-    grid = (triton.cdiv(tokens, blocks.rows) * images * heads,)
+    grid = (triton.cdiv(queries, blocks.rows) * images * heads,)
     launch(flash_forward, grid, arguments, **blocks.settings())

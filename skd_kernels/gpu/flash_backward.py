@@ -15,9 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-from skd_kernels.gpu.flash import Blocks, largest_tile, load_tokens, owned_block, store_tail, store_tokens
+from skd_kernels.gpu.flash import (
+    Blocks,
+    attention_kernel,
+    largest_tile,
+    load_tokens,
+    owned_block,
+    store_tail,
+    store_tokens,
+)
 from skd_kernels.gpu.launch import Device, device_of, launch
-from skd_kernels.gpu.tiles import precision, read_width, width_kernel
+from skd_kernels.gpu.tiles import precision, read_width
 
 
 def backward_blocks(dtype: torch.dtype, head_dim: int, device: Device) -> Blocks:
@@ -67,6 +75,7 @@ def queries_body(
     score_sums,
     keep,
     tokens,
+    queries,
     heads,
     stride_qkv,
     stride_out,
@@ -82,19 +91,21 @@ def queries_body(
     inner = heads * pitch
     query = image * tokens * stride_qkv + head * pitch
     key = qkv + query + inner
-    output = image * tokens * stride_out + head * pitch
-    q = load_tokens(qkv + query, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
-    do = load_tokens(dout + output, first, tokens, stride_out, pitch, BLOCK_M, WIDTH)
-    o = load_tokens(out + output, first, tokens, stride_out, pitch, BLOCK_M, WIDTH)
+    output = image * queries * stride_out + head * pitch
+    q = load_tokens(qkv + query, first, queries, stride_qkv, pitch, BLOCK_M, WIDTH)
+    do = load_tokens(dout + output, first, queries, stride_out, pitch, BLOCK_M, WIDTH)
+    o = load_tokens(out + output, first, queries, stride_out, pitch, BLOCK_M, WIDTH)
     row = tl.arange(0, BLOCK_M)
-    inside = row < tokens - first
-    line = pair.to(tl.int64) * tokens + first + row
+    inside = row < queries - first
+    line = pair.to(tl.int64) * queries + first + row
     log_total = tl.load(logsumexp + line, mask=inside, other=0.0)
     correction = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + line, correction, mask=inside)
     dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     factor = scale * 1.4426950408889634
-    for start in range(0, tokens, BLOCK_N):
+    # Tokens that are no queries get a gradient of zeros, since the products that follow read it: in a block with
+    # queries because q and dout are zero there, and in a block without because its loop is empty.
+    for start in range(0, tl.where(first < queries, tokens, 0), BLOCK_N):
         k = load_tokens(key, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
         v = load_tokens(key + inner, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
         p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * factor - log_total[:, None])
@@ -119,6 +130,7 @@ def keys_body(
     score_sums,
     keep,
     tokens,
+    queries,
     heads,
     stride_qkv,
     stride_out,
@@ -134,20 +146,20 @@ def keys_body(
     inner = heads * pitch
     query = qkv + image * tokens * stride_qkv + head * pitch
     key = image * tokens * stride_qkv + inner + head * pitch
-    output = dout + image * tokens * stride_out + head * pitch
+    output = dout + image * queries * stride_out + head * pitch
     k = load_tokens(qkv + key, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
     v = load_tokens(qkv + key + inner, first, tokens, stride_qkv, pitch, BLOCK_M, WIDTH)
     dk = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     factor = scale * 1.4426950408889634
-    for start in range(0, tokens, BLOCK_N):
-        q = load_tokens(query, start, tokens, stride_qkv, pitch, BLOCK_N, WIDTH)
-        do = load_tokens(output, start, tokens, stride_out, pitch, BLOCK_N, WIDTH)
+    for start in range(0, queries, BLOCK_N):
+        q = load_tokens(query, start, queries, stride_qkv, pitch, BLOCK_N, WIDTH)
+        do = load_tokens(output, start, queries, stride_out, pitch, BLOCK_N, WIDTH)
         # Past the last query, q, dout, log_total and correction are all zero: p is 1 there, but only zeros are added.
         column = tl.arange(0, BLOCK_N)
-        line = pair.to(tl.int64) * tokens + start + column
-        log_total = tl.load(logsumexp + line, mask=column < tokens - start, other=0.0)
-        correction = tl.load(delta + line, mask=column < tokens - start, other=0.0)
+        line = pair.to(tl.int64) * queries + start + column
+        log_total = tl.load(logsumexp + line, mask=column < queries - start, other=0.0)
+        correction = tl.load(delta + line, mask=column < queries - start, other=0.0)
         p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * factor - log_total[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, do.T, input_precision=PRECISION) - correction[None, :])
@@ -163,7 +175,7 @@ def keys_body(
     store_sums(bias_sums, score_sums, target + heads * head_dim, v, dv, inside, keep, WIDTH)
 
 
-@width_kernel
+@attention_kernel
 def flash_backward(
     qkv,
     out,
@@ -175,6 +187,7 @@ def flash_backward(
     score_sums,
     width,
     tokens,
+    queries,
     heads,
     stride_qkv,
     stride_out,
@@ -196,8 +209,8 @@ def flash_backward(
         if (1 << bits) <= LARGEST:  # noqa: SIM102  (known at compile time)
             if (keep <= (1 << bits)) & (keep > ((1 << bits) // 2 if bits > 4 else 0)):
                 BODY(
-                    qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums, keep, tokens, heads,
-                    stride_qkv, stride_out, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 1 << bits,
+                    qkv, out, dout, logsumexp, delta, dqkv, bias_sums, score_sums, keep, tokens, queries,
+                    heads, stride_qkv, stride_out, head_dim, scale, BLOCK_M, BLOCK_N, PRECISION, 1 << bits,
                 )  # fmt: skip
 
 
@@ -215,20 +228,23 @@ def differentiate_attention(
     *,
     bias: bool,
     scores: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradient at qkv, packed like qkv; `out` and `logsumexp` are what `attend` wrote in the forward pass.
 
+    It is zeros for q of tokens that are no queries.
+
     Returns:
-        dqkv; if `bias`, sums of dqkv over blocks of tokens; if `scores`, those of |qkv * dqkv|. The sums are
-        (images * blocks, 3 H head_dim) float32, uninitialised past each head's width.
+        dqkv; and its sums over blocks of tokens, (images * blocks, parts, 3 H head_dim) float32, uninitialised past
+        each head's width, or None: if `bias`, a part with the sums of dqkv; if `scores`, one with those of
+        |qkv * dqkv|.
     """
-    images, heads, tokens = logsumexp.shape
+    images, heads, queries = logsumexp.shape
+    tokens = qkv.shape[0] // images
     blocks = backward_blocks(qkv.dtype, head_dim, device_of(qkv))
     count = triton.cdiv(tokens, blocks.rows)
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(logsumexp)
-    shape = (images * count, 3 * heads * head_dim)
-    bias_sums = qkv.new_empty(shape, dtype=torch.float32) if bias else None
-    score_sums = qkv.new_empty(shape, dtype=torch.float32) if scores else None
+    terms = qkv.new_empty((bias + scores, images * count, 3 * heads * head_dim), dtype=torch.float32)
+    bias_sums, score_sums = terms[0] if bias else None, terms[-1] if scores else None
     arguments: dict[str, Any] = {
         "qkv": qkv,
         "out": out,
@@ -237,7 +253,8 @@ def differentiate_attention(
         "delta": delta,
         "dqkv": dqkv,
     }
-    arguments |= {"bias_sums": bias_sums, "score_sums": score_sums, "width": width, "tokens": tokens, "heads": heads}
+    arguments |= {"bias_sums": bias_sums, "score_sums": score_sums, "width": width}
+    arguments |= {"tokens": tokens, "queries": queries, "heads": heads}
     arguments |= {"stride_qkv": qkv.stride(0), "stride_out": out.stride(0)}
     arguments |= {"head_dim": head_dim, "scale": float(scale), "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns}
     arguments |= {"PRECISION": precision(), "LARGEST": largest_tile(head_dim)}
@@ -248,4 +265,4 @@ def differentiate_attention(
             {**arguments, "BODY": body},
             **blocks.settings(),
         )
-    return dqkv, bias_sums, score_sums
+    return dqkv, terms.transpose(0, 1) if bias or scores else None

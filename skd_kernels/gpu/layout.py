@@ -30,6 +30,18 @@ class Layout:
         """The distance between groups that are not packed, in rows of the weight and in columns of activations."""
         return padded(self.full)
 
+    def groups(self, by_rows: bool) -> int:
+        """The number of groups along the rows of the inward weight, or the columns of the outward one."""
+        return self.row_groups if by_rows else self.column_groups
+
+    def parts(self, by_rows: bool) -> int:
+        """How many groups have tiles of their own: 2 for the gates and values of an MLP, 1 otherwise."""
+        return 1 if self.packed else self.groups(by_rows)
+
+    def columns(self, by_rows: bool) -> int:
+        """The number of columns of a part's activations, with their padding."""
+        return self._pitch(self.groups(by_rows)) // self.parts(by_rows)
+
     @property
     def row_pitch(self) -> int:
         """The number of rows of the packed inward weight, and of columns of the activations that it computes."""

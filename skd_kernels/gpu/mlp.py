@@ -45,10 +45,10 @@ def mlp_forward(
         past the tile in which the width ends.
     """
     from skd_kernels.gpu.packing import pack
-    from skd_kernels.gpu.products import Ragged, product
+    from skd_kernels.gpu.products import product
 
     y, h, slopes, inward, outward = _outputs(x, w2, gated, save)
-    layout, rows, neurons = _layout(w2.shape[1], gated), as_rows(x), Ragged(width, w2.shape[1])
+    layout, rows = _layout(w2.shape[1], gated), as_rows(x)
     bias = None if b1 is None else uninitialised(x, layout.row_pitch)
     pack(w1, b1, w2, (inward, bias, outward), width, layout)
     product(
@@ -56,18 +56,17 @@ def mlp_forward(
         inward,
         bias,
         h,
-        neurons,
+        width,
+        layout,
         epilogue="activate",
         ragged_columns=True,
         transposed=True,
-        parts=layout.row_groups,
-        part_stride=layout.part_stride,
+        by_rows=True,
         act=act,
         slopes=slopes if save else None,
-        columns=layout.part_stride,
     )
     b2 = None if b2 is None else contiguous(b2)
-    product(h, outward, b2, as_rows(y), neurons, ragged_columns=False, transposed=True, columns=y.shape[-1])
+    product(h, outward, b2, as_rows(y), width, layout, ragged_columns=False, transposed=True, by_rows=False)
     return y, h, slopes, inward, outward
 
 
@@ -125,51 +124,41 @@ def mlp_backward(
         dtype: of the parameters' gradients.
         needs: for each of the six results whether it is needed.
     """
-    from skd_kernels.gpu.products import Ragged, gradient_rows, product
+    from skd_kernels.gpu.products import gradient_rows, product
     from skd_kernels.gpu.sums import column_sums, sums
     from skd_kernels.gpu.weight_gradient import weight_gradient
 
-    layout, neurons = _layout(hidden, gated), Ragged(width, hidden)
+    layout = _layout(hidden, gated)
     results = _gradients(x, hidden, gated, dtype, needs)
     dx, dw1, db1, dw2, db2, scores = results
     need_x, need_w1, need_b1, need_w2, need_b2, need_scores = needs
-    parts, part = layout.row_groups, layout.part_stride
     dy, x = as_rows(dy), as_rows(x)
     if need_x or need_w1 or need_b1 or need_scores:
         dz = uninitialised(slopes, *slopes.shape) if need_x or need_w1 else None
         terms = None
         if need_b1 or need_scores:
-            terms = uninitialised(x, gradient_rows(dy, gated), parts + 1, part, dtype=torch.float32)
+            count = gradient_rows(dy, gated), layout.row_groups + 1
+            terms = uninitialised(x, *count, layout.part_stride, dtype=torch.float32)
         product(
             dy,
             outward,
             None,
             dz,
-            neurons,
+            width,
+            layout,
             epilogue="gradient",
             ragged_columns=True,
             transposed=False,
-            parts=parts,
-            part_stride=part,
+            by_rows=True,
             slopes=slopes,
             features=h if need_scores else None,
             sums=terms,
-            columns=part,
         )
         if terms is not None:
-            sums(terms, hidden, db1 if need_b1 else None, scores if need_scores else None, width, parts=parts)
+            sums(terms, hidden, db1 if need_b1 else None, scores if need_scores else None, width, full=hidden)
         if dz is not None and need_x:
             product(
-                dz,
-                inward,
-                None,
-                as_rows(dx),
-                neurons,
-                ragged_columns=False,
-                transposed=False,
-                parts=parts,
-                part_stride=part,
-                columns=dx.shape[-1],
+                dz, inward, None, as_rows(dx), width, layout, ragged_columns=False, transposed=False, by_rows=True
             )
         if dz is not None and need_w1:
             weight_gradient(dz, x, width, dw1, layout, by_rows=True)
@@ -247,6 +236,8 @@ def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     from skd_kernels.gpu.activations import ACTIVATIONS
 
     yield "quick DeiT-Base bf16", partial(_example, torch.bfloat16)
+    for size, channels in (("Tiny", 192), ("Small", 384)):
+        yield f"DeiT-{size} bf16", partial(_example, torch.bfloat16, (128, 197, channels), 4 * channels)
     for gated in (False, True):
         suffix = " gated" if gated else ""
         for dtype in (torch.bfloat16, torch.float16, torch.float32):

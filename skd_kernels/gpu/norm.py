@@ -128,7 +128,21 @@ def residual_norm_kernel(
     tl.store(normed + at, row.to(normed.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "per_program"], do_not_specialize_on_alignment=["width"])
+@triton.jit
+def load_leading(stream, r, tokens, leading, c, there, COLUMNS: tl.constexpr, ALL: tl.constexpr):
+    """The rows r of a stream, as float32. It has only the first `leading` of each image's `tokens`; others are zeros.
+
+    ALL: leading equals tokens.
+    """
+    if ALL:
+        place = r.to(tl.int64)
+    else:
+        place = (r // tokens).to(tl.int64) * leading + r % tokens
+        there = there & (r % tokens < leading)[:, None]
+    return tl.load(stream + place[:, None] * COLUMNS + c[None, :], mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "leading", "per_program"], do_not_specialize_on_alignment=["width"])
 def residual_norm_gradient_kernel(
     dtotal,
     dnormed,
@@ -146,9 +160,11 @@ def residual_norm_gradient_kernel(
     sums,
     rows,
     tokens,
+    leading,
     per_program,
     COLUMNS: tl.constexpr,
     LAYER: tl.constexpr,
+    ALL: tl.constexpr,
     INPUTS: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -161,8 +177,9 @@ def residual_norm_gradient_kernel(
 
     `sums` (wanted, programs, COLUMNS) holds the partial sums that are wanted, in this order: WEIGHT, BIAS, SCALE,
     BRANCH (the column sums of dbranch, which are the gradient of branch_bias). INPUTS: something other than WEIGHT
-    and BIAS is wanted. dtotal, dnormed, dx and dbranch may be None. width is None or one integer; if that is not
-    above zero, dbranch and the sums for SCALE and BRANCH are zeros.
+    and BIAS is wanted. dtotal, dnormed, dx and dbranch may be None; dtotal has only the first `leading` tokens of
+    each image, all if ALL. width is None or one integer; if that is not above zero, dbranch and the sums for SCALE
+    and BRANCH are zeros.
     """
     c = _columns(BLOCK_C)
     inside = c < COLUMNS
@@ -204,9 +221,9 @@ def residual_norm_gradient_kernel(
                 else:
                     grad = (grad - unit * along) * inverse
                 if dtotal is not None:
-                    grad += tl.load(dtotal + base + at, mask=there, other=0.0).to(tl.float32)
+                    grad += load_leading(dtotal, r, tokens, leading, c, there, COLUMNS, ALL)
             else:
-                grad = tl.load(dtotal + base + at, mask=there, other=0.0).to(tl.float32)
+                grad = load_leading(dtotal, r, tokens, leading, c, there, COLUMNS, ALL)
             if dx is not None:
                 tl.store(dx + base + at, grad.to(dx.dtype.element_ty), mask=there)
             if width is not None:
@@ -291,12 +308,13 @@ def differentiate(
     """Start the gradient kernel, and the second stage of its sums.
 
     Args:
-        inputs: arguments of the gradient kernel, by name.
+        inputs: arguments of the gradient kernel, by name. dtotal may have only the first tokens of each image.
         dx, dbranch: the outputs, or None where not wanted.
         vectors: the outputs that are sums over rows, (C,) float32 each: the gradients of weight, bias and scale, and
             the column sums of dbranch; None where not wanted.
     """
-    total = inputs["total"]
+    total, dtotal = inputs["total"], inputs["dtotal"]
+    leading = tokens if dtotal is None else dtotal.shape[1]
     columns = total.shape[-1]
     # The gradient of scale needs the branch, a fourth stream, and there may be four sums: with two rows at a time, 16
     # warps would not have enough registers.
@@ -310,6 +328,7 @@ def differentiate(
     inner = dx is not None or dbranch is not None or needed["SCALE"] or needed["BRANCH"]
     arguments = {**inputs, "dx": dx, "dbranch": dbranch, "sums": sums, "rows": rows, "tokens": tokens}
     arguments |= {"per_program": per_program, "COLUMNS": columns, "LAYER": layer, "INPUTS": inner}
+    arguments |= {"leading": leading, "ALL": leading == tokens}
     arguments |= needed | tile.arguments()
     # 16 warps with 128 registers in each thread use all registers of a multiprocessor.
     settings: dict[str, Any] = {"num_warps": tile.warps, "num_stages": 1, "max_registers": 128}
@@ -330,20 +349,23 @@ _BESIDE_A_BRANCH = {
 }
 
 
+_IN_DEIT = {192: "DeiT-Tiny", 384: "DeiT-Small", 768: "quick DeiT-Base"}
+
+
 def examples() -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that reach every kernel and configuration, for launch.record."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for dtype, layer, (suffix, beside) in product(dtypes, (True, False), _BESIDE_A_BRANCH.items()):
         name = f"{str(dtype).removeprefix('torch.')} {'layer' if layer else 'rms'}{suffix}"
-        quick = "quick " if (dtype, layer) == (torch.bfloat16, True) else ""
-        yield f"{quick}DeiT-Base {name}", partial(_example, dtype, 768, layer, beside)
-        if (dtype, layer) in ((torch.bfloat16, True), (torch.float32, False)):
-            for columns in (1, 13, 100, 192, 384, 1152, 2048, 4096):
-                yield f"{columns} {name}", partial(_example, dtype, columns, layer, beside)
+        as_in_deit = (dtype, layer) == (torch.bfloat16, True)
+        for columns in (768, 1, 13, 100, 192, 384, 1152, 2048, 4096):
+            label = _IN_DEIT.get(columns, str(columns)) if as_in_deit else str(columns)
+            if columns == 768 or as_in_deit or (dtype, layer) == (torch.float32, False):
+                yield f"{label} {name}", partial(_example, dtype, columns, layer, beside)
 
 
 def _example(dtype: torch.dtype, columns: int, layer: bool, beside: Sequence[str]) -> None:
-    """A norm between two branches, then the first norm of a network and the sums alone of the last one."""
+    """A norm between two branches, the last of whose sum one token is read, the first norm, and sums alone."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -364,6 +386,10 @@ def _example(dtype: torch.dtype, columns: int, layer: bool, beside: Sequence[str
     of_scale = {"branch": branch if "scale" in beside else None}
     between = {"dtotal": stream, "dnormed": branch, **saved, **of_scale}
     differentiate(between, stream, branch, wanted, tokens, layer)
-    first = {**between, "dtotal": None, "branch": None, **dict.fromkeys(optional)}
-    differentiate(first, stream, None, [vector, affine["bias"], None, None], tokens, layer)
+    if not beside or beside == _BESIDE_A_BRANCH[", bias and width"]:
+        class_token = {**between, "dtotal": empty(images, 1, columns)}
+        differentiate(class_token, stream, branch, wanted, tokens, layer)
+    first = {**between, "branch": None, **dict.fromkeys(optional)}
+    for dtotal in (stream, None):
+        differentiate({**first, "dtotal": dtotal}, stream, None, [vector, affine["bias"], None, None], tokens, layer)
     differentiate({**between, "dnormed": None}, stream, branch, [None, None, *wanted[2:]], tokens, layer)

@@ -21,7 +21,7 @@ over the tiles of the current width.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from skd_kernels.gpu.activations import in_kernel
 from skd_kernels.gpu.buffers import ceil_div
 from skd_kernels.gpu.epilogues import finish
 from skd_kernels.gpu.launch import launch
+from skd_kernels.gpu.layout import Layout
 from skd_kernels.gpu.tiles import (
     Config,
     described,
@@ -46,21 +47,6 @@ from skd_kernels.gpu.tiles import (
     tile_of,
     triton_type,
 )
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """The size of the dimension that ends at the width: `groups` groups, each with `value` of its `full` coordinates.
-
-    Attributes:
-        value: the width, a 0-d int32 tensor on the device.
-        full: the coordinates of one group at full width: F of an MLP, D of a head.
-        groups: 1 for an MLP, the number of heads for an attention's output, three times that for qkv.
-    """
-
-    value: torch.Tensor
-    full: int
-    groups: int = 1
 
 
 def name_in_profiles(specialization: Any) -> str:
@@ -223,18 +209,17 @@ def product(
     b: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
-    width: Ragged,
+    width: torch.Tensor,
+    layout: Layout,
     *,
     epilogue: str = "linear",
     ragged_columns: bool,
     transposed: bool,
-    parts: int = 1,
-    part_stride: int = 0,
+    by_rows: bool,
     act: str = "",
     slopes: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
-    columns: int,
 ) -> None:
     """Start `product_kernel` on matrices whose memory begins at multiples of 16 bytes.
 
@@ -243,16 +228,17 @@ def product(
         b: (depth, columns), or (columns, depth) if `transposed`; packed, and padded to whole tiles.
         bias: (columns,), or None; packed like b if `ragged_columns`.
         out: (rows, columns); for the "gradient" of a gated MLP it has two such parts side by side.
-        width: the size of the dimension that ends at the width.
-        ragged_columns: whether the columns end at the width; otherwise the depth does.
-        parts: 2 for a gated MLP.
-        part_stride: the distance from the gates to the values, in columns of activations and in rows of weights.
-        columns: the number of columns of the result, or of one of its parts.
+        width: the width, a 0-d int32 tensor.
+        ragged_columns: whether the columns end at the width; otherwise the depth does. Without them, `out` is given.
+        by_rows: whether the dimension that ends at the width is laid out as the rows of the inward weight (qkv, the
+            pre-activations of an MLP); otherwise as the columns of the outward one.
     """
     rows, depth = a.shape
+    groups, parts = layout.groups(by_rows), layout.parts(by_rows)
+    columns = layout.columns(by_rows) if ragged_columns or out is None else out.shape[1]
     by_descriptor = described(a, b, out, slopes, features)
     channels, gated = depth if ragged_columns else columns, parts == 2
-    most = width.groups * width.full  # kept coordinates at full width, without the buffers' padding
+    most = groups // parts * layout.full  # kept coordinates of a part at full width, without the buffers' padding
     wide, deep = (most, depth) if ragged_columns else (columns, parts * most)
     if epilogue == "linear":
         config = linear_config(a, channels, wide, deep, by_descriptor)
@@ -264,12 +250,12 @@ def product(
     m, n, k, piece = config.m, config.n, config.k, config.n // config.pieces
     tall, across = ceil_div(rows, m), ceil_div(columns, n)
     arguments: dict[str, Any] = {
-        **{"a": operand(a, m, k, by_descriptor), "bias": bias, "sums": sums, "width": width.value},
+        **{"a": operand(a, m, k, by_descriptor), "bias": bias, "sums": sums, "width": width},
         **{"b": operand(b, n, k, by_descriptor) if transposed else operand(b, k, n, by_descriptor)},
         **{"out": operand(out, m, piece, by_descriptor), "slopes": operand(slopes, m, piece, by_descriptor)},
         **{"features": operand(features, m, piece, by_descriptor)},
         **{"rows": rows, "columns": columns, "depth": depth, "b_rows": b.shape[0]},
-        **{"full": width.full, "groups": width.groups, "part_stride": part_stride},
+        **{"full": layout.full, "groups": groups // parts, "part_stride": layout.part_stride},
         **{"stride_a": a.stride(0), "stride_b": b.stride(0), "stride_out": 0 if out is None else out.stride(0)},
         **{"stride_slopes": 0 if slopes is None else slopes.stride(0)},
         **{"stride_features": 0 if features is None else features.stride(0)},

@@ -43,29 +43,27 @@ def sums_kernel(
     width,
     rows,
     columns,
+    full,
     stride_row,
     stride_part,
     PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum `partial` (rows, PARTS + 1, >= columns) over its rows.
+    """Sum `partial` (rows, parts, >= columns) over its rows.
 
-    The first PARTS sums go to `bias` (PARTS * columns,) and the last to `scores` (columns,); either may be None.
-    Columns past the width get exact zeros; if WHOLE, all columns are kept unless the width is 0.
+    The first PARTS sums go to `bias` (PARTS * columns,) and the last to `scores` (columns,); either may be None. A
+    column gets an exact zero if its coordinate, ``column % full``, is not kept.
     """
-    limit = read_width(width, columns)
-    if WHOLE:
-        limit = tl.where(limit > 0, columns, 0)
     part = tl.program_id(1)
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = (j % full < read_width(width, full)) & (j < columns)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if tl.program_id(0) * BLOCK_N < limit:
+    if tl.max(live.to(tl.int32), 0) > 0:
         for start in range(0, rows, BLOCK_M):
             i = start + tl.arange(0, BLOCK_M)
-            places = i[:, None].to(tl.int64) * stride_row + part * stride_part + j[None, :]
-            total += tl.load(partial + places, mask=(i < rows)[:, None] & (j < limit)[None, :], other=0.0)
+            places = i[:, None].to(tl.int64) * stride_row + part.to(tl.int64) * stride_part + j[None, :]
+            total += tl.load(partial + places, mask=(i < rows)[:, None] & live[None, :], other=0.0)
     result = tl.sum(total, 0)
     if bias is not None:  # noqa: SIM102  (one is known at compile time)
         if part < PARTS:
@@ -82,16 +80,26 @@ def sums(
     scores: torch.Tensor | None,
     width: torch.Tensor,
     *,
-    parts: int = 1,
-    whole: bool = False,
+    full: int,
 ) -> None:
-    """Fill `bias` (parts * columns,) and `scores` (columns,) from `partial` (rows, parts [+ 1], >= columns)."""
+    """Fill `bias` (parts * columns,) and `scores` (columns,) with sums over the rows of `partial`.
+
+    Args:
+        partial: (rows, parts [+ 1], >= columns) float32: the parts of bias, then one for scores. If either is None,
+            its parts are not read.
+        full: the coordinates of a group of columns, of which the width keeps the first; the others get zeros. 1: a
+            width above 0 keeps all columns.
+    """
+    parts = 0 if bias is None else bias.numel() // columns
+    if bias is None:
+        partial = partial[:, -1:]
+    # A program takes few columns (64 bytes of a row), so that a few thousand columns still occupy the whole device.
     arguments: dict[str, Any] = {
         **{"partial": partial, "bias": bias, "scores": scores, "width": width, "rows": partial.shape[0]},
-        **{"columns": columns, "stride_row": partial.stride(0), "stride_part": partial.stride(1)},
-        **{"PARTS": parts, "WHOLE": whole, "BLOCK_M": 32, "BLOCK_N": 32},
+        **{"columns": columns, "full": full, "stride_row": partial.stride(0), "stride_part": partial.stride(1)},
+        **{"PARTS": parts, "BLOCK_M": 128, "BLOCK_N": 16},
     }
-    launch(sums_kernel, (ceil_div(columns, 32), parts + (scores is not None)), arguments, num_warps=4, num_stages=1)
+    launch(sums_kernel, (ceil_div(columns, 16), parts + (scores is not None)), arguments, num_warps=4, num_stages=1)
 
 
 def column_sums(a: torch.Tensor, width: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -108,27 +116,5 @@ def column_sums(a: torch.Tensor, width: torch.Tensor, out: torch.Tensor) -> torc
         **{"stride_a": a.stride(0), "chunk": chunk, "BLOCK_M": 64, "BLOCK_N": block},
     }
     launch(column_sums_kernel, (ceil_div(columns, block), chunks), arguments, num_warps=4, num_stages=1)
-    sums(partial, columns, out, None, width, whole=True)
+    sums(partial, columns, out, None, width, full=1)
     return out
-
-
-@width_kernel
-def add_terms(partial, out, width, terms, columns, head_dim, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out (columns,) = sum of partial (terms, columns), zero where coordinate ``column % head_dim`` is not kept."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = (column % head_dim < read_width(width, head_dim)) & (column < columns)
-    m = tl.arange(0, BLOCK_M)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, terms, BLOCK_M):
-        source = partial + (start + m).to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.load(source, mask=(start + m < terms)[:, None] & live[None, :], other=0.0)
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < columns)
-
-
-def sum_terms(partial: torch.Tensor, out: torch.Tensor, width: torch.Tensor, head_dim: int) -> None:
-    """out (columns,) = partial (terms, columns) float32 summed, zero where ``column % head_dim`` is not kept."""
-    terms, columns = partial.shape
-    # A program takes few columns (64 bytes of a row), so that a few thousand columns still occupy the whole device.
-    arguments: dict[str, Any] = {"partial": partial, "out": out, "width": width, "terms": terms, "columns": columns}
-    arguments |= {"head_dim": head_dim, "BLOCK_M": 128, "BLOCK_N": 16}
-    launch(add_terms, (ceil_div(columns, 16),), arguments, num_warps=4, num_stages=1)

@@ -190,6 +190,36 @@ def load_tile(
 
 
 @triton.jit
+def load_transposed(
+    matrix,
+    row,
+    column,
+    rows,
+    columns,
+    stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+):
+    """`load_tile` (HEIGHT, WIDTH), transposed: (WIDTH, HEIGHT).
+
+    Through pointers it is loaded as it is used. A tile that is transposed after the load would not be copied
+    asynchronously on sm_80: it would wait in registers.
+    """
+    if DESCRIBED:
+        return matrix.load([row, column]).T
+    else:
+        i = tl.arange(0, HEIGHT)
+        j = tl.arange(0, WIDTH)
+        start = matrix + tl.cast(row, tl.int64) * stride + column
+        inside = (i < rows - row)[None, :]
+        if not WHOLE:
+            inside = inside & (j < columns - column)[:, None]
+        return tl.load(start + (i[None, :] * stride + j[:, None]), mask=inside, other=0.0)
+
+
+@triton.jit
 def store_tile(
     matrix,
     value,

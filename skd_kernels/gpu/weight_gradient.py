@@ -29,6 +29,7 @@ from skd_kernels.gpu.tiles import (
     inner_step,
     large_tiles_fit,
     load_tile,
+    load_transposed,
     operand,
     precision,
     read_width,
@@ -127,11 +128,11 @@ def weight_gradient_kernel(
         # The last part may continue past the last token, where loads give zeros.
         for step in range(0, share):
             t = (first + step) * BLOCK_K
-            a_tile = load_tile(a, t, top, tokens, rows, stride_a, BLOCK_K, BLOCK_M, WHOLE or BY_ROWS, DESCRIBED)
+            a_tile = load_transposed(a, t, top, tokens, rows, stride_a, BLOCK_K, BLOCK_M, WHOLE or BY_ROWS, DESCRIBED)
             b_tile = load_tile(
                 b, t, left, tokens, columns, stride_b, BLOCK_K, BLOCK_N, WHOLE or not BY_ROWS, DESCRIBED
             )
-            total = tl.dot(a_tile.T, b_tile, total, input_precision=PRECISION)
+            total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
         store_sums(work + tl.cast(item, tl.int64) * (BLOCK_M * BLOCK_N), total, BLOCK_M, BLOCK_N, BLOCK_N, PIECES)
 
 
@@ -241,7 +242,7 @@ def weight_gradient(
     tokens, (rows, columns) = a.shape[0], out.shape
     by_descriptor = described(a, b)
     config = weight_gradient_config(a, columns if by_rows else rows, columns, by_descriptor).fitted(a)
-    groups = layout.row_groups if by_rows else layout.column_groups
+    groups = layout.groups(by_rows)
     high, wide = (a.shape[1], columns) if by_rows else (rows, b.shape[1])
     tiles = ceil_div(high, config.m) * ceil_div(wide, config.n)
     steps = ceil_div(tokens, config.k)

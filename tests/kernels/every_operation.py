@@ -57,12 +57,14 @@ class Everywhere:
 
     Attributes:
         cases: problems by purpose; each is compared with float64.
+        slow: more of them, which prove little else.
         repeated: a problem, and the controls at which its results must repeat to the bit.
         compiled: problems; for each, one graph must serve all `controls`.
     """
 
     device: ClassVar[str] = "cpu"
     cases: ClassVar[Cases]
+    slow: ClassVar[Cases] = {}
     repeated: ClassVar[tuple[Problem, tuple[Any, ...]]]
     compiled: ClassVar[tuple[Problem, ...]]
     controls: ClassVar[tuple[Any, ...]]
@@ -72,8 +74,13 @@ class Everywhere:
         cls = metafunc.cls
         if "case" in metafunc.fixturenames:
             cases = [
-                pytest.param((replace(problem, device=cls.device), control), id=f"{name}: {problem} at {control}")
-                for name, several in cls.cases.items()
+                pytest.param(
+                    (replace(problem, device=cls.device), control),
+                    id=f"{name}: {problem} at {control}",
+                    marks=[pytest.mark.slow] if cases is cls.slow else [],
+                )
+                for cases in (cls.cases, cls.slow)
+                for name, several in cases.items()
                 for problem, control in several
             ]
             metafunc.parametrize("case", cases)
@@ -271,8 +278,19 @@ class Interpreted(Everywhere):
         with kernels.use("triton"):
             assert self.small.call(self.small.inputs(), self.at_half)[0].grad_fn is None
 
-    def test_work_shrinks_with_the_width(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_work_shrinks_with_the_width(self, multiplications: list[int]) -> None:
         """The multiplications of every dot product that the interpreter computes; whole tiles of 64 coordinates."""
+        work, inputs = [], self.large.inputs()
+        for width in (self.large.full, self.large.full // 4, 0):
+            multiplications.clear()
+            run(self.large, "triton", inputs, width)
+            work.append(sum(multiplications))
+        full, quarter, none = work
+        assert none == 0 < quarter <= full / 4
+
+    @pytest.fixture
+    def multiplications(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Of each dot product that the interpreter has computed."""
         from triton.runtime.interpreter import InterpreterBuilder
 
         products: list[int] = []
@@ -283,13 +301,7 @@ class Interpreted(Everywhere):
             return dot(self, a, b, *args)
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", count)
-        work, inputs = [], self.large.inputs()
-        for width in (self.large.full, self.large.full // 4, 0):
-            products.clear()
-            run(self.large, "triton", inputs, width)
-            work.append(sum(products))
-        full, quarter, none = work
-        assert none == 0 < quarter <= full / 4
+        return products
 
     def test_autocast_casts_as_linear_does(self) -> None:
         """The gradients of parameters in float32 are the sums that others would round to half precision."""

@@ -30,6 +30,38 @@ def in_training(shape: tuple[int, int, int], kind: str, dtype: torch.dtype = tor
     return Norm(shape, kind=kind, dtype=dtype, mixed=True, **options)
 
 
+def of_kinds(one: str, other: str) -> Cases:
+    """Problems of every size, by the one kind of norm or the other."""
+    return {
+        "any number of channels": [
+            (problem, None)
+            for channels in (13, 130, 2500, 4096)
+            for problem in (
+                Norm((2, 3, channels), kind=one),
+                in_training((1, 3, channels), other, without=OF_A_BRANCH),
+            )
+        ],
+        "any number of tokens": [
+            (problem, None)
+            for images, tokens in ((1, 1), (5, 1), (3, 11))
+            for problem in (
+                Norm((images, tokens, 24), kind=one),
+                in_training((images, tokens, 200), other, torch.float16),
+            )
+        ],
+        "few tokens of the sum": [
+            (Norm(shape, kind=kind, without=without, sum_tokens=tokens), None)
+            for shape, tokens in (((3, 25, 72), 1), ((2, 11, 24), 10))
+            for kind, without in ((one, ()), (other, FIRST))
+        ],
+        "a width of zero": [
+            (problem, width)
+            for width in (0, -1)
+            for problem in (Norm((2, 9, 72), kind=one), in_training((2, 9, 72), other))
+        ],
+    }
+
+
 class TestNorm(Everywhere):
     repeated = Norm((2, 25, 72)), (3, 0)
     compiled = in_training((2, 5, 24), "layer"), in_training((2, 5, 24), "rms", without=FIRST)
@@ -48,31 +80,9 @@ class TestNorm(Everywhere):
             for kind in KINDS
             if "branch" not in without or set(OF_A_BRANCH) <= set(without)
         ],
-        "any number of channels": [
-            (problem, None)
-            for channels in (13, 130, 2500, 4096)
-            for kind in KINDS
-            for problem in (
-                Norm((2, 3, channels), kind=kind),
-                in_training((1, 3, channels), kind, without=OF_A_BRANCH),
-            )
-        ],
-        "any number of tokens": [
-            (problem, None)
-            for images, tokens in ((1, 1), (5, 1), (3, 11))
-            for kind in KINDS
-            for problem in (
-                Norm((images, tokens, 24), kind=kind),
-                in_training((images, tokens, 200), kind, torch.float16),
-            )
-        ],
-        "a width of zero": [
-            (problem, width)
-            for width in (0, -1)
-            for kind in KINDS
-            for problem in (Norm((2, 9, 72), kind=kind), in_training((2, 9, 72), kind))
-        ],
+        **of_kinds("layer", "rms"),
     }
+    slow: ClassVar[Cases] = of_kinds("rms", "layer")
 
 
 def grads_of(shape: tuple[int, ...]) -> list[torch.Tensor]:
@@ -243,8 +253,8 @@ def test_column_sums_without_a_branch_bias(kind: str) -> None:
     inputs = make_inputs((2, 30, 72), without=("branch_bias", "branch_width"))
     dsum, dnormed = grads_of((2, 30, 72))
     x, branch, weight, scale, mask = (inputs[name] for name in ("x", "branch", "weight", "scale", "mask"))
-    total, _, mean, rstd = residual_norm_forward(
-        x, branch, weight, None, scale, mask, None, None, 1e-6, kind == "layer", torch.float32
+    total, _, _, mean, rstd = residual_norm_forward(
+        x, branch, weight, None, scale, mask, None, None, 1e-6, kind == "layer", torch.float32, None
     )
     dtypes, needs = (torch.float32, torch.bfloat16), [False, True, False, False, False, True]
     _, dbranch, *_, sums = residual_norm_backward(
@@ -262,15 +272,27 @@ def test_torch_library_accepts_the_operators(kind: str) -> None:
     inputs = make_inputs((2, 3, 20), torch.bfloat16, stream=torch.float32)
     layer, order = kind == "layer", ("x", *OPTIONAL)
     leaves = [inputs[name].requires_grad_(name not in PLAIN) for name in order]
-    torch.library.opcheck(residual_norm_forward, (*leaves, 1e-6, layer, torch.bfloat16))
-    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 7, 1e-6, layer, torch.float32))
+    torch.library.opcheck(residual_norm_forward, (*leaves, 1e-6, layer, torch.bfloat16, None))
+    torch.library.opcheck(residual_norm_forward, (leaves[0], *[None] * 7, 1e-6, layer, torch.float32, 2))
     vectors = [leaf.detach() for leaf in leaves]
     _, branch, weight, _, scale, mask, branch_bias, width = vectors
-    total, normed, mean, rstd = residual_norm_forward(*vectors, 1e-6, layer, torch.bfloat16)
+    total, first, normed, mean, rstd = residual_norm_forward(*vectors, 1e-6, layer, torch.bfloat16, 1)
     read = total, branch, weight, scale, mask, branch_bias, width, mean, rstd, torch.float32, torch.bfloat16
     for needs in ([True] * 6, [False, True, True, False, False, False]):
         torch.library.opcheck(residual_norm_backward, (total, normed, *read, needs))
-    torch.library.opcheck(residual_norm_backward, (total, None, *read, [True, True, False, False, False, False]))
+    torch.library.opcheck(residual_norm_backward, (first, None, *read, [True, True, False, False, False, False]))
+
+
+def test_the_first_norm_adds_both_gradients_of_x(launched: list[tuple[str, Any]]) -> None:
+    """That of the stream reaches its kernel, in one call, and x is not copied."""
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 24), (24,)))
+    with kernels.use("triton"):
+        total, normed = kernels.residual_norm(x, None, weight, None, eps=1e-6)
+    assert total.data_ptr() == x.data_ptr()
+    launched.clear()
+    torch.autograd.backward((total, normed), grads_of((2, 5, 24)))
+    assert [name for name, _ in launched] == ["residual_norm_gradient_kernel", "residual_norm_sums_kernel"]
+    assert launched[0][1]["dtotal"] is not None and torch.equal(launched[0][1]["dx"], x.grad)
 
 
 def test_a_chain_of_norms_is_a_residual_stream() -> None:

@@ -60,6 +60,7 @@ class Norm(Problem):
 
     kind: str = "layer"
     without: tuple[str, ...] = ()
+    sum_tokens: int | None = None
 
     operation: ClassVar[str] = "residual_norm"
     names: ClassVar[tuple[str, ...]] = NAMES
@@ -71,7 +72,8 @@ class Norm(Problem):
         return {name: value for name, value in made.items() if value is not None}
 
     def arguments(self, leaves: Tensors, control: Any) -> dict[str, Any]:
-        arguments = dict.fromkeys(("branch", "weight", "bias"), None) | leaves | {"eps": 1e-6, "kind": self.kind}
+        arguments = dict.fromkeys(("branch", "weight", "bias"), None) | leaves
+        arguments |= {"eps": 1e-6, "kind": self.kind, "sum_tokens": self.sum_tokens}
         if control is None or "branch_width" not in leaves:
             return arguments
         if isinstance(control, int):
@@ -79,6 +81,10 @@ class Norm(Problem):
         if control.ndim == 0:
             return arguments | {"branch_width": control}
         return arguments | {"branch_width": control[0], "mask": 0.625 * control[1:]}
+
+    def result_shapes(self) -> list[tuple[int, int, int]]:
+        images, tokens, channels = self.shape
+        return [(images, tokens if self.sum_tokens is None else self.sum_tokens, channels), self.shape]
 
     def kept(self, inputs: Tensors, control: Any) -> Tensors:
         """The branch and its bias count above a width of zero."""

@@ -103,10 +103,14 @@ class Problem:
     def autocast(self) -> Any:
         return torch.autocast(self.device, self.dtype) if self.mixed else nullcontext()
 
+    def result_shapes(self) -> list[tuple[int, int, int]]:
+        """The shape of each output."""
+        return [self.shape for _ in self.outputs]
+
     def gradients(self) -> list[torch.Tensor]:
         """At the outputs."""
         generator = torch.Generator().manual_seed(1)
-        made = (torch.randn(self.shape, generator=generator, dtype=torch.float64) for _ in self.outputs)
+        made = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.result_shapes())
         return [gradient.to(self.device, self.dtype) for gradient in made]
 
     def terms(self) -> int:
@@ -204,17 +208,18 @@ class Mlp(Masked):
 class Attention(Masked):
     heads: int = 1
     scale: float | None = None
+    queries: int | None = None
 
     operation: ClassVar[str] = "masked_attention"
     names: ClassVar[tuple[str, ...]] = ("x", "w_qkv", "b_qkv", "w_proj", "b_proj")
     kernels_of: ClassVar[dict[str, set[str]]] = {
         "x": {"linear", "flash_backward"},
         "w_qkv": {"linear", "flash_backward", "weight_gradient_kernel", "finish_kernel"},
-        "b_qkv": {"linear", "flash_backward", "add_terms"},
+        "b_qkv": {"linear", "flash_backward", "sums_kernel"},
         "w_proj": {"weight_gradient_kernel", "finish_kernel"},
         "b_proj": {"column_sums_kernel", "sums_kernel"},
     }
-    scored_by: ClassVar[str] = "add_terms"
+    scored_by: ClassVar[str] = "sums_kernel"
 
     @property
     def library(self) -> str:  # type: ignore[override]
@@ -233,7 +238,12 @@ class Attention(Masked):
         return torch.zeros(3, self.heads, self.full, device=self.device)
 
     def arguments(self, leaves: Tensors, control: Any) -> dict[str, Any]:
-        return super().arguments(leaves, control) | {"num_heads": self.heads, "scale": self.scale}
+        own = {"num_heads": self.heads, "scale": self.scale, "queries": self.queries}
+        return super().arguments(leaves, control) | own
+
+    def result_shapes(self) -> list[tuple[int, int, int]]:
+        images, tokens, channels = self.shape
+        return [(images, tokens if self.queries is None else self.queries, channels)]
 
     def logit(self, exact: Tensors, control: Any) -> float:
         """The largest absolute value of scale q k^T; 0 at width 0."""

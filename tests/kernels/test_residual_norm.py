@@ -104,6 +104,19 @@ def test_without_a_branch_the_sum_is_x() -> None:
     assert kernels.residual_norm(**inputs | {"x": inputs["x"].half()}, eps=1e-6)[0].dtype == torch.float32
 
 
+def test_only_the_first_tokens_of_the_sum_are_returned() -> None:
+    """Their gradients, too, and all tokens are normed."""
+    results = []
+    for tokens in (2, None):
+        inputs = make_inputs(SHAPE)
+        leaves = [inputs[name].requires_grad_() for name in NAMES]
+        total, normed = kernels.residual_norm(**inputs, eps=1e-6, sum_tokens=tokens)
+        assert total.shape == (2, 5 if tokens is None else tokens, 12)
+        loss = total[:, :2].pow(3).sum() + normed.pow(3).sum()
+        results.append([total[:, :2], normed, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (2, 5, 0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty(shape: tuple[int, int, int], kind: str) -> None:
@@ -163,6 +176,9 @@ def test_it_compiles_as_one_graph(kind: str) -> None:
         ({"eps": -1e-6}, "eps is -1e-06"),
         ({"eps": None}, "eps is None"),
         ({"eps": float("nan")}, "eps is nan"),
+        ({"sum_tokens": 0}, "sum_tokens is 0; it may be 1..5, or None"),
+        ({"sum_tokens": 6}, "sum_tokens is 6"),
+        ({"sum_tokens": True}, "sum_tokens is True"),
     ],
 )
 def test_rejects(change: dict[str, Any], match: str) -> None:
@@ -204,6 +220,11 @@ def test_what_the_kernels_refuse(change: dict[str, Any], reason: str) -> None:
 
 def test_interpreted() -> None:
     run_interpreted("interpreted_norm.py")
+
+
+@pytest.mark.slow
+def test_more_cases_interpreted() -> None:
+    run_interpreted("interpreted_norm.py", slow=True)
 
 
 def compiled_launches(architecture: int) -> list[Any]:

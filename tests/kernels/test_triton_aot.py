@@ -25,10 +25,10 @@ from skd_kernels.gpu.launch import Launch, launch, record
 ROOT = Path(__file__).parents[2]
 
 
-def compile_all(architecture: int, quick: bool) -> dict[str, str]:
+def compile_all(architecture: int, **examples: bool) -> dict[str, str]:
     """What is wrong with each kernel that has a fault."""
     faults = {}
-    for item in gpu.launches(architecture, quick=quick):
+    for item in gpu.launches(architecture, **examples):
         fault = compile_launch(item, architecture).faults(architecture)
         if fault:
             faults[f"{item.name} ({item.label})"] = fault
@@ -58,7 +58,7 @@ def test_products_copy_tiles_by_descriptors_to_tensor_cores() -> None:
 def test_products_copy_asynchronously_where_there_are_no_descriptors() -> None:
     """A mask or an offset that Triton cannot see through turns 16-byte copies into loads of single elements."""
     for item in gpu.launches(80, quick=True):
-        if item.name != "product_kernel":
+        if item.name not in PRODUCTS:
             continue
         ptx = compile_for(item, 80).asm["ptx"]
         assert "mma.sync" in ptx and "cp.async.ca" not in ptx
@@ -99,15 +99,21 @@ def test_floating_point_instructions_of_an_activation(act: str, most: int) -> No
     assert most - 2 < len(found) / each < most
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
-def test_no_configuration_spills(architecture: int) -> None:
-    assert compile_all(architecture, quick=False) == {}
+# What DeiT's three sizes start takes a few minutes for each device (`-k deit`), and all examples take an hour.
+EXAMPLES = pytest.mark.parametrize("deit", [True, False], ids=["deit", "every example"])
 
 
 @pytest.mark.slow
+@EXAMPLES
 @pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
-def test_the_oldest_triton_compiles_them_too(architecture: int, tmp_path: Path) -> None:
+def test_no_configuration_spills(architecture: int, deit: bool) -> None:
+    assert compile_all(architecture, deit=deit) == {}
+
+
+@pytest.mark.slow
+@EXAMPLES
+@pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
+def test_the_oldest_triton_compiles_them_too(architecture: int, deit: bool, tmp_path: Path) -> None:
     """torch 2.11, the oldest that skd supports, comes with triton 3.6."""
     packages = ["triton==3.6.0", "numpy<2.4"]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *packages]
@@ -115,6 +121,7 @@ def test_the_oldest_triton_compiles_them_too(architecture: int, tmp_path: Path) 
         pytest.skip("pip cannot install triton 3.6.0")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "benchmarks.registers", "--check", "--arch", str(architecture)]
+    command += ["--deit"] if deit else []
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout.startswith("triton 3.6.0\n"), result.stderr
     assert result.returncode == 0, result.stderr

@@ -20,6 +20,11 @@ def test_interpreted() -> None:
     run_interpreted("interpreted_attention.py")
 
 
+@pytest.mark.slow
+def test_more_cases_interpreted() -> None:
+    run_interpreted("interpreted_attention.py", slow=True)
+
+
 def test_packed_rows_are_copied_16_bytes_at_a_time() -> None:
     """At every width: that is what padding heads to 8 coordinates is for.
 

@@ -21,6 +21,11 @@ def test_interpreted(file: str) -> None:
     run_interpreted(file)
 
 
+@pytest.mark.slow
+def test_more_cases_interpreted() -> None:
+    run_interpreted("interpreted_mlp.py", slow=True)
+
+
 def test_a_width_on_the_device_takes_the_kernels() -> None:
     pytest.importorskip("triton")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
