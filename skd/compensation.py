@@ -28,7 +28,7 @@ from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.support.types import Progress
 from skd.vit import Module, unwrapped
 from skd.vit.protocol import Shared
-from skd.vit.refit import output_factors, output_features
+from skd.vit.refit import output_errors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,7 +107,7 @@ def _fitted(
     """The corrections of entries, each fitted module by module beside the full network."""
     with frozen(supernet):
         cuts = [_Cut(supernet, entry) for entry in chosen]
-        parts = _embedded(supernet, batches, len(cuts), group)
+        parts = embedded(supernet, batches, len(cuts), group)
         steps = range(len(supernet.infos) + 1)
         for index, _ in enumerate(steps if progress is None else progress(steps)):
             for number, cut in enumerate(cuts):
@@ -134,20 +134,25 @@ def _chosen(
     return list(dict.fromkeys([*of_budgets, *(int(choose_entry(supernet, entry=entry)) for entry in entries or ())]))
 
 
-class _Part:
-    """One batch: the residual stream in the full network and in each cut one, and the tensors that blocks share."""
+class Part:
+    """One batch: the residual stream in the full network and in each cut one, and the tensors that blocks share.
+
+    Attributes:
+        whole: (B, N, C), the stream in the full network; after its last block the tokens that its head reads.
+        cut: of each cut network, by its number.
+    """
 
     def __init__(self, x: torch.Tensor, shared: Sequence[Shared], cuts: int) -> None:
         self.whole, self.shared = x, shared
         self.cut = [x] * cuts
 
 
-def _embedded(supernet: SuperNet, batches: Iterable[object], cuts: int, group: ProcessGroup | None) -> list[_Part]:
+def embedded(supernet: SuperNet, batches: Iterable[object], cuts: int, group: ProcessGroup | None) -> list[Part]:
     """Every batch as it enters the first block; those whose logits are not finite are left out."""
-    parts, left_out = list[_Part](), 0
+    parts, left_out = list[Part](), 0
     for images, _ in in_step(checked(supernet.model, batches, with_labels=False), group):
         if all_finite([supernet(images)]):
-            parts.append(_Part(*supernet.embed(images), cuts))
+            parts.append(Part(*supernet.embed(images), cuts))
         else:
             left_out += 1
     device = next(supernet.parameters()).device
@@ -165,7 +170,7 @@ class _Cut:
         self.layers: dict[str, OutputLayer] = {}
         self._waiting: int | None = None  # the module that ran last, until it is known where its output is read
 
-    def reach(self, index: int, number: int, parts: list[_Part], ridge: float, group: ProcessGroup | None) -> None:
+    def reach(self, index: int, number: int, parts: list[Part], ridge: float, group: ProcessGroup | None) -> None:
         """Go on to module `index`, or to the head. If it runs, fit the module that ran last and apply it."""
         last = index == len(self.widths)
         if not (last or self.widths[index]):
@@ -180,30 +185,16 @@ class _Cut:
                     part.cut[number] = self.network.step(self._waiting, x, module.full_width, shared=part.shared)
         self._waiting = index
 
-    def _fit(self, module: Module, number: int, parts: list[_Part], ridge: float, group: ProcessGroup | None) -> None:
+    def _fit(self, module: Module, number: int, parts: list[Part], ridge: float, group: ProcessGroup | None) -> None:
         """Replace the weight and the bias of the module's output layer by the fitted ones."""
         network = self.network
         block = network.network.blocks(network.model)[module.block]
-        layer, gamma = module.output_layer(module.of(network.model)), output_factors(module, block)
+        layer = module.output_layer(module.of(network.model))
         sums = Sums.empty(layer.in_features, layer.out_features, layer.weight.device)
         for part in parts:
-            x, whole = part.cut[number], part.whole
-            tokens = whole.shape[1]  # all, or after the last block those that the head reads
-            features = output_features(module, block, x, tokens, part.shared[module.block]).double()
-            wanted = whole.double() - x[:, :tokens].double()
-            if gamma is not None:
-                wanted = wanted / gamma.double()
-            now = features @ layer.weight.double().mT
-            wanted = wanted - (now if layer.bias is None else now + layer.bias.double())
-            if gamma is not None:  # no output reaches a channel whose factor is 0
-                wanted = torch.where(gamma == 0, 0.0, wanted)
-            sums.add(features.flatten(0, 1), wanted.flatten(0, 1))
-        weight, bias = Sums(*summed(sums, group)).solved(ridge, intercept=layer.bias is not None)
-        if not all_finite([weight, bias]):
+            sums.add(*output_errors(module, block, part.cut[number], part.whole, part.shared[module.block]))
+        if not Sums(*summed(sums, group)).correct(layer, ridge):
             raise ValueError(f"batches: the features of {module.name} in entry {self.entry} are not finite")
-        layer.weight.add_(weight.to(layer.weight.dtype))
-        if layer.bias is not None:
-            layer.bias.add_(bias.to(layer.bias.dtype))
         self.layers[module.name] = OutputLayer(
             layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         )

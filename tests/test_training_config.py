@@ -60,6 +60,7 @@ BAD = {
     "kd_temperature": [0, -1.0, math.inf, None],
     "task_loss_weight": [-0.1, 1.0, "half", None],
     "entry_sampling": ["small first", "", None],
+    "refit_start": [1, "yes", None],
     "target": [0, 0.0, 1.01, -0.5],
     "progressive_epochs": [-1, 301, 1.5],
     "planner": ["nobody", "", "Paper", 3, None],

@@ -46,7 +46,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"grad_accum_steps": 2, "clip_grad": 1.0, "decay": "expected", "kd_teacher": "original"},
     "online": {"importance": "online", "progressive_epochs": 3},
-    "checkpointing": {"grad_checkpointing": True, "model_ema": False, "kd_teacher": "larger"},
+    "checkpointing": {"grad_checkpointing": True, "model_ema": False, "kd_teacher": "larger", "refit_start": True},
     "graph": {"cuda_graph": True, "clip_grad": 1.0, "kd_teacher": "both", "entry_sampling": "small"},
 }
 ROUNDING = {"graph": 1e-6}  # of the learning rate, a float32 tensor there; otherwise of float64

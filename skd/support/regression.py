@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 _ROUNDING = 1e-11  # relative errors of sums of squares in float64
 _TINY = 1e-300  # where all features are zeros
@@ -58,3 +59,13 @@ class Sums(NamedTuple):
         weight = torch.cholesky_solve(products, factor)
         bias = y - x @ weight if intercept else torch.zeros_like(y)
         return weight.mT, bias
+
+    def correct(self, layer: nn.Linear, ridge: float) -> bool:
+        """Add the solution to the layer in place; False, and the layer stays, if the solution is not finite."""
+        weight, bias = self.solved(ridge, intercept=layer.bias is not None)
+        if not bool(weight.isfinite().all() & bias.isfinite().all()):
+            return False
+        layer.weight.add_(weight.to(layer.weight.dtype))
+        if layer.bias is not None:
+            layer.bias.add_(bias.to(layer.bias.dtype))
+        return True

@@ -263,6 +263,11 @@ class TrainConfig:
         "how a step's entry of the dropout list is drawn: 'uniform' (paper); 'small': in inverse proportion to its "
         "MACs; 'sandwich': the full network, the smallest and one at random take turns",
     )
+    refit_start: bool = _option(
+        False,
+        "once the dropout list no longer grows, fit the output layers on the calibration images, so that small "
+        "entries start nearer to the full network (paper: no)",
+    )
     calibration_images: int = _option(1024, "un-augmented training images that importance is measured on (1024)")
     convention: str = _option("full", "how planning counts MACs: 'full' or 'linear' (paper: linear)")
 

@@ -5,6 +5,7 @@ run.py          one run: what it was given, where it stands, the files it leaves
 loop.py         its epochs, and the steps of an epoch
 batches.py      the batches of an epoch, from any place in it
 growing.py      how the dropout list grows
+starting.py     output layers fitted to several entries at once
 evaluation.py   the curve, and by it which weights are kept
 
 step.py         the one function that takes a step, and who calls it for every batch

@@ -51,6 +51,7 @@ class Header(TypedDict):
     grown: bool
     sensitivity: dict[str, float] | None
     scored_steps: NotRequired[int]
+    refitted: NotRequired[bool]
     config: dict[str, Any]
     origin: NotRequired[Origin | None]
     steps_per_epoch: int | None

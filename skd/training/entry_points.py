@@ -57,7 +57,8 @@ def train(
         val_loader: batches to evaluate on; None: no evaluation, the last weights are kept.
         config: settings; None: the paper's.
         calibration: un-augmented batches of training images for importance (the paper: 1,024 images); read in each
-            epoch that grows the list, so not an iterator. May be None where progressive_epochs is 0.
+            epoch that grows the list, so not an iterator. May be None where progressive_epochs is 0 and
+            refit_start false.
         out: folder for supernet.safetensors (the best so far), dropout_list.json, history.jsonl, run.json and
             checkpoints/. None: nothing is written, and signals are left alone.
         resume: "auto" goes on from the newest checkpoint in `out`, or starts where there is none. The run ends as if
@@ -130,6 +131,8 @@ def finetune(
         )
     if config.kd_teacher in ("larger", "both"):
         raise ValueError(f"kd_teacher is {config.kd_teacher!r}; a plain model has no larger entry: use 'original'")
+    if config.refit_start:
+        raise ValueError("refit_start is true; a plain model has no smaller entries to fit: set it to false")
     _check(supernet, train_loader, val_loader, config, None, resume, group)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)
@@ -187,8 +190,10 @@ def _check(
             )
     steps = len(train_loader) if isinstance(train_loader, Sized) else None
     check_same([steps, config.to_dict()], "the batches of an epoch and the settings", group)
-    if calibration is None and config.growing_epochs:
-        raise ValueError("calibration is None; importance needs un-augmented batches of training images")
+    if calibration is None and (config.growing_epochs or config.refit_start):
+        raise ValueError(
+            "calibration is None; importance and refit_start need un-augmented batches of training images"
+        )
     warn_of_ignored(config, **loaders)
 
 

@@ -21,6 +21,7 @@ from skd.training.precision import laid_out, tf32
 from skd.training.resume import write_checkpoint
 from skd.training.run import Position, Run
 from skd.training.screen import Seconds, Steps
+from skd.training.starting import refit
 from skd.training.step import images_in
 from skd.training.stopping import Stopped, stop_signals
 from skd.training.types import LabelledBatch
@@ -64,6 +65,9 @@ def _one_epoch(run: Run) -> None:
     if position.epoch < config.growing_epochs and not position.grown:
         with seconds("importance"):
             grow(run)
+    if config.refit_start and position.epoch == max(config.growing_epochs - 1, 0) and not position.refitted:
+        with seconds("importance"):
+            refit(run)
     if run.online is not None:
         run.online.follow(position.epoch + 1 < config.growing_epochs)
     train_epoch(run, seconds)

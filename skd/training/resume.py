@@ -72,6 +72,7 @@ def put_away(run: Run) -> tuple[Tensors, Header]:
         epoch=run.position.epoch,
         step_in_epoch=run.position.steps,
         grown=run.position.grown,
+        refitted=run.position.refitted,
         sensitivity=run.position.sensitivity,
         scored_steps=run.online.steps if run.online is not None else 0,
         config=run.config.to_dict(),
@@ -125,6 +126,7 @@ def take_up(run: Run, tensors: Tensors, header: Header) -> None:
         log=StepLog(header["partial"], run.group),
         steps=header["step_in_epoch"],
         grown=header["grown"],
+        refitted=header.get("refitted", False),
         sensitivity=header["sensitivity"],
     )
 

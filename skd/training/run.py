@@ -37,6 +37,7 @@ class Position:
         log: of its steps.
         steps: how many of its steps are done.
         grown: whether the dropout list has already grown in this epoch; a resumed epoch must not grow it twice.
+        refitted: whether the output layers have been fitted in this epoch (`skd.training.starting`).
         sensitivity: each module's sensitivity, as measured when the list grew.
     """
 
@@ -44,6 +45,7 @@ class Position:
     log: StepLog
     steps: int = 0
     grown: bool = False
+    refitted: bool = False
     sensitivity: dict[str, float] | None = None
 
 
