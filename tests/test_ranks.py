@@ -30,7 +30,10 @@ def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:
         for name, layer in correction.layers.items()
         for kind, tensor in layer._asdict().items()
     }
-    return {"state": state, "scores": scores, "sensitivity": sensitivity, "list": listed.to_json()}
+    options = {"qk": "balanced", "v": "output", "neurons": "residual", "moments": True}
+    converted = skd.convert(model, batches, group=group, **options)
+    other = converted.state_dict() | {f"{name} moments": own.covariance for name, own in converted.moments.items()}
+    return {"other": other, "state": state, "scores": scores, "sensitivity": sensitivity, "list": listed.to_json()}
 
 
 def _on_rank(rank: int, folder: str, kwargs: dict[str, Any]) -> None:
@@ -54,6 +57,9 @@ def test_two_ranks_give_what_one_gives(tmp_path: Path, kwargs: dict[str, Any]) -
     for name, tensor in whole["state"].items():
         assert torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
         torch.testing.assert_close(ranks[0]["state"][name], tensor, rtol=1e-8, atol=1e-8)
+    for name, tensor in whole["other"].items():  # small eigenvalues magnify rounding, and moments are float32
+        assert torch.equal(ranks[0]["other"][name], ranks[1]["other"][name])
+        torch.testing.assert_close(ranks[0]["other"][name], tensor, rtol=1e-5, atol=1e-6)
     for rank in ranks:
         assert rank["sensitivity"] == whole["sensitivity"] and rank["list"] == whole["list"]
         for name, scores in whole["scores"].items():

@@ -14,7 +14,7 @@ import torch
 
 FLOOR = 1e-6  # of the eigenvalues of a second moment, relative to their mean: no direction is scaled by more than 1e3
 RIDGE = 0.01  # of the mean variance, as in `skd.compensate`
-_BLOCK = 32  # neurons that are eliminated between two updates of the whole inverse
+_BLOCK = 64  # neurons that are eliminated between two updates of the whole inverse
 _TINY = 1e-300
 
 
@@ -123,30 +123,42 @@ def elimination_order(covariance: torch.Tensor, weight: torch.Tensor) -> torch.T
     penalty = RIDGE * covariance.diagonal().mean() + _TINY
     eye = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
     inverse = torch.linalg.inv((covariance + covariance.mT) / (2 * penalty) + eye)  # in units of the penalty
-    left, gone, columns = torch.arange(size, device=covariance.device), [], weight.double().clone()
+    left, gone = torch.arange(size, device=covariance.device), list[torch.Tensor]()
+    columns = weight.double().mT.contiguous()
     while len(left):
         picked, inverse, columns = _eliminated(inverse, columns, min(_BLOCK, len(left)))
         gone.append(left[picked])
-        keep = torch.ones_like(left, dtype=torch.bool).index_fill_(0, picked, False)
-        left, inverse, columns = left[keep], inverse[keep][:, keep], columns[:, keep]
+        keep = torch.ones_like(left, dtype=torch.bool).index_fill_(0, picked, False).nonzero()[:, 0]
+        left, inverse, columns = left[keep], inverse[keep[:, None], keep], columns[keep]
     return torch.cat(gone).flip(0)
 
 
 def _eliminated(
     inverse: torch.Tensor, columns: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The next `count` neurons to go, in order, and the inverse and the columns with the others compensated."""
-    size = len(inverse)
-    steps, diagonal = inverse.new_zeros(count, size), inverse.diagonal().clone()
+    """The next `count` neurons to go, in order, and the inverse and the columns (F, C) with the others compensated.
+
+    Each elimination changes both by a matrix of rank 1. Only what the next choice depends on is computed one by one:
+    a row of the inverse, its diagonal, and the norms of the columns; the rest is changed once for all.
+    """
+    size, width = columns.shape
+    rows, shares = (
+        inverse.new_zeros(count, size),
+        inverse.new_zeros(count, size),
+    )  # of the inverse, and over its pivot
+    taken = inverse.new_zeros(count, width)  # the columns that went, as compensated by then
+    diagonal, norms = inverse.diagonal().clone(), columns.square().sum(1)
     picked = torch.zeros(count, dtype=torch.int64, device=inverse.device)
     there = torch.ones(size, dtype=torch.bool, device=inverse.device)
     for index in range(count):
-        loss = columns.square().sum(0) / diagonal.clamp(min=_TINY)
-        chosen = torch.where(there, loss, torch.inf).argmin().reshape(1)
-        row = inverse[chosen][0] - steps[:index, chosen].mT[0] @ steps[:index]
-        pivot = diagonal[chosen]
-        columns = columns - columns[:, chosen] * (row / pivot)
-        steps[index] = row / pivot.sqrt()
-        diagonal = diagonal - steps[index].square()
+        loss = torch.where(there, norms / diagonal.clamp(min=_TINY), torch.inf)
+        chosen = loss.argmin().reshape(1)
+        before = shares[:index, chosen][:, 0]
+        rows[index] = inverse[chosen][0] - before @ rows[:index]
+        shares[index] = rows[index] / diagonal[chosen]
+        taken[index] = columns[chosen][0] - before @ taken[:index]
+        products = columns @ taken[index] - (taken[:index] @ taken[index]) @ shares[:index]
+        norms = norms - 2 * shares[index] * products + shares[index].square() * norms[chosen]
+        diagonal = diagonal - shares[index] * rows[index]
         there[chosen], picked[index] = False, chosen[0]
-    return picked, inverse - steps.mT @ steps, columns
+    return picked, inverse - shares.mT @ rows, columns - shares.mT @ taken
