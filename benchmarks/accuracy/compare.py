@@ -4,9 +4,10 @@ python -m benchmarks.accuracy.compare --data DIR --out DIR --plan ablation    ho
 python -m benchmarks.accuracy.compare --out DIR --json FILE    collects what is finished
 python -m benchmarks.accuracy.compare --table FILE --write docs/ACCURACY.md --plot docs/accuracy.svg
 
-A unit is one contender on one network, and a file under DIR/units as soon as it is finished; pre-trained networks are
-kept under DIR/networks. A unit is measured again if its contender or its set are described differently, but not if skd
-itself has changed: then delete DIR/units. A second process may share the folder with `--part`; each has one thread.
+A unit is one contender on one network, and a file under DIR/units as soon as it is finished; pre-trained networks
+are kept under DIR/networks. A unit is measured again if its contender or its set are described differently, but not
+if skd itself has changed: then delete DIR/units. A second process may share the folder with `--part`; each has one
+thread.
 """
 
 from __future__ import annotations
