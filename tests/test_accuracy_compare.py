@@ -174,3 +174,13 @@ def test_every_planned_unit_is_of_a_contender() -> None:
     assert not {unit.network for unit in parts[0]} & {unit.network for unit in parts[1]}
     with pytest.raises(TypeError):
         Contender(epochs=3)  # type: ignore[call-arg]
+
+
+def test_what_is_stored_is_recognised_after_a_field_was_added() -> None:
+    """By fields that differ from their defaults, alone."""
+    assert images.described(Contender()) == {} == images.described(CONTENDERS["skd, planned"])
+    assert images.described(CONTENDERS["loss"]) == {"training": {"planner": "loss"}}
+    assert images.described(CONTENDERS["skd"]) == {"training": {}}
+    task = images.described(images.TASKS["harder"])
+    assert task["pretraining"] != images.described(images.TASKS["fashion"])["pretraining"]
+    assert task["epochs"] == 12 and "spread" not in task

@@ -4,8 +4,10 @@ python -m benchmarks.accuracy.compare --data DIR --out DIR --plan ablation    ho
 python -m benchmarks.accuracy.compare --out DIR --json FILE    collects what is finished
 python -m benchmarks.accuracy.compare --table FILE --write docs/ACCURACY.md --plot docs/accuracy.svg
 
-A unit is one contender on one network, and a file under DIR/units as soon as it is finished; pre-trained networks are
-kept under DIR/networks. A second process may share the folder with `--part`. Each computes in one thread.
+A unit is one contender on one network, and a file under DIR/units as soon as it is finished; pre-trained networks
+are kept under DIR/networks. A unit is measured again if its contender or its set are described differently, but not
+if skd itself has changed: then delete DIR/units. A second process may share the folder with `--part`; each has one
+thread.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.accuracy import measuring, summary
 from benchmarks.accuracy.contenders import CONTENDERS, PLANS, Unit
-from benchmarks.accuracy.images import SIZES, TASKS, Images, load, pretrained
+from benchmarks.accuracy.images import SIZES, TASKS, Images, described, load, pretrained
 from benchmarks.result import Info, rewrite
 from benchmarks.timing import as_json, provenance, write_json
 from skd.demo.running import reproducible
@@ -28,14 +30,18 @@ from skd.support import outputs
 
 def settings(unit: Unit) -> Info:
     """What a stored unit must have been measured with to be used."""
-    shared = {"shares": measuring.SHARES, "target": measuring.TARGET, "planning": measuring.PLANNING}
-    described = {
-        "contender": CONTENDERS[unit.contender].described(),
-        "task": vars(TASKS[unit.task]),
+    shared: dict[str, object] = {
+        "shares": measuring.SHARES,
+        "target": measuring.TARGET,
+        "planning": measuring.PLANNING,
+    }
+    everything = {
+        "contender": described(CONTENDERS[unit.contender]),
+        "task": described(TASKS[unit.task]),
         "size": SIZES[unit.size],
         **shared,
     }
-    stored = as_json(described)
+    stored = as_json(everything)
     assert isinstance(stored, dict)
     return Info(stored)
 
@@ -97,8 +103,8 @@ def collected(units: Sequence[Unit], out: Path) -> Info:
         raise ValueError(f"--out is {str(out)!r}; it has no finished unit of these")
     where = {key: records[-1][key] for key in ("device", "cores", "versions", "commit", "date")}
     rows = [{key: value for key, value in record.items() if key not in {*where, "settings"}} for record in records]
-    contenders = {unit.contender: CONTENDERS[unit.contender].described() for unit in units}
-    images: dict[str, object] = {name: vars(task) for name, task in TASKS.items()}
+    contenders = {unit.contender: described(CONTENDERS[unit.contender]) for unit in units}
+    images: dict[str, object] = {name: described(task) for name, task in TASKS.items()}
     document = as_json({"units": rows, "contenders": contenders, "tasks": images, "sizes": SIZES, **where})
     assert isinstance(document, dict)
     return Info(document)

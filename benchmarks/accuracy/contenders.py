@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -31,10 +31,6 @@ class Contender:
     compensation: Settings | None = field(default_factory=dict)
     never_drawn: int = 0
     headless: bool = False
-
-    def described(self) -> dict[str, object]:
-        """What is stored with its figures: a result of another contender under the same name is not used."""
-        return asdict(self)
 
 
 PAPER: Settings = {"planner": "paper", "rounds": 10}

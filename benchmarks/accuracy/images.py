@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +67,18 @@ TASKS = {
     "harder": replace(_FASHION, pretraining=16),  # after 8 epochs it was right on 58 % of the images
 }
 SIZES = {"small": (64, 6), "large": (96, 8)}  # width, blocks
+
+
+def described(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that have no default, or another value: what stored results are recognised by.
+
+    A field that is added later, with a default, changes none of them.
+    """
+    made = [
+        (item, MISSING if item.default_factory is MISSING else item.default_factory()) for item in fields(settings)
+    ]
+    defaults = {item.name: value if item.default is MISSING else item.default for item, value in made}
+    return {name: vars(settings)[name] for name, value in defaults.items() if vars(settings)[name] != value}
 
 
 class Images(NamedTuple):
@@ -182,7 +194,7 @@ def build(task: Task, size: str) -> VisionTransformer:
 def pretrained(name: str, size: str, seed: int, images: Images, folder: Path) -> VisionTransformer:
     """The network that stands in for a pre-trained one: from the folder, or trained and put there."""
     task, file = TASKS[name], folder / f"{name}-{size}-{seed}.safetensors"
-    settings = json.dumps([asdict(task), SIZES[size], seed, len(images.train.labels)])
+    settings = json.dumps([described(task), SIZES[size], seed, len(images.train.labels)])
     torch.manual_seed(seed)
     model = build(task, size)
     if file.exists():

@@ -96,7 +96,7 @@ def tables(result: Info) -> str:
         seeds = max(len(by_seed) for by_seed in group.curves.values())
         lines += [
             "",
-            f"**{group.title}** ({seeds} seeds; the network before: {before(group)})",
+            f"**{group.title}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; the network before: {before(group)})",
             "",
             *accuracies(group),
         ]
