@@ -53,6 +53,10 @@ CONTENDERS: dict[str, Contender] = {
     "loss, both teach": Contender({"planner": "loss", "kd_teacher": "both"}),
     "loss, small more often": Contender({"planner": "loss", "entry_sampling": "small"}),
     "loss, sandwich": Contender({"planner": "loss", "entry_sampling": "sandwich"}),
+    "loss, fitted start": Contender({"planner": "loss", "refit_start": True}),
+    "loss, fitted start, original teaches": Contender(
+        {"planner": "loss", "refit_start": True, "kd_teacher": "original"}
+    ),
     # And one conversion at a time, planned.
     "loss, balanced, planned": Contender(plan=LOSS, convert={"qk": "balanced"}),
     "loss, V by output, planned": Contender(plan=LOSS, convert={"v": "output"}),
