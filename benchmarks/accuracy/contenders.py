@@ -57,7 +57,10 @@ CONTENDERS: dict[str, Contender] = {
     "loss, fitted start, original teaches": Contender(
         {"planner": "loss", "refit_start": True, "kd_teacher": "original"}
     ),
-    # And one conversion at a time, planned.
+    # And one option of planning or conversion at a time, not trained.
+    "loss, Taylor between, planned": Contender(plan={**LOSS, "shape": "taylor"}),
+    "loss, cross-entropy, planned": Contender(plan={**LOSS, "criterion": "cross_entropy"}),
+    "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),
     "loss, balanced, planned": Contender(plan=LOSS, convert={"qk": "balanced"}),
     "loss, V by output, planned": Contender(plan=LOSS, convert={"v": "output"}),
     "loss, neurons by residual, planned": Contender(plan=LOSS, convert={"neurons": "residual"}),
