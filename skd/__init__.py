@@ -25,6 +25,7 @@ The method, in the order of its steps:
 Around it:
 
     vit/            the only code that names timm's classes and fields
+    export/         sub-networks in formats that others load, and hubs
     planners/       who decides what becomes narrower
     training/       the training of a super-network, and of what is cut out of it
     data/           images, loaders
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from skd.cost import Cost, cost
     from skd.dropout_list import DropoutList, Operation
     from skd.evaluate import evaluate
+    from skd.export import export
+    from skd.export.hub import push_to_hub
     from skd.extract import extract
     from skd.files import load, save
     from skd.importance import importance
@@ -77,12 +80,14 @@ __all__ = [
     "cost",
     "create_model",
     "evaluate",
+    "export",
     "extract",
     "finetune",
     "finetune_config",
     "importance",
     "load",
     "plan",
+    "push_to_hub",
     "rank_operations",
     "save",
     "train",
@@ -102,12 +107,14 @@ _MODULES = {
     "cost": "skd.cost",
     "create_model": "skd.vit",
     "evaluate": "skd.evaluate",
+    "export": "skd.export",
     "extract": "skd.extract",
     "finetune": "skd.training",
     "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
     "plan": "skd.planning",
+    "push_to_hub": "skd.export.hub",
     "rank_operations": "skd.planning",
     "save": "skd.files",
     "train": "skd.training",

@@ -19,6 +19,8 @@ All of skd speaks to the protocols `Module` and `Network`:
     models        models by name, and out of their wrappers
     weights       a user's own weights into a model, and new heads
     construction  how a model is built again
+    registered    which cut networks timm alone can build
+    standalone    a cut network built again without skd: `skd.export` copies this file
 """
 
 from skd.vit.block import SuperBlock
