@@ -21,6 +21,7 @@ The method, in the order of its steps:
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
     files           networks as safetensors files
+    family          all sizes in one process, on one copy of the weights
 
 Around it:
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from skd.export import export
     from skd.export.hub import push_to_hub
     from skd.extract import extract
+    from skd.family import Family
     from skd.files import load, save
     from skd.importance import importance
     from skd.planning import plan, rank_operations
@@ -71,6 +73,7 @@ __all__ = [
     "Correction",
     "Cost",
     "DropoutList",
+    "Family",
     "History",
     "Operation",
     "SuperNet",
@@ -98,6 +101,7 @@ _MODULES = {
     "Correction": "skd.corrections",
     "Cost": "skd.cost",
     "DropoutList": "skd.dropout_list",
+    "Family": "skd.family",
     "History": "skd.training",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",

@@ -32,14 +32,14 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from skd import __version__
-from skd.corrections import Correction, OutputLayer
+from skd.corrections import Correction
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.supernet import SuperNet
 from skd.support.devices import usable_device
 from skd.support.outputs import replacing
 from skd.support.taps import frozen
-from skd.vit import Module, Network, TimmModel, describe, image_size, probe, unwrapped
+from skd.vit import Module, Network, OutputLayer, TimmModel, describe, image_size, probe, unwrapped
 from skd.vit.construction import Construction, build, construction
 
 KEY = "skd"

@@ -19,11 +19,11 @@ from timm.models.vision_transformer import ResPostBlock
 
 import skd
 from skd.cli import main
-from skd.corrections import Correction, OutputLayer
+from skd.corrections import Correction
 from skd.export import hub, read_manifest, writing
 from skd.export.pt2 import compiled_path, has_compiler
 from skd.extract import choose_entry
-from skd.vit import standalone
+from skd.vit import OutputLayer, standalone
 
 IMAGES = random_batches(dtype=torch.float32)[0][0]
 LABELS = ["ant", "bee", "cat", "dog", "eel"]

@@ -27,12 +27,13 @@ from skd.vit.block import SuperBlock
 from skd.vit.families import describe
 from skd.vit.images import check_images, image_size, probe
 from skd.vit.models import MODEL_SOURCES, create_model, unwrapped
-from skd.vit.protocol import Module, Network, Rotation, TimmLayer, TimmModel, Transform, Width
+from skd.vit.protocol import Module, Network, OutputLayer, Rotation, TimmLayer, TimmModel, Transform, Width
 
 __all__ = [
     "MODEL_SOURCES",
     "Module",
     "Network",
+    "OutputLayer",
     "Rotation",
     "SuperBlock",
     "TimmLayer",
