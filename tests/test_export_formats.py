@@ -60,6 +60,9 @@ for folder, logits in expected.items():
     from model import load
     network = load(folder)
     torch.testing.assert_close(network(images), logits, rtol=1e-5, atol=1e-5)
+    for block in network.blocks:  # timm's own arithmetic, where PyTorch's attention is switched off
+        block.attn.fused_attn = False
+    torch.testing.assert_close(network(images), logits, rtol=1e-5, atol=1e-5)
     data = timm.data.resolve_model_data_config(network)
     assert tuple(data["mean"]) == (0.1, 0.2, 0.3) and tuple(data["input_size"]) == (3, 32, 32), data
     assert not network.training and network.pretrained_cfg["label_names"][1] == "bee"
@@ -291,6 +294,15 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="disk full"):
         skd.export(network, tmp_path / "sub.pt2", format="pt2", entry=0)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("sub.pt2", "before")]
+
+
+def test_a_layer_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    """Neither timm's arguments nor model.py can say it, although every tensor fits."""
+    model = tiny_vit(torch.float32)
+    model.norm.eps = 0.5
+    with pytest.raises(ValueError, match=r"what model\.py builds differs from the network"):
+        skd.export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_computes_something_else_is_noticed() -> None:

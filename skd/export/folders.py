@@ -8,7 +8,8 @@ from typing import TypedDict
 import torch
 from safetensors.torch import save_file
 
-from skd.files import Header, header_of
+from skd.export.comparison import compare
+from skd.files import TOLERANCE, Header, header_of
 from skd.support.outputs import write_json
 from skd.vit import TimmModel, standalone
 from skd.vit.construction import Construction
@@ -66,3 +67,6 @@ def _write_self_contained(model: TimmModel, header: Header, folder: Path) -> Non
     )
     source = Path(standalone.__file__).read_text(encoding="utf-8")
     (folder / "model.py").write_text(source, encoding="utf-8")
+    parameter = next(model.parameters())
+    rebuilt = standalone.load(folder).to(parameter.device)
+    compare(model.eval(), rebuilt, TOLERANCE[parameter.dtype], "what model.py builds")
