@@ -22,10 +22,12 @@ The method, in the order of its steps:
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
     files           networks as safetensors files
+    family          all sizes in one process, on one copy of the weights
 
 Around it:
 
     vit/            the only code that names timm's classes and fields
+    export/         sub-networks in formats that others load, and hubs
     planners/       who decides what becomes narrower
     training/       the training of a super-network, and of what is cut out of it
     data/           images, loaders
@@ -54,7 +56,10 @@ if TYPE_CHECKING:
     from skd.cost import Cost, cost
     from skd.dropout_list import DropoutList, Operation
     from skd.evaluate import evaluate
+    from skd.export import export
+    from skd.export.hub import push_to_hub
     from skd.extract import extract
+    from skd.family import Family
     from skd.files import load, save
     from skd.importance import importance
     from skd.moments import FeatureMoments, moments
@@ -70,6 +75,7 @@ __all__ = [
     "Correction",
     "Cost",
     "DropoutList",
+    "Family",
     "FeatureMoments",
     "History",
     "Operation",
@@ -80,6 +86,7 @@ __all__ = [
     "cost",
     "create_model",
     "evaluate",
+    "export",
     "extract",
     "finetune",
     "finetune_config",
@@ -87,6 +94,7 @@ __all__ = [
     "load",
     "moments",
     "plan",
+    "push_to_hub",
     "rank_operations",
     "save",
     "train",
@@ -97,6 +105,7 @@ _MODULES = {
     "Correction": "skd.corrections",
     "Cost": "skd.cost",
     "DropoutList": "skd.dropout_list",
+    "Family": "skd.family",
     "FeatureMoments": "skd.moments",
     "History": "skd.training",
     "Operation": "skd.dropout_list",
@@ -107,6 +116,7 @@ _MODULES = {
     "cost": "skd.cost",
     "create_model": "skd.vit",
     "evaluate": "skd.evaluate",
+    "export": "skd.export",
     "extract": "skd.extract",
     "finetune": "skd.training",
     "finetune_config": "skd.support.settings",
@@ -114,6 +124,7 @@ _MODULES = {
     "load": "skd.files",
     "moments": "skd.moments",
     "plan": "skd.planning",
+    "push_to_hub": "skd.export.hub",
     "rank_operations": "skd.planning",
     "save": "skd.files",
     "train": "skd.training",

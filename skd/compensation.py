@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skd.corrections import Correction, OutputLayer
+from skd.corrections import Correction
 from skd.cost import check_convention
 from skd.extract import choose_entry, extract
 from skd.moments import moments_correction
@@ -26,7 +26,7 @@ from skd.support.ranks import check_group, in_step, summed, total
 from skd.support.regression import Sums
 from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.support.types import Progress
-from skd.vit import Module, unwrapped
+from skd.vit import Module, OutputLayer, unwrapped
 from skd.vit.protocol import Shared
 from skd.vit.refit import output_errors
 

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from skd.vit import Module, TimmModel
-
-
-class OutputLayer(NamedTuple):
-    """The last layer of one attention or MLP (proj, fc2) at the width of an entry, in the network's dtype.
-
-    Attributes:
-        weight: (C, k), the columns that are kept, in their order in the whole layer.
-        bias: (C,), or None where the network's own layer has none.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+from skd.vit import Module, OutputLayer, TimmModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,16 +66,3 @@ def check_correction(model: TimmModel, modules: tuple[Module, ...], entry: int, 
                 f"{name}: the layer of {key} has a weight of {tuple(layer.weight.shape)} and a bias of {found}; "
                 f"they must be {shape} and {bias}"
             )
-
-
-def replaced(model: TimmModel, module: Module, width: int, layer: OutputLayer) -> dict[str, torch.Tensor]:
-    """The parameters of the whole output layer, by their names in the module's block.
-
-    The columns that are left out are zeros, which the module does not read at this width.
-    """
-    prefix = f"{module.place.module}.{module.output_name}"
-    own = module.output_layer(module.of(model)).weight
-    weight = layer.weight.new_zeros(own.shape)
-    weight[:, kept_columns(model, module, width)] = layer.weight
-    found = {f"{prefix}.weight": weight}
-    return found if layer.bias is None else found | {f"{prefix}.bias": layer.bias}

@@ -33,7 +33,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from skd import __version__
-from skd.corrections import Correction, OutputLayer
+from skd.corrections import Correction
 from skd.dropout_list import DropoutList
 from skd.extract import extract
 from skd.moments import FeatureMoments
@@ -41,7 +41,7 @@ from skd.supernet import SuperNet
 from skd.support.devices import usable_device
 from skd.support.outputs import replacing
 from skd.support.taps import frozen
-from skd.vit import Module, Network, TimmModel, describe, image_size, probe, unwrapped
+from skd.vit import Module, Network, OutputLayer, TimmModel, describe, image_size, probe, unwrapped
 from skd.vit.construction import Construction, build, construction
 
 KEY = "skd"
@@ -49,7 +49,7 @@ FORMAT = 3
 CORRECTED = 2  # the format of files with corrections and without moments
 PLAIN = 1  # the format of files with neither, which the earliest versions read too
 # Largest relative difference of logits after a round trip, by dtype; the arithmetic is the same, so nearly zero.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 class Header(Construction):
@@ -82,7 +82,7 @@ def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(os.path.realpath(path))  # a link stays, and its target is replaced
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
-    header = _header(obj)
+    header = header_of(obj)
     tensors = _tensors(obj, header) | (_added_tensors(obj) if isinstance(obj, SuperNet) else {})
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
     with replacing(path) as temporary:
@@ -110,7 +110,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise ValueError(f"path {str(path)!r} cannot be rebuilt: {type(error).__name__}: {error}") from error
 
 
-def _header(obj: SuperNet | TimmModel) -> Header:
+def header_of(obj: SuperNet | TimmModel) -> Header:
+    """What the file of `obj` says about it; ValueError where nothing says how it was built."""
     supernet = isinstance(obj, SuperNet)
     model = obj.model if supernet else obj
     network = obj.network if supernet else describe(model)
@@ -336,7 +337,7 @@ def _verify(obj: SuperNet | TimmModel, path: Path) -> None:
         for entry in entries:
             expected, found = obj(image, **entry).double(), copy(image, **entry).double()
             error = (found - expected).nan_to_num().norm() / expected.nan_to_num().norm().clamp(min=1e-30)
-            if error > _TOLERANCE[parameter.dtype] or not torch.equal(expected.isnan(), found.isnan()):
+            if error > TOLERANCE[parameter.dtype] or not torch.equal(expected.isnan(), found.isnan()):
                 raise ValueError(
                     f"obj cannot be rebuilt from its constructor arguments: logits differ by {float(error):.1e}; "
                     "was a layer replaced by hand?"

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from skd.corrections import Correction, OutputLayer, kept_columns
+from skd.corrections import Correction, kept_columns
 from skd.support.ranks import check_group, in_step, summed, total
 from skd.support.regression import Sums
 from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.support.types import Progress
-from skd.vit import Module, TimmModel, unwrapped
+from skd.vit import Module, OutputLayer, TimmModel, unwrapped
 from skd.vit.conversions import SecondMoments
 from skd.vit.refit import output_factors
 

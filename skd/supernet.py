@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from skd.corrections import Correction, check_correction, replaced
+from skd.corrections import Correction, check_correction
 from skd.cost import CostModel, cost_model
 from skd.dropout_list import DropoutList
 from skd.moments import FeatureMoments, check_moments
-from skd.vit import Module, Network, SuperBlock, TimmModel, Width, describe, unwrapped
+from skd.vit import Module, Network, OutputLayer, SuperBlock, TimmModel, Width, describe, unwrapped
 from skd.vit.block import block_norm, run_block
 from skd.vit.construction import remember_construction
 from skd.vit.residual import Norm, Stream, begin
@@ -152,17 +152,12 @@ class SuperNet(nn.Module):
         """The number of leading tokens that the head depends on in a module's output; None means all."""
         return self._tokens_kept()[module.block]
 
-    def _replaced(self, entry: int | torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
-        """For each block the parameters that this entry's correction replaces, by their names in the block."""
-        blocks: list[dict[str, torch.Tensor]] = [{} for _ in self.network.by_block]
+    def _output_layers(self, entry: int | torch.Tensor | None) -> list[OutputLayer | None]:
+        """For each module the output layer that this entry's correction gives it."""
         if self.training or entry is None or isinstance(entry, torch.Tensor) or entry not in self._corrections:
-            return blocks
-        correction = self._corrections[entry]
-        for module, width in zip(self.infos, correction.widths, strict=True):
-            layer = correction.layers.get(module.name)
-            if layer is not None:
-                blocks[module.block] |= replaced(self.model, module, width, layer)
-        return blocks
+            return [None] * len(self.infos)
+        layers = self._corrections[entry].layers
+        return [layers.get(module.name) for module in self.infos]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SuperNet:
         """Apply `fn` to the corrections too; `to`, `cuda`, `half`, ... call this method."""
@@ -239,9 +234,9 @@ class SuperNet(nn.Module):
         x, shared = self.embed(images)
         blocks, tokens, norms = self.network.blocks(self.model), self._tokens_kept(), self._norms(widths)
         stream, recomputes = begin(x, norms[0]), self.grad_checkpointing and torch.is_grad_enabled()
-        others = self._replaced(entry)
-        for block, *told, norm, other in zip(blocks, widths, tokens, scores, shared, norms[1:], others, strict=True):
-            stream = run_block(block, stream, *told, following=norm, recomputes=recomputes, replaced=other)
+        outputs = per_block(self._output_layers(entry))
+        for block, *told, norm, own in zip(blocks, widths, tokens, scores, shared, norms[1:], outputs, strict=True):
+            stream = run_block(block, stream, *told, following=norm, recomputes=recomputes, outputs=own)
         return self._logits(stream)
 
     def _norms(self, widths: Sequence[Sequence[Width]]) -> list[Norm | None]:

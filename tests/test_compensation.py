@@ -17,7 +17,7 @@ from test_commands import KWARGS, MODEL, command, make_images
 
 import skd
 from skd.cli import main
-from skd.corrections import OutputLayer
+from skd.vit import OutputLayer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
 # Widths of `tiny_vit`: full, narrowed, then with a skipped MLP, attention, block.

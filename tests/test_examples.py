@@ -56,6 +56,15 @@ def test_own_dataloader(tmp_path: Path) -> None:
     assert len(found) > 2 and found[0] > 40
 
 
+def test_serve(tmp_path: Path) -> None:
+    printed = run(tmp_path, "serve.py")
+    assert "400 requests from 8 threads, 0 wrong answers" in printed and "ms" in printed
+    total, copies = re.search(
+        r"sizes in (\S+) bytes; a copy of each would take (\S+)$", printed, re.MULTILINE
+    ).groups()
+    assert int(total.replace(",", "")) < int(copies.replace(",", "")) / 4
+
+
 def test_kernels(tmp_path: Path) -> None:
     """They agree with PyTorch, and neither skd nor timm is imported."""
     printed = run(tmp_path, "kernels.py")

@@ -16,6 +16,7 @@ PACKAGES = [
     "skd.commands",
     "skd.data",
     "skd.demo",
+    "skd.export",
     "skd.planners",
     "skd.recipes",
     "skd.support",

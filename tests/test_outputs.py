@@ -112,6 +112,7 @@ LEAST = {
     "extract": "--supernet net.safetensors --entry 0 --out new",
     "evaluate": "--supernet net.safetensors --data images",
     "finetune": "--model net.safetensors --out run",
+    "export": "--supernet net.safetensors --entry 0 --format pt2 --out new.pt2",
     "info": "net.safetensors",
 }
 LOST = {
@@ -131,6 +132,15 @@ LOST = {
         "--data tfds/x --data-dir images --json images/new.txt",
     ],
     "finetune": ["--model run/model.safetensors", "--json run/model.safetensors", "--checkpoint run/report.md"],
+    "export": [
+        *(
+            "--out net.safetensors",
+            "--json new.pt2",
+            "--json new.aoti.pt2",
+            "--evaluated run/sub-50.json --json run/sub-50.json",
+        ),
+        *("--format timm --out run --json run/config.json", "--format timm --out run --json run/macs-0.5/x"),
+    ],
     "info": ["--json net.safetensors"],
 }
 

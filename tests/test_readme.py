@@ -120,6 +120,8 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["logits"].shape == (4, 5)
     assert sum(p.numel() for p in names["tiny"].parameters()) <= 20_000
     assert len(names["history"].epochs) == 2 and (tmp_path / "run" / "supernet.safetensors").is_file()
+    exec(compile(snippet(USE, "family"), "USE.md", "exec"), names)
+    assert names["family"].at(macs=0.25) is names["fast"] and names["logits"].shape == (4, 5)
 
 
 def test_costs_quoted_in_the_docs() -> None:

@@ -91,5 +91,5 @@ COMMAND = Command(
     arguments=arguments,
     files=files,
     run=run,
-    order=8,
+    order=9,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside `path`, which is removed in the end: what is whole is moved out of it before."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def new_folder(path: str | os.PathLike[str], name: str = "out") -> Path:
+    """`path` as a folder that is not there yet, or is empty, in a folder that can be written to.
+
+    Raises:
+        ValueError: it is a file or has something in it, or its folder is missing or cannot be written to.
+    """
+    folder = Path(os.path.realpath(path))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        what = "a folder that is not empty" if folder.is_dir() else "a file"
+        raise ValueError(f"{name} is {str(path)!r}, {what}; it must be a new folder, or an empty one")
+    try:
+        _probe(folder.parent)
+    except OSError as error:
+        raise ValueError(f"{name} is {str(path)!r}; it cannot be written: {error.strerror}") from None
+    return folder
 
 
 def write_json(path: str | os.PathLike[str], document: object) -> None:

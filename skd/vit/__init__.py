@@ -20,18 +20,21 @@ All of skd speaks to the protocols `Module` and `Network`:
     models        models by name, and out of their wrappers
     weights       a user's own weights into a model, and new heads
     construction  how a model is built again
+    registered    which cut networks timm alone can build
+    standalone    a cut network built again without skd: `skd.export` copies this file
 """
 
 from skd.vit.block import SuperBlock
 from skd.vit.families import describe
 from skd.vit.images import check_images, image_size, probe
 from skd.vit.models import MODEL_SOURCES, create_model, unwrapped
-from skd.vit.protocol import Module, Network, Rotation, TimmLayer, TimmModel, Transform, Width
+from skd.vit.protocol import Module, Network, OutputLayer, Rotation, TimmLayer, TimmModel, Transform, Width
 
 __all__ = [
     "MODEL_SOURCES",
     "Module",
     "Network",
+    "OutputLayer",
     "Rotation",
     "SuperBlock",
     "TimmLayer",

@@ -13,7 +13,7 @@ from timm.layers import Attention
 from torch import nn
 
 from skd.vit.conversions import Choices, SecondMoments, balanced_bases
-from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, require_linear
+from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, require_linear, rows_kept
 from skd.vit.protocol import (
     Consumer,
     Coordinates,
@@ -183,18 +183,30 @@ class RotatedAttention(Module):
         if self.binary:
             whole: torch.Tensor = attn(x)
             return whole[:, :tokens]
-        qkv, proj = attn.qkv, attn.proj
+        proj, weight, bias = attn.proj, attn.qkv.weight, attn.qkv.bias
+        if proj.in_features < self.num_heads * self.full_width:  # an output layer of this width alone
+            assert isinstance(width, int)
+            weight = rows_kept(weight, self.full_width, width)
+            bias = None if bias is None else rows_kept(bias, self.full_width, width)
         return masked_attention(
             x,
-            qkv.weight,
-            qkv.bias,
+            weight,
+            bias,
             proj.weight,
             proj.bias if with_bias else None,
             width,
             num_heads=self.num_heads,
+            scale=self.full_width**-0.5,
             scores=scores,
             queries=tokens,
         )
+
+    def gathered(self, model: TimmModel, width: int) -> int:
+        """The kept rows of q, k and v, with their biases, and the kept columns of proj."""
+        if self.binary or width in (0, self.full_width):
+            return 0
+        attn = self.of(model)
+        return count(attn.qkv, attn.proj.weight) // self.full_width * width
 
     def output_bias(self, block: TimmLayer) -> torch.Tensor | None:
         bias: torch.Tensor | None = None if self.binary else getattr(block, self.place.module).proj.bias

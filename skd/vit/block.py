@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from skd.vit.protocol import Module, TimmModel, Width
+from skd.vit.layers import with_output_layer
+from skd.vit.protocol import Module, OutputLayer, TimmModel, Width
 from skd.vit.residual import Addition, Norm, Stream, add, is_watched
 from skd.vit.skipped import is_skipped, skipped_like
 
@@ -51,12 +51,14 @@ class SuperBlock(nn.Module):
         scores: Sequence[torch.Tensor | None] | None = None,
         shared: Any = None,
         following: Norm | None = None,
+        outputs: Sequence[OutputLayer | None] | None = None,
         **of_timm: Any,
     ) -> torch.Tensor | Stream:
         """Run the block at the given widths.
 
         A tensor (B, N, C) gives a tensor, (B, tokens, C) when `tokens` is given. A `Stream` gives a `Stream`, normed
-        by `following`, the norm of what runs after the block. `widths` and `scores` have one item per module.
+        by `following`, the norm of what runs after the block. `widths` and `scores` have one item per module, and so
+        have `outputs`: layers that take the place of the modules' own for this call.
         timm's own forward of the model may also call this; `of_timm` takes the arguments that timm gives its blocks.
 
         Raises:
@@ -71,9 +73,9 @@ class SuperBlock(nn.Module):
         stream = x if isinstance(x, Stream) else Stream(x)
         for index, width in enumerate(widths):
             own = None if scores is None else scores[index]
-            stream = self._step(
-                index, stream, width, tokens, own, shared, self._norm_from(index + 1, widths, following)
-            )
+            output = None if outputs is None else outputs[index]
+            norm = self._norm_from(index + 1, widths, following)
+            stream = self._step(index, stream, width, tokens, own, shared, norm, output)
         return stream if isinstance(x, Stream) else stream.x
 
     def step(
@@ -98,6 +100,7 @@ class SuperBlock(nn.Module):
         scores: torch.Tensor | None,
         shared: Any,
         following: Norm | None,
+        output: OutputLayer | None = None,
     ) -> Stream:
         """As `step`, on a stream that may be normed already; the result is normed by `following`."""
         module = self.modules_in_order[index]
@@ -107,13 +110,14 @@ class SuperBlock(nn.Module):
             return _skip(kept, [getattr(self, place.module), norm, scale, shared])
         inputs = stream if module.mixes_tokens else kept
         drop_path = getattr(self, place.drop_path)
+        block = self if output is None else with_output_layer(self, module, output)
         addition = Addition.of(kept.x, scale, drop_path, None if place.post_norm else following)
-        bias = module.output_bias(self) if addition is not None and addition.takes_bias else None
+        bias = module.output_bias(block) if addition is not None and addition.takes_bias else None
         if place.post_norm:
-            y = norm(module.forward(self, inputs.x, width, scores, tokens, shared))
+            y = norm(module.forward(block, inputs.x, width, scores, tokens, shared))
         else:
             normed = norm(inputs.x) if inputs.normed is None else inputs.normed
-            y = module.forward(self, normed, width, scores, tokens, shared, with_bias=bias is None)
+            y = module.forward(block, normed, width, scores, tokens, shared, with_bias=bias is None)
         if isinstance(width, torch.Tensor) and (place.post_norm or module.binary):
             # A module at width 0 on the device returns zeros; but a norm behind it, or a binary module, does not.
             y = torch.where(width > 0, y, 0.0)
@@ -178,23 +182,20 @@ def run_block(
     *arguments: Any,
     following: Norm | None,
     recomputes: bool,
-    replaced: dict[str, torch.Tensor] | None = None,
+    outputs: Sequence[OutputLayer | None] = (),
 ) -> Stream:
     """Call `block` as a module; with `recomputes` its activations are computed again in the backward pass.
 
     A block that has hooks or is wrapped takes and returns the residual stream as a tensor, without its normed form
-    (see `block_norm`). `replaced` gives parameters, by name, that replace the block's own for this call.
+    (see `block_norm`). `outputs` are as for `SuperBlock.forward`; nothing of the block changes, so that other threads
+    may run it at the same time.
     """
-    called = partial(_with_parameters, block, replaced) if replaced else block
-    call = partial(checkpoint, called, use_reentrant=False) if recomputes else called
+    call = partial(checkpoint, block, use_reentrant=False) if recomputes else block
+    more = [outputs] if any(output is not None for output in outputs) else []
     if _takes_a_tensor(block):
-        return Stream(call(stream.x, *arguments))
-    result: Stream = call(stream, *arguments, following)
+        return Stream(call(stream.x, *arguments, *([None, *more] if more else [])))
+    result: Stream = call(stream, *arguments, following, *more)
     return result
-
-
-def _with_parameters(block: nn.Module, replaced: dict[str, torch.Tensor], *arguments: Any) -> Any:
-    return functional_call(block, replaced, arguments)
 
 
 def block_norm(block: Any, widths: Sequence[Width], tokens: int | None, following: Norm | None) -> Norm | None:

@@ -190,6 +190,14 @@ class HeadAttention(OrderedModule):
         parts = [F.linear(x, la.weight[:size], None if la.bias is None else la.bias[:size]) for la in layers]
         return torch.stack(parts, 2).unflatten(-1, (heads, self.head_dim))
 
+    def gathered(self, model: TimmModel, width: int) -> int:
+        """The kept rows of q, k and v where they are in one layer, with their biases."""
+        attn = self.of(model)
+        if self.binary or width in (0, self.full_width) or attn.qkv is None:
+            return 0
+        bias = _fused_bias(attn)
+        return (attn.qkv.weight.numel() + (0 if bias is None else len(bias))) // self.full_width * width
+
     def narrowed(self, module: TimmLayer, width: int) -> nn.Module:
         """timm's AttentionRope with the first heads; where q, k and v are one layer with biases, K's are zeros."""
         size, full = width * self.head_dim, self.num_heads * self.head_dim

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
-from skd.vit.protocol import Coordinates, TimmLayer
+from skd.vit.protocol import Coordinates, Module, OutputLayer, TimmLayer
 
 
 def require_linear(name: str, layer: object) -> None:
@@ -51,6 +54,24 @@ def first_columns(layer: nn.Linear, full: int, width: int) -> nn.Linear:
     if cut.bias is not None:
         cut.bias.copy_(layer.bias)
     return cut
+
+
+def with_output_layer(block: TimmLayer, module: Module, output: OutputLayer) -> TimmLayer:
+    """What `Module.forward` takes as its block, where the module's last layer has other weights and another width.
+
+    Nothing is copied, and nothing of the block changes.
+    """
+    whole = getattr(block, module.place.module)
+    layer, other = copy.copy(module.output_layer(whole)), copy.copy(whole)
+    layer.in_features = output.weight.shape[1]
+    vars(layer)["_parameters"] = output._asdict()
+    vars(other)["_modules"] = {**whole._modules, module.output_name: layer}
+    return SimpleNamespace(**{module.place.module: other})
+
+
+def rows_kept(tensor: torch.Tensor, full: int, width: int) -> torch.Tensor:
+    """The first `width` of every `full` rows; a view where there is one run of them."""
+    return tensor.unflatten(0, (-1, full))[:, :width].flatten(0, 1)
 
 
 @torch.no_grad()

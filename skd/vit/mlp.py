@@ -12,7 +12,17 @@ from torch import nn
 
 from skd.vit.attention import around
 from skd.vit.conversions import Choices, SecondMoments, elimination_order
-from skd.vit.layers import along, count, first_columns, first_rows, has_bias, is_there, permute, require_linear
+from skd.vit.layers import (
+    along,
+    count,
+    first_columns,
+    first_rows,
+    has_bias,
+    is_there,
+    permute,
+    require_linear,
+    rows_kept,
+)
 from skd.vit.protocol import (
     Consumer,
     Coordinates,
@@ -162,10 +172,19 @@ class SortedMlp(OrderedModule):
             w1 = torch.cat([w1, second[0].weight])
             b1 = None if b1 is None else torch.cat([b1, second[0].bias])
         last = getattr(mlp, self.output)
+        if last.in_features < self.full_width:  # an output layer of this width alone
+            assert isinstance(width, int)
+            w1 = rows_kept(w1, self.full_width, width)
+            b1 = None if b1 is None else rows_kept(b1, self.full_width, width)
         # A norm here is one over the input, because a norm over the neurons makes the module binary.
         x = mlp.norm(x)
         b2 = last.bias if with_bias else None
         return masked_mlp(x, w1, b1, last.weight, b2, width, act=self.act, gated=self.gated, scores=scores)
+
+    def gathered(self, model: TimmModel, width: int) -> int:
+        """All rows of a gate and its values that are in two layers."""
+        whole = self.binary or width == 0 or len(self.inputs) == 1
+        return 0 if whole else count(*(getattr(self.of(model), name) for name in self.inputs))
 
     def output_bias(self, block: TimmLayer) -> torch.Tensor | None:
         bias: torch.Tensor | None = None

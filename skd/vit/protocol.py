@@ -47,6 +47,18 @@ class Rotation:
         return cls(qk, qk, v, v)
 
 
+class OutputLayer(NamedTuple):
+    """The last layer of one attention or MLP (proj, fc2) at the width of an entry, in the network's dtype.
+
+    Attributes:
+        weight: (C, k), the columns that are kept, in their order in the whole layer.
+        bias: (C,), or None where the network's own layer has none.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
 Transform = Rotation | torch.Tensor  # a tensor is the new order of the coordinates, (width,) int64
 Statistic = Moments | torch.Tensor
 Consumer = Callable[["Module", torch.Tensor, torch.Tensor], None]
@@ -249,6 +261,10 @@ class Module(ABC):
     @abstractmethod
     def narrowed(self, module: nn.Module, width: int) -> nn.Module:
         """A copy of the whole `module` with ``0 < width < full_width`` coordinates, made of timm's classes alone."""
+
+    def gathered(self, model: TimmModel, width: int) -> int:
+        """How many numbers of its weights `forward` copies at this width, since they do not lie side by side."""
+        return 0
 
     # Counting (METHOD 4)
 

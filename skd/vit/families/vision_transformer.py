@@ -67,7 +67,7 @@ class VisionTransformers(BlockNetwork):
             )
         args = _outside(model) | _inside(model.blocks[attn.block], model.blocks[mlp.block])
         hidden = mlp.full_width * (2 if hasattr(mlp.of(model), "gate_last") else 1)
-        args |= {"num_heads": attn.num_heads, "act_layer": mlp.act, "mlp_ratio": _ratio(model.embed_dim, hidden)}
+        args |= {"num_heads": attn.num_heads, "act_layer": mlp.act, "mlp_ratio": mlp_ratio(model.embed_dim, hidden)}
         if getattr(model.patch_embed, "dynamic_img_pad", False):
             args["dynamic_img_pad"] = True
         if is_there(getattr(model.patch_embed, "norm", None)):
@@ -124,7 +124,7 @@ def _inside(first: TimmLayer, other: TimmLayer) -> dict[str, object]:
     }
 
 
-def _ratio(dim: int, hidden: int) -> float:
+def mlp_ratio(dim: int, hidden: int) -> float:
     """A ratio with ``int(dim * ratio) == hidden``."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim

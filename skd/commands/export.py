@@ -1,0 +1,123 @@
+"""``skd export``: sub-networks in formats that others load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import skd
+from skd.commands import Command
+from skd.commands import _arguments as options
+from skd.support.outputs import Files
+from skd.support.settings import CONVENTIONS
+from skd.support.types import Document
+
+# What loads each layout of `skd.export.Member`.
+_LOADED = {
+    "timm": "timm alone loads it (local-dir:, hf-hub:, and transformers' TimmWrapper)",
+    "model.py": "timm has no such network, so its own model.py loads it, with timm and without skd",
+    "onnx": "any number of images, in float32",
+    "pt2": "any number of images; torch.export.load loads it",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--supernet", metavar="FILE", help="what skd plan or train wrote")
+    network.add_argument("--model", metavar="FILE", help="a plain model, as skd extract or finetune wrote it")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--macs", type=options.size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)"
+    )
+    budget.add_argument("--params", type=options.size, metavar="X", help="a share (0.5), or a count (22M)")
+    budget.add_argument("--entry", type=options.whole, metavar="I", help="index into the dropout list")
+    budget.add_argument(
+        "--all", type=options.shares, metavar="X,X", help="several shares of the MACs (0.25,0.5): a folder of them"
+    )
+    parser.add_argument(
+        "--convention", choices=CONVENTIONS, default="full", help="of --macs and --all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("timm", "onnx", "pt2"),
+        default="timm",
+        help="a folder for timm, a file for ONNX Runtime, or a program of torch.export (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--uncorrected", action="store_true", help="without the correction that skd plan --compensate has stored"
+    )
+    parser.add_argument(
+        "--evaluated",
+        metavar="FILE",
+        help="what skd evaluate --json wrote: its top-1 goes into the manifest of --all",
+    )
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="of pt2: also a package of AOTInductor, which takes a minute (default: where there is a C++ compiler)",
+    )
+    parser.add_argument("--device", default="cpu", help="of pt2: where it is to run (default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="PATH", required=True, help="a .onnx or .pt2 file; for timm and with --all a new folder"
+    )
+
+
+def files(given: argparse.Namespace) -> Files:
+    reads = options.options(given, "supernet", "model", "evaluated")
+    if given.all is not None or given.format == "timm":
+        names = ("manifest.json", "macs-*", "config.json", "model.safetensors", "model.py")
+        return Files(reads=reads, folders={"--out": (given.out, names)})
+    more = {"--compiled": str(Path(given.out).with_suffix(".aoti.pt2"))} if given.format == "pt2" else {}
+    return Files(reads=reads, writes=options.options(given, "out") | more)
+
+
+def run(given: argparse.Namespace) -> Document:
+    from skd.commands import _work as work
+    from skd.export import export
+
+    network = skd.load(given.supernet or given.model)
+    if isinstance(network, skd.SuperNet) != (given.supernet is not None):
+        option, other = ("--supernet", "--model") if given.supernet else ("--model", "--supernet")
+        raise ValueError(f"{option} is {given.supernet or given.model!r}, which is for {other}")
+    members = export(
+        network,
+        given.out,
+        format=given.format,
+        macs=given.macs,
+        params=given.params,
+        entry=given.entry,
+        shares=given.all,
+        convention=given.convention,
+        corrected=not given.uncorrected,
+        top1=None if given.evaluated is None else _top1(given.evaluated),
+        compiled=given.compiled,
+        device=given.device,
+    )
+    for member in members:
+        size = f"{work.count(member['macs'])} MACs (full), {member['params']:,} parameters"
+        entry = "" if member["entry"] is None else f"entry {member['entry']}, "
+        more = "; with its correction folded in (skd plan --compensate)" if member["compensated"] else ""
+        print(f"{', '.join(member['files'])}: {entry}{size}; {_LOADED[member['layout']]}{more}")
+    return {"out": given.out, "format": given.format, "members": members}
+
+
+def _top1(file: str) -> dict[int, float]:
+    """Top-1 by entry, from what skd evaluate --json wrote of a super-network."""
+    try:
+        document = json.loads(Path(file).read_text(encoding="utf-8"))
+        rows = document.get("curve", [document])
+        return {int(row["entry"]): float(row["top1"]) for row in rows}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        what = error.strerror if isinstance(error, OSError) else "it has no top-1 of entries"
+        raise ValueError(f"--evaluated is {file!r}: {what}; it must be what skd evaluate --json wrote") from None
+
+
+COMMAND = Command(
+    help="sub-networks for timm, ONNX Runtime and torch.export",
+    description="Cut sub-networks out of a super-network and write them in a format that is loaded without skd.",
+    arguments=arguments,
+    files=files,
+    run=run,
+    order=8,
+)

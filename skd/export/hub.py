@@ -1,0 +1,94 @@
+"""Uploading to a hub of Hugging Face, through huggingface_hub, which comes with timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Unpack
+
+from huggingface_hub import HfApi
+from torch import nn
+
+from skd.export.card import card
+from skd.export.manifest import Member
+from skd.export.writing import FORMATS, Options, export
+from skd.supernet import SuperNet
+from skd.support.curve import Rows, entries_within, sizes_of
+from skd.support.settings import TrainConfig
+from skd.vit import unwrapped
+
+
+def push_to_hub(
+    network: nn.Module,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Add the network",
+    license: str | None = None,
+    **options: Unpack[Options],
+) -> str:
+    """Export a network and upload it with a model card: its sizes, the curve of the super-network, how to load it.
+
+    Args:
+        network: as for `skd.export`.
+        repo_id: "USER/NAME"; the repository is created if it is not there.
+        private: whether a new repository is.
+        token: of the hub; None: that of ``hf auth login``.
+        license: of the weights, as the hub calls it; None: what timm says of the weights that they come from, if
+            it says anything.
+        options: those of `skd.export`: format, a budget or `shares`, top1, ...
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: a bad name or token, and as `skd.export`.
+        OSError: the upload failed.
+    """
+    if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise ValueError(f"repo_id is {repo_id!r}; it must be 'USER/NAME'")
+    network = unwrapped(network)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "repository"
+        members = _exported(network, folder, options)
+        model = network.model if isinstance(network, SuperNet) else network
+        about = getattr(model, "pretrained_cfg", {})
+        named = about.get("architecture")
+        text = card(repo_id, members, _curve(network, options), named, license or (named and about.get("license")))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, commit_message: str) -> str:
+    """Put all files of `folder` into one commit of the repository, which is created if it is not there."""
+    api = HfApi(token=token, library_name="skd")
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url)
+
+
+def _exported(network: nn.Module, folder: Path, options: Options) -> dict[str, Member]:
+    """Write the network into `folder`; what is there, by its path ("": the folder itself)."""
+    ending = FORMATS[options["format"]].ending if options.get("format") in FORMATS else ""
+    if options.get("shares") is not None:
+        members = export(network, folder, **options)
+        return {min(member["files"], key=len).split("/")[0]: member for member in members}
+    if not ending:
+        (member,) = export(network, folder, **options)
+        return {"": member}
+    folder.mkdir()
+    (member,) = export(network, folder / f"model{ending}", **options)
+    return {f"model{ending}": member}
+
+
+def _curve(network: nn.Module, options: Options) -> Rows:
+    """Sizes of the super-network within the usual budgets, and their top-1 where it is known."""
+    if not isinstance(network, SuperNet):
+        return []
+    entries = list(dict.fromkeys(entries_within(network, TrainConfig().budgets).values()))
+    known = options.get("top1") or {}
+    rows = sizes_of(network, entries)
+    for row in rows:
+        if row["entry"] in known:
+            row["top1"] = float(known[row["entry"]])
+    return rows
