@@ -58,6 +58,7 @@ CONTENDERS: dict[str, Contender] = {
         {"planner": "loss", "refit_start": True, "kd_teacher": "original"}
     ),
     # And one option of planning or conversion at a time, not trained.
+    "loss, measured once a round, planned": Contender(plan={**LOSS, "reach": 1.0}),
     "loss, Taylor between, planned": Contender(plan={**LOSS, "shape": "taylor"}),
     "loss, cross-entropy, planned": Contender(plan={**LOSS, "criterion": "cross_entropy"}),
     "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),

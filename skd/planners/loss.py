@@ -39,6 +39,7 @@ def loss(
     points: int = 6,
     criterion: str = "kl",
     shape: str = "linear",
+    reach: float = 0.25,
 ) -> DropoutList:
     """The list grown by the operations with the smallest rise of the loss per MAC.
 
@@ -46,22 +47,49 @@ def loss(
     labels are needed; of a headless model, half the squared distance of the features. It is measured with one
     module at a time narrowed to each of about `points` widths, the others as in the last entry of `current`. Between
     these widths, and where a narrower one measures better, the greatest convex curve below them counts: a module's
-    coordinates then go one group after the other, in the order in which they cost more.
+    coordinates then go one group after the other, in the order in which they cost more. The rises hold near the
+    widths at which they were measured, so that they are measured again after some operations.
 
     Args:
         points: how many widths of a module are measured, 0 included; at least 1.
         criterion: "kl", as above; "cross_entropy", with the labels, where a batch has them and the model has a head.
         shape: of the rise between two measured widths: "linear" in the width; "taylor", in proportion to the Taylor
             scores of the coordinates between them (`skd.importance`).
+        reach: the share of the MACs left that may go before the rises are measured again, above 0, at most 1.
 
     Raises:
-        ValueError: bad batches, none whose outputs are finite, points < 1, or another criterion or shape.
+        ValueError: bad batches, none whose outputs are finite, points < 1, a reach out of its range, or another
+            criterion or shape.
     """
     for name, value, known in (("criterion", criterion, CRITERIA), ("shape", shape, SHAPES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it may be one of {known}")
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
         raise ValueError(f"points is {points!r}; it must be an int of at least 1")
+    if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= 1:
+        raise ValueError(f"reach is {reach!r}; it must be above 0 and at most 1")
+    while True:
+        operations, sensitivity = _measured(supernet, batches, current, convention, group, points, criterion, shape)
+        near = min(target, current.removed_macs + reach * supernet.costs.macs(current.widths[-1], convention))
+        grown = current.extended(operations, near)
+        if len(grown) == len(current):  # the next operation is larger than that
+            near, grown = target, current.extended(operations, target)
+        current = replace(grown, sensitivity=sensitivity)
+        if near >= target:
+            return current
+
+
+def _measured(
+    supernet: SuperNet,
+    batches: Iterable[object],
+    current: DropoutList,
+    convention: str,
+    group: ProcessGroup | None,
+    points: int,
+    criterion: str,
+    shape: str,
+) -> tuple[list[Operation], dict[str, float]]:
+    """The operations at the widths of the last entry, sorted, and the rise that skipping each module brings."""
     widths = list(current.entry(len(current) - 1).values())
     pairs = zip(supernet.infos, widths, strict=True)
     measured = [_widths_to_measure(module, width, points) for module, width in pairs]
@@ -77,8 +105,8 @@ def loss(
             # Of steps that cost the same, those of the widest modules go first, so that no module is emptied alone.
             steps.append((operation.score, removed, index, operation))
     steps.sort(key=lambda step: step[:3])
-    grown = current.extended([operation for *_, operation in steps], target)
-    return replace(grown, sensitivity={m.name: c[-1][1] for m, c in zip(supernet.infos, curves, strict=True)})
+    rise = {module.name: curve[-1][1] for module, curve in zip(supernet.infos, curves, strict=True)}
+    return [operation for *_, operation in steps], rise
 
 
 def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
