@@ -276,8 +276,8 @@ def loaders(
 
     These are the augmentation (scale, ratio, hflip, vflip, color_jitter, aa, train_interpolation, reprob, remode,
     recount, aug_repeats, augment_on), batch_size (over all ranks and accumulated parts; a batch is one part), seed,
-    workers (no more than there are cores), validation_batch_size, calibration_images and bad_images. The model decides
-    the size, the channels and the normalisation of images, and the device that they are left on.
+    workers (no more than there are cores), validation_batch_size, calibration_images and bad_images. The model
+    decides the size, the channels and the normalisation of images, and the device that they are left on.
 
     Where the model has the same class names as the data, the labels follow the model's order. Otherwise the model
     takes the names of the data, since it is about to be trained on them, and its files will hold these names.

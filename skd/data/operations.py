@@ -122,10 +122,18 @@ def _recorder(operation: auto_augment.AugmentOp, size: tuple[int, int]) -> Recor
             raise Unknown(f"{name} of aa, interpolated by {unknown.pop().name.lower()}")
         return partial(_move, *MOVES[name], size)
     if name == "Desaturate":
-        return lambda so_far, factor, **options: (*so_far, Operation("Color", (min(1.0, max(0.0, 1.0 - factor)),)))
+        return _desaturate
     if name not in SAME:
         raise Unknown(f"{operation.name} of aa")
-    return lambda so_far, *values, **options: (*so_far, Operation(name, tuple(map(float, values))))
+    return partial(_same, name)
+
+
+def _same(name: str, so_far: tuple[Operation, ...], *values: float, **options: object) -> tuple[Operation, ...]:
+    return (*so_far, Operation(name, tuple(map(float, values))))
+
+
+def _desaturate(so_far: tuple[Operation, ...], factor: float, **options: object) -> tuple[Operation, ...]:
+    return (*so_far, Operation("Color", (min(1.0, max(0.0, 1.0 - factor)),)))
 
 
 def _move(
@@ -159,17 +167,33 @@ def _rotation(degrees: float, size: tuple[int, int]) -> tuple[float, ...]:
     return cos, sin, (cos * -x + sin * -y) + x, -sin, cos, (-sin * -x + cos * -y) + y
 
 
+def _shear(factor: float, size: tuple[int, int]) -> tuple[float, ...]:
+    return factor, 0.0
+
+
+def _shift(pixels: float, size: tuple[int, int]) -> tuple[float, ...]:
+    return 0.0, pixels
+
+
+def _shift_of_width(share: float, size: tuple[int, int]) -> tuple[float, ...]:
+    return 0.0, share * size[1]
+
+
+def _shift_of_height(share: float, size: tuple[int, int]) -> tuple[float, ...]:
+    return 0.0, share * size[0]
+
+
 TAPS = {Image.Resampling.BILINEAR: 2, Image.Resampling.BICUBIC: 4}
 
 # timm's moves: the kind of the operation, and its numbers by timm's strength and the (height, width) of the image.
 MOVES: dict[str, tuple[str, Callable[[float, tuple[int, int]], tuple[float, ...]]]] = {
     "Rotate": ("Move", _rotation),
-    "ShearX": ("Across", lambda factor, size: (factor, 0.0)),
-    "ShearY": ("Down", lambda factor, size: (factor, 0.0)),
-    "TranslateX": ("Across", lambda pixels, size: (0.0, pixels)),
-    "TranslateY": ("Down", lambda pixels, size: (0.0, pixels)),
-    "TranslateXRel": ("Across", lambda share, size: (0.0, share * size[1])),
-    "TranslateYRel": ("Down", lambda share, size: (0.0, share * size[0])),
+    "ShearX": ("Across", _shear),
+    "ShearY": ("Down", _shear),
+    "TranslateX": ("Across", _shift),
+    "TranslateY": ("Down", _shift),
+    "TranslateXRel": ("Across", _shift_of_width),
+    "TranslateYRel": ("Down", _shift_of_height),
 }
 
 # timm's other operations that the device's stage has under the same name, with the same strength.

@@ -25,7 +25,6 @@ from timm.data import auto_augment, create_transform, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.transforms import MaybePILToTensor, MaybeToTensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import Compose, Normalize
 
 from skd.data.augmenting import augmented
@@ -33,6 +32,11 @@ from skd.data.operations import Drawing, Operations
 from skd.supernet import SuperNet
 from skd.support.settings import Augmentation
 from skd.vit import TimmModel, image_size, unwrapped
+
+try:  # deprecated in torchvision 0.29: without it Pillow decodes, a sixth of the CPU's stage slower
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -83,21 +87,29 @@ def in_pixels(image: Image.Image, mode: str) -> torch.Tensor:
     """`in_mode` as a tensor, (C, height, width) uint8, where the channels of a pixel are neighbours in memory.
 
     Args:
-        image: opened by Pillow. A JPEG that is not decoded yet is decoded by torchvision: the same library inside
-            (libjpeg-turbo), the same pixels, and no copies.
+        image: opened by Pillow. A JPEG that is not decoded yet is decoded by torchvision, where it can: the same
+            library inside (libjpeg-turbo), the same pixels, and no copies.
         mode: "L" or "RGB".
     """
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.format == "JPEG" and image.tile:
-        assert image.fp is not None
-        if image.mode in ("L", mode):
-            image.fp.seek(0)
-            content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-            wanted = ImageReadMode.GRAY if mode == "L" else ImageReadMode.RGB
-            with suppress(RuntimeError):  # of a damaged file, about which Pillow decides
-                decoded: torch.Tensor = decode_jpeg(content, mode=wanted)
-                return decoded
-    values = np.array(in_mode(image, mode))
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.tile and image.mode in ("L", mode):
+        decoded = _decoded_jpeg(image, mode)
+        if decoded is not None:
+            return decoded
+        image.load()
+    values = np.array(image if image.mode == mode else in_mode(image, mode))
     return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _decoded_jpeg(image: JpegImagePlugin.JpegImageFile, mode: str) -> torch.Tensor | None:
+    """By torchvision, or None: without its decoder, and of a damaged file Pillow decides."""
+    if decode_jpeg is None or image.format != "JPEG" or image.fp is None:
+        return None
+    image.fp.seek(0)
+    content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    with suppress(RuntimeError):
+        decoded: torch.Tensor = decode_jpeg(content, mode=ImageReadMode.GRAY if mode == "L" else ImageReadMode.RGB)
+        return decoded
+    return None
 
 
 def _white(image: Image.Image) -> int:
