@@ -95,33 +95,22 @@ def make_loader(data: str, config: DataConfig, way: str, batch: int, device: str
     return train_loader(source, config, **settings, **PUBLISHED)  # type: ignore[arg-type]
 
 
-class Clock:
-    """The seconds that a function takes in all: of the processor, or on a GPU of the clock on the wall."""
-
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        self.function = function
-        self.seconds = 0.0
-        self.now = time.perf_counter if DEVICE == "cuda" else time.process_time
-
-    def __call__(self, *arguments: object) -> torch.Tensor:
-        synchronize()
-        start = self.now()
-        result = self.function(*arguments)
-        synchronize()
-        self.seconds += self.now() - start
-        return result
-
-
 def stages(loader: Loader) -> tuple[float, float]:
-    """Milliseconds for an image of an epoch: of the processor for what a worker does, and for the device's stage."""
-    loader.normalise = Clock(loader.normalise)  # type: ignore[assignment]
-    start = time.process_time()
+    """Milliseconds for an image of an epoch: of the processor for what a worker does, and for the device's stage.
+
+    On a GPU the latter is of the clock on the wall.
+    """
     with patch("skd.data.counted.get_worker_info", return_value=True):  # which does not put the generators back
-        images = sum(len(images) for images, _ in loader)
-    used, clock = time.process_time() - start, cast(Clock, loader.normalise)
-    loader.normalise = clock.function  # type: ignore[assignment]
-    here = used if DEVICE == "cuda" else used - clock.seconds
-    return 1e3 * here / images, 1e3 * clock.seconds / images
+        start = time.process_time()
+        batches = list(loader._loaded())
+        worker = time.process_time() - start
+    now = time.perf_counter if DEVICE == "cuda" else time.process_time
+    images, start = 0, now()
+    for loaded in batches:
+        assert loaded.images is not None
+        images += len(loader.normalise(loaded.images, loaded.patches, loaded.operations))
+    synchronize()
+    return 1e3 * worker / images, 1e3 * (now() - start) / images
 
 
 def one_step(name: str, device: str) -> Callable[[], int]:
