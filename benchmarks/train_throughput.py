@@ -34,8 +34,8 @@ from PIL import Image
 from torch.multiprocessing.spawn import spawn
 
 import skd
-from benchmarks.result import JSON, Info, rewrite, rows_of
-from benchmarks.timing import DEVICE, provenance, synchronize, wall, write_json
+from benchmarks.result import Info, rewrite, rows_of
+from benchmarks.timing import DEVICE, JSON, provenance, synchronize, wall, write_json
 from skd.data import data_config, open_source, train_loader
 from skd.data.iteration import Loader
 from skd.data.pixels import DataConfig
