@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -195,18 +196,24 @@ def table(document: Info) -> str:
         f"{document.text('commit')[:8]}, {document['date']}; JPEGs of 500x375 pixels, {size:.0f} kB each; medians of "
         f"{document['rounds']} rounds (quartiles), images/s of one core, of the step images/s of the machine."
     )
-    rows, before = [], 0.0
+    rows, before = [], [0.0, 0.0]
     for row in document.rows("loader"):
         worker, device, whole = (cast("list[float]", row[key]) for key in ("worker_ms", "device_ms", RATE))
-        before = whole[0] if row.text("way") == "cpu" else before
-        gain = "" if row.text("way") == "cpu" else f"{whole[0] / before:.2f}x"
-        stages = [f"{1e3 / stage[0]:.4g}" for stage in (worker, device)]
-        rows.append([f"{row.text('source')}: {WAYS[row.text('way')]}", *stages, shown(whole), gain])
+        rates = [1e3 / worker[0], whole[0]]
+        gains = ["", ""] if row.text("way") == "cpu" else [times(*pair) for pair in zip(rates, before, strict=True)]
+        before = rates if row.text("way") == "cpu" else before
+        name = f"{row.text('source')}: {WAYS[row.text('way')]}"
+        rows.append([name, f"{rates[0]:.4g}", gains[0], f"{1e3 / device[0]:.4g}", shown(whole), gains[1]])
     for row in document.rows("step"):
         name = f"training step of `{row.text('model')}`, {row.text('images')} images"
-        rows.append([name, "", "", shown(cast("list[float]", row["images_per_second"])), ""])
-    columns = ["", "worker's stage", "device's stage", "both", "gain"]
+        rows.append([name, "", "", "", shown(cast("list[float]", row["images_per_second"])), ""])
+    columns = ["", "worker's stage", "gain", "device's stage", "both", "gain"]
     return "\n".join([heading, "", *rows_of(columns, rows, 1)])
+
+
+def times(rate: float, before: float) -> str:
+    """How often as much, rounded down."""
+    return f"{math.floor(100 * rate / before) / 100:.2f}x"
 
 
 def shown(values: list[float]) -> str:

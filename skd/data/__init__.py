@@ -29,7 +29,7 @@ The files, in the order that a data set passes them:
     counted     randomness that is a function of a seed and counters
 
 An indexed image on its way from the disk to the batch: `indexed` opens the file, `pixels` makes 8 bits and transforms
-or crops them, `workers` stacks them, `iteration` hands them out, augmented by `augmenting` and normalised by `pixels`.
+or crops them, `workers` stacks them, `iteration` hands them out, after `augmenting` and normalisation by `pixels`.
 """
 
 from skd.data.building import Loaders, Sources, calibration_loader, eval_loader, loaders, train_loader
