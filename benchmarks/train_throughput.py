@@ -4,8 +4,9 @@ python -m benchmarks.train_throughput loaders --json FILE      next to the train
 python -m benchmarks.train_throughput processes --json FILE    the whole published recipe on random images
 
 The loaders read JPEGs of ImageNet's usual size, made here, as a folder and as web data set shards, through the
-published augmentation; what the workers send as 8 bits, as `skd.data` does, and as normalised float32. On a CPU one
-process with all threads stands beside as many processes of one thread; on GPUs each process has one.
+published augmentation, with all of it in the workers and with all but the crop on the device (`augment_on`). Counted
+is the processor's time of one thread, apart for what a worker does and for what is done to whole batches; all runs in
+this process. With `processes`, one of all threads stands beside as many of one thread on a CPU; on GPUs each has one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -22,9 +24,9 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import cast
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -33,32 +35,22 @@ from PIL import Image
 from torch.multiprocessing.spawn import spawn
 
 import skd
-from benchmarks.result import Info, rows_of
-from benchmarks.timing import DEVICE, provenance, synchronize, wall, write_json
-from skd.data import data_config, open_source, train_loader, train_transform
+from benchmarks.result import Info, rewrite, rows_of
+from benchmarks.timing import DEVICE, JSON, provenance, synchronize, wall, write_json
+from skd.data import data_config, open_source, train_loader
 from skd.data.iteration import Loader
-from skd.data.pixels import DataConfig, Prepared
-from skd.data.workers import Preparation
+from skd.data.pixels import DataConfig
 from skd.training.step import by_hand
 
 SIZE = (500, 375)
 SHARDS = 4
 PUBLISHED = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "train_interpolation": "bicubic"}
-SENT = ("uint8", "float32")
+WAYS = {"cpu": "all in the workers", "device": "crop in the workers, the rest by batches"}
+BEGIN, END = "<!-- input:begin -->", "<!-- input:end -->"
 STEP_IMAGES = {"cpu": 8, "cuda": 64}
-Turn = tuple[float, float]  # images per second, and the milliseconds of an image on this process's processor
+RATE = "images_per_second_and_core"
 
 # Loaders --------------------------------------------------------------------------------------------
-
-
-class WholeTransform:
-    """Everything in the worker, normalised float32 to the main process: how it is usually done."""
-
-    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> Prepared:
-        return Prepared(self.transform(image), [])
 
 
 def picture(number: int) -> bytes:
@@ -98,20 +90,28 @@ def write(folder: Path, images: int) -> dict[str, str]:
     return {"folder": str(folder / "folder"), "shards": f"wds/{shards}"}
 
 
-def make_loader(data: str, config: DataConfig, workers: int, sent: str, batch: int, device: str) -> Loader:
+def make_loader(data: str, config: DataConfig, way: str, batch: int, device: str) -> Loader:
     source = open_source(data, "train", training=True)
-    settings = {"batch_size": batch, "seed": 0, "workers": workers, "pin_memory": device == "cuda", "device": device}
-    loader = train_loader(source, config, **settings, **PUBLISHED)  # type: ignore[arg-type]
-    if sent == "float32":
-        inside: Preparation = vars(loader).get("_preparation") or vars(loader)["_batches"].preparation
-        vars(inside)["transform"] = WholeTransform(train_transform(config, **PUBLISHED))
-        vars(loader)["normalise"] = lambda images, patches: images.to(device, non_blocking=True)
-    return loader
+    settings = {"batch_size": batch, "seed": 0, "device": device, "augment_on": way}
+    return train_loader(source, config, **settings, **PUBLISHED)  # type: ignore[arg-type]
 
 
-def epoch(loader: Loader) -> int:
-    """The number of images in one epoch."""
-    return sum(len(images) for images, _ in loader)
+def stages(loader: Loader) -> tuple[float, float]:
+    """Milliseconds for an image of an epoch: of the processor for what a worker does, and for the device's stage.
+
+    On a GPU the latter is of the clock on the wall.
+    """
+    with patch("skd.data.counted.get_worker_info", return_value=True):  # which does not put the generators back
+        start = time.process_time()
+        batches = list(loader._loaded())
+        worker = time.process_time() - start
+    now = time.perf_counter if DEVICE == "cuda" else time.process_time
+    images, start = 0, now()
+    for loaded in batches:
+        assert loaded.images is not None
+        images += len(loader.normalise(loaded.images, loaded.patches, loaded.operations))
+    synchronize()
+    return 1e3 * worker / images, 1e3 * (now() - start) / images
 
 
 def one_step(name: str, device: str) -> Callable[[], int]:
@@ -128,66 +128,97 @@ def one_step(name: str, device: str) -> Callable[[], int]:
     return call
 
 
-def turn(call: Callable[[], int]) -> Turn:
+def rate(call: Callable[[], int]) -> float:
+    """Images per second."""
     synchronize()
-    start, used = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     images = call()
     synchronize()
-    return images / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / images
+    return images / (time.perf_counter() - start)
 
 
-def measure_loaders(images: int, batch: int, rounds: int, workers: list[int], models: list[str]) -> Info:
+def measure_loaders(images: int, batch: int, rounds: int, models: list[str]) -> Info:
     """Medians over rounds in which every contender has one turn, after one that does not count."""
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         data = write(Path(folder), images)
         config = data_config(skd.create_model(models[0])) | {"num_classes": 2}
         size = statistics.mean(file.stat().st_size for file in Path(folder).rglob("*.jpg"))
-        keys = [(kind, count, sent) for kind in data for count in workers for sent in SENT]
-        loaders = {key: make_loader(data[key[0]], config, *key[1:], batch, DEVICE) for key in keys}
-        calls = [partial(epoch, loader) for loader in loaders.values()] + [one_step(name, DEVICE) for name in models]
-        turns = [[turn(call) for call in calls] for _ in range(rounds + 1)][1:]
-    found = [summary(list(turns)) for turns in zip(*turns, strict=True)]
-    rows = [Info(source=kind, workers=count, sent=sent) for kind, count, sent in keys]
-    steps = [Info(model=model, images=STEP_IMAGES[DEVICE]) for model in models]
+        keys = [(kind, way) for kind in data for way in WAYS]
+        loaders = {key: make_loader(data[key[0]], config, key[1], batch, DEVICE) for key in keys}
+        steps = {name: one_step(name, DEVICE) for name in models}
+        found: dict[object, list[tuple[float, float]]] = {key: [] for key in (*loaders, *steps)}
+        for _ in range(rounds + 1):
+            torch.set_num_threads(1)
+            for key, loader in loaders.items():
+                found[key].append(stages(loader))
+            torch.set_num_threads(threads)
+            for name, step in steps.items():
+                found[name].append((rate(step), 0.0))
     return Info(
         **provenance(),
         images={"count": images, "pixels": list(SIZE), "mean_kB": round(size / 1000, 1)},
         batch=batch,
         rounds=rounds,
-        loader=[row | rates for row, rates in zip(rows, found, strict=False)],
-        step=[row | rates for row, rates in zip(steps, found[len(rows) :], strict=True)],
+        loader=[Info(source=kind, way=way) | summary(found[kind, way][1:]) for kind, way in keys],
+        step=[
+            Info(
+                model=name,
+                images=STEP_IMAGES[DEVICE],
+                images_per_second=spread([turn[0] for turn in found[name][1:]]),
+            )
+            for name in models
+        ],
     )
 
 
-def summary(turns: list[Turn]) -> Info:
-    rates, used = zip(*turns, strict=True)
+def summary(turns: list[tuple[float, float]]) -> Info:
+    """Of `stages`; on a GPU the device's stage is not the processor's."""
+    on_gpu = DEVICE == "cuda"
     return Info(
-        images_per_second=round(statistics.median(rates), 1),
-        quartiles=[round(float(rate), 1) for rate in np.percentile(rates, (25, 75))],
-        main_process_ms_per_image=round(statistics.median(used), 3),
+        worker_ms=spread([worker for worker, _ in turns]),
+        device_ms=spread([device for _, device in turns]),
+        images_per_second_and_core=spread([1e3 / (worker + (0 if on_gpu else device)) for worker, device in turns]),
     )
+
+
+def spread(values: list[float]) -> JSON:
+    """The median and the quartiles."""
+    low, high = np.percentile(values, (25, 75))
+    return [round(float(value), 3) for value in (statistics.median(values), low, high)]
 
 
 def table(document: Info) -> str:
-    """Markdown: images per second."""
+    """Markdown: images per second of the loaders, before and now, and of the step."""
     versions, size = document.part("versions"), document.part("images").number("mean_kB")
-    where = f"{document['device']}, {document['cores']} cores, torch {versions['torch']}"
     heading = (
-        f"{where}, commit {document.text('commit')[:8]}, {document['date']}; JPEGs of 500x375 pixels, {size:.0f} kB "
-        f"each; medians of {document['rounds']} rounds (quartiles)."
+        f"{document['device']}, {document['cores']} cores, torch {versions['torch']}, commit "
+        f"{document.text('commit')[:8]}, {document['date']}; JPEGs of 500x375 pixels, {size:.0f} kB each; medians of "
+        f"{document['rounds']} rounds (quartiles), images/s of one core, of the step images/s of the machine."
     )
-    loaders = ["| images from | workers | sent as | images/s | main process, ms per image |", "|---|--:|---|--:|--:|"]
+    rows, before = [], [0.0, 0.0]
     for row in document.rows("loader"):
-        cells = row.text("source"), row.text("workers"), row.text("sent"), spread(row)
-        loaders.append(f"| {' | '.join(cells)} | {row.number('main_process_ms_per_image'):.2f} |")
-    steps = [[f"`{row.text('model')}`", row.text("images"), spread(row)] for row in document.rows("step")]
-    columns = ["training step, full network", "images at a time", "images/s"]
-    return "\n".join([heading, "", *loaders, "", *rows_of(columns, steps, 1)])
+        worker, device, whole = (cast("list[float]", row[key]) for key in ("worker_ms", "device_ms", RATE))
+        rates = [1e3 / worker[0], whole[0]]
+        gains = ["", ""] if row.text("way") == "cpu" else [times(*pair) for pair in zip(rates, before, strict=True)]
+        before = rates if row.text("way") == "cpu" else before
+        name = f"{row.text('source')}: {WAYS[row.text('way')]}"
+        rows.append([name, f"{rates[0]:.4g}", gains[0], f"{1e3 / device[0]:.4g}", shown(whole), gains[1]])
+    for row in document.rows("step"):
+        name = f"training step of `{row.text('model')}`, {row.text('images')} images"
+        rows.append([name, "", "", "", shown(cast("list[float]", row["images_per_second"])), ""])
+    columns = ["", "worker's stage", "gain", "device's stage", "both", "gain"]
+    return "\n".join([heading, "", *rows_of(columns, rows, 1)])
 
 
-def spread(row: Info) -> str:
-    low, high = cast("list[float]", row["quartiles"])
-    return f"{row.number('images_per_second'):.4g} ({low:.4g}-{high:.4g})"
+def times(rate: float, before: float) -> str:
+    """How often as much, rounded down."""
+    return f"{math.floor(100 * rate / before) / 100:.2f}x"
+
+
+def shown(values: list[float]) -> str:
+    median, low, high = values
+    return f"{median:.4g} ({low:.4g}-{high:.4g})"
 
 
 # Processes ------------------------------------------------------------------------------------------
@@ -259,13 +290,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=256, help="of an epoch of the loaders")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of the loaders")
     parser.add_argument("--steps", type=int, default=4, help="of each turn, after one that does not count")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the loaders' table between its two markers")
     given = parser.parse_args(argv)
     if given.subject == "loaders":
-        document = measure_loaders(given.images, given.batch_size, given.rounds, given.workers, given.models)
+        document = measure_loaders(given.images, given.batch_size, given.rounds, given.models)
         print(table(document))
+        if given.write is not None:
+            rewrite(given.write, table(document), BEGIN, END)
     else:
         document = measure_processes(given.models, given.batch_size, given.steps, given.rounds)
         for row in document.rows("rows"):

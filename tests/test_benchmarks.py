@@ -373,15 +373,15 @@ def test_fashion_mnist_in_the_docs_is_the_committed_result() -> None:
 
 
 def test_input_measures_every_loader_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to send images give the same batches; the page has the committed result."""
+    """Both ways to augment draw alike, and both stages take time; the page has the committed result."""
     pytest.importorskip("webdataset")
     monkeypatch.setattr(throughput, "SHARDS", 1)
     data, config = throughput.write(tmp_path, 4), data_config(tiny_vit()) | {"num_classes": 2}
     for source in data.values():
-        ours, whole = (
-            next(iter(throughput.make_loader(source, config, 0, sent, 4, "cpu")))[0] for sent in throughput.SENT
-        )
-        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
+        loaders = [throughput.make_loader(source, config, way, 4, "cpu") for way in throughput.WAYS]
+        before, now = (next(iter(loader))[0] for loader in loaders)
+        assert (before - now).abs().mean() < 0.2
+        assert all(min(throughput.stages(loader)) > 0 for loader in loaders)
     document = Info(json.loads((RESULTS / "input-cpu.json").read_text()))
     assert throughput.table(document) in (ROOT / "docs" / "TRAINING.md").read_text()
 

@@ -69,6 +69,7 @@ def test_what_the_command_line_uses(tmp_path: Path) -> None:
         {"reprob": 0.5, "remode": "const"},
         {"reprob": 0.5, "recount": 3},
         {"aug_repeats": 3},
+        {"augment_on": "cpu"},
         {"seed": 1},
         {"batch_size": 8},
     ],

@@ -124,7 +124,7 @@ def test_resumed_epoch(source: Any, workers: int) -> None:
 def test_what_came_before_is_not_read(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = train_loader(source, config(), batch_size=4, seed=1, **STILL)
     read: list[int] = []
-    monkeypatch.setattr(source, "read", lambda index, read_=source.read: read.append(index) or read_(index))
+    monkeypatch.setattr(source, "pixels", lambda index, read_=source.pixels: read.append(index) or read_(index))
     loader.set_epoch(0, 3)
     assert numbers(loader) == [read] and len(read) == 4
 

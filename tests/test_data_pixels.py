@@ -42,7 +42,7 @@ def test_training_images_are_those_of_timms_transform(source: Any, erasing: dict
     given = config(3, 24) | MEANS
     augmentation = {"aa": "rand-m9-mstd0.5-inc1", "reprob": 1.0, **erasing}
     transform = train_transform(given, **augmentation)
-    loader = train_loader(source, given, batch_size=6, seed=4, **augmentation)
+    loader = train_loader(source, given, batch_size=6, seed=4, augment_on="cpu", **augmentation)
     ((images, labels),) = loader
     assert images.dtype == torch.float32 and images.is_contiguous()
     ((keys),) = TrainPlan(len(source), loader.loading)

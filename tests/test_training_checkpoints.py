@@ -213,6 +213,7 @@ OTHER = {
     "remode": "const",
     "recount": 2,
     "aug_repeats": 1,
+    "augment_on": "cpu",
     "target": 0.5,
     "progressive_epochs": 3,
     "planner": "other",
@@ -286,6 +287,22 @@ def test_checkpoints_from_before_planners_had_names(half, reference):
         run_training(digit_net(), training_config(planner="other"), half, resume="auto")
     run_training(digit_net(), training_config(), half, resume="auto")
     assert_same_outcome(half, reference)
+
+
+def test_checkpoints_from_before_the_device_augmented(half, reference):
+    """Their images were augmented in the workers: a run goes on with that, and says so."""
+
+    def undecided(header):
+        header["config"].pop("augment_on")
+        return {checkpoints.KEY: json.dumps(header)}
+
+    for path in checkpoint_files(half):
+        rewrite(path, undecided)
+    with pytest.raises(ValueError, match="augment_on is auto, it was cpu"):
+        run_training(digit_net(), training_config(), half, resume="auto")
+    run_training(digit_net(), training_config(augment_on="cpu"), half, resume="auto")
+    found, expected = ((out / "supernet.safetensors").read_bytes() for out in (half, reference))
+    assert found == expected
 
 
 def test_data_of_another_length(stopped):

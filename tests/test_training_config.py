@@ -76,6 +76,7 @@ BAD = {
     "workers": [-1, 1.0],
     "validation_batch_size": [0],
     "bad_images": ["ignore"],
+    "augment_on": ["gpu"],
     "log_interval": [0],
     "seed": [-1, 2**32, 0.5, None],
 }

@@ -22,12 +22,14 @@ The files, in the order that a data set passes them:
     building    the loaders: one by one, or those of a training run
     loading     `Loading`: how batches are made, and which images are in which
     pixels      one picture: 8 bits, timm's transforms, and from 8 bits to a model's input
+    operations  what timm's training transform would do after the crop: drawn, not done
+    augmenting  the device's stage, which does it to a batch
     workers     what runs in the workers: read, transform, stack
     iteration   what runs in the main process: the loaders themselves
     counted     randomness that is a function of a seed and counters
 
 An indexed image on its way from the disk to the batch: `indexed` opens the file, `pixels` makes 8 bits and transforms
-them, `workers` stacks them, `iteration` hands them out, normalised by `pixels`.
+or crops them, `workers` stacks them, `iteration` hands them out, after `augmenting` and normalisation by `pixels`.
 """
 
 from skd.data.building import Loaders, Sources, calibration_loader, eval_loader, loaders, train_loader

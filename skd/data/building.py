@@ -50,6 +50,7 @@ def train_loader(
     bad_images: str = "skip",
     pin_memory: bool = False,
     device: torch.device | str | None = None,
+    augment_on: str = "auto",
     **augmentation: Any,
 ) -> Loader:
     """Shuffled, augmented, whole batches; `Loader.set_epoch` chooses the epoch and where in it to begin.
@@ -72,6 +73,11 @@ def train_loader(
             it (`Loader.skipped`), "fail" raises a ValueError. For streams see `StreamSource.stream`.
         pin_memory: page-locked batches, for faster copies to a GPU.
         device: where images are normalised and left; None: on the CPU.
+        augment_on: "device": workers only decode, crop and resize, and the device does the rest, batch by batch, to
+            the same random numbers, within 2 of 255 of timm's pixels after the resize and 1 of 255 for each operation
+            that moves them; "cpu": timm's transform in the workers, to the last bit; "auto": "device", unless the
+            augmentation has something that it cannot do (`aa` with augmix or a blur, `train_interpolation` other
+            than bilinear and bicubic).
         augmentation: fields of `Augmentation`, in timm's names: scale, ratio, hflip, vflip, color_jitter, aa, reprob,
             remode, recount, train_interpolation.
 
@@ -92,6 +98,7 @@ def train_loader(
         world=world,
         pin_memory=pin_memory,
         device=device,
+        augment_on=augment_on,
     )
     return loader_of(source, config, loading)
 
@@ -268,9 +275,9 @@ def loaders(
     """Training, validation and calibration batches for a model, with every setting of `config` that concerns them.
 
     These are the augmentation (scale, ratio, hflip, vflip, color_jitter, aa, train_interpolation, reprob, remode,
-    recount, aug_repeats), batch_size (over all ranks and accumulated parts; a batch is one part), seed, workers (no
-    more than there are cores), validation_batch_size, calibration_images and bad_images. The model decides the size,
-    the channels and the normalisation of images, and the device that they are left on.
+    recount, aug_repeats, augment_on), batch_size (over all ranks and accumulated parts; a batch is one part), seed,
+    workers (no more than there are cores), validation_batch_size, calibration_images and bad_images. The model
+    decides the size, the channels and the normalisation of images, and the device that they are left on.
 
     Where the model has the same class names as the data, the labels follow the model's order. Otherwise the model
     takes the names of the data, since it is about to be trained on them, and its files will hold these names.
@@ -303,6 +310,7 @@ def loaders(
         batch_size=config.batch_size // config.grad_accum_steps,
         augmentation=Augmentation(**{name: getattr(config, name) for name in AUGMENTATION}),
         aug_repeats=config.aug_repeats,
+        augment_on=config.augment_on,
     )
     train = loader_of(sources.train, images, training)
     validation = loader_of(sources.validation, images, shared)

@@ -6,13 +6,16 @@ import gzip
 import os
 import zlib
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Protocol, Unpack
+from typing import IO, Protocol, TypeVar, Unpack
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
+from skd.data.pixels import in_pixels
 from skd.data.source import About, LabelError, Source, opened
 
 FASHION = [
@@ -29,6 +32,8 @@ FASHION = [
 ]
 _PARTS = {"train": "train", "validation": "t10k"}
 _UNSIGNED_BYTE = 8  # the type code of bytes in an idx header
+
+_Image = TypeVar("_Image", Image.Image, torch.Tensor)
 
 
 class Pairs(Protocol):
@@ -60,6 +65,11 @@ class IndexedSource(Source):
             BadImage: the file cannot be read.
             LabelError: the label is not one integer.
         """
+
+    def pixels(self, index: int) -> tuple[torch.Tensor, int]:
+        """`read`, the image as (C, height, width) uint8; sources of files decode JPEGs faster here."""
+        image, label = self.read(index)
+        return in_pixels(image, self.mode), label
 
     def vanished(self) -> bool:
         """Whether the folder of the images is gone, or can no longer be accessed."""
@@ -98,6 +108,12 @@ class ReaderSource(IndexedSource):
         return len(self._reader)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
+        return self._read(index, self._prepared, decoded=True)
+
+    def pixels(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._read(index, self._pixels, decoded=False)
+
+    def _read(self, index: int, prepare: Callable[[Image.Image, int], _Image], decoded: bool) -> tuple[_Image, int]:
         # timm's own data set would silently give the next image in place of one that cannot be read.
         with self._decoding(index):
             try:
@@ -107,7 +123,7 @@ class ReaderSource(IndexedSource):
                     raise
                 raise LabelError(f"{self.file(index)} has a label that the class map does not have: {key}") from None
             with file:
-                image = self._prepared(opened(file), index)
+                image = prepare(opened(file, decoded), index)
         return image, self._label(label, index)
 
     def file(self, index: int) -> str:

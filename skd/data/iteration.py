@@ -26,8 +26,8 @@ class Loader:
 
     The labels are None if the source has no labels.
 
-    The workers send 8-bit images; this process normalises them on the device. Labels stay on the host, where they
-    are checked.
+    The workers send 8-bit images; this process does the rest on the device: the operations and rectangles that were
+    drawn for them, and the normalisation. Labels stay on the host, where they are checked.
 
     The workers serve only the latest iteration; continuing an earlier one raises a RuntimeError.
 
@@ -89,7 +89,8 @@ class Loader:
                 raise error(message)
             if loaded.images is not None and loaded.labels is not None:
                 self.read += len(loaded.images)
-                yield self.normalise(loaded.images, loaded.patches), loaded.labels if self.source.labelled else None
+                images = self.normalise(loaded.images, loaded.patches, loaded.operations)
+                yield images, loaded.labels if self.source.labelled else None
         if bad and not self.read:
             file, reason = next(iter(bad.items()))
             share = "this process's share of " if self.loading.world > 1 else ""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from skd.data.counted import generator
-from skd.support.settings import Augmentation
+from skd.support.settings import AUGMENT_ON, Augmentation
 
 Key = tuple[int, int, int]  # epoch, index of the image, which of its repetitions
 
@@ -24,6 +24,8 @@ class Loading:
     Attributes:
         batch_size: images in a batch of all ranks together.
         augmentation: of timm's training transform; None: its evaluation transform, and nothing is random.
+        augment_on: where all of it but the crop is done: "device", "cpu" (in the workers, by timm's transform), or
+            "auto": on the device if it can do it.
         seed: of the order and the augmentation, 0..2**64 - 1.
         aug_repeats: how often an image occurs in its epoch, differently augmented; 0 and 1: once.
         calibration_images: how many images are chosen to calibrate with; None: all of them, for another purpose.
@@ -50,6 +52,7 @@ class Loading:
     world: int = 1
     pin_memory: bool = False
     device: torch.device | str | None = None
+    augment_on: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -64,6 +67,8 @@ class Loading:
             )
         if self.bad_images not in ("skip", "fail"):
             raise ValueError(f"bad_images is {self.bad_images!r}; it may be 'skip' or 'fail'")
+        if self.augment_on not in AUGMENT_ON:
+            raise ValueError(f"augment_on is {self.augment_on!r}; it may be one of {AUGMENT_ON}")
         if self.training and self.batch_size % self.world:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it must be a multiple of the number of ranks, {self.world}"
@@ -100,7 +105,7 @@ class Loading:
         """The settings that `TrainConfig` has too, by their names there, as far as this kind of loader uses them."""
         chosen: dict[str, object] = {"bad_images": self.bad_images}
         if self.augmentation is not None:
-            chosen |= {**asdict(self.augmentation), "aug_repeats": self.repeats}
+            chosen |= {**asdict(self.augmentation), "aug_repeats": self.repeats, "augment_on": self.augment_on}
         if self.calibration_images is not None:
             chosen["calibration_images"] = self.calibration_images
         return chosen

@@ -2,14 +2,17 @@
 
     worker         any bit depth and mode -> `in_mode`, 8-bit "L" or "RGB" -> timm's transform -> `Pixels`, uint8
                    (C, H, W), a quarter of the bytes of float32; and the rectangles that random erasing draws
-    main process   uint8 batch -> device -> `Normalisation`, float32, the rectangles over it
+        or         -> `in_pixels`, a tensor -> `Crops`, cropped and resized; and all that is drawn for later
+    main process   uint8 batch -> device -> `skd.data.augmenting`, where something was drawn for it
+                   -> `Normalisation`, float32, the rectangles over it
 
 The other functions serve these two steps: which files are images, a model's data configuration, timm's transforms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from itertools import chain
@@ -17,16 +20,23 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 from timm.data import auto_augment, create_transform, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.transforms import MaybePILToTensor, MaybeToTensor
 from torchvision.transforms import Compose, Normalize
 
+from skd.data.augmenting import augmented
+from skd.data.operations import Drawing, Operations
 from skd.supernet import SuperNet
 from skd.support.settings import Augmentation
 from skd.vit import TimmModel, image_size, unwrapped
+
+try:  # deprecated in torchvision 0.29: without it Pillow decodes, a sixth of the CPU's stage slower
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -71,6 +81,35 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:  # one alpha for each colour: Pillow warns without RGBA
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def in_pixels(image: Image.Image, mode: str) -> torch.Tensor:
+    """`in_mode` as a tensor, (C, height, width) uint8, where the channels of a pixel are neighbours in memory.
+
+    Args:
+        image: opened by Pillow. A JPEG that is not decoded yet is decoded by torchvision, where it can: the same
+            library inside (libjpeg-turbo), the same pixels, and no copies.
+        mode: "L" or "RGB".
+    """
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.tile and image.mode in ("L", mode):
+        decoded = _decoded_jpeg(image, mode)
+        if decoded is not None:
+            return decoded
+        image.load()
+    values = np.array(image if image.mode == mode else in_mode(image, mode))
+    return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _decoded_jpeg(image: JpegImagePlugin.JpegImageFile, mode: str) -> torch.Tensor | None:
+    """By torchvision, or None: without its decoder, and of a damaged file Pillow decides."""
+    if decode_jpeg is None or image.format != "JPEG" or image.fp is None:
+        return None
+    image.fp.seek(0)
+    content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    with suppress(RuntimeError):
+        decoded: torch.Tensor = decode_jpeg(content, mode=ImageReadMode.GRAY if mode == "L" else ImageReadMode.RGB)
+        return decoded
+    return None
 
 
 def _white(image: Image.Image) -> int:
@@ -255,10 +294,17 @@ class Patch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """One image, (C, H, W) uint8, and the rectangles that are pasted over it, in order, once it is normalised."""
+    """One image, (C, H, W) uint8, and what is left to do to it.
+
+    Attributes:
+        pixels: the image.
+        patches: rectangles that are pasted over it, in order, once it is normalised.
+        operations: of the device's stage, before that.
+    """
 
     pixels: torch.Tensor
     patches: list[Patch]
+    operations: Operations = ()
 
 
 class Pixels:
@@ -274,14 +320,48 @@ class Pixels:
         self.steps = Compose(
             [*(step for step in transform.transforms if not isinstance(step, last)), MaybePILToTensor()]
         )
-        self.erasing = [step for step in transform.transforms if isinstance(step, RandomErasing)]
+        self.erasing = _Erasing(transform)
 
     def __call__(self, image: Image.Image) -> Prepared:
         pixels = self.steps(image).contiguous()  # a stack of strided images takes twice as long
-        canvas = _Canvas(pixels.shape)
-        for erasing in self.erasing:
-            erasing(canvas)
-        return Prepared(pixels, canvas.patches)
+        return Prepared(pixels, self.erasing(pixels.shape))
+
+
+class Crops:
+    """The CPU's stage of a training transform: crop and resize. All that follows is only drawn.
+
+    The random numbers are those of timm's whole transform, so an image is augmented in the same way as by `Pixels`;
+    only the arithmetic is rounded differently.
+
+    Args:
+        transform: timm's training transform.
+        size: (height, width) of the crops.
+
+    Raises:
+        skd.data.operations.Unknown: the device's stage cannot do what the transform does.
+    """
+
+    def __init__(self, transform: Compose, size: tuple[int, int]) -> None:
+        self.drawing = Drawing(transform, size)
+        self.erasing = _Erasing(transform)
+
+    def __call__(self, image: torch.Tensor) -> Prepared:
+        """Of an image from `in_pixels`."""
+        pixels, operations = self.drawing(image)
+        return Prepared(pixels, self.erasing(pixels.shape), operations)
+
+
+class _Erasing:
+    """The random erasing of a transform: the rectangles that it would paste over an image of some shape."""
+
+    def __init__(self, transform: Compose) -> None:
+        self.steps = [step for step in transform.transforms if isinstance(step, RandomErasing)]
+
+    def __call__(self, shape: torch.Size) -> list[Patch]:
+        canvas = _Canvas(shape)
+        for step in self.steps:
+            step(canvas)
+        return canvas.patches
 
 
 class _Canvas:
@@ -324,7 +404,11 @@ def packed(images: list[list[Patch]]) -> Patches | None:
 
 
 class Normalisation:
-    """8-bit batches to normalised float32 on a device: (x - 255 mean) / (255 std), as timm's prefetcher does."""
+    """8-bit batches to normalised float32 on a device: (x - 255 mean) / (255 std), as timm's prefetcher does.
+
+    What was drawn for the images is done before, on the device too. The colour outside of images that are moved is
+    timm's: the mean.
+    """
 
     def __init__(self, config: DataConfig, device: torch.device | str | None = None) -> None:
         self.device = torch.device("cpu" if device is None else device)
@@ -332,11 +416,18 @@ class Normalisation:
             torch.tensor([255 * value for value in values], device=self.device).view(-1, 1, 1)
             for values in (config["mean"], config["std"])
         )
+        fill = [min(255, round(255 * value)) for value in config["mean"]]
+        self.fill = torch.tensor(fill, dtype=torch.uint8, device=self.device)
 
-    def __call__(self, pixels: torch.Tensor, patches: Patches | None) -> torch.Tensor:
+    def __call__(
+        self, pixels: torch.Tensor, patches: Patches | None, operations: Sequence[Operations] = ()
+    ) -> torch.Tensor:
         """(B, C, H, W) uint8 on the host to float32 on the device."""
         # The copy is asynchronous if the memory is page-locked; otherwise non_blocking has no effect.
-        images = pixels.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        pixels = pixels.to(self.device, non_blocking=True).contiguous()
+        if operations:
+            pixels = augmented(pixels, operations, self.fill)
+        images = pixels.float().sub_(self.mean).div_(self.std)
         if patches is not None:
             values, start = patches.values.to(self.device, non_blocking=True), 0
             for number, top, left, height, width in patches.places.tolist():

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypedDict, Unpack
 
+import torch
 from PIL import Image
 
-from skd.data.pixels import in_mode, is_turned, upright
+from skd.data.pixels import in_mode, in_pixels, is_turned, upright
 from skd.vit import TimmModel
 
 ClassMap = str | os.PathLike[str] | Mapping[str, int]
@@ -151,12 +152,18 @@ class Source(ABC):
 
     def _prepared(self, image: Image.Image, index: int, name: str | None = None) -> Image.Image:
         """The image in `mode`. One that EXIF says is not upright is turned, or else noted in `turned`."""
+        return in_mode(self._upright(image, index, name), self.mode)
+
+    def _pixels(self, image: Image.Image, index: int, name: str | None = None) -> torch.Tensor:
+        """`_prepared` as a tensor, (C, height, width) uint8."""
+        return in_pixels(self._upright(image, index, name), self.mode)
+
+    def _upright(self, image: Image.Image, index: int, name: str | None) -> Image.Image:
         if is_turned(image):
             if self.exif_orientation:
-                image = upright(image)
-            else:
-                self.turned.append(name or self.file(index))
-        return in_mode(image, self.mode)
+                return upright(image)
+            self.turned.append(name or self.file(index))
+        return image
 
     def renumber(self, new_labels: list[int]) -> None:
         """Give the images of label i the label ``new_labels[i]``. Other labels stay; the loaders refuse them."""
@@ -179,10 +186,11 @@ class Source(ABC):
         return number if renumbered is None or not 0 <= number < len(renumbered) else renumbered[number]
 
 
-def opened(file: IO[bytes]) -> Image.Image:
-    """The image in a file, decoded by Pillow, in the file's own mode."""
+def opened(file: IO[bytes], decoded: bool = True) -> Image.Image:
+    """The image in a file, decoded by Pillow, in the file's own mode. Without `decoded` a JPEG is only opened."""
     image = Image.open(file)
-    image.load()  # some formats have their EXIF block after the pixels
+    if decoded or image.format != "JPEG":
+        image.load()  # some formats have their EXIF block after the pixels
     return image
 
 

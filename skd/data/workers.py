@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from skd.data.counted import seeded
 from skd.data.indexed import IndexedSource
 from skd.data.loading import Key, Loading
-from skd.data.pixels import DataConfig, Patches, Pixels, Prepared, eval_transform, packed, train_transform
+from skd.data.operations import Operations, Unknown
+from skd.data.pixels import Crops, DataConfig, Patches, Pixels, Prepared, eval_transform, packed, train_transform
 from skd.data.source import BadImage, LabelError, Source
 from skd.data.streams import StreamSource
 
@@ -51,6 +52,7 @@ class Loaded(NamedTuple):
     """One batch: images (n, C, H, W) uint8 and labels (n,) int64, None if there is no image; or why it failed.
 
     `bad` lists the images that could not be read, with reasons; `turned` those that EXIF says are not upright.
+    `patches` and `operations` are what is left to do to the images.
     `failure` is a type and a text, because an exception would keep its frames alive, and these the workers.
     """
 
@@ -60,14 +62,25 @@ class Loaded(NamedTuple):
     failure: tuple[type[Exception], str] | None = None
     patches: Patches | None = None
     turned: Sequence[str] = ()
+    operations: Sequence[Operations] = ()
 
 
 def _stacked(samples: list[Sample], bad: Bad, source: Source) -> Loaded:
     turned, source.turned = source.turned, []
     if not samples:
         return Loaded(None, None, bad, turned=turned)
-    images, labels = default_collate([(image.pixels, label) for image, label in samples])  # in shared memory
-    return Loaded(images, labels, bad, patches=packed([image.patches for image, _ in samples]), turned=turned)
+    # In shared memory, in the order of the images' own memory: a stack of strided images takes several times as long.
+    whole = samples[0][0].pixels.is_contiguous()
+    ordered = [(image.pixels if whole else image.pixels.permute(1, 2, 0), label) for image, label in samples]
+    images, labels = default_collate(ordered)
+    return Loaded(
+        images if whole else images.permute(0, 3, 1, 2),
+        labels,
+        bad,
+        patches=packed([image.patches for image, _ in samples]),
+        turned=turned,
+        operations=[image.operations for image, _ in samples],
+    )
 
 
 class Preparation:
@@ -75,17 +88,23 @@ class Preparation:
 
     Args:
         data: the model's data configuration.
-        loading: how it is augmented, and which labels there may be.
+        loading: how it is augmented and where, and which labels there may be.
+
+    Attributes:
+        crops: only crops are made here, of tensors, and the device's stage does the rest.
+
+    Raises:
+        ValueError: the device's stage is asked for what it cannot do.
     """
 
     def __init__(self, data: DataConfig, loading: Loading) -> None:
-        augmentation = loading.augmentation
-        self.transform = Pixels(
-            eval_transform(data) if augmentation is None else train_transform(data, **asdict(augmentation))
-        )
+        self.transform = _transform(data, loading)
+        self.crops = isinstance(self.transform, Crops)
         self.loading = loading
 
-    def __call__(self, image: Image.Image, label: int, counters: tuple[int, ...], file: Callable[[], str]) -> Sample:
+    def __call__(
+        self, image: Image.Image | torch.Tensor, label: int, counters: tuple[int, ...], file: Callable[[], str]
+    ) -> Sample:
         """Raises LabelError: the label is out of range. `file` gives the name of the image for the message."""
         loading = self.loading
         if loading.num_classes and not 0 <= label < loading.num_classes:
@@ -94,6 +113,20 @@ class Preparation:
             return self.transform(image), label
         with seeded(loading.seed, "augment", *counters):
             return self.transform(image), label
+
+
+def _transform(data: DataConfig, loading: Loading) -> Callable[[Any], Prepared]:
+    if loading.augmentation is None:
+        return Pixels(eval_transform(data))
+    if loading.augment_on != "cpu":
+        try:
+            return Crops(train_transform(data, **asdict(loading.augmentation)), data["input_size"][1:])
+        except Unknown as step:
+            if loading.augment_on == "device":
+                raise ValueError(
+                    f"augment_on is 'device', where there is no {step}; it may be 'auto' or 'cpu'"
+                ) from None
+    return Pixels(train_transform(data, **asdict(loading.augmentation)))
 
 
 class IndexedBatches(Dataset[Loaded]):
@@ -130,7 +163,7 @@ class IndexedBatches(Dataset[Loaded]):
 
     def _read(self, index: int, key: Key, bad: Bad) -> Sample | None:
         try:
-            image, label = self.source.read(index)
+            image, label = self._image(index)
         except BadImage as error:
             self._judge(error)
             bad.append((error.file, error.reason))
@@ -139,6 +172,9 @@ class IndexedBatches(Dataset[Loaded]):
         # The counters are those of `key`, not of `index`: the image read in place of a bad one also has a key of its
         # own in this epoch, and is to be augmented differently there.
         return self.preparation(image, label, key, partial(self.source.file, index))
+
+    def _image(self, index: int) -> tuple[Image.Image | torch.Tensor, int]:
+        return self.source.pixels(index) if self.preparation.crops else self.source.read(index)
 
     def _judge(self, error: BadImage) -> None:
         """Raise an error if loading has to end because of an unreadable image."""
@@ -188,7 +224,7 @@ class StreamBatches(IterableDataset[Loaded]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         count, samples = 0, []
-        mine = islice(self.source.stream(), self.keep[0], None, self.keep[1])
+        mine = islice(self.source.stream(self.preparation.crops), self.keep[0], None, self.keep[1])
         for count, (image, label) in enumerate(mine, start=1):
             self._judge()
             batch = (count - 1) // self.rows * workers + worker

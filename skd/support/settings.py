@@ -24,6 +24,7 @@ KD_TEACHERS = ("original", "larger", "both")
 SAMPLINGS = ("uniform", "small", "sandwich")  # of the entries that are trained
 AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
+AUGMENT_ON = ("auto", "device", "cpu")
 CONVENTIONS = ("full", "linear")  # how MACs are counted
 CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
 QK, V, NEURONS = ("joint", "balanced"), ("variance", "output"), ("taylor", "residual")  # the defaults come first
@@ -241,6 +242,11 @@ class TrainConfig:
     remode: str = _option(Augmentation.remode, "what random erasing fills in: const, rand or pixel (DeiT: pixel)")
     recount: int = _option(Augmentation.recount, "areas that random erasing fills (DeiT: 1)")
     aug_repeats: int = _option(3, "augmentations of each image drawn for an epoch, 1 is off (paper: on; DeiT: 3)")
+    augment_on: str = _option(
+        "auto",
+        "'device': workers only decode, crop and resize, the device does the rest batch by batch; 'cpu': the workers "
+        "do all, by timm's transform; 'auto': the device, where it has all that is asked for (same random numbers)",
+    )
 
     # Progressive importance-aware dropout
     target: float = _option(0.875, "share of the MACs that the smallest sub-network has removed (paper: 0.875)")
@@ -468,6 +474,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("importance", lambda v: v in IMPORTANCE, f"one of {IMPORTANCE}"),
     ("kd_teacher", lambda v: v in KD_TEACHERS, f"one of {KD_TEACHERS}"),
     ("entry_sampling", lambda v: v in SAMPLINGS, f"one of {SAMPLINGS}"),
+    ("augment_on", lambda v: v in AUGMENT_ON, f"one of {AUGMENT_ON}"),
     ("bad_images", lambda v: v in BAD_IMAGES, f"one of {BAD_IMAGES}"),
     ("convention", lambda v: v in CONVENTIONS, f"one of {CONVENTIONS}"),
 )
