@@ -57,8 +57,12 @@ CONTENDERS: dict[str, Contender] = {
     "loss, fitted start, original teaches": Contender(
         {"planner": "loss", "refit_start": True, "kd_teacher": "original"}
     ),
+    "loss, measured often": Contender({"planner": "loss", "planner_options": {"reach": 0.25}}),
+    "loss, measured often, original teaches": Contender(
+        {"planner": "loss", "planner_options": {"reach": 0.25}, "kd_teacher": "original"}
+    ),
     # And one option of planning or conversion at a time, not trained.
-    "loss, measured once a round, planned": Contender(plan={**LOSS, "reach": 1.0}),
+    "loss, measured often, planned": Contender(plan={**LOSS, "reach": 0.25}),
     "loss, Taylor between, planned": Contender(plan={**LOSS, "shape": "taylor"}),
     "loss, cross-entropy, planned": Contender(plan={**LOSS, "criterion": "cross_entropy"}),
     "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),

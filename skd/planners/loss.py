@@ -39,7 +39,7 @@ def loss(
     points: int = 6,
     criterion: str = "kl",
     shape: str = "linear",
-    reach: float = 0.25,
+    reach: float = 1.0,
 ) -> DropoutList:
     """The list grown by the operations with the smallest rise of the loss per MAC.
 
@@ -47,15 +47,15 @@ def loss(
     labels are needed; of a headless model, half the squared distance of the features. It is measured with one
     module at a time narrowed to each of about `points` widths, the others as in the last entry of `current`. Between
     these widths, and where a narrower one measures better, the greatest convex curve below them counts: a module's
-    coordinates then go one group after the other, in the order in which they cost more. The rises hold near the
-    widths at which they were measured, so that they are measured again after some operations.
+    coordinates then go one group after the other, in the order in which they cost more.
 
     Args:
         points: how many widths of a module are measured, 0 included; at least 1.
         criterion: "kl", as above; "cross_entropy", with the labels, where a batch has them and the model has a head.
         shape: of the rise between two measured widths: "linear" in the width; "taylor", in proportion to the Taylor
             scores of the coordinates between them (`skd.importance`).
-        reach: the share of the MACs left that may go before the rises are measured again, above 0, at most 1.
+        reach: the share of the MACs left that may go before the rises are measured again, above 0, at most 1. A rise
+            holds near the widths at which it was measured, so that it helps where few rounds remove much.
 
     Raises:
         ValueError: bad batches, none whose outputs are finite, points < 1, a reach out of its range, or another
