@@ -45,6 +45,19 @@ def names() -> list[str]:
     return [name for name in timm.list_models() if model_entrypoint(name).__module__ in modules]
 
 
+def structure(model: nn.Module) -> object:
+    """What two models have in common that differ in sizes alone: their layers, switches and names of parameters."""
+    layers = [
+        (name, type(layer), *sorted((key, repr(value)) for key, value in vars(layer).items() if _is_switch(value)))
+        for name, layer in model.named_modules()
+    ]
+    return (*layers, *(name for name, _ in model.named_parameters()))
+
+
+def _is_switch(value: object) -> bool:
+    return value is None or isinstance(value, str | bool)
+
+
 def seed_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
