@@ -115,8 +115,12 @@ def test_int8_of_torchao(entry: str) -> None:
     assert difference(found[0], sub) < 0.2
 
 
-# A dynamic batch for every entry, a static one (which takes seconds again, and differs in nothing else) for two.
-ONNX = [(entry, True) for entry in ENTRIES] + [("block skipped", False), ("both, crosswise", False)]
+# Each takes seconds. A static batch and most entries differ in nothing that the exporter has to know.
+USUAL = {"narrow", "both, crosswise", "nothing left"}
+ONNX = [pytest.param(entry, True, marks=[] if entry in USUAL else pytest.mark.slow) for entry in ENTRIES] + [
+    pytest.param("block skipped", False, marks=pytest.mark.slow),
+    pytest.param("both, crosswise", False, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("entry", "dynamic"), ONNX)
