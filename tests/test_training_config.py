@@ -77,6 +77,7 @@ BAD = {
     "validation_batch_size": [0],
     "bad_images": ["ignore"],
     "log_interval": [0],
+    "log": ["wandb", "", True],
     "seed": [-1, 2**32, 0.5, None],
 }
 
