@@ -55,6 +55,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     path = config["extra"]["sources"].get(page.file.src_uri)
     if path is None:
         return markdown
+    if "\n## " not in markdown:  # the room of a table of contents is for the page's tables
+        page.meta["hide"] = ["toc"]
     here = posixpath.dirname(page.file.src_uri)
 
     def moved(link: re.Match[str]) -> str:

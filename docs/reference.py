@@ -51,7 +51,11 @@ def pages() -> dict[str, str]:
 def python() -> str:
     """skd's public names, functions first."""
     rest = sorted(set(skd.__all__) - {*FUNCTIONS})
-    text = _listed("skd", "What `import skd` gives; [Using skd](../USE.md#from-python) shows it at work.")
+    text = _listed(
+        "skd",
+        "What `import skd` gives; [Using skd](../USE.md#from-python) shows it at work. What each field of "
+        "`skd.TrainConfig` means is in the table of [skd train](command-line.md#skd-train).",
+    )
     for title, names in {"Functions": FUNCTIONS, "Classes and settings": rest}.items():
         text += f"## {title}\n\n" + _names(skd, names, level=3)
     return text
@@ -75,6 +79,7 @@ def _listed(title: str, text: str) -> str:
 def _names(package: ModuleType, names: Iterable[str], level: int = 2) -> str:
     """Functions and classes of a package, each by the module that defines it: some modules have a function's name."""
     found = {name: getattr(package, name) for name in names}
+    found = dict(sorted(found.items(), key=lambda item: inspect.isclass(item[1])))  # functions first
     return "".join(
         _name(f"{value.__module__}.{value.__qualname__}", f"{package.__name__}.{name}", level)
         for name, value in found.items()
