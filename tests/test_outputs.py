@@ -121,7 +121,10 @@ LOST = {
     "plan": ["--json net.safetensors", "--json new", "--class-map net.safetensors --out net.safetensors"],
     "train": [
         *("--supernet run/supernet.safetensors", "--supernet folder/supernet.safetensors --resume auto"),
-        *(f"--json run/{name}" for name in ("run.json", "report/curve.png", "checkpoints/step-1", "history.jsonl")),
+        *(
+            f"--json run/{name}"
+            for name in ("run.json", "report/curve.png", "checkpoints/step-1", "tensorboard/x", "history.jsonl")
+        ),
         "--config run/sub-50.json --json run/sub-50.json",
     ],
     "extract": ["--out net.safetensors", "--json new"],

@@ -214,7 +214,7 @@ def test_the_number_of_architectures_is_that_of_the_table() -> None:
     assert f"{good} of the {names} names that timm {release} builds" in README
 
 
-@pytest.mark.parametrize("name", ["idea", "step"])
+@pytest.mark.parametrize("name", ["idea", "step", "loop", "widths"])
 def test_a_picture_is_what_its_script_draws(name: str) -> None:
     code = f"import {name}; sys.stdout.write({name}.picture())"
     assert (

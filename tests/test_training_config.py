@@ -78,6 +78,7 @@ BAD = {
     "bad_images": ["ignore"],
     "augment_on": ["gpu"],
     "log_interval": [0],
+    "log": ["wandb", "", True],
     "seed": [-1, 2**32, 0.5, None],
 }
 

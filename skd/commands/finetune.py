@@ -34,7 +34,7 @@ def run(given: argparse.Namespace) -> Document:
     from skd.data import seeded
 
     config, _ = options.settings(given, finetune_config())
-    check_given(given)
+    check_given(given, config)
     with seeded(config.seed, "weights"):  # a resumed run must start from the same weights, also if they are random
         model = work.plain_model(given, instead="extract a model from it, or skd train it")
     model = model.to(work.device(given))

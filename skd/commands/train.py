@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PRODUCT = "supernet.safetensors"
 CONVERTED = "converted.safetensors"  # the super-network that --model is converted to, in --out
 # What train and finetune both write to --out besides their networks.
-RECORDS = ("history.jsonl", "run.json", "report.md", "report/*", "checkpoints/*")
+RECORDS = ("history.jsonl", "run.json", "report.md", "report/*", "checkpoints/*", "tensorboard/*")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> Document:
         if given.group is not None:
             raise ValueError("--dry-run measures one process; run it without torchrun")
         return _dry_run(given, config, about)
-    check_given(given)
+    check_given(given, config)
     supernet, conversion = _supernet(given, config)
     batches = loaders(given, supernet.model, config)
     history = skd.train(
@@ -159,15 +159,19 @@ def add_run(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
     options.add_settings(parser, defaults)
 
 
-def check_given(given: argparse.Namespace) -> None:
-    """Check that --data and --out are given, which only --dry-run does without.
+def check_given(given: argparse.Namespace, config: TrainConfig) -> None:
+    """Check that --data and --out are given, which only --dry-run does without, and that --log can be served.
 
     Raises:
-        ValueError: one of them is not.
+        ValueError: --data or --out is not given.
+        ImportError: what --log needs is not installed.
     """
+    from skd.training.tracking import check_log
+
     for name in ("data", "out"):
         if getattr(given, name) is None:
             raise ValueError(f"--{name} is not given")
+    check_log(config.log, given.out)
 
 
 def loaders(given: argparse.Namespace, model: TimmModel, config: TrainConfig) -> Loaders:

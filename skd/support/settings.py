@@ -25,6 +25,7 @@ SAMPLINGS = ("uniform", "small", "sandwich")  # of the entries that are trained
 AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 AUGMENT_ON = ("auto", "device", "cpu")
+LOGS = ("tensorboard",)
 CONVENTIONS = ("full", "linear")  # how MACs are counted
 CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
 QK, V, NEURONS = ("joint", "balanced"), ("variance", "output"), ("taylor", "residual")  # the defaults come first
@@ -296,6 +297,11 @@ class TrainConfig:
     )
     bad_images: str = _option("skip", "'skip': leave out an image that cannot be read, count and warn; 'fail': stop")
     log_interval: int = _option(50, "steps between looks at the loss")
+    log: str | None = _option(
+        None,
+        "'tensorboard': also write the loss, the learning rate and the curve of sub-networks of every epoch to the "
+        "folder tensorboard of out, for TensorBoard; unset: not",
+    )
     seed: int = _option(0, "of everything random")
 
     def __post_init__(self) -> None:
@@ -476,6 +482,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("entry_sampling", lambda v: v in SAMPLINGS, f"one of {SAMPLINGS}"),
     ("augment_on", lambda v: v in AUGMENT_ON, f"one of {AUGMENT_ON}"),
     ("bad_images", lambda v: v in BAD_IMAGES, f"one of {BAD_IMAGES}"),
+    ("log", lambda v: v in LOGS, f"one of {LOGS}"),
     ("convention", lambda v: v in CONVENTIONS, f"one of {CONVENTIONS}"),
 )
 

@@ -29,6 +29,7 @@ stopping.py     signals, and the ways a run ends early
 
 history.py      what happened, epoch by epoch
 report.py       the same for people: Markdown and plots
+tracking.py     the same for TensorBoard
 screen.py       bars and lines
 dry_run.py      will it fit, how long will it take
 types.py        what these files hand to each other

@@ -22,6 +22,7 @@ from skd.training.loop import run_epochs
 from skd.training.resume import take_up_newest
 from skd.training.run import Run, make_run
 from skd.training.screen import Screen
+from skd.training.tracking import check_log
 from skd.training.types import Batches, Group
 from skd.vit import unwrapped
 from skd_kernels import build_info
@@ -60,7 +61,8 @@ def train(
             epoch that grows the list, so not an iterator. May be None where progressive_epochs is 0 and
             refit_start false.
         out: folder for supernet.safetensors (the best so far), dropout_list.json, history.jsonl, run.json and
-            checkpoints/. None: nothing is written, and signals are left alone.
+            checkpoints/, and with config.log the folder tensorboard/. None: nothing is written, and signals are left
+            alone.
         resume: "auto" goes on from the newest checkpoint in `out`, or starts where there is none. The run ends as if
             it had never stopped: with the same weights, bit for bit, on a CPU. It goes on from the network that the
             run began with, or any that it reached (this one, if it was stopped here), and on the same data: classes
@@ -81,11 +83,13 @@ def train(
         Diverged: the loss became NaN or infinite; names the last good checkpoint.
         Stopped: SIGTERM or SIGINT, after a checkpoint was written.
         OSError: something could not be written or read (full disk, vanished data set).
+        ImportError: config.log is "tensorboard", which is not installed.
         RankFailed: another process of the group failed, or died.
     """
     config = TrainConfig() if config is None else config
     supernet = unwrapped(supernet)
     _check(supernet, train_loader, val_loader, config, calibration, resume, group)
+    check_log(config.log, out)
     folder = None if out is None else _run_folder(out, resume, group)
     supernet.corrections, supernet.moments = {}, {}
     screen = Screen(console, verbose)
@@ -134,6 +138,7 @@ def finetune(
     if config.refit_start:
         raise ValueError("refit_start is true; a plain model has no smaller entries to fit: set it to false")
     _check(supernet, train_loader, val_loader, config, None, resume, group)
+    check_log(config.log, out)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)
     run = make_run(supernet, train_loader, val_loader, config, screen=screen, folder=folder, plain=True, group=group)

@@ -41,6 +41,8 @@ def run_epochs(run: Run) -> History:
             _remaining_epochs(run)
     finally:
         run.stepper.release()
+        if run.tracker is not None:
+            run.tracker.close()
         supernet.scores = None
         supernet.grad_checkpointing = checkpointing
         supernet.train(training)
@@ -53,6 +55,7 @@ def _remaining_epochs(run: Run) -> None:
     try:
         if run.step == 0 and run.history.original_top1 is None:
             measure_original(run)
+        run.begin_tracking()
         while run.position.epoch < run.config.epochs:
             _one_epoch(run)
     except StopAll as stop:
@@ -87,6 +90,7 @@ def _one_epoch(run: Run) -> None:
         with seconds("evaluate"):
             evaluate_epoch(run, row)
     run.history.epochs.append(row)
+    run.track(row)
     run.position = Position(position.epoch + 1, StepLog(group=run.group))
     row.seconds = seconds.all()
     with seconds("checkpoint"):

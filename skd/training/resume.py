@@ -16,7 +16,9 @@ from skd.training.run import Position, Run
 
 # Settings that a resumed run may change, because they do not change what it computes. The CUDA graph is one: it
 # changes only how the learning rate is rounded.
-_OPERATIONAL = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1", "cuda_graph"}
+_OPERATIONAL = {
+    *("workers", "log_interval", "log", "checkpoint_hist", "checkpoint_steps", "expected_top1", "cuda_graph"),
+}
 
 
 def write_checkpoint(run: Run) -> Path:

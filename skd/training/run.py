@@ -17,7 +17,7 @@ from skd.support.settings import TrainConfig
 from skd.training import checkpoints
 from skd.training.batches import repeatable
 from skd.training.checkpoints import Origin
-from skd.training.history import History, StepLog
+from skd.training.history import Epoch, History, StepLog
 from skd.training.online import OnlineImportance
 from skd.training.optimizer import Scheduler, make_scheduler
 from skd.training.origin import origin
@@ -25,6 +25,7 @@ from skd.training.screen import Screen
 from skd.training.state import StepState, make_state
 from skd.training.step import Stepper
 from skd.training.stopping import Diverged, StopSignal
+from skd.training.tracking import FOLDER, Tracker
 from skd.training.types import Batches, Group
 
 
@@ -63,6 +64,7 @@ class Run:
         position: the epoch of the next step, and how far the run has come in it.
         best_state: the weights of the best epoch so far, on the CPU.
         compiles: the next step waits for the compiler.
+        tracker: for TensorBoard, of rank 0, once the epochs begin.
         finite: on the device, whether all losses, and the weights when they were looked at, were finite.
     """
 
@@ -83,6 +85,7 @@ class Run:
     compiles: bool
     history: History = field(default_factory=History)
     best_state: dict[str, torch.Tensor] | None = None
+    tracker: Tracker | None = None
     stop: StopSignal = field(default_factory=StopSignal)
 
     @property
@@ -152,6 +155,18 @@ class Run:
         with together(self.group):
             if self.folder is not None and self.state.rank == 0:
                 save(extract(averaged, entry=0) if self.plain else averaged, self.product)
+
+    def begin_tracking(self) -> None:
+        """Open the files for TensorBoard, if the settings ask for them."""
+        with together(self.group):
+            if self.config.log is not None and self.folder is not None and self.state.rank == 0:
+                self.tracker = Tracker(self.folder / FOLDER, self.history)
+
+    def track(self, row: Epoch) -> None:
+        """Give an epoch to TensorBoard; before its checkpoint, since a resumed run does not come back to it."""
+        with together(self.group):
+            if self.tracker is not None:
+                self.tracker.add(row)
 
     def write_records(self) -> None:
         """history.jsonl, and dropout_list.json of a super-network; whole each time."""
