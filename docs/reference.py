@@ -18,7 +18,7 @@ import skd_kernels
 from skd import cli
 from skd.commands import COMMANDS
 
-# The public names in the order of the method; all that remain follow.
+# The public functions in the order of the method; all that remain follow.
 FUNCTIONS = (
     *("create_model", "convert", "importance", "plan", "train", "finetune", "extract", "compensate", "moments"),
     *("evaluate", "cost", "save", "load"),
@@ -50,13 +50,14 @@ def pages() -> dict[str, str]:
 
 def python() -> str:
     """skd's public names, functions first."""
-    rest = sorted(set(skd.__all__) - {*FUNCTIONS})
+    classes = [name for name in skd.__all__ if inspect.isclass(getattr(skd, name))]
+    others = [name for name in skd.__all__ if name not in (*FUNCTIONS, *classes)]
     text = _listed(
         "skd",
         "What `import skd` gives; [Using skd](../USE.md#from-python) shows it at work. What each field of "
         "`skd.TrainConfig` means is in the table of [skd train](command-line.md#skd-train).",
     )
-    for title, names in {"Functions": FUNCTIONS, "Classes and settings": rest}.items():
+    for title, names in {"Functions": (*FUNCTIONS, *others), "Classes": classes}.items():
         text += f"## {title}\n\n" + _names(skd, names, level=3)
     return text
 
