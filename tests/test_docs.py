@@ -37,8 +37,12 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     full = skd.cost(skd.load("run/supernet.safetensors"))
     assert skd.cost(skd.load("half.safetensors")).macs <= full.macs / 2
     assert skd.cost(skd.load("small.safetensors")).params <= 30_000
+    from skd.export import read_manifest
+
+    assert len(read_manifest("sizes")) == 2
     names: dict[str, Any] = {}
-    exec(compile(snippet(TUTORIAL, "use"), "TUTORIAL.md", "exec"), names)
+    for name in ("use", "family"):
+        exec(compile(snippet(TUTORIAL, name), "TUTORIAL.md", "exec"), names)
     assert names["program"].module()(names["images"]).shape == (4, 10)
 
 

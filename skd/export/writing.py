@@ -88,7 +88,7 @@ def export(
         out: a new or empty folder for "timm" or with `shares`; otherwise a file, which is replaced.
         macs, params, entry, convention, corrected: one sub-network, as for `skd.extract`; none for a plain model.
         shares: instead of these, a share of the MACs for each of several sub-networks. `out` then gets one file or
-            folder for each, and a manifest.json (`skd.export.read_manifest`).
+            folder for each, and a manifest.json (``from skd.export import read_manifest`` reads it).
         top1: top-1 in percent, by entry, where it is known; for the manifest.
         compiled: of "pt2": whether the package is written, which takes a minute. None: where there is a compiler.
         device: of "pt2": where the files run.
