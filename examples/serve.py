@@ -30,6 +30,7 @@ class Server:
         entries = sorted({round(last * step / (sizes - 1)) for step in range(sizes)})
         data = timm.data.resolve_model_data_config(family.model)
         self.transform = timm.data.create_transform(**data)
+        self.mode = "L" if data["input_size"][0] == 1 else "RGB"  # Pillow's names
         self.labels = family.model.pretrained_cfg.get("label_names")
         image = torch.zeros(1, *data["input_size"])
         self.sizes = [(milliseconds(family.sizes[entry], image), family.sizes[entry]) for entry in entries]
@@ -66,7 +67,7 @@ def create_app(family: skd.Family | None = None):
     @app.post("/predict")
     def predict(target_ms: float, body: bytes = Body(media_type="application/octet-stream")) -> dict:
         image = Image.open(io.BytesIO(body))
-        return server.answer(server.transform(image.convert("RGB")), target_ms)
+        return server.answer(server.transform(image.convert(server.mode)), target_ms)
 
     @app.get("/sizes")
     def sizes() -> list[dict]:

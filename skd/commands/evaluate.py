@@ -59,12 +59,13 @@ def run(given: argparse.Namespace) -> Document:
     work.check_no_weights(given)
     supernet = work.supernet(given.supernet, where)
     batches = work.validation(given, supernet.model)
-    if given.compensate is not None:
-        skd.compensate(supernet, entries=_measured(given, supernet))
+    measured = _measured(given, supernet)
+    if given.compensate is not None and measured:
+        skd.compensate(supernet, entries=measured)
     work.print_corrections(work.corrections(supernet), "they are measured with their corrections")
     if given.entry is None and given.macs is None and given.params is None:
         return _curve(given, supernet, batches)
-    (entry,) = _measured(given, supernet)
+    (entry,) = measured
     (top1,) = skd.evaluate(
         supernet, batches, entries=[entry], progress=work.progress("Evaluating"), group=given.group
     )

@@ -75,7 +75,7 @@ def train_loader(
         device: where images are normalised and left; None: on the CPU.
         augment_on: "device": workers only decode, crop and resize, and the device does the rest, batch by batch, to
             the same random numbers, within 2 of 255 of timm's pixels after the resize and 1 of 255 for each operation
-            that moves them; "cpu": timm's transform in the workers, to the last bit; "auto": "device", unless the
+            that moves them (which a later solarize, posterize or equalize can magnify); "cpu": timm's transform in the workers, to the last bit; "auto": "device", unless the
             augmentation has something that it cannot do (`aa` with augmix or a blur, `train_interpolation` other
             than bilinear and bicubic).
         augmentation: fields of `Augmentation`, in timm's names: scale, ratio, hflip, vflip, color_jitter, aa, reprob,
@@ -314,7 +314,7 @@ def loaders(
     )
     train = loader_of(sources.train, images, training)
     validation = loader_of(sources.validation, images, shared)
-    if not config.growing_epochs:
+    if not (config.growing_epochs or config.refit_start):
         return Loaders(train, validation, None)
     return Loaders(train, validation, calibration(sources.calibration, model, config, group))
 
