@@ -75,9 +75,9 @@ def train_loader(
         device: where images are normalised and left; None: on the CPU.
         augment_on: "device": workers only decode, crop and resize, and the device does the rest, batch by batch, to
             the same random numbers, within 2 of 255 of timm's pixels after the resize and 1 of 255 for each operation
-            that moves them (which a later solarize, posterize or equalize can magnify); "cpu": timm's transform in the workers, to the last bit; "auto": "device", unless the
-            augmentation has something that it cannot do (`aa` with augmix or a blur, `train_interpolation` other
-            than bilinear and bicubic).
+            that moves them (which a later solarize, posterize or equalize can magnify); "cpu": timm's transform in
+            the workers, to the last bit; "auto": "device", unless the augmentation has something that it cannot do
+            (`aa` with augmix or a blur, `train_interpolation` other than bilinear and bicubic).
         augmentation: fields of `Augmentation`, in timm's names: scale, ratio, hflip, vflip, color_jitter, aa, reprob,
             remode, recount, train_interpolation.
 
