@@ -38,7 +38,7 @@ WHAT = (
 
 @dataclass(frozen=True)
 class Resources:
-    """The resources of one thread or block. If `stack` or `local`, in bytes, is above zero, registers are spilled."""
+    """The resources of one thread or block. Spilled registers take `stack` or `local` memory, in bytes."""
 
     registers: int
     stack: int
@@ -101,6 +101,10 @@ def compile_launch(launch: Launch, architecture: int) -> Resources:
     if found is None:
         raise RuntimeError(f"cuobjdump does not report the resources of {launch.name}: {report}")
     registers, stack, local = map(int, found.groups())
+    # The call of a subroutine, such as the slow path of a division, may write to a stack what nothing reads again.
+    # A spilled register is read again.
+    if stack and "LDL" not in machine_code(compiled):
+        stack = 0
     return Resources(registers, stack, local, compiled.metadata.shared, 32 * launch.num_warps, launch.resident)
 
 
