@@ -39,7 +39,7 @@ from skd.extract import extract
 from skd.moments import FeatureMoments
 from skd.supernet import SuperNet
 from skd.support.devices import usable_device
-from skd.support.outputs import replacing
+from skd.support.outputs import replacing, usual_mode
 from skd.support.taps import frozen
 from skd.vit import Module, Network, OutputLayer, TimmModel, describe, image_size, probe, unwrapped
 from skd.vit.construction import Construction, build, construction
@@ -228,9 +228,7 @@ def _write(tensors: dict[str, torch.Tensor], header: Header, path: Path) -> None
         raise OSError(f"the file could not be written: {error}") from None
     except RuntimeError as error:  # tied tensors
         raise ValueError(f"obj cannot be saved: {error}") from None
-    mask = os.umask(0)  # safetensors makes files that only their owner can read
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    usual_mode(path)
 
 
 def _read(path: Path, device: str | torch.device) -> tuple[Header, dict[str, torch.Tensor]]:

@@ -131,7 +131,9 @@ def test_a_model_of_timms_names_keeps_its_name(tmp_path: Path) -> None:
     model = timm.create_model("deit3_small_patch16_224", **size).eval()
     (member,) = skd.export(model, tmp_path / "out")
     assert member["layout"] == "timm" and member["entry"] is None
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "deit3_small_patch16_224"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "deit3_small_patch16_224"
+    assert not {"license", "tag"} & config["pretrained_cfg"].keys()  # of timm's weights of that name
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert torch.equal(again(IMAGES), model(IMAGES))
 
@@ -275,6 +277,14 @@ def test_a_plain_model_has_no_budget(tmp_path: Path) -> None:
         skd.export(torch.nn.Linear(1, 1), tmp_path / "new")
 
 
+@pytest.mark.parametrize("entry", [0, 2], ids=["timm", "model.py"])
+def test_all_files_have_the_usual_permissions(entry: int, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    skd.export(supernet(), tmp_path / "out", entry=entry)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+
+
 def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a family, and where a file is replaced."""
     (tmp_path / "sub.pt2").write_text("before")
@@ -325,7 +335,8 @@ class Uploads:
     def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
         assert repo_id == "me/net" and private and exist_ok
 
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: str) -> Any:
+        assert delete_patterns == "*"
         Uploads.files = {path.relative_to(folder_path).as_posix(): path for path in folder_path.rglob("*")}
         Uploads.card = Uploads.files["README.md"].read_text()
         Uploads.code = re.findall(r"```python\n(.*?)```", Uploads.card, flags=re.DOTALL)
