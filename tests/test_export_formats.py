@@ -173,14 +173,57 @@ def test_pt2(program: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_a_compiled_package(tmp_path: Path) -> None:
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
     network = supernet()
     (member,) = skd.export(network, tmp_path / "sub.pt2", format="pt2", entry=3)
     assert set(member["files"]) == {"sub.pt2", "sub.aoti.pt2"}
     package = torch._inductor.aoti_load_package(str(compiled_path(tmp_path / "sub.pt2")))
     for count in (1, 4):
         torch.testing.assert_close(package(IMAGES[:count]), expected(network, 3)[:count], rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiler_is_the_one_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not any that is there: AOTInductor does not look for clang++ where g++ is missing."""
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    assert not has_compiler()
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+        skd.export(tiny_vit(torch.float32), "never.pt2", format="pt2", compiled=True)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "c++")
+    assert has_compiler()
+
+
+def test_an_older_compiled_package_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(model: Any, path: Path, compiled: bool | None, **_: Any) -> str:
+        path.write_text("program")
+        if compiled:
+            compiled_path(path).write_text("package")
+        return "pt2"
+
+    monkeypatch.setitem(writing.FORMATS, "pt2", writing.Format(".pt2", written))
+    package = tmp_path / "sub.aoti.pt2"
+    for compiled in (True, False):
+        skd.export(tiny_vit(torch.float32), tmp_path / "sub.pt2", format="pt2", compiled=compiled)
+        assert package.exists() == compiled
+    package.mkdir()
+    with pytest.raises(ValueError, match=r"sub\.aoti\.pt2', a folder; it must be a file"):
+        skd.export(tiny_vit(torch.float32), tmp_path / "sub.pt2", format="pt2", compiled=True)
+
+
+def test_a_link_is_judged_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        writing.FORMATS, "onnx", writing.Format(".onnx", lambda model, path: str(path.write_text("new")))
+    )
+    (tmp_path / "latest.onnx").symlink_to("first")
+    skd.export(tiny_vit(torch.float32), tmp_path / "latest.onnx", format="onnx")
+    assert (tmp_path / "latest.onnx").is_symlink() and (tmp_path / "first").read_text() == "new"
 
 
 def test_corrections_are_folded_in(tmp_path: Path) -> None:
@@ -215,7 +258,20 @@ def test_a_family_has_a_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/passwd", "a/../../secret", "", ".", "c:secret", "a\\b", "link", "folder/secret", "gone", 3],
+    [
+        "../secret",
+        "/etc/passwd",
+        "a/../../secret",
+        "",
+        ".",
+        "c:secret",
+        "a\\b",
+        "link",
+        "folder/secret",
+        "gone",
+        "long" * 2000,
+        3,
+    ],
 )
 def test_a_manifest_cannot_lead_out_of_its_folder(name: Any, tmp_path: Path) -> None:
     folder, outside = tmp_path / "family", tmp_path / "outside"

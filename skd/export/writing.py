@@ -85,7 +85,8 @@ def export(
 
     Args:
         network: a super-network, or a plain model such as `skd.finetune` leaves; not changed.
-        out: a new or empty folder for "timm" or with `shares`; otherwise a file, which is replaced.
+        out: a new or empty folder for "timm" or with `shares`; otherwise a file, which is replaced; a
+            package beside a "pt2" goes with it.
         macs, params, entry, convention, corrected: one sub-network, as for `skd.extract`; none for a plain model.
         shares: instead of these, a share of the MACs for each of several sub-networks. `out` then gets one file or
             folder for each, and a manifest.json (``from skd.export import read_manifest`` reads it).
@@ -108,6 +109,9 @@ def export(
     choices = _choices(network, macs, params, entry, shares, convention)
     ending = FORMATS[format].ending
     place = _place(out, ending if shares is None else "")
+    package = pt2.compiled_path(place) if format == "pt2" and shares is None else None
+    if package is not None:
+        output_file(package, "the compiled package")
     members = list[Member]()
     with temporary_folder(place) as work:
         family = work / "family"
@@ -118,6 +122,8 @@ def export(
             member["layout"] = write(model, own / name)
             member["files"] = digests(own)
             members.append(member)
+            if package is not None:
+                package.unlink(missing_ok=True)  # of the program that is replaced now
             _move(own, place.parent if shares is None else family)
         if shares is not None:
             write_manifest(family, members)
@@ -206,7 +212,7 @@ def _place(out: str | os.PathLike[str], ending: str) -> Path:
     if not ending:
         return new_folder(out)
     place = output_file(out, "out")
-    if place.suffix != ending:
+    if Path(out).suffix != ending:  # not that of a file that a link leads to
         raise ValueError(f"out is {str(out)!r}; the name of such a file must end in {ending}")
     return place
 
