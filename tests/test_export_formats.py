@@ -236,6 +236,16 @@ def test_corrections_are_folded_in(tmp_path: Path) -> None:
         torch.testing.assert_close(standalone.load(tmp_path / name)(IMAGES), sub(IMAGES))
 
 
+def test_moments_are_a_correction_too(tmp_path: Path) -> None:
+    network = supernet()
+    skd.moments(network, random_batches(dtype=torch.float32))
+    for corrected in ("moments", True):
+        (member,) = skd.export(network, tmp_path / str(corrected), entry=2, corrected=corrected)
+        assert member["compensated"] is (corrected == "moments")
+        sub = skd.extract(network, entry=2, corrected=corrected)
+        torch.testing.assert_close(standalone.load(tmp_path / str(corrected))(IMAGES), sub(IMAGES))
+
+
 def test_a_family_has_a_manifest(tmp_path: Path) -> None:
     network = supernet()
     (tmp_path / "out").mkdir()
@@ -314,6 +324,8 @@ def test_a_damaged_manifest(text: str, tmp_path: Path) -> None:
         ("new", {"macs": 0.01}, "smallest sub-network"),
         ("new", {"entry": 9}, "entry is 9"),
         ("new", {"entry": 0, "compiled": True}, "goes with 'pt2' alone"),
+        ("new", {"entry": 0, "compiled": False}, "compiled is False, .* goes with 'pt2' alone"),
+        ("new", {"entry": 0, "top1": {9: 80.0}}, "entry is 9"),
         ("new", {"entry": 0, "device": "nonsense"}, "device is 'nonsense'"),
     ],
 )
@@ -329,6 +341,9 @@ def test_mistakes(out: str, options: dict[str, Any], told: str, tmp_path: Path) 
 def test_a_plain_model_has_no_budget(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="macs is given with a plain model"):
         skd.export(tiny_vit(torch.float32), tmp_path / "new", macs=0.5)
+    for name, value in {"convention": "linear", "corrected": False, "top1": {0: 80.0}}.items():
+        with pytest.raises(ValueError, match=f"{name} is .*, with a plain model"):
+            skd.export(tiny_vit(torch.float32), tmp_path / "new", **{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a"):
         skd.export(torch.nn.Linear(1, 1), tmp_path / "new")
 
@@ -460,7 +475,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     skd.save(network, "net.safetensors")
     skd.save(skd.extract(network, entry=2), "sub.safetensors")
     half = choose_entry(network, macs=0.5)
-    Path("top1.json").write_text(json.dumps({"curve": [{"entry": half, "top1": 66.0}]}))
+    Path("top1.json").write_text(
+        json.dumps({"curve": [{"entry": half, "top1": 66.0, "macs": skd.cost(network, entry=half).macs}]})
+    )
+    for name, entry in (("other", half), ("more", 9)):
+        Path(f"{name}.json").write_text(json.dumps({"entry": entry, "top1": 66.0, "macs": 1}))
     common = ["export", "--supernet", "net.safetensors", "--json", "out.json"]
     assert main([*common, "--entry", "0", "--out", "full"]) == 0
     assert "timm alone loads it" in capsys.readouterr().out
@@ -474,6 +493,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--supernet", "sub.safetensors", "--entry", "0"], "which is for --model"),
         (["--model", "net.safetensors"], "which is for --supernet"),
         (["--supernet", "net.safetensors"], "exactly one of"),
+        (["--supernet", "net.safetensors", "--all", "1", "--evaluated", "other.json"], "of another super-network"),
+        (["--supernet", "net.safetensors", "--all", "1", "--evaluated", "more.json"], "entry is 9"),
+        (["--supernet", "net.safetensors", "--entry", "2", "--compensate", "moments"], "moments"),
+        (["--model", "sub.safetensors", "--uncorrected"], "corrected is False, with a plain model"),
+        (["--model", "sub.safetensors", "--evaluated", "top1.json"], "top1 is"),
+        (["--model", "sub.safetensors", "--no-compiled"], "compiled is False, but format is 'timm'"),
         (["--supernet", "net.safetensors", "--all", "1", "--evaluated", "net.safetensors"], "--evaluated is"),
     ):
         assert main(["export", *more, "--out", "new"]) == 2
