@@ -463,6 +463,18 @@ def test_push_to_hub(options: dict[str, Any], program: Path, monkeypatch: pytest
     assert ("71.25" in card) and ("manifest.json" in Uploads.files) == ("shares" in options)
 
 
+@pytest.mark.parametrize("classes", [0, 5])
+def test_the_card_of_a_plain_model(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was cut out of nothing, and perhaps does not classify; timm's default weights have a license, not these."""
+    cards = []
+    monkeypatch.setattr(hub, "upload", lambda folder, *_, **__: cards.append((folder / "README.md").read_text()))
+    size = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": classes}
+    skd.push_to_hub(timm.create_model("deit3_small_patch16_224", **size).eval(), "me/net")
+    (card,) = cards
+    assert "super-network" not in card and "license" not in card and "deit3_small_patch16_224" in card
+    assert ("image-classification" in card) == ("AutoModelForImageClassification" in card) == bool(classes)
+
+
 @pytest.mark.parametrize("repo", ["net", "me/", "a/b/c", 3])
 def test_a_name_that_is_no_repository(repo: Any) -> None:
     with pytest.raises(ValueError, match="repo_id is"):

@@ -15,7 +15,7 @@ from skd.export.writing import FORMATS, Options, export
 from skd.supernet import SuperNet
 from skd.support.curve import Rows, entries_within, sizes_of
 from skd.support.settings import TrainConfig
-from skd.vit import unwrapped
+from skd.vit import TimmModel, unwrapped
 
 
 def push_to_hub(
@@ -52,10 +52,10 @@ def push_to_hub(
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         members = _exported(network, folder, options)
-        model = network.model if isinstance(network, SuperNet) else network
+        model: TimmModel = network.model if isinstance(network, SuperNet) else network
         about = getattr(model, "pretrained_cfg", {})
         named = about.get("architecture")
-        text = card(repo_id, members, _curve(network, options), named, license)
+        text = card(repo_id, members, _curve(network, options), named, license, model.num_classes)
         (folder / "README.md").write_text(text, encoding="utf-8")
         return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
