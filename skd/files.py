@@ -179,7 +179,7 @@ def _with_moments(supernet: SuperNet, header: Header, tensors: dict[str, torch.T
     """`supernet` with the moments that the header lists; their tensors are taken out of `tensors`."""
     modules, found = {module.name: module for module in supernet.infos}, dict[str, FeatureMoments]()
     for name in header.get("moments", []):
-        own = (tensors.pop(f"{_moments_prefix(modules[name])}.{kind}").cpu() for kind in FeatureMoments._fields)
+        own = (tensors.pop(f"{_moments_prefix(modules[name])}.{kind}") for kind in FeatureMoments._fields)
         found[name] = FeatureMoments(*own)
     supernet.moments = found
     return supernet
@@ -235,11 +235,15 @@ def _read(path: Path, device: str | torch.device) -> tuple[Header, dict[str, tor
     if not path.is_file():
         raise ValueError(f"path is {str(path)!r}; there is no such file")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
                 raise ValueError(f"path {str(path)!r} is a safetensors file, but skd did not write it")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Moments stay on the CPU; there every tensor is pages of the file.
+            state = {
+                key: file.get_tensor(key).to("cpu" if key.startswith("moments.") else device)
+                for key in file.keys()  # noqa: SIM118 (not a dict)
+            }
     except SafetensorError as error:
         raise ValueError(f"path {str(path)!r} is truncated, padded or no safetensors file: {error}") from None
     try:
