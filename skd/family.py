@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TypedDict
@@ -95,6 +96,7 @@ class Family:
         if not isinstance(supernet, SuperNet):
             raise ValueError(f"path is {str(path)!r}, a plain model; a family is opened from a super-network's file")
         self._supernet, self.model = supernet.requires_grad_(False), supernet.model
+        supernet.moments = {}  # corrections are made of them, not run with them; they may be larger than the weights
         rows = sizes_of(supernet, range(len(supernet.dropout_list)))
         self.sizes = tuple(
             Size(
@@ -123,7 +125,12 @@ class Family:
 
         A budget that was asked for before is looked up.
         """
-        return self.sizes[self._chosen(macs=macs, params=params, entry=entry, convention=convention)]
+        choose: Callable[..., int] = self._chosen
+        try:
+            hash((macs, params, entry, convention))
+        except TypeError:  # a list, for example, cannot be looked up
+            choose = partial(choose_entry, self._supernet)
+        return self.sizes[choose(macs=macs, params=params, entry=entry, convention=convention)]
 
     def memory(self) -> Memory:
         """What the family holds in memory, and what copies would take."""

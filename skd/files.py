@@ -39,7 +39,7 @@ from skd.extract import extract
 from skd.moments import FeatureMoments
 from skd.supernet import SuperNet
 from skd.support.devices import usable_device
-from skd.support.outputs import replacing
+from skd.support.outputs import replacing, usual_mode
 from skd.support.taps import frozen
 from skd.vit import Module, Network, OutputLayer, TimmModel, describe, image_size, probe, unwrapped
 from skd.vit.construction import Construction, build, construction
@@ -179,7 +179,7 @@ def _with_moments(supernet: SuperNet, header: Header, tensors: dict[str, torch.T
     """`supernet` with the moments that the header lists; their tensors are taken out of `tensors`."""
     modules, found = {module.name: module for module in supernet.infos}, dict[str, FeatureMoments]()
     for name in header.get("moments", []):
-        own = (tensors.pop(f"{_moments_prefix(modules[name])}.{kind}").cpu() for kind in FeatureMoments._fields)
+        own = (tensors.pop(f"{_moments_prefix(modules[name])}.{kind}") for kind in FeatureMoments._fields)
         found[name] = FeatureMoments(*own)
     supernet.moments = found
     return supernet
@@ -228,20 +228,22 @@ def _write(tensors: dict[str, torch.Tensor], header: Header, path: Path) -> None
         raise OSError(f"the file could not be written: {error}") from None
     except RuntimeError as error:  # tied tensors
         raise ValueError(f"obj cannot be saved: {error}") from None
-    mask = os.umask(0)  # safetensors makes files that only their owner can read
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    usual_mode(path)
 
 
 def _read(path: Path, device: str | torch.device) -> tuple[Header, dict[str, torch.Tensor]]:
     if not path.is_file():
         raise ValueError(f"path is {str(path)!r}; there is no such file")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
                 raise ValueError(f"path {str(path)!r} is a safetensors file, but skd did not write it")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Moments stay on the CPU; there every tensor is pages of the file.
+            state = {
+                key: file.get_tensor(key).to("cpu" if key.startswith("moments.") else device)
+                for key in file.keys()  # noqa: SIM118 (not a dict)
+            }
     except SafetensorError as error:
         raise ValueError(f"path {str(path)!r} is truncated, padded or no safetensors file: {error}") from None
     try:

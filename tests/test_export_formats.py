@@ -131,7 +131,9 @@ def test_a_model_of_timms_names_keeps_its_name(tmp_path: Path) -> None:
     model = timm.create_model("deit3_small_patch16_224", **size).eval()
     (member,) = skd.export(model, tmp_path / "out")
     assert member["layout"] == "timm" and member["entry"] is None
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "deit3_small_patch16_224"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "deit3_small_patch16_224"
+    assert not {"license", "tag"} & config["pretrained_cfg"].keys()  # of timm's weights of that name
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     assert torch.equal(again(IMAGES), model(IMAGES))
 
@@ -171,14 +173,57 @@ def test_pt2(program: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_a_compiled_package(tmp_path: Path) -> None:
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
     network = supernet()
     (member,) = skd.export(network, tmp_path / "sub.pt2", format="pt2", entry=3)
     assert set(member["files"]) == {"sub.pt2", "sub.aoti.pt2"}
     package = torch._inductor.aoti_load_package(str(compiled_path(tmp_path / "sub.pt2")))
     for count in (1, 4):
         torch.testing.assert_close(package(IMAGES[:count]), expected(network, 3)[:count], rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiler_is_the_one_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not any that is there: AOTInductor does not look for clang++ where g++ is missing."""
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    assert not has_compiler()
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+        skd.export(tiny_vit(torch.float32), "never.pt2", format="pt2", compiled=True)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "c++")
+    assert has_compiler()
+
+
+def test_an_older_compiled_package_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(model: Any, path: Path, compiled: bool | None, **_: Any) -> str:
+        path.write_text("program")
+        if compiled:
+            compiled_path(path).write_text("package")
+        return "pt2"
+
+    monkeypatch.setitem(writing.FORMATS, "pt2", writing.Format(".pt2", written))
+    package = tmp_path / "sub.aoti.pt2"
+    for compiled in (True, False):
+        skd.export(tiny_vit(torch.float32), tmp_path / "sub.pt2", format="pt2", compiled=compiled)
+        assert package.exists() == compiled
+    package.mkdir()
+    with pytest.raises(ValueError, match=r"sub\.aoti\.pt2', a folder; it must be a file"):
+        skd.export(tiny_vit(torch.float32), tmp_path / "sub.pt2", format="pt2", compiled=True)
+
+
+def test_a_link_is_judged_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        writing.FORMATS, "onnx", writing.Format(".onnx", lambda model, path: str(path.write_text("new")))
+    )
+    (tmp_path / "latest.onnx").symlink_to("first")
+    skd.export(tiny_vit(torch.float32), tmp_path / "latest.onnx", format="onnx")
+    assert (tmp_path / "latest.onnx").is_symlink() and (tmp_path / "first").read_text() == "new"
 
 
 def test_corrections_are_folded_in(tmp_path: Path) -> None:
@@ -189,6 +234,16 @@ def test_corrections_are_folded_in(tmp_path: Path) -> None:
         assert member["compensated"] is corrected
         sub = skd.extract(network, entry=2, corrected=corrected)
         torch.testing.assert_close(standalone.load(tmp_path / name)(IMAGES), sub(IMAGES))
+
+
+def test_moments_are_a_correction_too(tmp_path: Path) -> None:
+    network = supernet()
+    skd.moments(network, random_batches(dtype=torch.float32))
+    for corrected in ("moments", True):
+        (member,) = skd.export(network, tmp_path / str(corrected), entry=2, corrected=corrected)
+        assert member["compensated"] is (corrected == "moments")
+        sub = skd.extract(network, entry=2, corrected=corrected)
+        torch.testing.assert_close(standalone.load(tmp_path / str(corrected))(IMAGES), sub(IMAGES))
 
 
 def test_a_family_has_a_manifest(tmp_path: Path) -> None:
@@ -213,7 +268,20 @@ def test_a_family_has_a_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/passwd", "a/../../secret", "", ".", "c:secret", "a\\b", "link", "folder/secret", "gone", 3],
+    [
+        "../secret",
+        "/etc/passwd",
+        "a/../../secret",
+        "",
+        ".",
+        "c:secret",
+        "a\\b",
+        "link",
+        "folder/secret",
+        "gone",
+        "long" * 2000,
+        3,
+    ],
 )
 def test_a_manifest_cannot_lead_out_of_its_folder(name: Any, tmp_path: Path) -> None:
     folder, outside = tmp_path / "family", tmp_path / "outside"
@@ -256,6 +324,8 @@ def test_a_damaged_manifest(text: str, tmp_path: Path) -> None:
         ("new", {"macs": 0.01}, "smallest sub-network"),
         ("new", {"entry": 9}, "entry is 9"),
         ("new", {"entry": 0, "compiled": True}, "goes with 'pt2' alone"),
+        ("new", {"entry": 0, "compiled": False}, "compiled is False, .* goes with 'pt2' alone"),
+        ("new", {"entry": 0, "top1": {9: 80.0}}, "entry is 9"),
         ("new", {"entry": 0, "device": "nonsense"}, "device is 'nonsense'"),
     ],
 )
@@ -271,8 +341,19 @@ def test_mistakes(out: str, options: dict[str, Any], told: str, tmp_path: Path) 
 def test_a_plain_model_has_no_budget(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="macs is given with a plain model"):
         skd.export(tiny_vit(torch.float32), tmp_path / "new", macs=0.5)
+    for name, value in {"convention": "linear", "corrected": False, "top1": {0: 80.0}}.items():
+        with pytest.raises(ValueError, match=f"{name} is .*, with a plain model"):
+            skd.export(tiny_vit(torch.float32), tmp_path / "new", **{name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="model is a"):
         skd.export(torch.nn.Linear(1, 1), tmp_path / "new")
+
+
+@pytest.mark.parametrize("entry", [0, 2], ids=["timm", "model.py"])
+def test_all_files_have_the_usual_permissions(entry: int, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    skd.export(supernet(), tmp_path / "out", entry=entry)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +406,8 @@ class Uploads:
     def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> None:
         assert repo_id == "me/net" and private and exist_ok
 
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: str) -> Any:
+        assert delete_patterns == "*"
         Uploads.files = {path.relative_to(folder_path).as_posix(): path for path in folder_path.rglob("*")}
         Uploads.card = Uploads.files["README.md"].read_text()
         Uploads.code = re.findall(r"```python\n(.*?)```", Uploads.card, flags=re.DOTALL)
@@ -381,6 +463,18 @@ def test_push_to_hub(options: dict[str, Any], program: Path, monkeypatch: pytest
     assert ("71.25" in card) and ("manifest.json" in Uploads.files) == ("shares" in options)
 
 
+@pytest.mark.parametrize("classes", [0, 5])
+def test_the_card_of_a_plain_model(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was cut out of nothing, and perhaps does not classify; timm's default weights have a license, not these."""
+    cards = []
+    monkeypatch.setattr(hub, "upload", lambda folder, *_, **__: cards.append((folder / "README.md").read_text()))
+    size = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": classes}
+    skd.push_to_hub(timm.create_model("deit3_small_patch16_224", **size).eval(), "me/net")
+    (card,) = cards
+    assert "super-network" not in card and "license" not in card and "deit3_small_patch16_224" in card
+    assert ("image-classification" in card) == ("AutoModelForImageClassification" in card) == bool(classes)
+
+
 @pytest.mark.parametrize("repo", ["net", "me/", "a/b/c", 3])
 def test_a_name_that_is_no_repository(repo: Any) -> None:
     with pytest.raises(ValueError, match="repo_id is"):
@@ -393,7 +487,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     skd.save(network, "net.safetensors")
     skd.save(skd.extract(network, entry=2), "sub.safetensors")
     half = choose_entry(network, macs=0.5)
-    Path("top1.json").write_text(json.dumps({"curve": [{"entry": half, "top1": 66.0}]}))
+    Path("top1.json").write_text(
+        json.dumps({"curve": [{"entry": half, "top1": 66.0, "macs": skd.cost(network, entry=half).macs}]})
+    )
+    for name, entry in (("other", half), ("more", 9)):
+        Path(f"{name}.json").write_text(json.dumps({"entry": entry, "top1": 66.0, "macs": 1}))
     common = ["export", "--supernet", "net.safetensors", "--json", "out.json"]
     assert main([*common, "--entry", "0", "--out", "full"]) == 0
     assert "timm alone loads it" in capsys.readouterr().out
@@ -407,6 +505,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         (["--supernet", "sub.safetensors", "--entry", "0"], "which is for --model"),
         (["--model", "net.safetensors"], "which is for --supernet"),
         (["--supernet", "net.safetensors"], "exactly one of"),
+        (["--supernet", "net.safetensors", "--all", "1", "--evaluated", "other.json"], "of another super-network"),
+        (["--supernet", "net.safetensors", "--all", "1", "--evaluated", "more.json"], "entry is 9"),
+        (["--supernet", "net.safetensors", "--entry", "2", "--compensate", "moments"], "moments"),
+        (["--model", "sub.safetensors", "--uncorrected"], "corrected is False, with a plain model"),
+        (["--model", "sub.safetensors", "--evaluated", "top1.json"], "top1 is"),
+        (["--model", "sub.safetensors", "--no-compiled"], "compiled is False, but format is 'timm'"),
         (["--supernet", "net.safetensors", "--all", "1", "--evaluated", "net.safetensors"], "--evaluated is"),
     ):
         assert main(["export", *more, "--out", "new"]) == 2

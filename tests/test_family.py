@@ -128,11 +128,23 @@ def test_budgets_are_those_of_extract(tmp_path: Path) -> None:
             size = family.at(**choice)
             assert (size.macs, size.params) == (expected.macs, expected.params)
     assert family.at(macs=1.0).entry == 0 and family.at(macs=0.5) is family.at(macs=0.5)
-    for choice, told in (({"macs": 1}, "macs is 1, that is 1"), ({}, "exactly one"), ({"entry": 6}, "entry is 6")):
+    for choice, told in (
+        ({"macs": 1}, "macs is 1, that is 1"),
+        ({}, "exactly one"),
+        ({"entry": 6}, "entry is 6"),
+        ({"macs": [0.5]}, r"macs is \[0\.5\]"),
+    ):
         with pytest.raises(ValueError, match=told):
             family.at(**choice)
     with pytest.raises(ValueError, match="images is"):
         family.at(entry=0)(torch.zeros(3, 32, 32))
+
+
+def test_moments_are_not_kept(tmp_path: Path) -> None:
+    supernet = skd.SuperNet(tiny_vit(torch.float32))
+    skd.moments(supernet, random_batches(dtype=torch.float32))
+    _, family = saved(supernet, tmp_path)
+    assert supernet.moments and not family._supernet.moments
 
 
 def test_a_plain_model_is_no_family(tmp_path: Path) -> None:

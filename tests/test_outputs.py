@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
 from skd.cli import parsed
 from skd.commands import COMMANDS
-from skd.support.outputs import Files, check_files
+from skd.support.outputs import Files, check_files, new_folder, temporary_folder
 
 
 @pytest.fixture
@@ -174,3 +175,19 @@ def test_what_train_only_reads_or_does_not_touch_is_allowed(place: Path) -> None
     check_files(declared("train", "--supernet run/supernet.safetensors --dry-run"))
     with pytest.raises(ValueError, match="a file of --out"):
         check_files(declared("finetune", "--checkpoint run/converted.safetensors --json run/run.json"))
+
+
+def test_a_temporary_folder_is_its_own(tmp_path: Path) -> None:
+    """What another process has made stays, and a folder that is kept has the usual permissions."""
+    (tmp_path / f".out.{os.getpid()}").mkdir()
+    (tmp_path / "new").mkdir()
+    with temporary_folder(tmp_path / "out") as first, temporary_folder(tmp_path / "out") as second:
+        assert first != second and first.stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {f".out.{os.getpid()}", "new"}
+
+
+def test_a_mount_is_no_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    assert new_folder(tmp_path / "out") == tmp_path / "out"
+    with pytest.raises(ValueError, match="where a disk is mounted"):
+        new_folder(tmp_path)

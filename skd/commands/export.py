@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import skd
 from skd.commands import Command
@@ -12,6 +13,9 @@ from skd.commands import _arguments as options
 from skd.support.outputs import Files
 from skd.support.settings import CONVENTIONS
 from skd.support.types import Document
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # What loads each layout of `skd.export.Member`.
 _LOADED = {
@@ -44,7 +48,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="timm",
         help="a folder for timm, a file for ONNX Runtime, or a program of torch.export (default: %(default)s)",
     )
-    parser.add_argument(
+    corrected = parser.add_mutually_exclusive_group()
+    options.add_compensate(corrected)
+    corrected.add_argument(
         "--uncorrected", action="store_true", help="without the correction that skd plan --compensate has stored"
     )
     parser.add_argument(
@@ -89,28 +95,45 @@ def run(given: argparse.Namespace) -> Document:
         entry=given.entry,
         shares=given.all,
         convention=given.convention,
-        corrected=not given.uncorrected,
-        top1=None if given.evaluated is None else _top1(given.evaluated),
+        corrected=given.compensate or not given.uncorrected,
+        top1=None if given.evaluated is None else _top1(given.evaluated, network),
         compiled=given.compiled,
         device=given.device,
     )
+    correction = "a correction from the stored moments" if given.compensate else "its correction"
     for member in members:
         size = f"{work.count(member['macs'])} MACs (full), {member['params']:,} parameters"
         entry = "" if member["entry"] is None else f"entry {member['entry']}, "
-        more = "; with its correction folded in (skd plan --compensate)" if member["compensated"] else ""
+        more = f"; with {correction} folded in" if member["compensated"] else ""
         print(f"{', '.join(member['files'])}: {entry}{size}; {_LOADED[member['layout']]}{more}")
     return {"out": given.out, "format": given.format, "members": members}
 
 
-def _top1(file: str) -> dict[int, float]:
-    """Top-1 by entry, from what skd evaluate --json wrote of a super-network."""
+def _top1(file: str, network: nn.Module) -> dict[int, float]:
+    """Top-1 by entry, from what skd evaluate --json wrote of this super-network.
+
+    Raises:
+        ValueError: it is something else, or its entries have other sizes than those of the network.
+    """
+    from skd.support.curve import sizes_of
+
     try:
         document = json.loads(Path(file).read_text(encoding="utf-8"))
         rows = document.get("curve", [document])
-        return {int(row["entry"]): float(row["top1"]) for row in rows}
+        found = {int(row["entry"]): (float(row["top1"]), int(row["macs"])) for row in rows}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        what = error.strerror if isinstance(error, OSError) else "it has no top-1 of entries"
+        what = error.strerror if isinstance(error, OSError) else "it has no top-1 and MACs of entries"
         raise ValueError(f"--evaluated is {file!r}: {what}; it must be what skd evaluate --json wrote") from None
+    if isinstance(network, skd.SuperNet):  # `export` refuses a plain model
+        for entry, (_, macs) in found.items():
+            network.widths(entry)  # which refuses what is no entry
+            (size,) = sizes_of(network, [entry])
+            if size["macs"] != macs:
+                raise ValueError(
+                    f"--evaluated is {file!r}, of another super-network: its entry {entry} has {macs:,} MACs, "
+                    f"and here it has {size['macs']:,}"
+                )
+    return {entry: top1 for entry, (top1, _) in found.items()}
 
 
 COMMAND = Command(

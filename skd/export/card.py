@@ -15,6 +15,7 @@ _METHOD = (
     "by skd {version}: one Vision Transformer whose weights are sorted by how much they know, so that each size is a "
     "slice of it."
 )
+_PLAIN = "A Vision Transformer, exported by skd {version}."
 _TRANSFORM = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
 # How each layout is loaded from a repository {repo}, where it is the file or the folder {path}.
 _LOAD = {
@@ -59,7 +60,12 @@ model = timm.create_model("hf-hub:{{repo}}", pretrained=True).eval()
 
 
 def card(
-    repo: str, members: Mapping[str, Member], curve: Sequence[Row], architecture: str | None, license: str | None
+    repo: str,
+    members: Mapping[str, Member],
+    curve: Sequence[Row],
+    architecture: str | None,
+    license: str | None,
+    classes: int,
 ) -> str:
     """The page.
 
@@ -69,14 +75,17 @@ def card(
         curve: sizes of the super-network that they were cut out of; empty for a plain model.
         architecture: timm's name of the full network, or None.
         license: of the weights, as the hub calls it, or None.
+        classes: how many the network has; 0: its outputs are features.
     """
     layouts = {member["layout"] for member in members.values()}
     at_root = set(members) == {""} and layouts == {"timm"}
+    task = "image-classification" if classes else "image-feature-extraction"
+    cut = any(member["entry"] is not None for member in members.values())
     data = ModelCardData(
         license=license,
         library_name="timm" if at_root else None,
-        pipeline_tag="image-classification",
-        tags=["image-classification", "skd", *(["timm"] if layouts <= {"timm", "model.py"} else [])],
+        pipeline_tag=task,
+        tags=[task, "skd", *(["timm"] if layouts <= {"timm", "model.py"} else [])],
     )
     parts = [
         "---",
@@ -85,12 +94,13 @@ def card(
         "",
         f"# {repo.split('/')[-1]}",
         "",
-        _METHOD.format(version=__version__),
+        (_METHOD if cut else _PLAIN).format(version=__version__),
         "",
     ]
-    parts += [f"The full network is timm's `{architecture}`.", ""] if architecture else []
+    whole = "The full network is" if cut else "Its architecture comes from"
+    parts += [f"{whole} timm's `{architecture}`.", ""] if architecture else []
     parts += ["## What is here", "", *_table({path or "this folder": member for path, member in members.items()}), ""]
-    parts += ["## How to load it", "", *_loading(repo, members, at_root)]
+    parts += ["## How to load it", "", *_loading(repo, members, at_root, classes)]
     if curve:
         parts += ["## The curve", "", "Sizes of the super-network, the largest sub-network within each budget.", ""]
         parts += [*_table({f"{row['macs_fraction']:.1%} of the MACs": row for row in curve}), ""]
@@ -111,11 +121,11 @@ def _table(rows: Mapping[str, Member] | Mapping[str, Row]) -> list[str]:
     return lines
 
 
-def _loading(repo: str, members: Mapping[str, Member], at_root: bool) -> list[str]:
+def _loading(repo: str, members: Mapping[str, Member], at_root: bool, classes: int) -> list[str]:
     """How one member of each layout is loaded."""
     if at_root:
         also = f'transformers too: `AutoModelForImageClassification.from_pretrained("{repo}")` gives a TimmWrapper.'
-        return [*_fenced(_HUB.format(repo=repo)), also, ""]
+        return [*_fenced(_HUB.format(repo=repo)), *([also, ""] if classes else [])]
     lines = []
     for path, layout in {member["layout"]: (path, member["layout"]) for path, member in members.items()}.values():
         lines += _fenced(_LOAD[layout].format(repo=repo, path=path or "."))

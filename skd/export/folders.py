@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from skd.export.comparison import compare
 from skd.files import TOLERANCE, Header, header_of
-from skd.support.outputs import write_json
+from skd.support.outputs import usual_mode, write_json
 from skd.vit import TimmModel, standalone
 from skd.vit.construction import Construction
 from skd.vit.registered import registered, write_registered
@@ -44,9 +44,10 @@ def write(model: TimmModel, folder: Path) -> str:
     native = registered(model, header, header["widths"])
     if native is None:
         _write_self_contained(model, header, folder)
-        return "model.py"
-    write_registered(native, folder, header, header["data"], header["label_names"])
-    return "timm"
+    else:
+        write_registered(native, folder, header["data"], header["label_names"])
+    usual_mode(folder / "model.safetensors")
+    return "model.py" if native is None else "timm"
 
 
 def _write_self_contained(model: TimmModel, header: Header, folder: Path) -> None:

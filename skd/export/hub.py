@@ -15,7 +15,7 @@ from skd.export.writing import FORMATS, Options, export
 from skd.supernet import SuperNet
 from skd.support.curve import Rows, entries_within, sizes_of
 from skd.support.settings import TrainConfig
-from skd.vit import unwrapped
+from skd.vit import TimmModel, unwrapped
 
 
 def push_to_hub(
@@ -32,19 +32,19 @@ def push_to_hub(
 
     Args:
         network: as for `skd.export`.
-        repo_id: "USER/NAME"; the repository is created if it is not there.
+        repo_id: "USER/NAME"; the repository is created if it is not there, and files that it has are
+            deleted in the same commit (the history keeps them).
         private: whether a new repository is.
         token: of the hub; None: that of ``hf auth login``.
-        license: of the weights, as the hub calls it; None: what timm says of the weights that they come from, if
-            it says anything.
+        license: of the weights, as the hub calls it; None: the card says nothing.
         options: those of `skd.export`: format, a budget or `shares`, top1, ...
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: a bad name or token, and as `skd.export`.
-        OSError: the upload failed.
+        ValueError: a bad name, and as `skd.export`.
+        OSError: the upload failed, also because the token is refused (huggingface_hub's HfHubHTTPError).
     """
     if not isinstance(repo_id, str) or repo_id.count("/") != 1 or not all(repo_id.split("/")):
         raise ValueError(f"repo_id is {repo_id!r}; it must be 'USER/NAME'")
@@ -52,19 +52,22 @@ def push_to_hub(
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         members = _exported(network, folder, options)
-        model = network.model if isinstance(network, SuperNet) else network
+        model: TimmModel = network.model if isinstance(network, SuperNet) else network
         about = getattr(model, "pretrained_cfg", {})
         named = about.get("architecture")
-        text = card(repo_id, members, _curve(network, options), named, license or (named and about.get("license")))
+        text = card(repo_id, members, _curve(network, options), named, license, model.num_classes)
         (folder / "README.md").write_text(text, encoding="utf-8")
         return upload(folder, repo_id, private=private, token=token, commit_message=commit_message)
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None, commit_message: str) -> str:
-    """Put all files of `folder` into one commit of the repository, which is created if it is not there."""
+    """One commit after which the repository has the files of `folder` and no others; it is created if need be."""
     api = HfApi(token=token, library_name="skd")
     api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url)
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=commit_message, delete_patterns="*"
+    )
+    return str(commit.commit_url)
 
 
 def _exported(network: nn.Module, folder: Path, options: Options) -> dict[str, Member]:

@@ -92,7 +92,7 @@ def inside(folder: Path, name: object) -> Path:
     file = folder / path
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{NAME} names the file {name!r}, which is a link out of its folder")
-    if not file.is_file():
+    if not os.path.isfile(file):  # False also where the name is too long
         raise ValueError(f"{NAME} names the file {name!r}, which is not in {str(folder)!r}")
     return file
 

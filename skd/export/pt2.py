@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -29,7 +27,7 @@ def write(model: TimmModel, path: Path, compiled: bool | None = None, device: st
         ValueError: `compiled` without a compiler.
     """
     if compiled and not has_compiler():
-        raise ValueError("compiled is True, but there is no C++ compiler (g++, clang++ or c++)")
+        raise ValueError("compiled is True, but there is no C++ compiler (g++, or what CXX names)")
     model = copy.deepcopy(model).to(device).eval()
     images = sample(model, 2)
     with torch.no_grad():
@@ -50,5 +48,11 @@ def compiled_path(path: Path) -> Path:
 
 
 def has_compiler() -> bool:
-    """Whether there is a C++ compiler, which AOTInductor needs."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "c++"))
+    """Whether AOTInductor finds a C++ compiler: that of the environment variable CXX, or else its own choice."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds
+
+    try:
+        get_cpp_compiler()
+    except (RuntimeError, OSError):  # InvalidCxxCompiler; or a file that cannot be run
+        return False
+    return True

@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     entry: int | None
     shares: Sequence[float] | None
     convention: str
-    corrected: bool
+    corrected: bool | str
     top1: Mapping[int, float] | None
     compiled: bool | None
     device: str | torch.device
@@ -69,7 +69,7 @@ def export(
     entry: int | None = None,
     shares: Sequence[float] | None = None,
     convention: str = "full",
-    corrected: bool = True,
+    corrected: bool | str = True,
     top1: Mapping[int, float] | None = None,
     compiled: bool | None = None,
     device: str | torch.device = "cpu",
@@ -85,7 +85,8 @@ def export(
 
     Args:
         network: a super-network, or a plain model such as `skd.finetune` leaves; not changed.
-        out: a new or empty folder for "timm" or with `shares`; otherwise a file, which is replaced.
+        out: a new or empty folder for "timm" or with `shares`; otherwise a file, which is replaced; a
+            package beside a "pt2" goes with it.
         macs, params, entry, convention, corrected: one sub-network, as for `skd.extract`; none for a plain model.
         shares: instead of these, a share of the MACs for each of several sub-networks. `out` then gets one file or
             folder for each, and a manifest.json (``from skd.export import read_manifest`` reads it).
@@ -106,8 +107,12 @@ def export(
     network = unwrapped(network)
     write = _writer(format, compiled, device)
     choices = _choices(network, macs, params, entry, shares, convention)
+    _check_others(network, convention, corrected, top1)
     ending = FORMATS[format].ending
     place = _place(out, ending if shares is None else "")
+    package = pt2.compiled_path(place) if format == "pt2" and shares is None else None
+    if package is not None:
+        output_file(package, "the compiled package")
     members = list[Member]()
     with temporary_folder(place) as work:
         family = work / "family"
@@ -118,6 +123,8 @@ def export(
             member["layout"] = write(model, own / name)
             member["files"] = digests(own)
             members.append(member)
+            if package is not None:
+                package.unlink(missing_ok=True)  # of the program that is replaced now
             _move(own, place.parent if shares is None else family)
         if shares is not None:
             write_manifest(family, members)
@@ -132,8 +139,8 @@ def _writer(format: str, compiled: bool | None, device: str | torch.device) -> C
     where = usable_device(device)
     if format == "pt2":
         return partial(FORMATS[format].write, compiled=compiled, device=where)
-    if compiled or where.type != "cpu":
-        given = f"compiled is {compiled}" if compiled else f"device is {str(device)!r}"
+    if compiled is not None or where.type != "cpu":
+        given = f"compiled is {compiled}" if compiled is not None else f"device is {str(device)!r}"
         raise ValueError(f"{given}, but format is {format!r}; it goes with 'pt2' alone")
     return FORMATS[format].write
 
@@ -173,14 +180,32 @@ def _choices(
     return [_Choice(entry, share) for entry, share in sorted(found.items())]
 
 
+def _check_others(
+    network: nn.Module, convention: str, corrected: bool | str, top1: Mapping[int, float] | None
+) -> None:
+    """Refuse what says nothing about the network."""
+    if isinstance(network, SuperNet):
+        for entry in top1 or {}:
+            network.widths(entry)  # which refuses what is no entry
+        return
+    for name, value, usual in (
+        ("convention", convention, "full"),
+        ("corrected", corrected, True),
+        ("top1", top1, None),
+    ):
+        if value != usual:
+            raise ValueError(f"{name} is {value!r}, with a plain model; only a super-network has sub-networks")
+
+
 def _member(
-    network: nn.Module, choice: _Choice, corrected: bool, top1: Mapping[int, float]
+    network: nn.Module, choice: _Choice, corrected: bool | str, top1: Mapping[int, float]
 ) -> tuple[nn.Module, Member]:
     """The model to write, and what is known of it before it is written."""
     if isinstance(network, SuperNet) and choice.entry is not None:
         (row,) = sizes_of(network, [choice.entry])
         macs, linear, params, fraction = row["macs"], row["macs_linear"], row["params"], row["macs_fraction"]
-        compensated, known = corrected and choice.entry in network.corrections, top1.get(choice.entry)
+        compensated = corrected == "moments" or (bool(corrected) and choice.entry in network.corrections)
+        known = top1.get(choice.entry)
         model = extract(network, entry=choice.entry, corrected=corrected).eval()
     else:
         full, model = cost(network), copy.deepcopy(network).eval()
@@ -206,7 +231,7 @@ def _place(out: str | os.PathLike[str], ending: str) -> Path:
     if not ending:
         return new_folder(out)
     place = output_file(out, "out")
-    if place.suffix != ending:
+    if Path(out).suffix != ending:  # not that of a file that a link leads to
         raise ValueError(f"out is {str(out)!r}; the name of such a file must end in {ending}")
     return place
 

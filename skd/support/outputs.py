@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,12 +44,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside `path`, which is removed in the end: what is whole is moved out of it before."""
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        temporary.mkdir()
+        usual_mode(temporary)
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file or a folder the permissions of any new one: safetensors and tempfile leave them to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def new_folder(path: str | os.PathLike[str], name: str = "out") -> Path:
@@ -58,6 +66,8 @@ def new_folder(path: str | os.PathLike[str], name: str = "out") -> Path:
         ValueError: it is a file or has something in it, or its folder is missing or cannot be written to.
     """
     folder = Path(os.path.realpath(path))
+    if os.path.ismount(folder):  # nothing can take its place
+        raise ValueError(f"{name} is {str(path)!r}, where a disk is mounted; it must be a folder in it, or elsewhere")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         what = "a folder that is not empty" if folder.is_dir() else "a file"
         raise ValueError(f"{name} is {str(path)!r}, {what}; it must be a new folder, or an empty one")

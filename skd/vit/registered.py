@@ -51,18 +51,15 @@ def registered(model: TimmModel, origin: Construction, widths: list[list[int]]) 
     return None
 
 
-def write_registered(
-    model: TimmModel, folder: Path, origin: Construction, data: dict[str, object], names: list[str] | None
-) -> None:
+def write_registered(model: TimmModel, folder: Path, data: dict[str, object], names: list[str] | None) -> None:
     """Write what `registered` found as timm's folder for a hub: config.json and model.safetensors.
 
     Args:
         data: the preprocessing, and the size of images.
         names: of the classes, or None.
     """
-    # Of what timm knows of its own weights nothing holds of these but the license of weights that they come from.
-    others = {"tag"} if origin["architecture"] else {"tag", "license"}
-    known = {key: value for key, value in model.pretrained_cfg.items() if key not in others}
+    # The tag and the license are those of timm's default weights of that name; these may come from others.
+    known = {key: value for key, value in model.pretrained_cfg.items() if key not in ("tag", "license")}
     model.pretrained_cfg = {**known, **data, "num_classes": model.num_classes}
     save_for_hf(model, str(folder), model_config={"label_names": names} if names else None, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
