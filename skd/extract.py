@@ -40,10 +40,10 @@ def extract(
             from the stored moments (`skd.moments`), without images.
 
     Returns:
-        A model of timm's class, of timm and torch modules only, usable without skd. Its logits are those of
-        ``supernet(images, entry=...)`` in evaluation mode: the softmax scale of the original head width is folded
-        into the Q rows. In place of a skipped module stands a torch.fx.GraphModule that returns zeros, and in place
-        of its norm and layer scale Identity: block indices never shift, and every entry can be exported and
+        A model of timm's class, of timm and torch modules only, usable without skd. With `corrected` true its logits
+        are those of ``supernet(images, entry=...)`` in evaluation mode: the softmax scale of the original head width
+        is folded into the Q rows. In place of a skipped module stands a torch.fx.GraphModule that returns zeros, and
+        in place of its norm and layer scale Identity: block indices never shift, and every entry can be exported and
         quantized. For images of another size call timm's ``set_input_size`` of ``supernet.model`` first: that of a
         cut model looks into modules that may be gone.
 

@@ -12,7 +12,7 @@ header, under the metadata key "skd", says how to build what they fit:
     widths          [[attention, MLP], ...], the widths of each block's modules
     dropout_list    what `DropoutList.to_json` wrote, or null
     corrections     [[entry, [module, ...]], ...]; absent in files of earlier versions
-    moments         [module, ...], whose features have moments; absent where there are none
+    moments         [module, ...], whose features have moments; absent in files of earlier versions
     data            mean, std, interpolation, crop_pct, input_size, ...
     label_names     class names, or null
     versions        of skd, torch and timm when written

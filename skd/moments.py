@@ -176,6 +176,8 @@ def _predicted(supernet: SuperNet, module: Module, width: int, ridge: float) -> 
         across = squares[kept][:, ~kept] @ dropped.mT
         sums = Sums(torch.ones_like(mean[0]), mean[kept], dropped @ mean[~kept], squares[kept][:, kept], across)
         change, shift = sums.solved(ridge, intercept=bias is not None)
+        if not all_finite([change, shift]):
+            raise ValueError(f"ridge is {ridge}; it is too small for the moments of {module.name}, which are float32")
         weight += change.to(weight.dtype)
         if bias is not None:
             bias += shift.to(bias.dtype)

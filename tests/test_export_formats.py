@@ -99,12 +99,12 @@ def test_other_families_in_folders(name: str, tmp_path: Path) -> None:
     size = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5, "init_values": 0.5}
     network = skd.SuperNet(timm.create_model(name, **size, **HEADS[name]).eval())
     full = network.widths()
-    nested(network, [full[0] if network.infos[0].binary else 2, 24, full[2], 8], [0, 24, full[2], 0])
+    nested(network, [full[0] if network.infos[0].binary else 2, 24, full[2], 8], [0, 24, full[2], 0], [0, 24, 0, 0])
     (member,) = skd.export(network, tmp_path / "full", entry=0)
     assert member["layout"] == "timm"
     model = timm.create_model(f"local-dir:{tmp_path / 'full'}", pretrained=True).eval()
     torch.testing.assert_close(model(IMAGES), expected(network, 0))
-    for entry in (1, 2):
+    for entry in (1, 2, 3):
         (member,) = skd.export(network, tmp_path / f"{entry}", entry=entry)
         assert member["layout"] == "model.py"
         torch.testing.assert_close(standalone.load(tmp_path / f"{entry}")(IMAGES), expected(network, entry))

@@ -206,3 +206,11 @@ def test_what_is_refused() -> None:
         net.moments = {"0.attn": found["0.attn"]}
     with pytest.raises(ValueError, match=r"moments of 0\.attn must be"):
         net.moments = found | {"0.attn": FeatureMoments(found["0.attn"].mean, found["0.mlp"].covariance)}
+
+
+def test_a_ridge_below_the_rounding_of_moments_is_refused() -> None:
+    """The equations then have no solution: they are float32, and features that depend on each other are singular."""
+    net, batches = net_of(tiny_vit()), random_batches(count=1, size=2)
+    skd.moments(net, batches)
+    with pytest.raises(ValueError, match=r"^ridge is 1e-12; it is too small for the moments of \d\.(attn|mlp)"):
+        skd.compensate(net, entries=[1, 2, 3, 4], ridge=1e-12)

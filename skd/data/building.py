@@ -255,7 +255,7 @@ class Sources(NamedTuple):
 
 
 class Loaders(NamedTuple):
-    """The loaders of `skd.train`. `calibration` is None with progressive_epochs=0, when no importance is measured."""
+    """The loaders of `skd.train`. `calibration` is None if no epoch grows the list and refit_start is off."""
 
     train: Loader
     validation: Loader

@@ -41,7 +41,7 @@ class Sums(NamedTuple):
         self.products.addmm_(features.mT, targets)
 
     def solved(self, ridge: float, *, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ridge regression: the weight (C, k) and the bias (C,), zeros without `intercept`.
+        """Ridge regression: the weight (C, k) and the bias (C,), zeros without `intercept`; NaN without a solution.
 
         The bias is not shrunk: with it, the equations are those of centred features and targets. The penalty is
         `ridge` times the mean of the diagonal of features^T features.
@@ -55,7 +55,8 @@ class Sums(NamedTuple):
         # errors after centring, and must not predict anything.
         penalty = ridge * squares.diagonal().mean() + _ROUNDING * self.squares.diagonal().mean() + _TINY
         eye = torch.eye(len(squares), dtype=squares.dtype, device=squares.device)
-        factor, _ = torch.linalg.cholesky_ex(squares + penalty * eye)
+        factor, failed = torch.linalg.cholesky_ex(squares + penalty * eye)
+        factor = torch.where(failed == 0, factor, torch.nan)  # a part of a factor would solve other equations
         weight = torch.cholesky_solve(products, factor)
         bias = y - x @ weight if intercept else torch.zeros_like(y)
         return weight.mT, bias

@@ -89,7 +89,8 @@ def train(
     config = TrainConfig() if config is None else config
     supernet = unwrapped(supernet)
     _check(supernet, train_loader, val_loader, config, calibration, resume, group)
-    check_log(config.log, out)
+    with together(group):
+        check_log(config.log, out)
     folder = None if out is None else _run_folder(out, resume, group)
     supernet.corrections, supernet.moments = {}, {}
     screen = Screen(console, verbose)
@@ -138,7 +139,8 @@ def finetune(
     if config.refit_start:
         raise ValueError("refit_start is true; a plain model has no smaller entries to fit: set it to false")
     _check(supernet, train_loader, val_loader, config, None, resume, group)
-    check_log(config.log, out)
+    with together(group):
+        check_log(config.log, out)
     folder = None if out is None else _run_folder(out, resume, group)
     screen = Screen(console, verbose)
     run = make_run(supernet, train_loader, val_loader, config, screen=screen, folder=folder, plain=True, group=group)

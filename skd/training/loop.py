@@ -39,15 +39,15 @@ def run_epochs(run: Run) -> History:
             stop_signals(run.folder is not None) as run.stop,
         ):
             _remaining_epochs(run)
+        if run.best_state is not None:
+            supernet.load_state_dict(run.best_state)
     finally:
         run.stepper.release()
-        if run.tracker is not None:
-            run.tracker.close()
         supernet.scores = None
         supernet.grad_checkpointing = checkpointing
         supernet.train(training)
-    if run.best_state is not None:
-        supernet.load_state_dict(run.best_state)
+        if run.tracker is not None:  # last, since it may fail, on a full disk
+            run.tracker.close()
     return run.history
 
 
