@@ -217,7 +217,14 @@ OTHER = {
     "target": 0.5,
     "progressive_epochs": 3,
     "planner": "other",
+    "planner_options": {"sensitivity": "sqrt"},
     "importance": "online",
+    "entry_sampling": "small",
+    "refit_start": True,
+    "kd_teacher": "original",
+    "kd_temperature": 3.0,
+    "task_loss_weight": 0.25,
+    "log": "tensorboard",
     "calibration_images": 512,
     "convention": "linear",
     "eval_every": 1,
@@ -231,7 +238,7 @@ OTHER = {
     "log_interval": 7,
     "seed": 1,
 }
-MAY_DIFFER = {"workers", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1", "cuda_graph"}
+MAY_DIFFER = {"workers", "log", "log_interval", "checkpoint_hist", "checkpoint_steps", "expected_top1", "cuda_graph"}
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,9 @@ def register(family: _Family) -> _Family:
 
 
 def families() -> tuple[type[Network], ...]:
-    """All families. The files of this folder are imported at the first call, when a model is first described."""
+    """All families, by the names of their modules. The files of this folder are imported at the first call."""
     _import_files()
-    return tuple(_FAMILIES)
+    return tuple(sorted(_FAMILIES, key=lambda family: family.__module__))
 
 
 @cache
