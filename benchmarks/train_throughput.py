@@ -37,7 +37,7 @@ from torch.multiprocessing.spawn import spawn
 import skd
 from benchmarks.result import Info, rewrite, rows_of
 from benchmarks.timing import DEVICE, JSON, provenance, synchronize, wall, write_json
-from skd.data import data_config, open_source, train_loader
+from skd.data import data_config, open_source, seeded, train_loader
 from skd.data.iteration import Loader
 from skd.data.pixels import DataConfig
 from skd.training.step import by_hand
@@ -101,7 +101,8 @@ def stages(loader: Loader) -> tuple[float, float]:
 
     On a GPU the latter is of the clock on the wall.
     """
-    with patch("skd.data.counted.get_worker_info", return_value=True):  # which does not put the generators back
+    # A worker does not put the global generators back, image by image; here they are put back once.
+    with seeded(0), patch("skd.data.counted.get_worker_info", return_value=True):
         start = time.process_time()
         batches = list(loader._loaded())
         worker = time.process_time() - start
