@@ -161,7 +161,7 @@ def test_recorded(benchmark):
 """
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(1.09, 0), (1.11, 1)])
+@pytest.mark.parametrize(("seconds", "status"), [(1.09, 0), pytest.param(1.11, 1, marks=pytest.mark.slow)])
 def test_a_regression_of_recorded_times_is_found(tmp_path: Path, seconds: float, status: int) -> None:
     """By pytest-benchmark itself, whose clock repeats what contenders in turn took."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
