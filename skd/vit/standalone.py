@@ -31,15 +31,11 @@ def load(folder: str | Path) -> Any:
         if network["model_class"] == "Eva" and 0 < k < block.attn.num_heads:
             block.attn = fewer_heads(block.attn, k)
     for name, layer in list(model.named_modules()):
+        lost = layer.state_dict() and not any(key.startswith(f"{name}.") for key in state)
         if isinstance(layer, nn.Linear) and f"{name}.weight" in state:  # the rows and columns that were kept
             rows, columns = state[f"{name}.weight"].shape
             model.set_submodule(name, nn.Linear(columns, rows, bias=f"{name}.bias" in state))
-        elif (
-            name.count(".") > 1
-            and "blocks." in name
-            and layer.state_dict()
-            and not any(key.startswith(f"{name}.") for key in state)
-        ):
+        elif lost and name.startswith("blocks.") and name.count(".") > 1:
             model.set_submodule(name, nn.Identity())  # of a module that was skipped
     for block, (k, m) in zip(model.blocks, network["widths"], strict=True):
         if k and type(block.attn) is timm.layers.Attention:  # k coordinates of every head
