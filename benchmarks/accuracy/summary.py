@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.accuracy.contenders import BASE
+from benchmarks.accuracy.contenders import BASE, FINAL
 from benchmarks.result import Info, rows_of, three_digits
 
 BEGIN, END = "<!-- comparison:begin -->", "<!-- comparison:end -->"
@@ -176,13 +176,17 @@ def _work(stages: Mapping[str, float]) -> float:
 
 
 def plot(result: Info, path: Path) -> None:
-    """One panel for each set and size: mean top-1 against MACs, with bars of one standard error."""
+    """One panel for each set and size: mean top-1 against MACs, with bars of one standard error.
+
+    Only the contenders of the final plan are drawn, so that the curves can be told apart.
+    """
     from matplotlib.figure import Figure
 
     drawn = [group for group in groups(result) if not group.headless]
     figure = Figure(figsize=(7.2, 3.6 * len(drawn)), dpi=120, layout="constrained")
     for axes, group in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
-        for index, (name, by_seed) in enumerate(group.curves.items()):
+        shown = {name: curve for name, curve in group.curves.items() if name.removesuffix(AFTER) in FINAL}
+        for index, (name, by_seed) in enumerate(shown.items()):
             points = [_point(by_seed.values(), share) for share in group.shares]
             means, errors = zip(*points, strict=True)
             style = {"color": "0.2", "linewidth": 2} if name == BASE else {"color": f"C{index % 10}", "linewidth": 1}
