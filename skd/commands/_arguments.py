@@ -120,6 +120,22 @@ def add_moments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_size(group: argparse._ActionsContainer) -> None:
+    """Add --macs, --params and --entry, of which one chooses a sub-network."""
+    group.add_argument("--macs", type=size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)")
+    group.add_argument("--params", type=size, metavar="X", help="a share (0.5), or a count (22M)")
+    group.add_argument("--entry", type=whole, metavar="I", help="index into the dropout list")
+
+
+def add_correction(parser: argparse.ArgumentParser) -> None:
+    """Add --compensate and --uncorrected, which say what becomes of the correction of a sub-network."""
+    corrected = parser.add_mutually_exclusive_group()
+    add_compensate(corrected)
+    corrected.add_argument(
+        "--uncorrected", action="store_true", help="without the correction that skd plan --compensate has stored"
+    )
+
+
 def add_compensate(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--compensate",

@@ -31,11 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--supernet", metavar="FILE", help="what skd plan or train wrote")
     network.add_argument("--model", metavar="FILE", help="a plain model, as skd extract or finetune wrote it")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--macs", type=options.size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)"
-    )
-    budget.add_argument("--params", type=options.size, metavar="X", help="a share (0.5), or a count (22M)")
-    budget.add_argument("--entry", type=options.whole, metavar="I", help="index into the dropout list")
+    options.add_size(budget)
     budget.add_argument(
         "--all", type=options.shares, metavar="X,X", help="several shares of the MACs (0.25,0.5): a folder of them"
     )
@@ -48,11 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="timm",
         help="a folder for timm, a file for ONNX Runtime, or a program of torch.export (default: %(default)s)",
     )
-    corrected = parser.add_mutually_exclusive_group()
-    options.add_compensate(corrected)
-    corrected.add_argument(
-        "--uncorrected", action="store_true", help="without the correction that skd plan --compensate has stored"
-    )
+    options.add_correction(parser)
     parser.add_argument(
         "--evaluated",
         metavar="FILE",

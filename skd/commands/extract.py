@@ -15,17 +15,9 @@ from skd.support.types import Document
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd plan or train wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument(
-        "--macs", type=options.size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)"
-    )
-    budget.add_argument("--params", type=options.size, metavar="X", help="a share (0.5), or a count (22M)")
-    budget.add_argument("--entry", type=options.whole, metavar="I", help="index into the dropout list")
+    options.add_size(budget)
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
-    corrected = parser.add_mutually_exclusive_group()
-    options.add_compensate(corrected)
-    corrected.add_argument(
-        "--uncorrected", action="store_true", help="without the correction that skd plan --compensate has stored"
-    )
+    options.add_correction(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
 
 

@@ -7,7 +7,6 @@ import argparse
 import skd
 from skd.commands import Command
 from skd.support.outputs import Files
-from skd.support.settings import TrainConfig
 from skd.support.types import Document
 
 
@@ -46,7 +45,7 @@ def _file(path: str) -> Document:
     from rich.table import Table
 
     from skd.commands import _work as work
-    from skd.support.curve import entries_within, sizes_of
+    from skd.support.curve import sizes_of, usual_entries
 
     network = skd.load(path)
     model = network.model if isinstance(network, skd.SuperNet) else network
@@ -67,8 +66,7 @@ def _file(path: str) -> Document:
     Console().print(table)
     if isinstance(network, skd.SuperNet):
         last = len(network.dropout_list) - 1
-        entries = list(dict.fromkeys([*entries_within(network, TrainConfig().budgets).values(), last]))
-        rows = sizes_of(network, entries)
+        rows = sizes_of(network, list(dict.fromkeys([*usual_entries(network), last])))
         document |= {"entries": last + 1, "subnetworks": rows}
         work.print_sizes(rows, f"{last + 1} sub-networks, some of them")
         document["corrections"] = found = work.corrections(network)

@@ -11,7 +11,7 @@ from skd import planners
 from skd.commands import Command
 from skd.commands import _arguments as options
 from skd.support.outputs import Files
-from skd.support.settings import CONVENTIONS, TrainConfig
+from skd.support.settings import CONVENTIONS
 from skd.support.types import Document
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def files(given: argparse.Namespace) -> Files:
 
 def run(given: argparse.Namespace) -> Document:
     from skd.commands import _work as work
-    from skd.support.curve import entries_within, sizes_of
+    from skd.support.curve import sizes_of, usual_entries
 
     work.model_file(given.out)
     supernet = work.supernet(given.supernet, work.device(given))
@@ -100,10 +100,7 @@ def run(given: argparse.Namespace) -> Document:
         skd.moments(supernet, batches, progress=work.progress("Moments"), group=given.group)
     compensation = {} if given.compensate is None else _compensate(given, supernet, batches)
     work.write(supernet, given.out, given.group)
-    entries = list(
-        dict.fromkeys([*entries_within(supernet, TrainConfig().budgets).values(), len(supernet.dropout_list) - 1])
-    )
-    rows = sizes_of(supernet, entries)
+    rows = sizes_of(supernet, list(dict.fromkeys([*usual_entries(supernet), len(supernet.dropout_list) - 1])))
     images = work.images_read(given, calibration=batches)
     work.print_sizes(rows, f"{given.out}: {len(supernet.dropout_list)} sub-networks, some of them")
     print(f"planned in {seconds:.1f} s")

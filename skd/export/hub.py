@@ -13,8 +13,7 @@ from skd.export.card import card
 from skd.export.manifest import Member
 from skd.export.writing import FORMATS, Options, export
 from skd.supernet import SuperNet
-from skd.support.curve import Rows, entries_within, sizes_of
-from skd.support.settings import TrainConfig
+from skd.support.curve import Rows, sizes_of, usual_entries
 from skd.vit import TimmModel, unwrapped
 
 
@@ -88,9 +87,7 @@ def _curve(network: nn.Module, options: Options) -> Rows:
     """Sizes of the super-network within the usual budgets, and their top-1 where it is known."""
     if not isinstance(network, SuperNet):
         return []
-    entries = list(dict.fromkeys(entries_within(network, TrainConfig().budgets).values()))
-    known = options.get("top1") or {}
-    rows = sizes_of(network, entries)
+    known, rows = options.get("top1") or {}, sizes_of(network, usual_entries(network))
     for row in rows:
         if row["entry"] in known:
             row["top1"] = float(known[row["entry"]])

@@ -10,6 +10,7 @@ import numpy as np
 from skd.evaluate import evaluate
 from skd.extract import choose_entry
 from skd.supernet import SuperNet
+from skd.support.settings import TrainConfig
 from skd.support.types import Progress
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ def entries_within(supernet: SuperNet, budgets: Iterable[float], convention: str
         for budget in budgets
         if budget >= smallest
     }
+
+
+def usual_entries(supernet: SuperNet) -> list[int]:
+    """The largest sub-network within each of the budgets that training measures, each once."""
+    return list(dict.fromkeys(entries_within(supernet, TrainConfig().budgets).values()))
 
 
 def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
