@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -125,12 +124,11 @@ class Family:
 
         A budget that was asked for before is looked up.
         """
-        choose: Callable[..., int] = self._chosen
+        given: dict[str, Any] = {"macs": macs, "params": params, "entry": entry, "convention": convention}
         try:
-            hash((macs, params, entry, convention))
-        except TypeError:  # a list, for example, cannot be looked up
-            choose = partial(choose_entry, self._supernet)
-        return self.sizes[choose(macs=macs, params=params, entry=entry, convention=convention)]
+            return self.sizes[self._chosen(**given)]
+        except TypeError:  # a list, for example, cannot be looked up, and is refused
+            return self.sizes[choose_entry(self._supernet, **given)]
 
     def memory(self) -> Memory:
         """What the family holds in memory, and what copies would take."""

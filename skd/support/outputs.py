@@ -71,10 +71,7 @@ def new_folder(path: str | os.PathLike[str], name: str = "out") -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         what = "a folder that is not empty" if folder.is_dir() else "a file"
         raise ValueError(f"{name} is {str(path)!r}, {what}; it must be a new folder, or an empty one")
-    try:
-        _probe(folder.parent)
-    except OSError as error:
-        raise ValueError(f"{name} is {str(path)!r}; it cannot be written: {error.strerror}") from None
+    _check_writable(folder.parent, path, name)
     return folder
 
 
@@ -112,11 +109,16 @@ def output_file(path: str | os.PathLike[str], name: str = "path") -> Path:
         raise ValueError(f"{name} is {str(path)!r}, a folder; it must be a file")
     if file.exists() and not file.is_file():  # `replacing` would put a plain file in its place
         raise ValueError(f"{name} is {str(path)!r}, a device or a pipe; it must be a file")
+    _check_writable(file.parent, path, name)
+    return file
+
+
+def _check_writable(folder: Path, path: str | os.PathLike[str], name: str) -> None:
+    """Raise ValueError about `path`, called `name`, unless a file can be written into `folder`."""
     try:
-        _probe(file.parent)
+        _probe(folder)
     except OSError as error:
         raise ValueError(f"{name} is {str(path)!r}; it cannot be written: {error.strerror}") from None
-    return file
 
 
 def _probe(folder: Path) -> None:
