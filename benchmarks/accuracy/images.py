@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ import skd
 from skd.data.counted import generator
 from skd.data.digits import MEAN as DIGITS_MEAN
 from skd.data.digits import STD as DIGITS_STD
-from skd.data.digits import Split, digits
+from skd.data.digits import Split, digits, shifted
 from skd.data.indexed import IdxImages
+from skd.demo.running import ShiftedBatches
 from skd.support.outputs import replacing
 
 MEAN, STD = 0.2860, 0.3530  # of Fashion-MNIST's pixels, scaled to [0, 1]
@@ -136,43 +137,24 @@ def harder(images: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
     return torch.where(covered, numbers[:, 7].reshape(-1, 1, 1, 1), moved)
 
 
-class TrainingImages:
-    """Batches in random order, each image moved a little: a function of (seed, epoch)."""
+class TrainingImages(ShiftedBatches):
+    """Batches of a task in random order, each image moved a little: a function of (seed, epoch)."""
 
     def __init__(self, split: Split, task: Task, steps: int, seed: int) -> None:
         if steps * BATCH > len(split.labels):
             raise ValueError(
                 f"steps is {steps}; {len(split.labels)} images have {len(split.labels) // BATCH} batches"
             )
-        self.split, self.task, self.steps, self.seed = split, task, steps, seed
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        self.epoch, self.start = epoch, start_batch
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        seed = int(generator(self.seed, "images", self.epoch).integers(2**63))
-        numbers = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.split.labels), generator=numbers)
-        for index, batch in enumerate(order.split(BATCH)[: self.steps]):
-            images = moved(self.split.images[batch], self.task, numbers)
-            if index >= self.start:
-                yield images, self.split.labels[batch]
+        super().__init__(split, BATCH, seed, steps=steps, stream="images", move=partial(moved, task))
 
 
-def moved(images: torch.Tensor, task: Task, numbers: torch.Generator) -> torch.Tensor:
+def moved(task: Task, images: torch.Tensor, numbers: torch.Generator) -> torch.Tensor:
     """Each image shifted, and perhaps mirrored; the pixels that become free are background."""
-    count, _, height, width = images.shape
-    padded = F.pad(images[:, 0], (task.shift,) * 4, value=task.background)
-    down, right = torch.randint(0, 2 * task.shift + 1, (2, count, 1), generator=numbers)
-    rows, columns = down + torch.arange(height), right + torch.arange(width)
-    if task.flips:
-        mirrored = torch.rand(count, 1, generator=numbers) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+    images = shifted(images, numbers, most=task.shift, background=task.background)
+    if not task.flips:
+        return images
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=numbers) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
 
 
 def build(task: Task, size: str) -> VisionTransformer:

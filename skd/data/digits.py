@@ -72,11 +72,13 @@ def batched(split: Split, size: int = 256) -> Batches:
     return list(zip(split.images.split(size), split.labels.split(size), strict=True))
 
 
-def shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Move each image at random by -1, 0 or 1 pixel along both axes; the pixels that become free are background."""
+def shifted(
+    images: torch.Tensor, generator: torch.Generator, *, most: int = 1, background: float = _DARK
+) -> torch.Tensor:
+    """Move each image at random by up to `most` pixels along both axes; what becomes free is background."""
     count, _, height, width = images.shape
-    padded = F.pad(images[:, 0], (1, 1, 1, 1), value=_DARK)
-    down, right = torch.randint(0, 3, (2, count, 1), generator=generator)
+    padded = F.pad(images[:, 0], (most,) * 4, value=background)
+    down, right = torch.randint(0, 2 * most + 1, (2, count, 1), generator=generator)
     rows, columns = down + torch.arange(height), right + torch.arange(width)
     image = torch.arange(count)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]][:, None]

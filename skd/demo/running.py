@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -222,24 +222,42 @@ def build_model() -> VisionTransformer:
 
 
 class ShiftedBatches:
-    """Training batches in random order, each image moved by up to a pixel: a function of (seed, epoch)."""
+    """Training batches in random order, each image moved a little: a function of (seed, epoch).
 
-    def __init__(self, split: Split, size: int, seed: int) -> None:
+    Args:
+        size: of a batch.
+        steps: batches of an epoch; None: all whole ones.
+        stream: what distinguishes these random numbers from others of the same seed.
+        move: changes images (B, 1, height, width) by numbers of a generator.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        seed: int,
+        *,
+        steps: int | None = None,
+        stream: str = "digits",
+        move: Callable[[torch.Tensor, torch.Generator], torch.Tensor] = shifted,
+    ) -> None:
         self.split, self.size, self.seed = split, size, seed
+        self.steps = len(split.labels) // size if steps is None else steps
+        self.stream, self.move = stream, move
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return len(self.split.labels) // self.size
+        return self.steps
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         self.epoch, self.start = epoch, start_batch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        seed = int(generator(self.seed, "digits", self.epoch).integers(2**63))
+        seed = int(generator(self.seed, self.stream, self.epoch).integers(2**63))
         numbers = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.split.labels), generator=numbers)
-        for index, batch in enumerate(order.split(self.size)[: len(self)]):
-            images = shifted(self.split.images[batch], numbers)
+        for index, batch in enumerate(order.split(self.size)[: self.steps]):
+            images = self.move(self.split.images[batch], numbers)
             if index >= self.start:
                 yield images, self.split.labels[batch]
 
