@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
+from helpers import digit_data, digit_net, random_batches, run_training, tiny_vit, training_config
 from safetensors import safe_open
 from test_commands import KWARGS, MODEL, command, make_images
-from test_compensation import MODELS, distance, largest, net_of
+from test_compensation import FAMILIES, MODELS, check_family, distance, largest, net_of
 
 import skd
 from skd.cli import main
@@ -88,25 +87,14 @@ def test_an_infinite_ridge_folds_the_means_in() -> None:
     torch.testing.assert_close(layer.bias, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["eva02_tiny_patch14_336", "beit_base_patch16_224", "vit_base_patch16_clip_quickgelu_224"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_other_families(name: str) -> None:
-    torch.manual_seed(0)
-    size = {"img_size": 28, "patch_size": 14} if "eva" in name else {"img_size": 32, "patch_size": 16}
-    model = timm.create_model(name, **size, embed_dim=48, depth=2, num_heads=3, num_classes=5).eval()
-    net, batches = skd.SuperNet(model), random_batches(pixels=size["img_size"], dtype=torch.float32)
-    half = [module.full_width // (1 if module.binary else 2) for module in net.infos]
-    nested(net, half, [*half[:2], 0, half[3] // 2]).eval()
-    far = [distance(net, entry, batches) for entry in (1, 2)]
-    skd.moments(net, batches)
-    assert all(
-        bool(own.covariance.numel()) != info.binary for own, info in zip(net.moments.values(), net.infos, strict=True)
-    )
-    skd.compensate(net, entries=[1, 2])
-    for entry in (1, 2):
-        assert distance(net, entry, batches) < far[entry - 1]
-        assert largest(skd.extract(net, entry=entry)(batches[0][0]), net(batches[0][0], entry=entry)) < 1e-5
+    def correct(net: skd.SuperNet, batches: Any) -> None:
+        found = skd.moments(net, batches)
+        assert all(bool(found[info.name].covariance.numel()) != info.binary for info in net.infos)
+        skd.compensate(net, entries=[1, 2])
+
+    check_family(name, correct)
 
 
 def test_only_tokens_that_count_are_in_the_moments() -> None:

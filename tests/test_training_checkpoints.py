@@ -53,6 +53,17 @@ def rewrite(path, change):
     save_file(tensors, path, metadata=change(header))
 
 
+def forget(folder, setting):
+    """Leave a setting out of all checkpoints, as in those from before it was one."""
+
+    def change(header):
+        header["config"].pop(setting)
+        return {checkpoints.KEY: json.dumps(header)}
+
+    for path in checkpoint_files(folder):
+        rewrite(path, change)
+
+
 DAMAGE = {
     "half of it": lambda path: truncate(path, 0.5),
     "one byte short": lambda path: os.truncate(path, os.path.getsize(path) - 1),
@@ -283,13 +294,7 @@ def test_settings_that_may_differ(half, reference):
 
 def test_checkpoints_from_before_planners_had_names(half, reference):
     """Their planner is "paper": a run goes on with it, and with no other."""
-
-    def unnamed(header):
-        header["config"].pop("planner")
-        return {checkpoints.KEY: json.dumps(header)}
-
-    for path in checkpoint_files(half):
-        rewrite(path, unnamed)
+    forget(half, "planner")
     with pytest.raises(ValueError, match="planner is other, it was paper"):
         run_training(digit_net(), training_config(planner="other"), half, resume="auto")
     run_training(digit_net(), training_config(), half, resume="auto")
@@ -298,13 +303,7 @@ def test_checkpoints_from_before_planners_had_names(half, reference):
 
 def test_checkpoints_from_before_the_device_augmented(half, reference):
     """Their images were augmented in the workers: a run goes on with that, and says so."""
-
-    def undecided(header):
-        header["config"].pop("augment_on")
-        return {checkpoints.KEY: json.dumps(header)}
-
-    for path in checkpoint_files(half):
-        rewrite(path, undecided)
+    forget(half, "augment_on")
     with pytest.raises(ValueError, match="augment_on is auto, it was cpu"):
         run_training(digit_net(), training_config(), half, resume="auto")
     run_training(digit_net(), training_config(augment_on="cpu"), half, resume="auto")
