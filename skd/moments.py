@@ -8,7 +8,7 @@ counts as constant, and its mean goes into the bias ("mean folding", as in FLAP,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,7 @@ from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.support.types import Progress
 from skd.vit import Module, OutputLayer, TimmModel, unwrapped
 from skd.vit.conversions import SecondMoments
+from skd.vit.protocol import Shared
 from skd.vit.refit import output_factors
 
 if TYPE_CHECKING:
@@ -70,12 +71,25 @@ def moments(
     Raises:
         ValueError: bad batches, or none whose features are finite; one that has others is left out with a warning.
     """
-    from skd.extract import extract
     from skd.supernet import check_supernet
 
     supernet = unwrapped(supernet)
     check_supernet(supernet)
     check_group(group)
+    supernet.moments = found = measured(supernet, batches, progress, group)
+    return found
+
+
+@torch.no_grad()
+def measured(
+    supernet: SuperNet,
+    batches: Iterable[object],
+    progress: Progress | None = None,
+    group: ProcessGroup | None = None,
+) -> dict[str, FeatureMoments]:
+    """What `moments` gives, without a change of the super-network."""
+    from skd.extract import extract
+
     model = extract(supernet, entry=0, corrected=False)
     sums, left_out = dict[str, SecondMoments](), 0
     batch = dict[str, SecondMoments]()
@@ -93,9 +107,7 @@ def moments(
                 left_out += 1
     device = next(supernet.parameters()).device
     report_left_out(total(left_out, group, device), total(not sums, group, device) == 0)
-    found = {name: _stored(SecondMoments(*summed(own, group))) for name, own in sums.items()}
-    supernet.moments = found
-    return found
+    return {name: _stored(SecondMoments(*summed(own, group))) for name, own in sums.items()}
 
 
 def _with_features(modules: Iterable[Module]) -> list[Module]:
@@ -156,7 +168,7 @@ def moments_correction(supernet: SuperNet, entry: int, ridge: float = 0.01) -> C
     before: Module | None = None
     for module, width in zip(supernet.infos, widths, strict=True):
         if width:
-            layers[module.name] = _predicted(supernet, module, width, ridge)
+            layers[module.name] = _predicted(supernet.model, module, supernet.moments[module.name], width, ridge)
             changed |= {module.name} if width < module.full_width else set()
             before = None if module.place.post_norm else module
         elif before is not None and module.full_width and not module.place.post_norm:
@@ -165,12 +177,12 @@ def moments_correction(supernet: SuperNet, entry: int, ridge: float = 0.01) -> C
     return Correction(widths, {name: layer for name, layer in layers.items() if name in changed})
 
 
-def _predicted(supernet: SuperNet, module: Module, width: int, ridge: float) -> OutputLayer:
+def _predicted(model: TimmModel, module: Module, moments: FeatureMoments, width: int, ridge: float) -> OutputLayer:
     """The output layer at `width`, with what it drops predicted from what it keeps."""
-    own, kept = module.output_layer(module.of(supernet.model)), kept_columns(supernet.model, module, width)
+    own, kept = module.output_layer(module.of(model)), kept_columns(model, module, width)
     weight, bias = own.weight[:, kept].clone(), None if own.bias is None else own.bias.detach().clone()
     if width < module.full_width:
-        mean, covariance = (tensor.to(weight.device).double() for tensor in supernet.moments[module.name])
+        mean, covariance = (tensor.to(weight.device).double() for tensor in moments)
         squares = covariance + torch.outer(mean, mean)
         dropped = own.weight[:, ~kept].double()
         across = squares[kept][:, ~kept] @ dropped.mT
@@ -184,17 +196,53 @@ def _predicted(supernet: SuperNet, module: Module, width: int, ridge: float) -> 
     return OutputLayer(weight, bias)
 
 
+def _mean_output(supernet: SuperNet, module: Module, moments: FeatureMoments) -> torch.Tensor:
+    """(C,) float64: the mean of what a module adds to the stream."""
+    own = module.output_layer(module.of(supernet.model))
+    mean = own.weight.double() @ moments.mean.to(own.weight.device).double()
+    mean = mean if own.bias is None else mean + own.bias.double()
+    factors = output_factors(module, supernet.network.blocks(supernet.model)[module.block])
+    return mean if factors is None else mean * factors.double()
+
+
 def _add_mean(supernet: SuperNet, before: Module, skipped: Module, layers: dict[str, OutputLayer]) -> None:
     """Add the mean of what a skipped module adds to the stream to the bias of a module before it."""
-    bias, own = layers[before.name].bias, skipped.output_layer(skipped.of(supernet.model))
+    bias = layers[before.name].bias
     if bias is None:
         return
-    blocks = supernet.network.blocks(supernet.model)
-    mean = own.weight.double() @ supernet.moments[skipped.name].mean.to(own.weight.device).double()
-    mean = mean if own.bias is None else mean + own.bias.double()
-    added, divided = (output_factors(module, blocks[module.block]) for module in (skipped, before))
-    if added is not None:
-        mean = mean * added.double()
+    mean = _mean_output(supernet, skipped, supernet.moments[skipped.name])
+    divided = output_factors(before, supernet.network.blocks(supernet.model)[before.block])
     if divided is not None:  # no bias reaches a channel whose factor is 0
         mean = torch.where(divided == 0, 0.0, mean / divided.double())
     bias += mean.to(bias.dtype)
+
+
+class Predicting:
+    """The modules of a super-network, each of which predicts what it drops from what it keeps.
+
+    At any width a module runs with the output layer that `moments_correction` gives it; skipped, it adds its mean.
+    A module with a norm behind it stays as it is.
+
+    Args:
+        moments: of the present weights.
+        ridge: as for `skd.compensate`.
+    """
+
+    def __init__(self, supernet: SuperNet, moments: Mapping[str, FeatureMoments], ridge: float = 0.01) -> None:
+        self.supernet, self.moments, self.ridge = supernet, moments, ridge
+        self._means = dict[int, torch.Tensor]()
+        self._layers = dict[tuple[int, int], OutputLayer]()
+
+    def step(self, index: int, x: torch.Tensor, width: int, shared: Sequence[Shared] | None = None) -> torch.Tensor:
+        """As `SuperNet.step`, (B, N, C) to (B, tokens, C)."""
+        module, supernet = self.supernet.infos[index], self.supernet
+        if width == module.full_width or module.place.post_norm:
+            return supernet.step(index, x, width, shared=shared)
+        own = self.moments[module.name]
+        if width == 0:
+            if index not in self._means:
+                self._means[index] = _mean_output(supernet, module, own)
+            return supernet.step(index, x, 0, shared=shared) + self._means[index].to(x.dtype)
+        if (index, width) not in self._layers:
+            self._layers[index, width] = _predicted(supernet.model, module, own, width, self.ridge)
+        return supernet.step(index, x, width, shared=shared, output=self._layers[index, width])

@@ -275,15 +275,26 @@ class SuperNet(nn.Module):
         """
         return self.network.embed(self.model, images)
 
-    def step(self, index: int, x: torch.Tensor, width: Width, scores: Any = None, shared: Any = None) -> torch.Tensor:
+    def step(
+        self,
+        index: int,
+        x: torch.Tensor,
+        width: Width,
+        scores: Any = None,
+        shared: Any = None,
+        output: OutputLayer | None = None,
+    ) -> torch.Tensor:
         """Module `index` (in order) applied to the residual stream at `width`; `shared` is `embed`'s.
 
-        The modules of the last block return only the tokens that the head reads.
+        The modules of the last block return only the tokens that the head reads. `output` takes the place of the
+        module's output layer.
         """
         module = self.infos[index]
         block, tokens = self.network.blocks(self.model)[module.block], self._tokens_kept()[module.block]
         own = None if shared is None else shared[module.block]
-        stepped: torch.Tensor = block.step(block.modules_in_order.index(module), x, width, tokens, scores, own)
+        stepped: torch.Tensor = block.step(
+            block.modules_in_order.index(module), x, width, tokens, scores, own, output
+        )
         return stepped
 
     def head(self, x: torch.Tensor) -> torch.Tensor:

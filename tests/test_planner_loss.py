@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
 
 import skd
-from skd.planners.loss import SHAPES, _convex, _shaped, rises
+from skd.planners.loss import SHAPES, Measured, _convex, _shaped, rises
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
 
@@ -21,7 +21,7 @@ def test_a_rise_is_the_divergence_of_the_network_narrowed_there() -> None:
     """Against extracted sub-networks, whole passes each; others stay as in the last entry."""
     net = nested(skd.SuperNet(tiny_vit()), [16, 48, 16, 72])
     batches, present = random_batches(), [16, 48, 16, 72]
-    found = rises(net, batches, present, [[8, 0], [24, 0], [8], [0]], None)
+    found = rises(Measured(net, batches, None, "kl", net.step), present, [[8, 0], [24, 0], [8], [0]])
     for index, curve in enumerate(found):
         base = divergence(net, batches, present)
         for width, rise in curve:
@@ -89,7 +89,7 @@ def test_labels_do_not_matter_and_points_do() -> None:
 def test_cross_entropy_is_that_of_the_labels() -> None:
     net, batches = skd.SuperNet(tiny_vit()), random_batches()
     widths = net.widths()
-    (curve, *_) = rises(net, batches, widths, [[8], [], [], []], None, "cross_entropy")
+    (curve, *_) = rises(Measured(net, batches, None, "cross_entropy", net.step), widths, [[8], [], [], []])
     nested(net, [8, *widths[1:]])
     with torch.no_grad():
         full, cut = (
@@ -98,8 +98,11 @@ def test_cross_entropy_is_that_of_the_labels() -> None:
     assert curve[1][1] == pytest.approx(float(cut - full), rel=1e-9)
     unlabelled = [(images, None) for images, _ in batches]
     for other in (batches, unlabelled):
-        kl = rises(net, unlabelled, widths, [[8], [0], [0], [0]], None)
-        assert (rises(net, other, widths, [[8], [0], [0], [0]], None, "cross_entropy") == kl) is (other is unlabelled)
+        kl, entropy = (
+            rises(Measured(net, images, None, criterion, net.step), widths, [[8], [0], [0], [0]])
+            for images, criterion in ((unlabelled, "kl"), (other, "cross_entropy"))
+        )
+        assert (entropy == kl) is (other is unlabelled)
 
 
 def test_between_the_measured_widths_taylor_scores_shape_the_rise() -> None:

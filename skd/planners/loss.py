@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,14 @@ import torch.nn.functional as F
 
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
+from skd.moments import Predicting
+from skd.moments import measured as measured_moments
 from skd.planners import register
 from skd.supernet import SuperNet
 from skd.support.ranks import in_step, summed, total
 from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.vit import Module
+from skd.vit.protocol import Shared
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,6 +43,7 @@ def loss(
     criterion: str = "kl",
     shape: str = "linear",
     reach: float = 1.0,
+    compensated: bool = False,
 ) -> DropoutList:
     """The list grown by the operations with the smallest rise of the loss per MAC.
 
@@ -56,6 +60,8 @@ def loss(
             scores of the coordinates between them (`skd.importance`).
         reach: the share of the MACs left that may go before the rises are measured again, above 0, at most 1. A rise
             holds near the widths at which it was measured, so that it helps where few rounds remove much.
+        compensated: measure networks in which every module predicts what it drops from what it keeps, and a skipped
+            one is its mean, as `skd.compensate` does it without images. What can be made up for costs nothing then.
 
     Raises:
         ValueError: bad batches, none whose outputs are finite, points < 1, a reach out of its range, or another
@@ -68,8 +74,12 @@ def loss(
         raise ValueError(f"points is {points!r}; it must be an int of at least 1")
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= 1:
         raise ValueError(f"reach is {reach!r}; it must be above 0 and at most 1")
+    if not isinstance(compensated, bool):
+        raise ValueError(f"compensated is {compensated!r}; it must be True or False")
+    step = Predicting(supernet, measured_moments(supernet, batches, group=group)).step if compensated else None
+    measured = Measured(supernet, batches, group, criterion, step or supernet.step)
     while True:
-        operations, sensitivity = _measured(supernet, batches, current, convention, group, points, criterion, shape)
+        operations, sensitivity = _ranked(measured, current, convention, points, shape)
         near = min(target, current.removed_macs + reach * supernet.costs.macs(current.widths[-1], convention))
         grown = current.extended(operations, near)
         if len(grown) == len(current):  # the next operation is larger than that
@@ -79,23 +89,33 @@ def loss(
             return current
 
 
-def _measured(
-    supernet: SuperNet,
-    batches: Iterable[object],
-    current: DropoutList,
-    convention: str,
-    group: ProcessGroup | None,
-    points: int,
-    criterion: str,
-    shape: str,
+class Step(Protocol):
+    """`SuperNet.step`, or another way to run a module at a width."""
+
+    def __call__(
+        self, index: int, x: torch.Tensor, width: int, *, shared: Sequence[Shared] | None
+    ) -> torch.Tensor: ...
+
+
+class Measured(NamedTuple):
+    """What rises are measured of, and on which images."""
+
+    supernet: SuperNet
+    batches: Iterable[object]
+    group: ProcessGroup | None
+    criterion: str
+    step: Step
+
+
+def _ranked(
+    measured: Measured, current: DropoutList, convention: str, points: int, shape: str
 ) -> tuple[list[Operation], dict[str, float]]:
     """The operations at the widths of the last entry, sorted, and the rise that skipping each module brings."""
-    widths = list(current.entry(len(current) - 1).values())
+    supernet, widths = measured.supernet, list(current.entry(len(current) - 1).values())
     pairs = zip(supernet.infos, widths, strict=True)
-    measured = [_widths_to_measure(module, width, points) for module, width in pairs]
-    curves = rises(supernet, batches, widths, measured, group, criterion)
+    curves = rises(measured, widths, [_widths_to_measure(module, width, points) for module, width in pairs])
     if shape == "taylor":
-        scores, _ = importance(supernet, batches, widths=widths, group=group)
+        scores, _ = importance(supernet, measured.batches, widths=widths, group=measured.group)
         curves = [_shaped(m, curve, scores[m.name]) for m, curve in zip(supernet.infos, curves, strict=True)]
     prices = supernet.costs.planned_per_unit(convention)
     steps: list[tuple[float, float, int, Operation]] = []
@@ -120,24 +140,19 @@ def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
 
 
 @torch.no_grad()
-def rises(
-    supernet: SuperNet,
-    batches: Iterable[object],
-    widths: Sequence[int],
-    measured: Sequence[Sequence[int]],
-    group: ProcessGroup | None,
-    criterion: str = "kl",
-) -> list[Curve]:
-    """For each module the rise of the loss per image, at its present width (0) and at those to be measured.
+def rises(measured: Measured, widths: Sequence[int], below: Sequence[Sequence[int]]) -> list[Curve]:
+    """For each module the rise of the loss per image, at its present width (0) and at those `below` it.
 
     The part before a module is computed once per batch: each variant starts from the stream that enters the module.
     """
-    sums = [torch.zeros(1 + len(own), dtype=torch.float64) for own in measured]
+    supernet, group = measured.supernet, measured.group
+    sums = [torch.zeros(1 + len(own), dtype=torch.float64) for own in below]
     images, left_out = 0, 0
     with frozen(supernet):
-        with_labels = criterion == "cross_entropy"
-        for batch, labels in in_step(checked(supernet.model, batches, with_labels=with_labels), group):
-            losses = _losses(supernet, batch, labels, widths, measured)
+        with_labels = measured.criterion == "cross_entropy"
+        batches = checked(supernet.model, measured.batches, with_labels=with_labels)
+        for batch, labels in in_step(batches, group):
+            losses = _losses(measured, batch, labels, widths, below)
             if all_finite(losses):
                 images += len(batch)
                 for added, own in zip(sums, losses, strict=True):
@@ -150,19 +165,20 @@ def rises(
     images = total(images, group, device)
     added_up = [part.cpu() for part in summed([part.to(device) for part in sums], group)]
     return [
-        [(width, float(loss - own[0]) / images) for width, loss in zip((present, *below), own, strict=True)]
-        for present, below, own in zip(widths, measured, added_up, strict=True)
+        [(width, float(loss - own[0]) / images) for width, loss in zip((present, *narrower), own, strict=True)]
+        for present, narrower, own in zip(widths, below, added_up, strict=True)
     ]
 
 
 def _losses(
-    supernet: SuperNet,
+    measured: Measured,
     images: torch.Tensor,
     labels: torch.Tensor | None,
     widths: Sequence[int],
-    measured: Sequence[Sequence[int]],
+    below: Sequence[Sequence[int]],
 ) -> list[torch.Tensor]:
-    """For each module the losses of one batch: with nothing narrowed further, then at each width to be measured."""
+    """For each module the losses of one batch: with nothing narrowed further, then at each of the widths below."""
+    supernet, step = measured.supernet, measured.step
     headless = supernet.model.num_classes == 0
     if labels is None or headless:
         distance = partial(_distance, reference=supernet(images), headless=headless)
@@ -172,14 +188,14 @@ def _losses(
     streams = []
     for index, width in enumerate(widths):
         streams.append(x)
-        x = supernet.step(index, x, width, shared=shared)
+        x = step(index, x, width, shared=shared)
     base, losses = distance(supernet.head(x)), []
-    for index, below in enumerate(measured):
+    for index, narrower in enumerate(below):
         own = [base]
-        for width in below:
-            x = supernet.step(index, streams[index], width, shared=shared)
+        for width in narrower:
+            x = step(index, streams[index], width, shared=shared)
             for later in range(index + 1, len(widths)):
-                x = supernet.step(later, x, widths[later], shared=shared)
+                x = step(later, x, widths[later], shared=shared)
             own.append(distance(supernet.head(x)))
         losses.append(torch.stack(own))
     return losses

@@ -86,10 +86,11 @@ class SuperBlock(nn.Module):
         tokens: int | None = None,
         scores: torch.Tensor | None = None,
         shared: Any = None,
+        output: OutputLayer | None = None,
     ) -> torch.Tensor:
         """The first `tokens` (None: all) of x plus the branch of module `index` at `width` (None: full)."""
         width = self.modules_in_order[index].full_width if width is None else width
-        return self._step(index, Stream(x), width, tokens, scores, shared, None).x
+        return self._step(index, Stream(x), width, tokens, scores, shared, None, output).x
 
     def _step(
         self,
