@@ -36,6 +36,7 @@ def convert(
     qk: str = QK[0],
     v: str = V[0],
     neurons: str = NEURONS[0],
+    attention_group: int | None = None,
     moments: bool = False,
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
@@ -59,6 +60,9 @@ def convert(
             after the others have taken over what they predict of it, for use with `skd.compensate`.
             Attentions that are not rotated (with qk_norm, a gate, an inner norm, or cut by heads) and MLPs with an
             inner norm keep the paper's conversion whatever is chosen.
+        attention_group: how many coordinates of every head one step of planning removes, where heads are narrowed;
+            None: 8, as published. With fewer, small sub-networks keep attentions that they would have to drop whole,
+            which counts most where heads are small. GPU kernels take as long for 1 to 7 coordinates as for 8.
         moments: also store the moments of the converted network (`skd.moments`), by another pass over the batches.
         progress: wraps the batches, e.g. ``tqdm``.
         group: a torch.distributed group whose processes all call this with the same model, each with its own share
@@ -70,8 +74,9 @@ def convert(
         model's to rounding (relative 1e-12 in float64, 1e-5 in float32).
 
     Raises:
-        ValueError: unsupported architecture, no batches, bad images or labels, or no batch with finite statistics;
-            a batch whose statistics are not finite is left out with a warning that counts them.
+        ValueError: unsupported architecture, an attention_group below 1, no batches, bad images or labels, or no
+            batch with finite statistics; a batch whose statistics are not finite is left out with a warning that
+            counts them.
     """
     if centering not in CENTERINGS:
         raise ValueError(f"centering is {centering!r}; it may be one of {CENTERINGS}")
@@ -82,7 +87,7 @@ def convert(
     if belongs_to_supernet(model):
         raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
     check_group(group)
-    network = describe(model)
+    network = describe(model).with_attention_group(attention_group)
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering, choices)
     statistics.tokens_read = {network.modules[-1].block: network.tokens_read(model)}

@@ -13,6 +13,7 @@ header, under the metadata key "skd", says how to build what they fit:
     dropout_list    what `DropoutList.to_json` wrote, or null
     corrections     [[entry, [module, ...]], ...]; absent in files of earlier versions
     moments         [module, ...], whose features have moments; absent in files of earlier versions
+    attention_group coordinates of a head that one step of planning removes, or null; absent in earlier files
     data            mean, std, interpolation, crop_pct, input_size, ...
     label_names     class names, or null
     versions        of skd, torch and timm when written
@@ -61,6 +62,7 @@ class Header(Construction):
     dropout_list: str | None
     corrections: list[tuple[int, list[str]]]
     moments: list[str]
+    attention_group: int | None
     data: dict[str, object]
     label_names: list[str] | None
     versions: dict[str, str]
@@ -126,6 +128,7 @@ def header_of(obj: SuperNet | TimmModel) -> Header:
         "dropout_list": obj.dropout_list.to_json() if supernet else None,
         "corrections": corrections,
         "moments": moments,
+        "attention_group": network.attention_group,
         "data": resolve_model_data_config(model) | {"input_size": [model.in_chans, *image_size(model)]},
         "label_names": None if names is None else [str(name) for name in names],
         "versions": {"skd": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -288,7 +291,9 @@ def _rebuild(header: Header, state: dict[str, torch.Tensor], device: str | torch
     if header["architecture"] is None:
         model._model_args = header["model_args"] | {"norm_eps": header["norm_eps"]}
     if header["kind"] == "supernet":
-        supernet = SuperNet(model, DropoutList.from_json(header["dropout_list"] or ""), copy=False).eval()
+        network = describe(model).with_attention_group(header.get("attention_group"))
+        dropout_list = DropoutList.from_json(header["dropout_list"] or "")
+        supernet = SuperNet(model, dropout_list, copy=False, network=network).eval()
         return _with_corrections(_with_moments(supernet, header, added), header, added)
     if added:
         raise ValueError(f"a model has no corrections and no moments, but the file has {min(added)}")

@@ -220,8 +220,8 @@ def _add_mean(supernet: SuperNet, before: Module, skipped: Module, layers: dict[
 class Predicting:
     """The modules of a super-network, each of which predicts what it drops from what it keeps.
 
-    At any width a module runs with the output layer that `moments_correction` gives it; skipped, it adds its mean.
-    A module with a norm behind it stays as it is.
+    At any width a module runs with the output layer that `moments_correction` gives it; skipped, it adds its mean,
+    if its output layer has a bias to put a mean in. A module with a norm behind it stays as it is.
 
     Args:
         moments: of the present weights.
@@ -236,7 +236,8 @@ class Predicting:
     def step(self, index: int, x: torch.Tensor, width: int, shared: Sequence[Shared] | None = None) -> torch.Tensor:
         """As `SuperNet.step`, (B, N, C) to (B, tokens, C)."""
         module, supernet = self.supernet.infos[index], self.supernet
-        if width == module.full_width or module.place.post_norm:
+        whole = width == module.full_width or module.place.post_norm
+        if whole or (width == 0 and module.output_layer(module.of(supernet.model)).bias is None):
             return supernet.step(index, x, width, shared=shared)
         own = self.moments[module.name]
         if width == 0:

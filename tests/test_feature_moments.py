@@ -16,7 +16,7 @@ from test_compensation import FAMILIES, MODELS, check_family, distance, largest,
 
 import skd
 from skd.cli import main
-from skd.moments import FeatureMoments, moments_correction
+from skd.moments import FeatureMoments, Predicting, moments_correction
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -71,6 +71,20 @@ def test_the_fit_is_ridge_regression_of_what_is_dropped() -> None:
         shift = dropped @ features[:, ~kept].mean(0) - change @ features[:, kept].mean(0)
         torch.testing.assert_close(found[name].weight, own.weight.data[:, kept] + change, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[name].bias, own.bias.data + shift, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_modules_that_predict_are_those_of_the_correction(kind: str) -> None:
+    """Module by module, the stream ends where an entry with its correction ends."""
+    net, batches = net_of(tiny_vit(**MODELS[kind])), random_batches(count=4, size=32)
+    predicting, images = Predicting(net, skd.moments(net, batches)), batches[0][0]
+    skd.compensate(net, entries=[3])
+    with torch.no_grad():
+        x, shared = net.embed(images)
+        for index, width in enumerate(net.widths(3)):
+            x = predicting.step(index, x, width, shared=shared)
+        assert largest(net.head(x), net(images, entry=3)) < 1e-6
+        assert largest(net.head(x), skd.extract(net, entry=3, corrected=False)(images)) > 1e-3
 
 
 def test_an_infinite_ridge_folds_the_means_in() -> None:

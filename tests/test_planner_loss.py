@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import digit_data, digit_net, nested, random_batches, run_training, tiny_vit, training_config
 
 import skd
+from skd.moments import Predicting
 from skd.planners.loss import SHAPES, Measured, _convex, _shaped, rises
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
@@ -119,6 +120,28 @@ def test_between_the_measured_widths_taylor_scores_shape_the_rise() -> None:
     given = {"target": 0.5, "rounds": 2, "planner": "loss", "points": 1}
     linear, taylor = (skd.plan(digit_net(), batches, shape=shape, **given) for shape in SHAPES)
     assert linear != taylor
+
+
+def test_what_kept_features_predict_costs_nothing() -> None:
+    """With `compensated`, neurons that are copies of others go for free; without, they cost what others cost."""
+    model = tiny_vit(global_pool="avg")
+    with torch.no_grad():
+        for rows in (model.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.bias):
+            rows[36:] = rows[:36]
+    net, batches = skd.SuperNet(model), random_batches()
+    rise = {}
+    for step in (net.step, Predicting(net, skd.moments(net, batches), ridge=1e-9).step):
+        *_, curve = rises(Measured(net, batches, None, "kl", step), net.widths(), [[], [], [], [36, 0]])
+        rise[step.__self__.__class__] = dict(curve)
+    assert rise[Predicting][36] < 1e-6 * rise[skd.SuperNet][36]
+    assert rise[Predicting][0] > 1e-2 * rise[skd.SuperNet][0]  # its mean alone replaces it
+    plain, aware = (
+        skd.plan(net, batches, target=0.2, rounds=1, planner="loss", compensated=compensated)
+        for compensated in (False, True)
+    )
+    assert aware.widths[-1, 3] <= 36 < plain.widths[-1, 3] or plain != aware
+    with pytest.raises(ValueError, match="compensated is 1"):
+        skd.plan(net, batches, planner="loss", compensated=1)
 
 
 @pytest.mark.parametrize("name", ["criterion", "shape"])

@@ -27,6 +27,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--qk", choices=QK, default=QK[0], help="bases of queries and keys (default: %(default)s)")
     parser.add_argument("--v", choices=V, default=V[0], help="bases of values (default: %(default)s)")
     parser.add_argument("--neurons", choices=NEURONS, default=NEURONS[0], help="their order (default: %(default)s)")
+    parser.add_argument(
+        "--attention-group", type=int, metavar="N", help="coordinates of a head that one step removes"
+    )
     options.add_moments(parser)
     options.add_device(parser)
 
@@ -55,6 +58,7 @@ def run(given: argparse.Namespace) -> Document:
         qk=given.qk,
         v=given.v,
         neurons=given.neurons,
+        attention_group=given.attention_group,
         moments=given.moments,
         progress=work.progress("Converting"),
         group=given.group,

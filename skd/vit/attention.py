@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -78,6 +78,13 @@ class RotatedAttention(Module):
             rotates_v=not mixed,
             rotates_qk=not binary,
         )
+
+    @property
+    def chosen_group(self) -> int | None:
+        return None if self.binary else self.group_size
+
+    def with_attention_group(self, size: int) -> RotatedAttention:
+        return self if self.binary else replace(self, group_size=min(size, self.full_width))
 
     @property
     def coordinates_per_unit(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
@@ -181,6 +181,15 @@ class Module(ABC):
         layer: nn.Linear = getattr(module, self.output_name)
         return layer
 
+    @property
+    def chosen_group(self) -> int | None:
+        """`group_size` where `with_attention_group` may change it, else None."""
+        return None
+
+    def with_attention_group(self, size: int) -> Module:
+        """The same module with another group size, if it is an attention whose heads are narrowed."""
+        return self
+
     # Reading features and gradients (METHOD 1 and 2)
 
     @abstractmethod
@@ -346,6 +355,23 @@ class Network(ABC):
     def by_block(self) -> tuple[tuple[Module, ...], ...]:
         """The modules of each block."""
         return tuple(tuple(group) for _, group in groupby(self.modules, key=lambda module: module.block))
+
+    @property
+    def attention_group(self) -> int | None:
+        """The coordinates of a head that one pruning step removes; None where no attention's heads are narrowed."""
+        return next((group for module in self.modules if (group := module.chosen_group) is not None), None)
+
+    def with_attention_group(self, size: int | None) -> Network:
+        """The same network with another `attention_group`, at most a whole head; None: as it is.
+
+        Raises:
+            ValueError: not an int of at least 1.
+        """
+        if size is None:
+            return self
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"attention_group is {size!r}; it must be an int of at least 1")
+        return replace(self, modules=tuple(module.with_attention_group(size) for module in self.modules))
 
     def per_block(self, items: Iterable[Item]) -> list[list[Item]]:
         """One item for each module, to a list for each block."""
