@@ -38,39 +38,39 @@ LOSS: Settings = {"planner": "loss", "rounds": 5}
 _PUBLISHED: Settings = {"planner": published.NAME, "convention": "linear"}
 _PER_BATCH: Settings = {"centering": "batch"}
 
+FINE: Settings = {"attention_group": 4}
+AWARE: Settings = {"compensated": True, "reach": 0.25}
+_LOSS: Settings = {"planner": "loss"}
+_ALL: Settings = {**_LOSS, "planner_options": AWARE}
+
 CONTENDERS: dict[str, Contender] = {
     "published": Contender(dict(_PUBLISHED), convert=_PER_BATCH, compensation=None, never_drawn=1),
     "published, planned": Contender(plan={**_PUBLISHED, "rounds": 10}, convert=_PER_BATCH, compensation=None),
-    # skd's defaults, then one option at a time.
+    # skd's defaults, and the planner that measures the loss.
     "skd": Contender({}),
     "skd, planned": Contender(),
-    "loss": Contender({"planner": "loss"}),
+    "loss": Contender(_LOSS),
     "loss, planned": Contender(plan=LOSS),
-    "square root": Contender({"planner_options": {"sensitivity": "sqrt"}}),
-    # With the planner that measures the loss, one option of training at a time.
-    "loss, original teaches": Contender({"planner": "loss", "kd_teacher": "original"}),
-    "loss, larger teaches": Contender({"planner": "loss", "kd_teacher": "larger"}),
-    "loss, both teach": Contender({"planner": "loss", "kd_teacher": "both"}),
-    "loss, small more often": Contender({"planner": "loss", "entry_sampling": "small"}),
-    "loss, sandwich": Contender({"planner": "loss", "entry_sampling": "sandwich"}),
-    "loss, fitted start": Contender({"planner": "loss", "refit_start": True}),
-    "loss, fitted start, original teaches": Contender(
-        {"planner": "loss", "refit_start": True, "kd_teacher": "original"}
-    ),
-    "loss, measured often": Contender({"planner": "loss", "planner_options": {"reach": 0.25}}),
-    "loss, measured often, original teaches": Contender(
-        {"planner": "loss", "planner_options": {"reach": 0.25}, "kd_teacher": "original"}
-    ),
-    # And one option of planning or conversion at a time, not trained.
-    "loss, measured often, planned": Contender(plan={**LOSS, "reach": 0.25}),
+    # One option of planning or conversion at a time.
+    "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),
     "loss, Taylor between, planned": Contender(plan={**LOSS, "shape": "taylor"}),
     "loss, cross-entropy, planned": Contender(plan={**LOSS, "criterion": "cross_entropy"}),
-    "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),
+    "loss, measured often, planned": Contender(plan={**LOSS, "reach": 0.25}),
+    "loss, rises compensated, planned": Contender(plan={**LOSS, "compensated": True}),
+    "loss, groups of 4, planned": Contender(plan=LOSS, convert=FINE),
     "loss, balanced, planned": Contender(plan=LOSS, convert={"qk": "balanced"}),
     "loss, V by output, planned": Contender(plan=LOSS, convert={"v": "output"}),
     "loss, neurons by residual, planned": Contender(plan=LOSS, convert={"neurons": "residual"}),
+    # Those that gain, together; then one option of training at a time.
+    "all, planned": Contender(plan={**LOSS, **AWARE}, convert=FINE),
+    "all": Contender(_ALL, convert=FINE),
+    "all, original teaches": Contender({**_ALL, "kd_teacher": "original"}, convert=FINE),
+    "all, larger teaches": Contender({**_ALL, "kd_teacher": "larger"}, convert=FINE),
+    "all, small more often": Contender({**_ALL, "entry_sampling": "small"}, convert=FINE),
+    "all, sandwich": Contender({**_ALL, "entry_sampling": "sandwich"}, convert=FINE),
+    "all, fitted start": Contender({**_ALL, "refit_start": True}, convert=FINE),
     "skd, headless": Contender(headless=True),
-    "loss, headless": Contender(plan=LOSS, headless=True),
+    "all, headless": Contender(plan={**LOSS, **AWARE}, convert=FINE, headless=True),
 }
 BASE = "published"  # what differences are from
 
@@ -97,7 +97,7 @@ class Unit(NamedTuple):
 
 
 # The winners of the ablation, which the final plan runs together on two sizes; see `plans`.
-FINAL = ("published", "skd", "loss", "skd, planned", "loss, planned")
+FINAL = ("published", "all, original teaches", "all, planned")
 
 
 def ablation() -> Iterator[Unit]:
