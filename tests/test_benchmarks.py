@@ -22,7 +22,7 @@ from helpers import random_batches, tiny_vit
 from benchmarks import op, result, steps, table, test_passes, test_steps, timing
 from benchmarks import train_fashion_mnist as fashion_mnist
 from benchmarks import train_throughput as throughput
-from benchmarks.accuracy import compensation, summary
+from benchmarks.accuracy import summary
 from benchmarks.op import OURS, Case
 from benchmarks.registry import COMPILED, LAYERS, MASKED, OPERATIONS, STATISTICS
 from benchmarks.result import Info, Result
@@ -418,11 +418,3 @@ def test_the_comparison_in_the_docs_is_the_committed_result() -> None:
     expected = summary.tables(Info(json.loads(file.read_text()))) if file.exists() else "Not measured yet."
     _, inside, _ = result.split((ROOT / "docs" / "ACCURACY.md").read_text(), summary.BEGIN, summary.END)
     assert inside == expected
-
-
-def test_compensation_in_the_docs_is_the_committed_result() -> None:
-    result = compensation.Info(json.loads((RESULTS / "accuracy-compensation.json").read_text()))
-    assert compensation.table(result) in (ROOT / "docs" / "ACCURACY.md").read_text()
-    assert [row.number("share") for row in result.rows("runs")[0].part("planners").part("loss").rows("curve")] == [
-        *compensation.SHARES
-    ]

@@ -7,5 +7,4 @@ images.py          the sets of images, the order of the batches, the pre-trained
 measuring.py       one contender on one network
 counting.py        the cost in forward passes
 summary.py         tables and plot
-compensation.py    command: sub-networks without training, with and without `skd.compensate`, on Fashion-MNIST
 """

@@ -21,6 +21,7 @@ class Contender:
         plan: arguments of `skd.plan`, where nothing is trained.
         convert: arguments of `skd.convert`.
         compensation: arguments of `skd.compensate` at the end, which gives further figures; None: without.
+        from_moments: the corrections are of stored moments (`skd.moments`), not fitted on images.
         never_drawn: entries at the end of the list that no step of the training draws.
         headless: the pre-trained network loses its classifier first, and its features are measured.
     """
@@ -29,6 +30,7 @@ class Contender:
     plan: Settings = field(default_factory=lambda: PAPER)
     convert: Settings = field(default_factory=dict)
     compensation: Settings | None = field(default_factory=dict)
+    from_moments: bool = False
     never_drawn: int = 0
     headless: bool = False
 
@@ -63,6 +65,7 @@ CONTENDERS: dict[str, Contender] = {
     "loss, neurons by residual, planned": Contender(plan=LOSS, convert={"neurons": "residual"}),
     # Those that gain, together; then one option of training at a time.
     "all, planned": Contender(plan={**LOSS, **AWARE}, convert=FINE),
+    "all, planned, from moments": Contender(plan={**LOSS, **AWARE}, convert=FINE, from_moments=True),
     "all": Contender(_ALL, convert=FINE),
     "all, original teaches": Contender({**_ALL, "kd_teacher": "original"}, convert=FINE),
     "all, larger teaches": Contender({**_ALL, "kd_teacher": "larger"}, convert=FINE),

@@ -54,7 +54,10 @@ def measured(unit: Unit, contender: Contender, model: VisionTransformer, images:
     cut = [entry for entry in dict.fromkeys(chosen.values()) if entry]
     if contender.compensation is not None and cut:
         with stages("compensate"):
-            skd.compensate(supernet, calibration, entries=cut, **contender.compensation)
+            if contender.from_moments:
+                skd.moments(supernet, calibration)
+            images_read = None if contender.from_moments else calibration
+            skd.compensate(supernet, images_read, entries=cut, **contender.compensation)
         with stages("evaluate compensated"):
             after = metric(supernet, list(chosen.values()))
     sizes = supernet.dropout_list.macs
