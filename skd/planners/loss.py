@@ -42,8 +42,8 @@ def loss(
     points: int = 6,
     criterion: str = "kl",
     shape: str = "linear",
-    reach: float = 1.0,
-    compensated: bool = False,
+    reach: float = 0.25,
+    compensated: bool = True,
 ) -> DropoutList:
     """The list grown by the operations with the smallest rise of the loss per MAC.
 
@@ -59,7 +59,7 @@ def loss(
         shape: of the rise between two measured widths: "linear" in the width; "taylor", in proportion to the Taylor
             scores of the coordinates between them (`skd.importance`).
         reach: the share of the MACs left that may go before the rises are measured again, above 0, at most 1. A rise
-            holds near the widths at which it was measured, so that it helps where few rounds remove much.
+            holds near the widths at which it was measured; with 1 it is measured once.
         compensated: measure networks in which every module predicts what it drops from what it keeps, and a skipped
             one is its mean, as `skd.compensate` does it without images. What can be made up for costs nothing then.
 
