@@ -48,9 +48,9 @@ _ALL: Settings = {**_LOSS, "planner_options": AWARE}
 CONTENDERS: dict[str, Contender] = {
     "published": Contender(dict(_PUBLISHED), convert=_PER_BATCH, compensation=None, never_drawn=1),
     "published, planned": Contender(plan={**_PUBLISHED, "rounds": 10}, convert=_PER_BATCH, compensation=None),
-    # skd's defaults, and the planner that measures the loss.
-    "skd": Contender({}),
-    "skd, planned": Contender(),
+    # The published planner and the one that measures the loss, in skd.
+    "paper": Contender({"planner": "paper"}),
+    "paper, planned": Contender(),
     "loss": Contender(_LOSS),
     "loss, planned": Contender(plan=LOSS),
     # One option of planning or conversion at a time.
@@ -71,7 +71,7 @@ CONTENDERS: dict[str, Contender] = {
     "all, small more often": Contender({**_ALL, "entry_sampling": "small"}, convert=FINE),
     "all, sandwich": Contender({**_ALL, "entry_sampling": "sandwich"}, convert=FINE),
     "all, fitted start": Contender({**_ALL, "refit_start": True}, convert=FINE),
-    "skd, headless": Contender(headless=True),
+    "paper, headless": Contender(headless=True),
     "all, headless": Contender(plan={**LOSS, **AWARE}, convert=FINE, headless=True),
 }
 BASE = "published"  # what differences are from
