@@ -129,7 +129,7 @@ def plan(
     convention: str = "full",
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
-    planner: str | planners.Planner = "paper",
+    planner: str | planners.Planner = "loss",
     keep: Mapping[str, int] | None = None,
     exclude: Iterable[str] = (),
     **options: Any,
@@ -145,7 +145,7 @@ def plan(
         progress: wraps the rounds, e.g. ``tqdm``.
         group: a torch.distributed group, each of whose processes has its share of the batches (see `importance`).
         planner: a name (`skd.planners.names()`), or any function that is a `skd.planners.Planner`; "paper" is the
-            published one.
+            published one, "loss" measures what narrowing costs.
         keep: by the name of a module ("3.attn", "0.mlp"), the smallest width that it may get.
         exclude: names of modules that stay at their full width.
         options: of the planner's own, such as ``sensitivity="sqrt"`` of "paper".

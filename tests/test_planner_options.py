@@ -28,8 +28,8 @@ def test_the_square_root_of_the_sensitivity_ranks_the_operations() -> None:
     proposal = propose(net, batches, net.dropout_list, sensitivity="sqrt")
     assert proposal.operations == skd.rank_operations(scores, roots, prices, groups, widths)
     assert proposal.sensitivity == roots
-    assert skd.plan(net, batches, rounds=1, sensitivity="sqrt").sensitivity == roots
-    assert skd.plan(net, batches, rounds=1).sensitivity == gamma
+    planned = {use: skd.plan(net, batches, rounds=1, planner="paper", sensitivity=use) for use in ("sqrt", "count")}
+    assert planned["sqrt"].sensitivity == roots and planned["count"].sensitivity == gamma
 
 
 class Unchanged(torch.nn.Module):
@@ -63,7 +63,7 @@ def test_the_published_skip_adds_the_norm_of_the_stream(changes: dict[str, Any])
 @pytest.mark.parametrize("name", ["sensitivity", "skip"])
 def test_other_words_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} is 'best'; it may be one of"):
-        skd.plan(digit_net(), digit_data()[2], **{name: "best"})
+        skd.plan(digit_net(), digit_data()[2], planner="paper", **{name: "best"})
 
 
 def test_options_are_checked_by_name() -> None:
@@ -72,8 +72,8 @@ def test_options_are_checked_by_name() -> None:
     for name in ("point", "current", "target"):
         with pytest.raises(ValueError, match=f"planner 'loss' has no option '{name}'; it has .'points'"):
             planners.check_options("loss", {name: 3})
-    config = training_config(planner_options={"points": 3})
-    with pytest.raises(ValueError, match="planner 'paper' has no option 'points'"):
+    config = training_config(planner_options={"skip": "published"})
+    with pytest.raises(ValueError, match="planner 'loss' has no option 'skip'"):
         run_training(digit_net(), config)
 
 
@@ -81,7 +81,7 @@ def test_training_gives_its_planner_the_options(tmp_path: Path) -> None:
     """The list of the first epoch is that of the planner with these options, at the weights before training."""
     options = {"sensitivity": "sqrt"}
     for importance in ("passes", "online"):
-        net, config = digit_net(), training_config(planner_options=options, importance=importance)
+        net, config = digit_net(), training_config(planner="paper", planner_options=options, importance=importance)
         out = tmp_path / importance
         history = run_training(net, config, out)
         _, gamma = skd.importance(digit_net(), digit_data()[2])
@@ -117,7 +117,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert narrowest["0.mlp"] >= 8 and all(narrowest[name] == full[name] for name in ("1.attn", "1.mlp"))
     from skd.cli import main
 
-    for bad in (["--planner-options", '{"points": 2}'], ["--keep", '{"9.mlp": 8}'], ["--exclude", "x"]):
+    for bad in (["--planner-options", '{"skip": "published"}'], ["--keep", '{"9.mlp": 8}'], ["--exclude", "x"]):
         assert main([str(word) for word in (*plan, *bad)]) == 2
     argv = ["train", "--supernet", converted, *data[:4], "--out", tmp_path / "run", "--dry-run"]
     with pytest.raises(SystemExit):

@@ -106,8 +106,8 @@ def test_the_paper_planner_is_importance_ranked_and_extended() -> None:
     for step in (1, 2, 3):
         proposal = propose(net, batches, grown, convention="linear")
         grown = grown.extended(proposal.operations, 0.7 * total * step / 3)
-    for named in ({}, {"planner": "paper"}, {"planner": planners.planner("paper")}):
-        planned = skd.plan(net, batches, target=0.7, rounds=3, convention="linear", **named)
+    for planner in ("paper", planners.planner("paper")):
+        planned = skd.plan(net, batches, target=0.7, rounds=3, convention="linear", planner=planner)
         assert planned == grown and planned.removed_macs == grown.removed_macs and len(grown) > 4
         assert planned.to_json() == grown.to_json()
         assert planned.sensitivity == proposal.sensitivity
@@ -132,7 +132,7 @@ def test_plan_calls_a_function_once_per_round() -> None:
 def test_options_that_a_planner_does_not_have_are_refused_in_one_line() -> None:
     for option in ({"label": "0.attn"}, {"round": 3}, {"current": None}):
         name = next(iter(option))
-        with pytest.raises(ValueError, match=rf"^planner 'paper' cannot be called .*argument '{name}'$"):
+        with pytest.raises(ValueError, match=rf"^planner 'loss' cannot be called .*argument '{name}'$"):
             skd.plan(digit_net(), digit_data()[2], **option)
     with pytest.raises(ValueError, match="planner 3 cannot be called"):
         skd.plan(digit_net(), digit_data()[2], planner=3)  # type: ignore[arg-type]
@@ -209,7 +209,8 @@ def test_the_targets_of_training_are_those_of_plan() -> None:
 
 
 def test_online_importance_is_the_paper_planners_alone(toy: str) -> None:
-    assert training_config(importance="online").planner == "paper"
+    assert training_config(importance="online").chosen_planner == "paper"
+    assert training_config().chosen_planner == "loss"
     with pytest.raises(
         ValueError, match=r"^importance is 'online', which only the planner 'paper' has; planner is 'toy'"
     ):

@@ -63,7 +63,7 @@ BAD = {
     "refit_start": [1, "yes", None],
     "target": [0, 0.0, 1.01, -0.5],
     "progressive_epochs": [-1, 301, 1.5],
-    "planner": ["nobody", "", "Paper", 3, None],
+    "planner": ["nobody", "", "Paper", 3],
     "planner_options": [3, [], "points", {1: 2}],
     "importance": ["sometimes", None],
     "calibration_images": [0],

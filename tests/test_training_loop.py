@@ -77,7 +77,9 @@ def test_importance_is_measured_on_the_raw_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_module, "propose", spy)
     net = digit_net()
     start = raw_bytes(weights(net))
-    config = training_config(checkpoint_hist=9, checkpoint_steps=0, model_ema_decay=0.99, model_ema_warmup=False)
+    config = training_config(
+        planner="paper", checkpoint_hist=9, checkpoint_steps=0, model_ema_decay=0.99, model_ema_warmup=False
+    )
     run_training(net, config, tmp_path)
     tensors, header = read_checkpoint(checkpoint_files(tmp_path)[0])
     raw, average = (
@@ -103,7 +105,7 @@ def test_importance_reads_the_calibration_images_in_evaluation_mode_and_draws_no
     propose = paper_module.propose
     monkeypatch.setattr(paper_module, "propose", spy)
     calibration = Hooked(digit_data()[2], lambda _: modes.append(net.training))
-    run_training(net, training_config(), calibration=calibration)
+    run_training(net, training_config(planner="paper"), calibration=calibration)
     assert calibration.given == 2 * 2, "one pass in each growing epoch"
     assert modes == [False] * 4
     assert len(states) == 4 and states[0] == states[1] and states[2] == states[3]
@@ -335,7 +337,7 @@ def test_bad_batches_of_other_loaders_are_named(kind, which, index):
     change, message = BAD_BATCHES[kind]
     batches = spoilt(digit_data()[index], 1, change)
     with pytest.raises(ValueError, match=message) as refusal:
-        run_training(digit_net(), training_config(), **{which: batches})
+        run_training(digit_net(), training_config(planner="paper"), **{which: batches})  # which looks at labels
     assert "[1]" in str(refusal.value)
 
 

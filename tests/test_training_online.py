@@ -73,7 +73,9 @@ def test_only_the_first_round_reads_calibration_images() -> None:
     for importance in ("passes", "online"):
         calibration = Counted(digit_data()[2])
         net = digit_net()
-        history = run_training(net, training_config(**{**ONLINE, "importance": importance}), calibration=calibration)
+        history = run_training(
+            net, training_config(**{**ONLINE, "planner": "paper", "importance": importance}), calibration=calibration
+        )
         passes[importance] = calibration.passes
         assert net.scores is None, "nothing is followed after the run"
         assert [row["entries"] for row in history.epochs] == sorted({row["entries"] for row in history.epochs})

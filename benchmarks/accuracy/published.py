@@ -213,7 +213,7 @@ def train(
         if epoch < config.growing_epochs:
             target = config.target * (epoch + 1) / config.growing_epochs * total
             grown = planners.grow(
-                config.planner,
+                config.chosen_planner,
                 supernet,
                 calibration,
                 target,

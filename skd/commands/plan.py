@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=options.whole, default=10, help="rounds of the planner (default: %(default)s)"
     )
     parser.add_argument(
-        "--planner", choices=planners.names(), default="paper", help="decides what to narrow (default: %(default)s)"
+        "--planner", choices=planners.names(), default="loss", help="decides what to narrow (default: %(default)s)"
     )
     parser.add_argument(
         "--planner-options",

@@ -254,8 +254,11 @@ class TrainConfig:
     progressive_epochs: int | None = _option(
         None, "epochs during which the dropout list grows; unset: min(50, epochs / 3), at least 1 (paper: 50)"
     )
-    planner: str = _option(
-        "paper", "decides how the dropout list grows ('paper': the published one)", choices=planners.names
+    planner: str | None = _option(
+        None,
+        "decides how the dropout list grows: 'loss', by the measured rise of the loss; 'paper', the published one; "
+        "unset: 'loss', but 'paper' with importance 'online'",
+        choices=planners.names,
     )
     planner_options: dict[str, Any] | None = _option(  # noqa: RUF009 (None is the default)
         None, 'of the planner\'s own, such as {"sensitivity": "sqrt"}; unset: none'
@@ -322,6 +325,12 @@ class TrainConfig:
     def warmup(self) -> int:
         """The number of epochs of warm-up."""
         return min(5, self.epochs // 10) if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def chosen_planner(self) -> str:
+        """The name of the planner that grows the list."""
+        usual = "paper" if self.importance == "online" else "loss"
+        return usual if self.planner is None else self.planner
 
     @property
     def growing_epochs(self) -> int:
@@ -493,9 +502,9 @@ def _check_ranges(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not fits(value):
                 raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-    if config.planner not in planners.names():
+    if config.chosen_planner not in planners.names():
         raise ValueError(f"planner is {config.planner!r}; it must be one of {planners.names()}")
-    if config.importance == "online" and config.planner != "paper":
+    if config.importance == "online" and config.chosen_planner != "paper":
         raise ValueError(f"importance is 'online', which only the planner 'paper' has; planner is {config.planner!r}")
     if config.warmup >= config.epochs and config.warmup > 0:
         raise ValueError(f"warmup_epochs is {config.warmup}; it must be below epochs, {config.epochs}")

@@ -184,7 +184,7 @@ def _check(
         raise ValueError("expected_top1 is given, but val_loader is None: there is nothing to measure it on")
     if config.opt.startswith("lookahead"):
         raise ValueError(f"opt is {config.opt!r}; Lookahead keeps state that a checkpoint cannot hold")
-    planners.check_options(config.planner, config.planner_options)
+    planners.check_options(config.chosen_planner, config.planner_options)
     if resume not in RESUME:
         raise ValueError(f"resume is {resume!r}; it may be one of {RESUME}")
     loaders = {"train_loader": train_loader, "val_loader": val_loader, "calibration": calibration}

@@ -22,7 +22,7 @@ def grow(run: Run) -> None:
         grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
     else:
         grown = planners.grow(
-            config.planner,
+            config.chosen_planner,
             supernet,
             Anew(partial(run.stoppable, run.calibration, "Measuring importance")),
             target,
