@@ -111,7 +111,9 @@ def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
         skd.save(skd.extract(supernet, entry=entry), tmp_path / str(entry) / "small.safetensors")
         with torch.no_grad():
             torch.save((images, supernet(images, entry=entry)), tmp_path / str(entry) / "expected.pt")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", REBUILD, snippet(FILES, "rebuild")], cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REBUILD, snippet(FILES, "rebuild")], cwd=tmp_path, check=True
+    )
     for entry in range(3):
         rebuilt = torch.load(tmp_path / str(entry) / "rebuilt.pt", weights_only=False)
         assert skd.cost(rebuilt) == skd.cost(supernet, entry=entry)

@@ -1,4 +1,4 @@
-"""``torchrun -m skd``: two processes convert and train what one does, though stopped, killed and resumed on the way."""
+"""``torchrun -m skd``: two processes convert and train what one does, though stopped, killed and resumed."""
 
 from __future__ import annotations
 
