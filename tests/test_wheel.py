@@ -107,6 +107,6 @@ def test_it_runs_under(name: str, wheel: Path, tmp_path: Path) -> None:
     programs = new_environment(tmp_path / "env", str(wheel), *TORCHES[name])
     printed = run(programs / "python", ROOT / "tests" / "installed.py", cwd=tmp_path)
     found = json.loads(printed.splitlines()[-1])
-    assert name == "newest" or found["torch"].startswith("2.11.")
-    assert found["built with torch"] != found["torch"] or name == "newest", "nothing is said of another PyTorch"
+    if name == "oldest":  # which is another than the wheel was built with
+        assert found["torch"].startswith("2.11.") and not found["built with torch"].startswith("2.11.")
     assert "--seed" in run(programs / "skd", "demo", "--help", cwd=tmp_path)
