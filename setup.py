@@ -4,7 +4,8 @@
     TORCH_CUDA_ARCH_LIST      default those of 8.0;9.0;10.0 that nvcc knows (no GPU is needed to build)
     MAX_JOBS                  default from the cores and the free memory
 
-What is built, and why not the rest, is printed. Everything but the build is in pyproject.toml.
+What is built, and why not the rest, is printed. A wheel with CUDA kernels has a build tag, such as 1cu130. Everything
+but the build is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -111,13 +112,14 @@ def default_jobs() -> str:
     return str(max(1, min(os.cpu_count() or 1, int(free / GIGABYTES_PER_JOB))))
 
 
-def extensions() -> tuple[list, dict]:
+def extensions() -> tuple[list, dict, dict]:
+    """What `setup` takes: extensions, commands and options."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
         if os.environ.get("SKD_CUDA", "auto").lower() == "on":
             raise SystemExit("SKD_CUDA=on, but there is no C++ compiler (install g++, or set CXX)")
         say("WARNING: no C++ compiler, nothing is compiled; every operation will run its PyTorch reference")
-        return [], {}
+        return [], {}, {}
     toolkit = wanted_toolkit()
     if toolkit is not None:  # both must be set before cpp_extension is imported
         os.environ["CUDA_HOME"] = toolkit.home
@@ -136,6 +138,7 @@ def extensions() -> tuple[list, dict]:
     # target of the stable ABI.
     includes = [pybind11.get_include(), *cpp_extension.include_paths(), str(CSRC)]
     link: list[str] = []
+    options = {}
     if toolkit is not None:
         sources += sorted(str(path) for path in CSRC.glob("*.cu"))
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
@@ -143,6 +146,7 @@ def extensions() -> tuple[list, dict]:
         defines += [f'-DSKD_CUDA_ARCHITECTURES="{architectures}"']
         includes.append(str(Path(toolkit.home) / "include"))
         # The runtime is linked in and torch_cuda is not needed: one file loads under CUDA and CPU builds of torch.
+        options = {"bdist_wheel": {"build_number": f"1cu{toolkit.version().replace('.', '')}"}}
         link = [f"-L{Path(toolkit.home) / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         say(f"building CPU and CUDA kernels, toolkit {toolkit.home}, architectures {architectures}")
     else:
@@ -158,8 +162,8 @@ def extensions() -> tuple[list, dict]:
         depends=sorted(str(path) for path in CSRC.glob("*.h")),
         language="c++",
     )
-    return [extension], {"build_ext": cpp_extension.BuildExtension}
+    return [extension], {"build_ext": cpp_extension.BuildExtension}, options
 
 
-modules, commands = extensions()
-setup(ext_modules=modules, cmdclass=commands)
+modules, commands, options = extensions()
+setup(ext_modules=modules, cmdclass=commands, options=options)

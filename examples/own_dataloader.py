@@ -20,13 +20,13 @@ test = DataLoader(test_set, batch_size=256)
 # Un-augmented training images in a fixed order; importance is measured on them.
 calibration = DataLoader(train_set, batch_size=256)
 
-size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 10}
+size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 model = timm.create_model("deit_small_patch16_224", **size)
 settings = {"batch_size": 64, "lr": 2e-3, "drop_path": 0, "mixup": 0, "cutmix": 0, "model_ema": False}
-skd.finetune(model, train, test, skd.finetune_config(**settings | {"epochs": 8}))  # in place of pre-training
+skd.finetune(model, train, test, skd.finetune_config(**settings | {"epochs": 6}))  # in place of pre-training
 
 supernet = skd.convert(model, calibration)
-skd.train(supernet, train, test, skd.TrainConfig(epochs=6, **settings), calibration=calibration)
+skd.train(supernet, train, test, skd.TrainConfig(epochs=4, **settings), calibration=calibration)
 
 # Any sub-network of the list runs in place, without being cut out.
 entries = range(0, len(supernet.dropout_list), 20)

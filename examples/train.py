@@ -19,16 +19,16 @@ folder = sys.argv[2] if len(sys.argv) > 2 else None
 torch.manual_seed(0)
 
 # With other data: timm.create_model("deit_small_patch16_224", pretrained=True), and skd.TrainConfig() as it is.
-size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 10}
+size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 model = timm.create_model("deit_small_patch16_224", **size)
 config = skd.TrainConfig(
-    epochs=6, batch_size=64, lr=2e-3, workers=0, calibration_images=256,
+    epochs=4, batch_size=64, lr=2e-3, workers=0, calibration_images=256,
     drop_path=0, mixup=0, cutmix=0, model_ema=False,  # of the network
     aa=None, reprob=0, hflip=0, scale=(0.9, 1.0), aug_repeats=1,  # of the images
 )  # fmt: skip
 train, validation, calibration = skd.data.loaders(data, model, config)
 
-# Six epochs stand in for pre-training.
+# Four epochs stand in for pre-training.
 skd.finetune(model, train, validation, replace(config, progressive_epochs=0, budgets=(1.0,)))
 
 supernet = skd.convert(model, calibration)

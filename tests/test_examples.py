@@ -47,7 +47,7 @@ def test_convert_and_extract(tmp_path: Path) -> None:
 
 def test_train(tmp_path: Path) -> None:
     printed = run(tmp_path, "train.py", "digits", "run")
-    assert "6 epochs" in printed and accuracies(printed)[0] > 30
+    assert "4 epochs" in printed and accuracies(printed)[0] > 30
     assert (tmp_path / "run" / "supernet.safetensors").is_file() and (tmp_path / "run" / "history.jsonl").is_file()
 
 

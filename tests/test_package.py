@@ -38,7 +38,14 @@ def test_the_imports_for_type_checkers_are_those_of_the_interpreter() -> None:
     assert skd.__all__ == sorted(skd._MODULES)
 
 
-@pytest.mark.parametrize("first", ["import skd.convert, skd.extract, skd.cost", "from skd import files, recipes", ""])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import skd.convert, skd.extract, skd.cost",
+        pytest.param("from skd import files, recipes", marks=pytest.mark.slow),
+        "",
+    ],
+)
 def test_public_names_are_what_they_are_called_whatever_is_imported_first(first: str) -> None:
     """A module of the same name does not take the place of a function, before or after its first use."""
     code = f"""

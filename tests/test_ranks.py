@@ -36,24 +36,36 @@ def results(batches: Any, group: Any = None, **kwargs: Any) -> dict[str, Any]:
     return {"other": other, "state": state, "scores": scores, "sensitivity": sensitivity, "list": listed.to_json()}
 
 
-def _on_rank(rank: int, folder: str, kwargs: dict[str, Any]) -> None:
+MODELS: dict[str, dict[str, Any]] = {"classifier": {}, "headless": {"num_classes": 0}}
+
+
+def _on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     batches = random_batches(4)
     mine = batches[:3] if rank == 0 else batches[3:]  # shares of different size
-    torch.save(results(mine, dist.group.WORLD, **kwargs), Path(folder) / f"rank{rank}.pt")
+    for name, kwargs in MODELS.items():
+        torch.save(results(mine, dist.group.WORLD, **kwargs), Path(folder) / f"{name}-{rank}.pt")
     if rank == 1:  # a rank whose images are all NaN: an error on both, no waiting
         mine = [(images * float("nan"), labels) for images, labels in mine]
-    with pytest.raises(ValueError, match="a rank has none with finite"):
-        skd.convert(tiny_vit(**kwargs), mine, group=dist.group.WORLD)
+    for kwargs in MODELS.values():
+        with pytest.raises(ValueError, match="a rank has none with finite"):
+            skd.convert(tiny_vit(**kwargs), mine, group=dist.group.WORLD)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_classes": 0}], ids=["classifier", "headless"])
-def test_two_ranks_give_what_one_gives(tmp_path: Path, kwargs: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of two processes, for all models: starting them takes longer than their work."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_on_rank, args=(str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_ranks_give_what_one_gives(on_two_ranks: Path, model: str) -> None:
     """Moments to 1e-10 in float64, so rotations alike; the same bits on both ranks; counts and the list exact."""
-    mp.spawn(_on_rank, args=(str(tmp_path), kwargs), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    whole = results(random_batches(4), **kwargs)
+    ranks = [torch.load(on_two_ranks / f"{model}-{rank}.pt", weights_only=False) for rank in range(2)]
+    whole = results(random_batches(4), **MODELS[model])
     for name, tensor in whole["state"].items():
         assert torch.equal(ranks[0]["state"][name], ranks[1]["state"][name])
         torch.testing.assert_close(ranks[0]["state"][name], tensor, rtol=1e-8, atol=1e-8)

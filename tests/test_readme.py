@@ -77,6 +77,26 @@ CASES = [
 ]
 
 
+REBUILD = """
+import os
+import sys
+
+import torch
+
+for entry in range(3):
+    os.chdir(str(entry))
+    names = {}
+    exec(sys.argv[1], names)
+    images, expected = torch.load("expected.pt")
+    model = names["model"].eval()
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    assert all(parameter.numel() for parameter in model.parameters())
+    torch.save(model, "rebuilt.pt")
+    os.chdir("..")
+assert not any(name.split(".")[0] in ("skd", "skd_kernels") for name in sys.modules)
+"""
+
+
 @pytest.mark.parametrize("build", CASES)
 def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
     batches = random_batches(dtype=torch.float32)
@@ -85,21 +105,17 @@ def test_the_rebuild_snippet_needs_no_skd(build: Any, tmp_path: Path) -> None:
     some = min(8, full[2] // 2 if full[2] > 1 and not supernet.infos[2].binary else full[2])
     cuts = [full, [full[0], 24, some, 24], [0, 24, some, 0]]
     supernet.dropout_list = skd.DropoutList(supernet.modules_in_order, cuts)
+    images = batches[0][0]
     for entry in range(3):
-        skd.save(skd.extract(supernet, entry=entry), tmp_path / "small.safetensors")
-        images = batches[0][0]
+        (tmp_path / str(entry)).mkdir()
+        skd.save(skd.extract(supernet, entry=entry), tmp_path / str(entry) / "small.safetensors")
         with torch.no_grad():
-            torch.save((images, supernet(images, entry=entry)), tmp_path / "expected.pt")
-        check = (
-            snippet(FILES, "rebuild")
-            + "\nimport sys\nassert not any(name.split('.')[0] in ('skd', 'skd_kernels') for name in sys.modules)\n"
-            + "images, expected = torch.load('expected.pt')\nmodel.eval()\n"
-            + "torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)\n"
-            + "assert all(parameter.numel() for parameter in model.parameters())\n"
-            + "torch.save(model, 'rebuilt.pt')\n"
-        )
-        subprocess.run([sys.executable, "-W", "ignore", "-c", check], cwd=tmp_path, check=True)
-        rebuilt = torch.load(tmp_path / "rebuilt.pt", weights_only=False)
+            torch.save((images, supernet(images, entry=entry)), tmp_path / str(entry) / "expected.pt")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REBUILD, snippet(FILES, "rebuild")], cwd=tmp_path, check=True
+    )
+    for entry in range(3):
+        rebuilt = torch.load(tmp_path / str(entry) / "rebuilt.pt", weights_only=False)
         assert skd.cost(rebuilt) == skd.cost(supernet, entry=entry)
         assert type(rebuilt.blocks[0].attn).__module__.startswith("timm.") or supernet.widths(entry)[0] == 0
         program = torch.export.export(rebuilt, (images,)).module()

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_torchrun as torchrun_cases
-import torch
 from test_commands import KWARGS, MODEL, TRAINING, command, make_images
 
 import skd
@@ -140,31 +138,3 @@ def test_a_run_that_begins_with_the_conversion(tmp_path: Path, capsys: pytest.Ca
     assert main([str(word) for word in run]) == 2 and "--resume auto" in capsys.readouterr().err
     assert command(*run, "--resume", "auto", tmp_path / "again.json")["curve"] == document["curve"]
     assert converted.read_bytes() == before
-
-
-def test_two_processes_convert_and_train_as_one_does(tmp_path: Path) -> None:
-    """Rank 0 keeps what was converted by both; the dropout list that follows from it is the same."""
-    model = skd.create_model(MODEL[1], **json.loads(torchrun_cases.MODEL))
-    skd.save(model, tmp_path / "plain.safetensors")
-    # Counts of the planner "paper" are the same; losses differ in their last digits, and so may the order of steps.
-    run = [
-        *torchrun_cases.TRAIN,
-        "--planner",
-        "paper",
-        "--epochs",
-        "2",
-        "--model",
-        MODEL[1],
-        "--model-kwargs",
-        torchrun_cases.MODEL,
-    ]
-    run += ["--checkpoint", str(tmp_path / "plain.safetensors")]
-    assert main([*run, "--out", str(tmp_path / "one")]) == 0
-    output = torchrun_cases.finished(torchrun_cases.torchrun(*run, "--out", str(tmp_path / "two")))
-    assert output.count("wrote ") == 1, output
-    lists = [(tmp_path / name / "dropout_list.json").read_text() for name in ("one", "two")]
-    assert lists[0] == lists[1]
-    images = torch.randn(2, 1, 8, 8)
-    with torch.no_grad():
-        one, two = (skd.load(tmp_path / name / "converted.safetensors").eval()(images) for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)

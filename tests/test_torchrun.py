@@ -1,8 +1,9 @@
-"""``torchrun -m skd``: two processes train what one trains, though stopped, killed and resumed on the way."""
+"""``torchrun -m skd``: two processes convert and train what one does, though stopped, killed and resumed."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,15 +16,14 @@ import torch
 from helpers import assert_close, checkpoint_files, leftovers, read_checkpoint
 from safetensors.torch import load_file
 
+import skd
 from skd.cli import main
 
-MODEL = (
+KWARGS = (
     '{"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 16, "depth": 1, "num_heads": 1}'
 )
-CONVERT = [
-    *("convert", "--model", "vit_tiny_patch16_224", "--model-kwargs", MODEL, "--data", "digits"),
-    *("--calibration-images", "101", "--workers", "0"),
-]
+MODEL = ["--model", "vit_tiny_patch16_224", "--model-kwargs", KWARGS]
+CONVERT = ["convert", *MODEL, "--data", "digits", "--calibration-images", "101", "--workers", "0"]
 TRAIN = [
     *("train", "--data", "digits", "--epochs", "4", "--batch-size", "64", "--lr", "1e-3", "--mixup", "0"),
     *("--cutmix", "0", "--aa", "none", "--progressive-epochs", "2", "--calibration-images", "101", "--workers", "0"),
@@ -57,9 +57,9 @@ def rank_process(parent: int, rank: int) -> int:
     raise AssertionError(f"no rank {rank} among {children}")
 
 
-def signal_rank(out: Path, supernet: Path, rank: int, number: int, *, after: int) -> str:
+def signal_rank(run: list[str], out: Path, rank: int, number: int, *, after: int) -> str:
     """Go on with the run in `out`, and send a signal to one rank once there is a checkpoint of step `after`."""
-    process = torchrun(*TRAIN, "--supernet", str(supernet), "--out", str(out), "--resume", "auto")
+    process = torchrun(*run, "--out", str(out), "--resume", "auto")
     deadline = time.monotonic() + 90
     while not any(int(path.stem.split("-")[1]) >= after for path in checkpoint_files(out)):
         assert process.poll() is None and time.monotonic() < deadline, finished(process)
@@ -70,24 +70,49 @@ def signal_rank(out: Path, supernet: Path, rank: int, number: int, *, after: int
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_stopped_killed_and_resumed_two_processes_train_what_one_trains(tmp_path: Path) -> None:
-    """float32: weights to 1e-3 of their norm after 88 steps of AdamW, which divides by what may be rounding."""
-    supernet, out, one = tmp_path / "c.safetensors", tmp_path / "two", tmp_path / "one"
-    output = finished(torchrun(*CONVERT, "--out", str(supernet)))
-    assert supernet.exists(), output
-    assert main([*TRAIN, "--supernet", str(supernet), "--out", str(one)]) == 0
+    """float32: weights to 1e-3 of their norm after 88 steps of AdamW, which divides by what may be rounding.
 
-    output = signal_rank(out, supernet, 1, signal.SIGTERM, after=10)
+    Rank 0 keeps what both have converted, with which the run of one process begins.
+    """
+    plain, out, one = tmp_path / "plain.safetensors", tmp_path / "two", tmp_path / "one"
+    skd.save(skd.create_model(MODEL[1], **json.loads(KWARGS)), plain)
+    run = [*TRAIN, *MODEL, "--checkpoint", str(plain)]
+
+    output = signal_rank(run, out, 1, signal.SIGTERM, after=10)
     assert output.count("stopped by SIGTERM") == 2 and "FAILED" not in output, output
     step = read_checkpoint(checkpoint_files(out)[-1])[1]["step"]
-    output = signal_rank(out, supernet, 1, signal.SIGKILL, after=step + 10)
+    output = signal_rank(run, out, 1, signal.SIGKILL, after=step + 10)
     assert "rank 0: error: another rank has died" in output, output
     assert not leftovers(out)
-    output = finished(torchrun(*TRAIN, "--supernet", str(supernet), "--out", str(out), "--resume", "auto"))
+    output = finished(torchrun(*run, "--out", str(out), "--resume", "auto"))
 
     assert output.count("going on after") == output.count("wrote ") == 1, "only rank 0 prints"
+    converted, alone = out / "converted.safetensors", tmp_path / "alone.safetensors"
+    assert main([*CONVERT, "--checkpoint", str(plain), "--out", str(alone)]) == 0
+    assert_converted_alike(converted, alone)
+    assert main([*TRAIN, "--supernet", str(converted), "--out", str(one)]) == 0
     assert (one / "dropout_list.json").read_text() == (out / "dropout_list.json").read_text()
     assert_close(load_file(out / "supernet.safetensors"), load_file(one / "supernet.safetensors"), 1e-3)
     assert not leftovers(out) and (out / "report.md").exists()
+
+
+def assert_converted_alike(two: Path, one: Path) -> None:
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        found, expected = (skd.load(path).eval()(images) for path in (two, one))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_convert_what_one_converts(tmp_path: Path) -> None:
+    """The command by itself; test_ranks.py has what it calls."""
+    plain, two, one = (tmp_path / f"{name}.safetensors" for name in ("plain", "two", "one"))
+    skd.save(skd.create_model(MODEL[1], **json.loads(KWARGS)), plain)
+    convert = [*CONVERT, "--checkpoint", str(plain)]
+    output = finished(torchrun(*convert, "--out", str(two)))
+    assert output.count("101 of 1,347 images read") == 1, output
+    assert main([*convert, "--out", str(one)]) == 0
+    assert_converted_alike(two, one)
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,13 @@ def of_kinds(one: str, other: str) -> Cases:
     return {
         "any number of channels": [
             (problem, None)
-            for channels in (13, 130, 2500, 4096)
+            for channels in (13, 130, 2500)
             for problem in (
-                Norm((2, 3, channels), kind=one),
+                Norm((1, 3, channels), kind=one),
                 in_training((1, 3, channels), other, without=OF_A_BRANCH),
             )
-        ],
+        ]
+        + [(Norm((2, 3, 4096), kind=one), None)],
         "any number of tokens": [
             (problem, None)
             for images, tokens in ((1, 1), (5, 1), (3, 11))
@@ -63,7 +64,7 @@ def of_kinds(one: str, other: str) -> Cases:
 
 
 class TestNorm(Everywhere):
-    repeated = Norm((2, 25, 72)), (3, 0)
+    repeated = Norm((2, 25, 40)), (3, 0)
     compiled = in_training((2, 5, 24), "layer"), in_training((2, 5, 24), "rms", without=FIRST)
     controls = (3, 0)
     cases: ClassVar[Cases] = {

@@ -48,4 +48,4 @@ def test_all_of_these_tests_are_found(tmp_path: Path) -> None:
 
 
 def test_the_ban_works(tmp_path: Path) -> None:
-    assert "timm must not be needed here" in run(tmp_path, "-c", "import forbid, skd_kernels, timm").stderr
+    assert "timm must not be needed here" in run(tmp_path, "-c", "import forbid, timm").stderr

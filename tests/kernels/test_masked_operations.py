@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from tolerances import kernel_tolerance
+from tolerances import FAST_GRADCHECK, kernel_tolerance
 
 import skd_kernels as kernels
 from skd_kernels.mlp import ACTIVATIONS
@@ -97,7 +97,9 @@ def test_mlp_gradcheck(name: str, width: int, gated: bool) -> None:
     inputs = mlp_inputs(gated)
     for given in both_widths(width):
         with kernels.use(name):
-            assert torch.autograd.gradcheck(lambda *a, w=given: kernels.masked_mlp(*a, w, gated=gated), inputs)
+            assert torch.autograd.gradcheck(
+                lambda *a, w=given: kernels.masked_mlp(*a, w, gated=gated), inputs, **FAST_GRADCHECK
+            )
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -106,7 +108,9 @@ def test_attention_gradcheck(name: str, width: int) -> None:
     inputs = attention_inputs()
     for given in both_widths(width):
         with kernels.use(name):
-            assert torch.autograd.gradcheck(lambda *a, w=given: kernels.masked_attention(*a, w, num_heads=H), inputs)
+            assert torch.autograd.gradcheck(
+                lambda *a, w=given: kernels.masked_attention(*a, w, num_heads=H), inputs, **FAST_GRADCHECK
+            )
 
 
 @pytest.mark.parametrize("operation", ["mlp", "attention"])

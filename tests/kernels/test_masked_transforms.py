@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FAST_GRADCHECK
 
 import skd_kernels as kernels
 
@@ -58,7 +59,9 @@ def test_second_derivatives(case: Any) -> None:
     leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
     with kernels.use("reference"):
         for width in (3, torch.tensor(3, dtype=torch.int32), 0):
-            assert torch.autograd.gradgradcheck(lambda *tensors, w=width: function(*tensors, w), leaves)
+            assert torch.autograd.gradgradcheck(
+                lambda *tensors, w=width: function(*tensors, w), leaves, **FAST_GRADCHECK
+            )
 
 
 def test_forward_mode(case: Any) -> None:
