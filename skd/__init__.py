@@ -21,6 +21,8 @@ The method, in the order of its steps:
     corrections     the output layers that this gives an entry
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
+    timing          modules and sub-networks timed as they run once extracted
+    latency         the table of what modules take, which predicts any sub-network
     files           networks as safetensors files
     family          all sizes in one process, on one copy of the weights
 
@@ -62,10 +64,12 @@ if TYPE_CHECKING:
     from skd.family import Family
     from skd.files import load, save
     from skd.importance import importance
+    from skd.latency import LatencyTable
     from skd.moments import FeatureMoments, moments
     from skd.planning import plan, rank_operations
     from skd.supernet import SuperNet
     from skd.support.settings import TrainConfig, finetune_config
+    from skd.timing import measure_latency
     from skd.training import History, finetune, train
     from skd.vit import create_model
 
@@ -78,6 +82,7 @@ __all__ = [
     "Family",
     "FeatureMoments",
     "History",
+    "LatencyTable",
     "Operation",
     "SuperNet",
     "TrainConfig",
@@ -92,6 +97,7 @@ __all__ = [
     "finetune_config",
     "importance",
     "load",
+    "measure_latency",
     "moments",
     "plan",
     "push_to_hub",
@@ -108,6 +114,7 @@ _MODULES = {
     "Family": "skd.family",
     "FeatureMoments": "skd.moments",
     "History": "skd.training",
+    "LatencyTable": "skd.latency",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
     "TrainConfig": "skd.support.settings",
@@ -122,6 +129,7 @@ _MODULES = {
     "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
+    "measure_latency": "skd.timing",
     "moments": "skd.moments",
     "plan": "skd.planning",
     "push_to_hub": "skd.export.hub",
