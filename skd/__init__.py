@@ -21,8 +21,9 @@ The method, in the order of its steps:
     corrections     the output layers that this gives an entry
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
-    timing          modules and sub-networks timed as they run once extracted
+    timing          sub-networks timed as they run once they are extracted
     latency         the table of what modules take, which predicts any sub-network
+    measuring       modules timed for that table
     files           networks as safetensors files
     family          all sizes in one process, on one copy of the weights
 
@@ -65,11 +66,11 @@ if TYPE_CHECKING:
     from skd.files import load, save
     from skd.importance import importance
     from skd.latency import LatencyTable
+    from skd.measuring import measure_latency
     from skd.moments import FeatureMoments, moments
     from skd.planning import plan, rank_operations
     from skd.supernet import SuperNet
     from skd.support.settings import TrainConfig, finetune_config
-    from skd.timing import measure_latency
     from skd.training import History, finetune, train
     from skd.vit import create_model
 
@@ -129,7 +130,7 @@ _MODULES = {
     "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
-    "measure_latency": "skd.timing",
+    "measure_latency": "skd.measuring",
     "moments": "skd.moments",
     "plan": "skd.planning",
     "push_to_hub": "skd.export.hub",

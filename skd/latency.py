@@ -1,7 +1,7 @@
 """Latency of any sub-network, predicted from a table of measured modules: `LatencyTable`.
 
-`skd.timing` measures one. The milliseconds of a network are taken for a sum, and the sum is put on the scale of whole
-networks, which is what a user times::
+`skd.measure_latency` makes one. The milliseconds of a network are taken for a sum, and the sum is put on the scale of
+whole networks, which is what a user times::
 
     sum of a network  =  skipped_ms + over modules (curve of the module at its width)
     prediction        =  scale * sum + offset_ms
@@ -274,6 +274,26 @@ def summed(modules: Sequence[str], curves: Iterable[Curve], skipped_ms: float, w
     for curve in curves:
         total = total + curve.at(rows[..., [column[name] for name in curve.modules]]).sum(-1)
     return total
+
+
+def agreement(predicted: npt.ArrayLike, measured: npt.ArrayLike) -> tuple[float, float]:
+    """The median relative error of predictions, and Spearman's rank correlation with what was measured (nan of one).
+
+    Both are milliseconds of the same networks, (networks,).
+    """
+    mine, true = np.asarray(predicted, dtype=float), np.asarray(measured, dtype=float)
+    error = float(np.median(np.abs(mine - true) / true))
+    if len(np.unique(mine)) < 2 or len(np.unique(true)) < 2:
+        return error, math.nan
+    return error, float(np.corrcoef(_ranks(mine), _ranks(true))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value; equal values share the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    ranks: np.ndarray = (last - (count - 1) / 2)[place]
+    return ranks
 
 
 # A latency as a budget

@@ -17,12 +17,12 @@ import torch
 import torch.utils.benchmark
 
 from skd import __version__
+from skd.support.settings import DTYPES
 
 Call = Callable[[], object]
 Timer = Callable[[], float]
 Name = TypeVar("Name", bound=Hashable)
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WARM_UP = 2
 
 
@@ -33,7 +33,7 @@ class Conditions:
     Attributes:
         device: "cpu", "cuda:0", ...
         device_name: of the processor or the GPU.
-        dtype: of weights and images, one of `DTYPES`.
+        dtype: of weights and images, such as "float32".
         batch_size: images in each call.
         threads: of PyTorch on the CPU, within one operation.
         torch_version, timm_version, skd_version: those that were used.
