@@ -91,7 +91,7 @@ class Curve:
         if quicker:
             best = min(quicker, key=lambda i: self.ms[i])
             return Flag(width, ms, self.widths[best], self.ms[best])
-        if index + 1 < len(self.widths):
+        if 1 < index < len(self.widths) - 1:  # after width 0 every curve jumps: the norm, the residual sum
             around = [index - 1, index + 1]
             line = float(np.interp(width, [self.widths[i] for i in around], [self.ms[i] for i in around]))
             if ms > _ABOVE_THE_LINE * line + spread + max(self.spread_ms[i] for i in around):
@@ -310,11 +310,17 @@ def checked(latency_ms: object, latency: object) -> LatencyTable:
             f"latency_ms is {latency_ms!r}, but there is no table to predict it from: "
             "give one as latency (skd latency, skd.measure_latency)"
         )
-    if not isinstance(latency, LatencyTable):
-        raise ValueError(f"latency is a {type(latency).__name__}; it must be a skd.LatencyTable")
+    table = as_table(latency)
     number = isinstance(latency_ms, numbers.Real) and not isinstance(latency_ms, bool)
     if not number or not 0 < float(latency_ms) < math.inf:  # type: ignore[arg-type]
         raise ValueError(f"latency_ms is {latency_ms!r}; it must be a positive finite number of milliseconds")
+    return table
+
+
+def as_table(latency: object) -> LatencyTable:
+    """`latency` itself; ValueError if it is no table."""
+    if not isinstance(latency, LatencyTable):
+        raise ValueError(f"latency is a {type(latency).__name__}; it must be a skd.LatencyTable")
     return latency
 
 

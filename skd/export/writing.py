@@ -17,7 +17,7 @@ from skd.cost import cost
 from skd.export import folders, onnx_file, pt2
 from skd.export.manifest import Member, digests, write_manifest
 from skd.extract import choose_entry, extract
-from skd.latency import LatencyTable
+from skd.latency import LatencyTable, as_table
 from skd.supernet import SuperNet
 from skd.support.curve import sizes_of
 from skd.support.devices import usable_device
@@ -202,7 +202,7 @@ def _check_others(
     """Refuse what says nothing about the network."""
     if isinstance(network, SuperNet):
         if latency is not None:
-            latency.check(network)
+            as_table(latency).check(network)
         for entry in top1 or {}:
             network.widths(entry)  # which refuses what is no entry
         return
