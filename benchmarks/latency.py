@@ -3,17 +3,18 @@
 python -m benchmarks.latency --json FILE                              run it
 python -m benchmarks.latency --table FILE --write docs/LATENCY.md     the page's table from it
 
-For each batch size a table of modules is measured (`skd.measure_latency`), and then sub-networks that it was not
-fitted to are timed in turn (`skd.timing.benchmark`), in the same process. Time does not depend on the weights, which
-are random.
+For each batch size a table of modules is measured (`skd.measure_latency`), and in the same rounds sub-networks that it
+is not fitted to. Time does not depend on the weights, which are random.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -21,17 +22,16 @@ import torch
 
 import skd
 from benchmarks.result import Info, rewrite, rows_of
-from benchmarks.timing import provenance, write_json
-from skd.latency import LatencyTable, agreement
-from skd.timing import benchmark
+from benchmarks.timing import as_json, provenance, write_json
+from skd.measuring import whole_widths
+from skd.support.curve import sizes_of
 
 BEGIN, END = "<!-- latency:begin -->", "<!-- latency:end -->"
 MODEL = "deit_tiny_patch16_224"
 BATCHES = (1, 8)
 WHAT = (
-    "Sub-networks of DeiT-Tiny with random weights, planned on eight random images: milliseconds of a batch, measured "
-    "in turn in one thread, against those that a table of modules predicts. The networks that the table was fitted to "
-    "are left out."
+    "Sub-networks of DeiT-Tiny with random weights, planned on eight random images: milliseconds of a batch, against "
+    "those that a table predicts which was measured in the same rounds and not fitted to any of them."
 )
 
 
@@ -43,28 +43,31 @@ def planned() -> skd.SuperNet:
     return supernet
 
 
-def others(supernet: skd.SuperNet, table: LatencyTable, count: int) -> list[int]:
-    """About so many entries at even distances in MACs, without those that the table was fitted to."""
-    macs, fitted = supernet.dropout_list.macs, {whole.widths for whole in table.whole}
+def others(supernet: skd.SuperNet, count: int) -> list[int]:
+    """About so many entries at even distances in MACs, without those that a table is fitted to."""
+    macs, fitted = supernet.dropout_list.macs, whole_widths(supernet)
     wanted = np.linspace(macs[0], macs[-1], count)
     entries = dict.fromkeys(int(np.abs(macs - goal).argmin()) for goal in wanted)
     return [entry for entry in entries if tuple(supernet.widths(entry)) not in fitted]
 
 
 def measured(supernet: skd.SuperNet, batch: int, count: int, rounds: int) -> Info:
-    table = skd.measure_latency(supernet, batch_size=batch, device="cpu", threads=1, rounds=rounds)
-    entries = others(supernet, table, count)
-    rows, _ = benchmark(supernet, entries, batch_size=batch, device="cpu", threads=1, rounds=rounds, latency=table)
-    apart = [row for row in rows if row["entry"] in entries]
-    error, rank = agreement([row["latency_ms"] for row in apart], [row["ms"] for row in apart])
-    print(f"batch {batch}: median error {error:.1%}, rank correlation {rank:.3f}, of {len(apart)} sub-networks")
+    entries = others(supernet, count)
+    settings: dict[str, Any] = {"batch_size": batch, "device": "cpu", "threads": 1, "rounds": rounds}
+    table = skd.measure_latency(supernet, check=entries, **settings)
+    error, rank = table.agreement or (math.nan, math.nan)
+    print(f"batch {batch}: median error {error:.1%}, rank correlation {rank:.3f}, of {len(entries)} sub-networks")
+    full = next(whole.ms for whole in table.whole if list(whole.widths) == supernet.widths())
+    rows = sizes_of(supernet, entries, table)
+    found = [
+        {**row, "ms": one.ms, "error": row["latency_ms"] / one.ms - 1, "speedup": full / one.ms}
+        for row, one in zip(rows, table.checked, strict=True)
+    ]
     return Info(
-        batch=batch,
-        rounds=rounds,
         median_error=error,
         rank_correlation=rank,
-        full_ms=rows[0]["ms"],
-        subnetworks=[Info(row) for row in apart],
+        full_ms=full,
+        subnetworks=[as_json(row) for row in found],
         table=table.to_dict(),
     )
 
@@ -87,8 +90,8 @@ def table_of(results: Info) -> str:
         lines.append(cells)
     text = "\n".join(rows_of(columns, lines, 0))
     agreed = [
-        f"{name}: median error {100 * run.number('median_error'):.1f} %, rank correlation "
-        f"{run.number('rank_correlation'):.3f}, full network {run.number('full_ms'):.1f} ms"
+        f"{name}: median error {math.ceil(1000 * run.number('median_error')) / 10:.1f} %, rank correlation "
+        f"{math.floor(1000 * run.number('rank_correlation')) / 1000:.3f}, full network {run.number('full_ms'):.1f} ms"
         for name, run in runs.items()
     ]
     return f"{text}\n\n" + "\n".join(f"* {line}" for line in agreed)

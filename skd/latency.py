@@ -14,7 +14,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,7 @@ class LatencyTable:
         skipped_ms: of the network with every module skipped: embedding, head, and what a skipped module leaves.
         scale, offset_ms: put sums on the scale of whole networks.
         whole: the whole networks that these two were fitted to.
+        checked: others that were timed with them, and are only compared.
     """
 
     architecture: Architecture
@@ -161,7 +162,8 @@ class LatencyTable:
     skipped_ms: float
     scale: float
     offset_ms: float
-    whole: tuple[Whole, ...] = field(default=())
+    whole: tuple[Whole, ...] = ()
+    checked: tuple[Whole, ...] = ()
 
     def __post_init__(self) -> None:
         named = [name for curve in self.curves for name in curve.modules]
@@ -205,6 +207,13 @@ class LatencyTable:
     def sum_at(self, widths: npt.ArrayLike) -> np.ndarray:
         """As `at`, before the fit to whole networks."""
         return summed(self.architecture.modules, self.curves, self.skipped_ms, widths)
+
+    @property
+    def agreement(self) -> tuple[float, float] | None:
+        """How well the networks of `checked` are predicted, as `skd.latency.agreement` says it; None without any."""
+        if not self.checked:
+            return None
+        return agreement(self.at([one.widths for one in self.checked]), [one.ms for one in self.checked])
 
     @property
     def flags(self) -> dict[str, tuple[Flag, ...]]:
@@ -255,6 +264,7 @@ class LatencyTable:
                 "conditions": Conditions(**known["conditions"]),
                 "curves": tuple(Curve(**curve) for curve in curves),
                 "whole": tuple(Whole(**whole) for whole in known["whole"]),
+                "checked": tuple(Whole(**whole) for whole in known["checked"]),
             }
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ def measure_latency(
     dtype: str | torch.dtype = "float32",
     threads: int | None = None,
     rounds: int = ROUNDS,
+    check: Sequence[int] = (),
     timer: Timer | None = None,
 ) -> LatencyTable:
     """Time attentions and MLPs at many widths, so that the latency of any sub-network can be predicted.
@@ -48,32 +49,37 @@ def measure_latency(
         dtype: "float32", "bfloat16", "float16" or "float64", of weights and images.
         threads: of PyTorch on the CPU; None: as many as there are now.
         rounds: how often everything is timed; medians count.
+        check: entries that are timed as `skd benchmark` times them, in the same rounds, to see how well they are
+            predicted (`LatencyTable.agreement`). Nothing is fitted to them.
         timer: gives seconds; None: PyTorch's, which waits for the GPU.
 
     Returns:
         A table for sub-networks of this architecture, at this batch size, on this device.
 
     Raises:
-        ValueError: a device that cannot be used, an unknown dtype, fewer than one image, thread or round.
+        ValueError: a device that cannot be used, an unknown dtype, fewer than one image, thread or round, an entry
+            out of range.
     """
     supernet = unwrapped(supernet)
     check_count("rounds", rounds)
     with bench(supernet, batch_size, device, dtype, threads) as place:
         stacks = [_Stack.of(supernet, modules, place) for modules in _shapes(supernet)]
-        rows, skipped = _whole_widths(supernet), tuple([0] * len(supernet.infos))
+        rows, skipped = whole_widths(supernet), tuple([0] * len(supernet.infos))
+        others = [tuple(supernet.widths(entry)) for entry in check]
         calls: dict[tuple[int | None, Any], Call] = {}
         for shape, stack in enumerate(stacks):
             widths = _timed_widths(supernet, stack.modules, max(4, _ALL_WIDTHS // len(stacks)))
             calls |= {(shape, width): stack.at(width) for width in widths}
-        for row in [*rows, skipped]:
+        for row in {*rows, *others, skipped}:
             calls[None, row] = call_of(place.ready(cut_at(supernet, row)), place.images)
         found = in_turn(calls, rounds, timer=timer)
     curves = [
         stack.curve({width: timing for (own, width), timing in found.items() if own == shape})
         for shape, stack in enumerate(stacks)
     ]
-    whole = {row: found[None, row].ms for row in rows}
-    return _fitted(supernet, place.conditions, rounds, curves, found[None, skipped].ms, whole)
+    times = {row: timing.ms for (own, row), timing in found.items() if own is None}
+    table = _fitted(supernet, place.conditions, rounds, curves, times[skipped], {row: times[row] for row in rows})
+    return replace(table, checked=tuple(Whole(row, times[row], float(table.sum_at(row))) for row in others))
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class _Stack:
         return Curve(
             modules=tuple(module.name for module in self.modules),
             widths=tuple(ordered),
-            ms=tuple((timing.ms - ordered[0].ms) / self.count for timing in ordered.values()),
+            ms=tuple(max(0.0, timing.ms - ordered[0].ms) / self.count for timing in ordered.values()),
             spread_ms=tuple(timing.spread_ms / self.count for timing in ordered.values()),
         )
 
@@ -162,7 +168,7 @@ def thinned(widths: Sequence[int], most: int) -> list[int]:
     return [widths[place] for place in places]
 
 
-def _whole_widths(supernet: SuperNet) -> list[tuple[int, ...]]:
+def whole_widths(supernet: SuperNet) -> list[tuple[int, ...]]:
     """The widths of a few whole networks: entries at even distances in MACs; without a list, shares of all widths."""
     rows = supernet.dropout_list.widths
     if len(rows) == 1:

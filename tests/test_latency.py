@@ -18,16 +18,20 @@ import pytest
 import timm
 import torch
 from helpers import digit_net, nested, tiny_vit, with_twenty_one_entries
+from test_readme import snippet
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import skd
+from benchmarks import latency as measurement
+from benchmarks.result import Info, split
 from skd.export import read_manifest
 from skd.latency import Architecture, Curve, agreement
 from skd.measuring import _grid, _shapes, fit, thinned
 from skd.support.clocks import Conditions, Timing, dtype_named, in_turn, threads_of
 from skd.timing import benchmark
 
+PAGE = Path(__file__).parents[1] / "docs" / "LATENCY.md"
 HERE = Conditions("cpu", "a processor", "float32", 1, 1, "2.14", "1.0.31", "0.1.0", "2026-11-28")
 
 
@@ -292,7 +296,10 @@ def test_a_table_predicts_what_is_linear_in_the_widths_exactly(planned: bool, co
     rows, listed = net.dropout_list.widths, net.dropout_list
     if not planned:
         net.dropout_list = skd.DropoutList(net.modules_in_order, [net.widths()])
-    table = skd.measure_latency(net, batch_size=2, rounds=1, timer=counted)
+    table = skd.measure_latency(net, batch_size=2, rounds=1, check=[20, 3] if planned else [], timer=counted)
+    if planned:
+        assert [one.widths for one in table.checked] == [tuple(net.widths(20)), tuple(net.widths(3))]
+        assert table.agreement == (pytest.approx(0, abs=1e-9), pytest.approx(1))
     assert [curve.modules for curve in table.curves] == [("0.attn", "1.attn"), ("0.mlp", "1.mlp")]
     occurring = {0, 16, *rows[:, 0].tolist(), *rows[:, 2].tolist()}
     assert set(table.curves[0].widths) == (occurring if planned else {0, 8, 16})
@@ -371,6 +378,40 @@ def test_settings_are_checked_and_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
+# The page
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"skd": skd, "supernet": skd.SuperNet(tiny_vit(torch.float32)), "calibration": []}
+    names["calibration"] = [(images.float(), labels) for images, labels in batches]
+    exec(compile(snippet(PAGE.read_text(), "latency"), "LATENCY.md", "exec"), names)
+    assert names["table"].predict(names["supernet"])[-1] <= names["budget"]
+    assert skd.cost(names["fast"]) == skd.cost(names["supernet"], entry=len(names["supernet"].dropout_list) - 1)
+
+
+def test_the_table_of_the_page_is_that_of_the_committed_result() -> None:
+    document = Info(json.loads((PAGE.parents[1] / "benchmarks" / "results" / "latency-cpu.json").read_text()))
+    command = "run: python -m benchmarks.latency --table RESULT --write docs/LATENCY.md"
+    assert split(PAGE.read_text(), measurement.BEGIN, measurement.END)[1] == measurement.section(document), command
+    for run in document.part("results").values():
+        rows = [(row["latency_ms"], row["ms"]) for row in run["subnetworks"]]
+        assert agreement(*zip(*rows, strict=True)) == (run["median_error"], run["rank_correlation"])
+        table = skd.LatencyTable.from_dict(run["table"])
+        assert table.agreement == (run["median_error"], run["rank_correlation"])
+        assert len(rows) >= 12 and len(table.whole) == 4 and table.conditions.threads == 1
+
+
+def test_the_measurement_compares_networks_that_the_table_was_not_fitted_to() -> None:
+    net = with_twenty_one_entries(torch.float32)
+    found = measurement.measured(net, 1, 8, 1)
+    fitted = {whole["widths"] for whole in found["table"]["whole"]}
+    assert [one["ms"] for one in found["subnetworks"]] == [one["ms"] for one in found["table"]["checked"]]
+    entries = [row["entry"] for row in found["subnetworks"]]
+    assert len(fitted) == 4 and not fitted & {tuple(net.widths(entry)) for entry in entries} and len(entries) >= 4
+    assert measurement.table_of(Info({"batch 1": found})).count("\n") == len(entries) + 3
+
+
 # The commands
 
 
@@ -386,10 +427,26 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         return json.loads(Path("out.json").read_text())
 
     assert (
-        main(["latency", *place, "--out", "real.json", "--rounds", "1", "--threads", "1", "--batch-size", "2"]) == 0
+        main(
+            [
+                "latency",
+                *place,
+                "--out",
+                "real.json",
+                "--rounds",
+                "1",
+                "--threads",
+                "1",
+                "--batch-size",
+                "2",
+                "--check",
+            ]
+        )
+        == 0
     )
     assert "measured on " in capsys.readouterr().out
     real = skd.LatencyTable.load("real.json")
+    assert len(real.checked) == len(document()["subnetworks"]) >= 2
     assert document()["table"] == json.loads(Path("real.json").read_text()) and real.conditions.batch_size == 2
     assert main(["benchmark", *place, "--latency-table", "real.json", "--entries", "9,20", "--rounds", "2"]) == 0
     found = document()
@@ -415,6 +472,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["extract", "--out", "x", "--latency-ms", "nan", *within[2:]], "latency_ms is nan"),
         (["extract", "--out", "x", "--latency-ms", "0.5", *within[2:]], "the fastest of this list is entry 20"),
         (["export", "--out", "x", "--entry", "0", "--latency-table", "net.safetensors"], "is not a table"),
+        (["latency", "--latency-table", "table.json", "--check"], "--check is given with --latency-table"),
         (["latency", "--latency-table", "table.json", "--rounds", "3"], "--rounds is given with --latency-table"),
         (["benchmark", "--latency-table", "table.json", "--dtype", "float64"], "dtype is 'float64', but the table"),
         (["benchmark", "--entries", "21"], "entry is 21"),

@@ -21,6 +21,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     table.add_argument("--out", metavar="FILE", help="table to write, as JSON")
     options.add_latency_table(table, "or one that was written, to predict from")
     options.add_sizes(parser)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="of --out: time these sub-networks in the same rounds, and compare them with what is predicted",
+    )
     options.add_timing(parser)
 
 
@@ -37,7 +42,7 @@ def run(given: argparse.Namespace) -> Document:
         output_file(given.out, "--out")
     supernet = work.supernet(given.supernet, work.device(given))
     chosen = list(dict.fromkeys([0, *work.listed_entries(given, supernet)]))
-    table = _table(given, supernet)
+    table = _table(given, supernet, chosen if given.check else [])
     table.check(supernet)
     if given.out is not None:
         table.save(given.out)
@@ -47,13 +52,14 @@ def run(given: argparse.Namespace) -> Document:
     return {"out": given.out, "table": table.to_dict(), "subnetworks": rows}
 
 
-def _table(given: argparse.Namespace, supernet: skd.SuperNet) -> LatencyTable:
+def _table(given: argparse.Namespace, supernet: skd.SuperNet, check: list[int]) -> LatencyTable:
     """The table that was written earlier, or one that is measured now."""
     from skd.commands import _work as work
 
     settings = work.timing(given)
     if given.latency_table is None:
-        return skd.measure_latency(supernet, **settings)
+        return skd.measure_latency(supernet, check=check, **settings)
+    settings |= {"check": True} if given.check else {}
     if settings:
         option = "--" + next(iter(settings)).replace("_", "-")
         raise ValueError(f"{option} is given with --latency-table; it is for a table that is measured (--out)")
@@ -76,6 +82,11 @@ def _print(table: LatencyTable) -> None:
     print(f"measured on {table.conditions}; {table.rounds} rounds, {table.conditions.date}")
     for whole in table.whole:
         print(f"a whole network: {whole.ms:.2f} ms, by the table {float(table.at(whole.widths)):.2f} ms")
+    for one in table.checked:
+        ms = float(table.at(one.widths))
+        print(f"checked: {one.ms:.2f} ms, predicted {ms:.2f} ms ({ms / one.ms - 1:+.1%})")
+    if table.agreement is not None:
+        print("median error {:.1%}, rank correlation {:.3f}".format(*table.agreement))
     for names, flags in table.flags.items():
         for flag in flags:
             print(f"slow on this device, {names}: {flag}")
