@@ -3,8 +3,8 @@
 python -m benchmarks.latency --json FILE                              run it
 python -m benchmarks.latency --table FILE --write docs/LATENCY.md     the page's table from it
 
-For each batch size a table of modules is measured (`skd.measure_latency`), and in the same rounds sub-networks that it
-is not fitted to. Time does not depend on the weights, which are random.
+For each batch size a table of modules is measured (`skd.measure_latency`), and in the same rounds sub-networks to
+which it is not fitted. Time does not depend on the weights, which are random.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import digit_net, nested, tiny_vit, with_twenty_one_entries
+from helpers import digit_net, nested, noted, tiny_vit, with_twenty_one_entries
 from test_readme import snippet
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -349,10 +350,23 @@ def test_the_fit_to_whole_networks() -> None:
 
 def test_compiled_networks_are_timed_beside_the_others(monkeypatch: pytest.MonkeyPatch, counted: Any) -> None:
     """Stands in for torch.compile: it makes a network run three times."""
-    monkeypatch.setattr(torch, "compile", lambda network: lambda images: [network(images) for _ in range(3)])
+
+    def three_times(network: Any, dynamic: bool) -> Any:
+        return lambda images: [network(images) for _ in range(3)]
+
+    monkeypatch.setattr(torch, "compile", three_times)
     rows, _ = benchmark(with_twenty_one_entries(), [4], dtype="float64", rounds=1, compiled=True, timer=counted)
     assert all(row["compiled_ms"] == pytest.approx(3 * row["ms"]) for row in rows)
     assert rows[1]["compiled_speedup"] == pytest.approx(rows[1]["speedup"])
+
+
+def test_every_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch counts the graphs of a function, not of a network, and would leave the ninth network as it is."""
+    backend, graphs = noted("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    benchmark(with_twenty_one_entries(torch.float32), range(1, 10), rounds=1, compiled=True)
+    assert len(graphs) == 10
+    torch.compiler.reset()
 
 
 def test_settings_are_checked_and_given_back() -> None:
