@@ -44,7 +44,7 @@ def planned() -> skd.SuperNet:
 
 
 def others(supernet: skd.SuperNet, count: int) -> list[int]:
-    """About so many entries at even distances in MACs, without those that a table is fitted to."""
+    """About so many entries at even distances in MACs, without those that the table is fitted to."""
     macs, fitted = supernet.dropout_list.macs, whole_widths(supernet)
     wanted = np.linspace(macs[0], macs[-1], count)
     entries = dict.fromkeys(int(np.abs(macs - goal).argmin()) for goal in wanted)

@@ -50,7 +50,7 @@ def measure_latency(
         threads: of PyTorch on the CPU; None: as many as there are now.
         rounds: how often everything is timed; medians count.
         check: entries that are timed as `skd benchmark` times them, in the same rounds, to see how well they are
-            predicted (`LatencyTable.agreement`). Nothing is fitted to them.
+            predicted (`LatencyTable.agreement`). Those that the table is fitted to are left out.
         timer: gives seconds; None: PyTorch's, which waits for the GPU.
 
     Returns:
@@ -65,12 +65,12 @@ def measure_latency(
     with bench(supernet, batch_size, device, dtype, threads) as place:
         stacks = [_Stack.of(supernet, modules, place) for modules in _shapes(supernet)]
         rows, skipped = whole_widths(supernet), tuple([0] * len(supernet.infos))
-        others = [tuple(supernet.widths(entry)) for entry in check]
+        others = [row for row in (tuple(supernet.widths(entry)) for entry in check) if row not in rows]
         calls: dict[tuple[int | None, Any], Call] = {}
         for shape, stack in enumerate(stacks):
             widths = _timed_widths(supernet, stack.modules, max(4, _ALL_WIDTHS // len(stacks)))
             calls |= {(shape, width): stack.at(width) for width in widths}
-        for row in {*rows, *others, skipped}:
+        for row in dict.fromkeys([*rows, *others, skipped]):
             calls[None, row] = call_of(place.ready(cut_at(supernet, row)), place.images)
         found = in_turn(calls, rounds, timer=timer)
     curves = [

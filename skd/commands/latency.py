@@ -24,7 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="of --out: time these sub-networks in the same rounds, and compare them with what is predicted",
+        help="of --out: time these sub-networks in the same rounds, and compare those to which the table is not "
+        "fitted with what is predicted",
     )
     options.add_timing(parser)
 
