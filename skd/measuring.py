@@ -51,7 +51,7 @@ def measure_latency(
         rounds: how often everything is timed; medians count.
         check: entries that are timed as `skd benchmark` times them, in the same rounds, to see how well they are
             predicted (`LatencyTable.agreement`). Those that the table is fitted to are left out.
-        timer: gives seconds; None: PyTorch's, which waits for the GPU.
+        timer: gives seconds; None: the wall clock, which waits for the GPU.
 
     Returns:
         A table for sub-networks of this architecture, at this batch size, on this device.

@@ -150,7 +150,8 @@ def test_agreement() -> None:
     assert error == pytest.approx(0.1) and rank == pytest.approx(1)
     # Spearman's formula for ranks without ties: 1 - 6 sum d^2 / (n (n^2 - 1)).
     assert agreement([2, 1, 3, 4], [1, 2, 3, 4])[1] == pytest.approx(1 - 6 * 2 / 60)
-    assert agreement([1, 1, 3], [1, 2, 3])[1] == pytest.approx(np.corrcoef([1.5, 1.5, 3], [1, 2, 3])[0, 1])
+    tied = np.corrcoef([1.5, 1.5, 3, 4], [1, 2, 3, 4])[0, 1]
+    assert agreement([1, 1, 3, 9], [1, 2, 3, 4])[1] == pytest.approx(tied)
     assert math.isnan(agreement([1.0], [1.0])[1])
 
 
@@ -314,12 +315,32 @@ def test_a_table_predicts_what_is_linear_in_the_widths_exactly(planned: bool, co
     assert len(table.whole) >= 3 and not table.flags
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_tiny_patch16_224"])
-def test_every_family_can_be_measured(name: str, counted: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "more", "shared"),
+    [
+        ("eva02_tiny_patch14_224", {}, "rope"),
+        (
+            "beit_base_patch16_224",
+            {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+            "shared_rel_pos_bias",
+        ),
+        ("vit_tiny_patch16_224", {}, None),
+    ],
+)
+def test_every_family_can_be_measured(name: str, more: dict[str, Any], shared: str | None, counted: Any) -> None:
     """What blocks share, such as rotary positions, reaches blocks that are timed alone; weights may be bfloat16."""
     size = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    net = skd.SuperNet(timm.create_model(name, **size))
+    model = timm.create_model(name, **size, **more)
+    net, kind, given = skd.SuperNet(model), type(model.blocks[0]), list[Any]()
+
+    def note(layer: Any, inputs: Any, keywords: Any, output: Any) -> None:
+        if type(layer) is kind:
+            given.append(keywords.get(shared))
+
+    hook = register_module_forward_hook(note, with_kwargs=True)
     table = skd.measure_latency(net, dtype="bfloat16", rounds=1, timer=counted)
+    hook.remove()
+    assert len(given) > 50 and all((own is None) == (shared is None) for own in given)
     net = nested(net, [info.full_width if info.kind == "mlp" else 0 for info in net.infos])
     times, _ = benchmark(net, [1], dtype=torch.bfloat16, rounds=1, latency=table, timer=counted)
     assert max(abs(row["error"]) for row in times) < 1e-6 and table.conditions.dtype == "bfloat16"

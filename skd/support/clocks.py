@@ -6,6 +6,7 @@ import datetime
 import platform
 import random
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import TypeVar
 
 import timm
 import torch
-import torch.utils.benchmark
 
 from skd import __version__
 from skd.support.settings import DTYPES
@@ -78,6 +78,15 @@ class Timing:
         return cls(middle, last - first)
 
 
+def seconds() -> float:
+    """Of the wall clock, once the GPU, where there is one, has done all that it was given."""
+    if (
+        torch.accelerator.is_available()
+    ):  # as torch.utils.benchmark.timer, whose import warns where CUDA is half there
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def in_turn(calls: Mapping[Name, Call], rounds: int, *, timer: Timer | None = None) -> dict[Name, Timing]:
     """Time every call once in each round, in an order that is another one each time.
 
@@ -86,9 +95,9 @@ def in_turn(calls: Mapping[Name, Call], rounds: int, *, timer: Timer | None = No
     Args:
         calls: what to call, by name. Each is called twice before the first round.
         rounds: how often each is timed.
-        timer: gives seconds; by default PyTorch's, which waits for the GPU.
+        timer: gives seconds; by default `seconds`.
     """
-    timer = torch.utils.benchmark.timer if timer is None else timer
+    timer = seconds if timer is None else timer
     for call in calls.values():
         for _ in range(_WARM_UP):
             call()
