@@ -327,19 +327,22 @@ def test_a_table_predicts_what_is_linear_in_the_widths_exactly(planned: bool, co
         ("vit_tiny_patch16_224", {}, None),
     ],
 )
-def test_every_family_can_be_measured(name: str, more: dict[str, Any], shared: str | None, counted: Any) -> None:
+def test_every_family_can_be_measured(
+    name: str, more: dict[str, Any], shared: str | None, counted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What blocks share, such as rotary positions, reaches blocks that are timed alone; weights may be bfloat16."""
     size = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
     model = timm.create_model(name, **size, **more)
     net, kind, given = skd.SuperNet(model), type(model.blocks[0]), list[Any]()
 
-    def note(layer: Any, inputs: Any, keywords: Any, output: Any) -> None:
-        if type(layer) is kind:
-            given.append(keywords.get(shared))
+    forward = kind.forward
 
-    hook = register_module_forward_hook(note, with_kwargs=True)
+    def noting(block: Any, *inputs: Any, **keywords: Any) -> Any:
+        given.append(keywords.get(shared))
+        return forward(block, *inputs, **keywords)
+
+    monkeypatch.setattr(kind, "forward", noting)
     table = skd.measure_latency(net, dtype="bfloat16", rounds=1, timer=counted)
-    hook.remove()
     assert len(given) > 50 and all((own is None) == (shared is None) for own in given)
     net = nested(net, [info.full_width if info.kind == "mlp" else 0 for info in net.infos])
     times, _ = benchmark(net, [1], dtype=torch.bfloat16, rounds=1, latency=table, timer=counted)
