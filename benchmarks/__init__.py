@@ -28,6 +28,7 @@ README.md says which command answers which question. The files:
 
     train_fashion_mnist.py  command: every stage of the method on Fashion-MNIST, 40 minutes on a CPU
     train_importance.py     command: ``importance="online"`` against passes over calibration images
+    latency.py              command: latencies of sub-networks, predicted against measured
     train_throughput.py     command: images per second of the loaders, and of one and several processes
 
     accuracy/               commands: what sub-networks get right

@@ -21,6 +21,9 @@ The method, in the order of its steps:
     corrections     the output layers that this gives an entry
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
+    timing          sub-networks timed as they run once they are extracted
+    latency         the table of what modules take, which predicts any sub-network
+    measuring       modules timed for that table
     files           networks as safetensors files
     family          all sizes in one process, on one copy of the weights
 
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
     from skd.family import Family
     from skd.files import load, save
     from skd.importance import importance
+    from skd.latency import LatencyTable
+    from skd.measuring import measure_latency
     from skd.moments import FeatureMoments, moments
     from skd.planning import plan, rank_operations
     from skd.supernet import SuperNet
@@ -78,6 +83,7 @@ __all__ = [
     "Family",
     "FeatureMoments",
     "History",
+    "LatencyTable",
     "Operation",
     "SuperNet",
     "TrainConfig",
@@ -92,6 +98,7 @@ __all__ = [
     "finetune_config",
     "importance",
     "load",
+    "measure_latency",
     "moments",
     "plan",
     "push_to_hub",
@@ -108,6 +115,7 @@ _MODULES = {
     "Family": "skd.family",
     "FeatureMoments": "skd.moments",
     "History": "skd.training",
+    "LatencyTable": "skd.latency",
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
     "TrainConfig": "skd.support.settings",
@@ -122,6 +130,7 @@ _MODULES = {
     "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
+    "measure_latency": "skd.measuring",
     "moments": "skd.moments",
     "plan": "skd.planning",
     "push_to_hub": "skd.export.hub",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from skd import planners
 from skd.cost import check_convention
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
+from skd.latency import LatencyTable, checked
 from skd.supernet import SuperNet, check_supernet
 from skd.support.types import Progress
 from skd.vit import unwrapped
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # Scores that differ by less than this count as equal, because sums of the same numbers differ in their last bits.
 _ROUNDING = 1e-12
+TARGET = 0.875  # share of the MACs that the smallest entry has removed, as the paper trains with
 SENSITIVITIES = ("count", "sqrt")
 
 
@@ -124,7 +127,9 @@ def plan(
     supernet: SuperNet,
     batches: Iterable[object],
     *,
-    target: float = 0.875,
+    target: float | None = None,
+    latency_ms: float | None = None,
+    latency: LatencyTable | None = None,
     rounds: int = 10,
     convention: str = "full",
     progress: Progress | None = None,
@@ -139,8 +144,12 @@ def plan(
     Args:
         supernet: the converted network; not changed. Assign the result to ``supernet.dropout_list``.
         batches: proxy images as for `importance`; read in every round, so a list or a DataLoader.
-        target: share of the model's MACs that the smallest entry has removed (the paper trains with 0.875).
-        rounds: calls of the planner, which measures afresh at the widths reached; the target grows linearly.
+        target: share of the model's MACs that the smallest entry has removed; None: 0.875, as the paper trains with,
+            where no `latency_ms` is given.
+        latency_ms: instead of it, milliseconds for a batch: the list grows until the smallest entry is within them.
+        latency: the table that predicts them, from `skd.measure_latency` for this architecture.
+        rounds: calls of the planner, which measures afresh at the widths reached; the target grows linearly. A
+            latency may need another call or two.
         convention: of the MACs that budgets count ("full" or "linear", see `skd.cost`).
         progress: wraps the rounds, e.g. ``tqdm``.
         group: a torch.distributed group, each of whose processes has its share of the batches (see `importance`).
@@ -154,33 +163,100 @@ def plan(
         A `DropoutList` that starts at the full network.
 
     Warns:
-        UserWarning: the target is more than all attentions and MLPs together have, or may lose; in the smallest
-            entry all are at the smallest width they may have.
+        UserWarning: the target is more than all attentions and MLPs together have, or may lose, or the latency less
+            than what remains takes; in the smallest entry all are at the smallest width they may have. Or the full
+            network is within the latency already.
 
     Raises:
         ValueError: a module in `keep` or `exclude` that there is not, a width that it cannot have, target outside
-            (0, 1], rounds < 1, bad batches, an unknown planner, an option it does not have.
+            (0, 1], both a target and a latency, a latency that is no positive number or has no table of this
+            architecture, rounds < 1, bad batches, an unknown planner, an option it does not have.
     """
-    if not isinstance(target, numbers.Real) or isinstance(target, bool) or not 0 < target <= 1:
-        raise ValueError(f"target is {target!r}; it must be a number above 0 and at most 1")
+    table = None if latency_ms is None else checked(latency_ms, latency)
+    goal = _checked_target(target, latency_ms, latency)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; it must be an int of at least 1")
     supernet = unwrapped(supernet)
     check_supernet(supernet)
     check_convention(convention)
+    if table is not None:
+        table.check(supernet)
     if isinstance(batches, Iterator):
         batches = list(batches)  # an iterator would be empty in the second round
     total = int(supernet.costs.macs(supernet.widths(), convention))
     least = _least(supernet, keep or {}, exclude)
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs, least=least)
-    steps: Iterable[int] = range(1, rounds + 1)
-    for step in steps if progress is None else progress(steps):
-        removed = target * total * step / rounds
-        grown = planners.grow(
-            planner, supernet, batches, removed, current=grown, convention=convention, group=group, options=options
+
+    def grow(current: DropoutList, removed: float) -> DropoutList:
+        return planners.grow(
+            planner, supernet, batches, removed, current=current, convention=convention, group=group, options=options
         )
-    _warn_if_out_of_reach(supernet, grown, target, convention, least)
+
+    steps: Iterable[int] = range(1, rounds + 1)
+    shown: Iterable[Any] = steps if progress is None else progress(steps)
+    if table is not None and latency_ms is not None:
+        most = total - int(supernet.costs.macs([least.get(name, 0) for name in grown.modules], convention))
+        return _grown_to_latency(grow, grown, latency_ms, table, shown, rounds, most)
+    for step in shown:
+        grown = grow(grown, goal * total * step / rounds)
+    _warn_if_out_of_reach(supernet, grown, goal, convention, least)
     return grown
+
+
+def _checked_target(target: object, latency_ms: object, latency: object) -> float:
+    """The target, which is not used where there is a latency; ValueError if the two do not go together."""
+    if latency_ms is not None and target is not None:
+        raise ValueError(f"target is {target!r} and latency_ms {latency_ms!r}; one of them may be given")
+    if latency_ms is None and latency is not None:
+        raise ValueError("latency is given without latency_ms; a table goes with it")
+    share: Any = TARGET if target is None else target
+    is_number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not is_number or not 0 < share <= 1:
+        raise ValueError(f"target is {share!r}; it must be a number above 0 and at most 1")
+    return float(share)
+
+
+def _grown_to_latency(
+    grow: Callable[[DropoutList, float], DropoutList],
+    grown: DropoutList,
+    latency_ms: float,
+    table: LatencyTable,
+    steps: Iterable[Any],
+    rounds: int,
+    most: int,
+) -> DropoutList:
+    """The list grown, and cut short, to the first entry that is predicted to be within `latency_ms`.
+
+    `grow` takes a list and a total of MACs to remove. The milliseconds of a round's target decrease linearly, and are
+    taken for as many MACs as they are on the line from the present entry to the smallest possible one, which has
+    removed `most`.
+    """
+    smallest = [(grown.least or {}).get(name, 0) for name in grown.modules]
+    full, least = table.at([grown.widths[0], smallest]).tolist()
+    if full <= latency_ms:
+        _warn(
+            f"latency_ms is {latency_ms}; the full network is predicted to take {full:.4g} ms: the list has it alone"
+        )
+    for step in steps:
+        present, goal = float(table.at(grown.widths[-1])), full - (full - latency_ms) * step / rounds
+        if present > max(goal, least):
+            share = min(1.0, (present - goal) / (present - least))
+            grown = grow(grown, grown.removed_macs + share * (most - grown.removed_macs))
+    more = True
+    while more and table.at(grown.widths[-1]) > latency_ms:
+        length, grown = len(grown), grow(grown, float(most))
+        more = len(grown) > length
+    within = np.flatnonzero(table.at(grown.widths) <= latency_ms)
+    if len(within) == 0:
+        left, what = float(table.at(grown.widths[-1])), _smallest(smallest)
+        what = what if grown.widths[-1].tolist() == smallest else "where the planner ends"
+        _warn(
+            f"latency_ms is {latency_ms}, which cannot be had: the smallest sub-network, {what}, "
+            f"is predicted to take {left:.4g} ms on {table.conditions}"
+        )
+        return grown
+    kept = int(within[0]) + 1
+    return grown if kept == len(grown) else replace(grown, widths=grown.widths[:kept], removed_macs=None)
 
 
 def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) -> dict[str, int]:
@@ -210,16 +286,21 @@ def _warn_if_out_of_reach(
     left = int(sizes[1]) / int(sizes[0])
     smallest = [least.get(name, 0) for name in grown.modules]
     if grown.widths[-1].tolist() == smallest and left > 1 - target + _ROUNDING:
-        what = (
-            "at the smallest widths that keep and exclude allow"
-            if any(smallest)
-            else "with no attention and no MLP left"
+        _warn(
+            f"target is {target}, which cannot be had: the smallest sub-network, {_smallest(smallest)}, "
+            f"still has {left:.4f} of the MACs ({convention}), so a target up to {1 - left:.4f} is within reach"
         )
-        warnings.warn(
-            f"target is {target}, which cannot be had: the smallest sub-network, {what}, "
-            f"still has {left:.4f} of the MACs ({convention}), so a target up to {1 - left:.4f} is within reach",
-            stacklevel=3,
-        )
+
+
+def _smallest(widths: list[int]) -> str:
+    """In words, what the smallest possible sub-network is."""
+    return (
+        "at the smallest widths that keep and exclude allow" if any(widths) else "with no attention and no MLP left"
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)  # as if it came from the caller of `plan`
 
 
 class Proposal(NamedTuple):

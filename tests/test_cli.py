@@ -29,7 +29,19 @@ from skd.cli import main
 from skd.support.outputs import replacing
 from skd.training import Diverged
 
-COMMANDS = ("demo", "convert", "plan", "train", "extract", "evaluate", "finetune", "export", "info")
+COMMANDS = (
+    "demo",
+    "convert",
+    "plan",
+    "train",
+    "extract",
+    "evaluate",
+    "finetune",
+    "export",
+    "latency",
+    "benchmark",
+    "info",
+)
 
 
 @pytest.fixture

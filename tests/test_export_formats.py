@@ -317,7 +317,7 @@ def test_a_damaged_manifest(text: str, tmp_path: Path) -> None:
         ("full", {"entry": 0}, "a folder that is not empty"),
         ("file", {"entry": 0}, "a file; it must be a new folder"),
         ("nowhere/new", {"entry": 0}, "cannot be written"),
-        ("new", {}, "exactly one of macs, params, entry and shares"),
+        ("new", {}, "exactly one of macs, params, entry, latency_ms, shares"),
         ("new", {"entry": 0, "shares": [0.5]}, "exactly one"),
         ("new", {"shares": [1.5]}, "shares is"),
         ("new", {"shares": []}, "shares is"),

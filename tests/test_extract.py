@@ -81,7 +81,7 @@ def test_a_budget_below_the_smallest_says_which_is_the_smallest(planned: skd.Sup
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({}, "exactly one of macs, params and entry"),
+        ({}, "exactly one of macs, params, entry and latency_ms"),
         ({"macs": 0.5, "entry": 0}, "exactly one"),
         ({"macs": 1.5}, "macs is 1.5; a float is a fraction"),
         ({"macs": 0.0}, "macs is 0.0"),

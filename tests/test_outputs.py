@@ -114,6 +114,8 @@ LEAST = {
     "evaluate": "--supernet net.safetensors --data images",
     "finetune": "--model net.safetensors --out run",
     "export": "--supernet net.safetensors --entry 0 --format pt2 --out new.pt2",
+    "latency": "--supernet net.safetensors --out new",
+    "benchmark": "--supernet net.safetensors",
     "info": "net.safetensors",
 }
 LOST = {
@@ -145,6 +147,8 @@ LOST = {
         ),
         *("--format timm --out run --json run/config.json", "--format timm --out run --json run/macs-0.5/x"),
     ],
+    "latency": ["--out net.safetensors", "--json new"],
+    "benchmark": ["--json net.safetensors", "--latency-table run/sub-50.json --json run/sub-50.json"],
     "info": ["--json net.safetensors"],
 }
 

@@ -4,7 +4,7 @@ Each file defines a `Command` called COMMAND, which says what the command takes,
 function that does the work. `skd.cli` knows no more than that about any command. CONTRIBUTING.md says how to add one.
 Importing these files is cheap, so that ``skd COMMAND --help`` is quick: only `Command.run` imports what needs torch.
 
-    demo, convert, plan, train, extract, evaluate, finetune, export, info     the commands
+    demo, convert, plan, train, extract, evaluate, finetune, export, latency, benchmark, info    the commands
     _arguments    arguments that several commands share, and the files that they name
     _work         what several commands do: open images, make models, print tables, write files
     _torchrun     several processes for one command

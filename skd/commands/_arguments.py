@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from skd import recipes
-from skd.support.settings import BAD_IMAGES, CHECKPOINT_WEIGHTS, LABELS, TrainConfig
+from skd.support.settings import BAD_IMAGES, CHECKPOINT_WEIGHTS, DTYPES, LABELS, TrainConfig
 from skd.support.types import JSON
 
 _Value = TypeVar("_Value")
@@ -121,10 +121,40 @@ def add_moments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_size(group: argparse._ActionsContainer) -> None:
-    """Add --macs, --params and --entry, of which one chooses a sub-network."""
+    """Add --macs, --params, --entry and --latency-ms, of which one chooses a sub-network."""
     group.add_argument("--macs", type=size, metavar="X", help="a share of the full network (0.5), or a count (4.2G)")
     group.add_argument("--params", type=size, metavar="X", help="a share (0.5), or a count (22M)")
     group.add_argument("--entry", type=whole, metavar="I", help="index into the dropout list")
+    add_latency_ms(group, "milliseconds for a batch, as --latency-table predicts them")
+
+
+def add_latency_ms(parser: argparse._ActionsContainer, help: str) -> None:
+    parser.add_argument("--latency-ms", type=float, metavar="X", help=help)
+
+
+def add_latency_table(
+    parser: argparse._ActionsContainer, help: str = "what skd latency wrote, to predict latencies"
+) -> None:
+    parser.add_argument("--latency-table", metavar="FILE", help=help)
+
+
+def add_timing(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is timed, each None where it is not given, and on which device."""
+    group = parser.add_argument_group("timing")
+    group.add_argument("--batch-size", type=whole, metavar="N", help="images in a call (default: 1)")
+    group.add_argument("--dtype", choices=DTYPES, help="of weights and images (default: float32)")
+    group.add_argument("--threads", type=whole, metavar="N", help="of PyTorch on the CPU (default: PyTorch's own)")
+    group.add_argument("--rounds", type=whole, metavar="N", help="how often everything is timed (default: 15)")
+    add_device(group)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add --shares and --entries, of which one lists sub-networks."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--shares", type=shares, metavar="X,X", help="sub-networks within shares of the MACs (default: 0.75,0.5,0.25)"
+    )
+    group.add_argument("--entries", type=wholes, metavar="I,I", help="or those with these indices")
 
 
 def add_correction(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +174,7 @@ def add_compensate(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
 
 
@@ -275,6 +305,11 @@ def shares(text: str) -> list[float]:
     if not all(0 < share <= 1 for share in found):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of shares above 0 and at most 1, such as 0.5,0.25")
     return found
+
+
+def wholes(text: str) -> list[int]:
+    """Whole numbers such as '0,10,20'."""
+    return [whole(part) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:

@@ -19,10 +19,12 @@ from skd.cost import cost
 from skd.data import Loader, Loading, Source, data_config, open_source
 from skd.data.building import loader_of, usable_workers
 from skd.data.source import agree, name_classes, shown
+from skd.extract import choose_entry
 from skd.files import load, save
+from skd.latency import LatencyTable
 from skd.recipes import About
 from skd.supernet import SuperNet
-from skd.support.curve import Rows
+from skd.support.curve import Rows, entries_within
 from skd.support.devices import usable_device
 from skd.support.outputs import output_file
 from skd.support.ranks import everyone, rank_of, size_of, together
@@ -38,6 +40,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 # Endings of files of weights. A safetensors file must not have one of the first group.
 _OTHER_FORMATS = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".h5", ".onnx", ".json")
+_USUAL_SHARES = (0.75, 0.5, 0.25)  # of the MACs, of what is timed
 _WEIGHT_FILES = (".safetensors", *_OTHER_FORMATS)
 
 # Data
@@ -209,6 +212,37 @@ def supernet(path: str, where: torch.device) -> SuperNet:
     if not isinstance(found, SuperNet):
         raise ValueError(f"--supernet is {path!r}, a plain model; it must be what skd convert, plan or train wrote")
     return found
+
+
+def latency_table(arguments: argparse.Namespace) -> LatencyTable | None:
+    """The table in --latency-table, which --latency-ms needs.
+
+    Raises:
+        ValueError: it is not given, with --latency-ms; or it is no table.
+    """
+    wanted: float | None = getattr(arguments, "latency_ms", None)
+    if arguments.latency_table is None:
+        if wanted is not None:
+            raise ValueError(f"--latency-ms is {wanted}; it needs --latency-table FILE, which skd latency writes")
+        return None
+    return LatencyTable.load(arguments.latency_table)
+
+
+def timing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_timing` that were given, but for --device."""
+    given = {name: getattr(arguments, name) for name in ("batch_size", "dtype", "threads", "rounds")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def listed_entries(arguments: argparse.Namespace, network: SuperNet) -> list[int]:
+    """The entries that --shares or --entries name, by default some usual ones, each once."""
+    if arguments.entries is not None:
+        for entry in arguments.entries:
+            network.widths(entry)  # which refuses what is no entry
+        return list(dict.fromkeys(arguments.entries))
+    if arguments.shares is not None:
+        return list(dict.fromkeys(choose_entry(network, macs=share) for share in arguments.shares))
+    return list(dict.fromkeys(entries_within(network, _USUAL_SHARES).values()))
 
 
 def check_no_weights(arguments: argparse.Namespace) -> None:
@@ -406,12 +440,15 @@ def print_sizes(rows: Rows, title: str) -> None:
     table = Table(title=title, title_justify="left")
     for heading in ("entry", "MACs (full)", "of full", "MACs (linear)", "parameters"):
         table.add_column(heading, justify="right")
-    measured = bool(rows) and "top1" in rows[0]
+    measured, predicted = (bool(rows) and key in rows[0] for key in ("top1", "latency_ms"))
     if measured:
         table.add_column("top-1 (%)", justify="right")
+    if predicted:
+        table.add_column("predicted (ms)", justify="right")
     for row in rows:
         cells = [str(row["entry"]), count(row["macs"]), f"{row['macs_fraction']:.1%}", count(row["macs_linear"])]
         cells += [f"{row['params']:,}", *([f"{row['top1']:.2f}"] if measured else [])]
+        cells += [f"{row['latency_ms']:.2f}"] if predicted else []
         table.add_row(*cells)
     Console().print(table)
 

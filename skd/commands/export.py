@@ -44,6 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="timm",
         help="a folder for timm, a file for ONNX Runtime, or a program of torch.export (default: %(default)s)",
     )
+    options.add_latency_table(parser, "what skd latency wrote, to predict latencies, also those in a manifest")
     options.add_correction(parser)
     parser.add_argument(
         "--evaluated",
@@ -62,7 +63,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def files(given: argparse.Namespace) -> Files:
-    reads = options.options(given, "supernet", "model", "evaluated")
+    reads = options.options(given, "supernet", "model", "evaluated", "latency_table")
     if given.all is not None or given.format == "timm":
         names = ("manifest.json", "macs-*", "config.json", "model.safetensors", "model.py")
         return Files(reads=reads, folders={"--out": (given.out, names)})
@@ -85,6 +86,8 @@ def run(given: argparse.Namespace) -> Document:
         macs=given.macs,
         params=given.params,
         entry=given.entry,
+        latency_ms=given.latency_ms,
+        latency=work.latency_table(given),
         shares=given.all,
         convention=given.convention,
         corrected=given.compensate or not given.uncorrected,
@@ -96,6 +99,7 @@ def run(given: argparse.Namespace) -> Document:
     for member in members:
         size = f"{work.count(member['macs'])} MACs (full), {member['params']:,} parameters"
         entry = "" if member["entry"] is None else f"entry {member['entry']}, "
+        size += "" if member["latency_ms"] is None else f", predicted to take {member['latency_ms']:.2f} ms"
         more = f"; with {correction} folded in" if member["compensated"] else ""
         print(f"{', '.join(member['files'])}: {entry}{size}; {_LOADED[member['layout']]}{more}")
     return {"out": given.out, "format": given.format, "members": members}

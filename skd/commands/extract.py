@@ -16,13 +16,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--supernet", metavar="FILE", required=True, help="what skd plan or train wrote")
     budget = parser.add_mutually_exclusive_group(required=True)
     options.add_size(budget)
+    options.add_latency_table(parser)
     parser.add_argument("--convention", choices=CONVENTIONS, default="full", help="of --macs (default: %(default)s)")
     options.add_correction(parser)
     parser.add_argument("--out", metavar="FILE", required=True, help="model to write (.safetensors)")
 
 
 def files(given: argparse.Namespace) -> Files:
-    return Files(reads=options.options(given, "supernet"), writes=options.options(given, "out"))
+    return Files(reads=options.options(given, "supernet", "latency_table"), writes=options.options(given, "out"))
 
 
 def run(given: argparse.Namespace) -> Document:
@@ -34,13 +35,20 @@ def run(given: argparse.Namespace) -> Document:
 
     work.model_file(given.out)
     supernet = work.supernet(given.supernet, torch.device("cpu"))
+    table = work.latency_table(given)
     entry = choose_entry(
-        supernet, macs=given.macs, params=given.params, entry=given.entry, convention=given.convention
+        supernet,
+        macs=given.macs,
+        params=given.params,
+        entry=given.entry,
+        latency_ms=given.latency_ms,
+        latency=table if given.latency_ms is not None else None,
+        convention=given.convention,
     )
     compensated = given.compensate is not None or (entry in supernet.corrections and not given.uncorrected)
     cut = skd.extract(supernet, entry=entry, corrected=given.compensate or not given.uncorrected)
     work.write(cut, given.out, given.group)
-    rows = sizes_of(supernet, [entry])
+    rows = sizes_of(supernet, [entry], table)
     work.print_sizes(rows, given.out)
     if given.compensate is not None:
         print("with a correction from the stored moments folded in")

@@ -89,5 +89,5 @@ COMMAND = Command(
     arguments=arguments,
     files=files,
     run=run,
-    order=9,
+    order=11,
 )

@@ -23,9 +23,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="super-network to write; may be the same file")
     options.add_data(parser)
     options.add_calibration(parser)
-    parser.add_argument(
-        "--target", type=float, default=0.875, help="share of the MACs that the smallest has removed (%(default)s)"
-    )
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--target", type=float, help="share of the MACs that the smallest has removed (default: 0.875)")
+    options.add_latency_ms(goal, "or milliseconds for a batch, within which the smallest is by --latency-table")
+    options.add_latency_table(parser)
     parser.add_argument(
         "--rounds", type=options.whole, default=10, help="rounds of the planner (default: %(default)s)"
     )
@@ -67,7 +68,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def files(given: argparse.Namespace) -> Files:
     return Files(
-        reads=options.options(given, "supernet") | options.data_read(given),
+        reads=options.options(given, "supernet", "latency_table") | options.data_read(given),
         writes=options.options(given, "out"),
         in_place=[("--out", "--supernet")],  # it only adds to it
     )
@@ -78,6 +79,7 @@ def run(given: argparse.Namespace) -> Document:
     from skd.support.curve import sizes_of, usual_entries
 
     work.model_file(given.out)
+    table = work.latency_table(given)
     supernet = work.supernet(given.supernet, work.device(given))
     batches = work.calibration(given, supernet.model)
     planners.check_options(given.planner, given.planner_options)
@@ -86,6 +88,8 @@ def run(given: argparse.Namespace) -> Document:
         supernet,
         batches,
         target=given.target,
+        latency_ms=given.latency_ms,
+        latency=table if given.latency_ms is not None else None,
         rounds=given.rounds,
         convention=given.convention,
         progress=work.progress("Planning"),
@@ -100,7 +104,7 @@ def run(given: argparse.Namespace) -> Document:
         skd.moments(supernet, batches, progress=work.progress("Moments"), group=given.group)
     compensation = {} if given.compensate is None else _compensate(given, supernet, batches)
     work.write(supernet, given.out, given.group)
-    rows = sizes_of(supernet, list(dict.fromkeys([*usual_entries(supernet), len(supernet.dropout_list) - 1])))
+    rows = sizes_of(supernet, list(dict.fromkeys([*usual_entries(supernet), len(supernet.dropout_list) - 1])), table)
     images = work.images_read(given, calibration=batches)
     work.print_sizes(rows, f"{given.out}: {len(supernet.dropout_list)} sub-networks, some of them")
     print(f"planned in {seconds:.1f} s")

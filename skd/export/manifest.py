@@ -25,7 +25,8 @@ class Member(TypedDict):
         macs, macs_linear: for one image, in the full and in the linear convention.
         macs_fraction: the share of the full network's MACs that it has; None where that is not known.
         compensated: whether a correction (`skd.compensate`) is folded in.
-        latency_ms, top1: milliseconds and percent, where they were given, or None.
+        latency_ms: milliseconds as a table predicts them (`skd.measure_latency`), where one was given, or None.
+        top1: in percent, where it was given, or None.
         layout: "timm" (timm's own), "model.py" (a folder that loads itself), "onnx" or "pt2".
         files: the SHA-256 of each of its files, by the path in the folder, with "/" between its parts.
     """

@@ -17,6 +17,7 @@ from skd.cost import cost
 from skd.export import folders, onnx_file, pt2
 from skd.export.manifest import Member, digests, write_manifest
 from skd.extract import choose_entry, extract
+from skd.latency import LatencyTable, as_table
 from skd.supernet import SuperNet
 from skd.support.curve import sizes_of
 from skd.support.devices import usable_device
@@ -51,6 +52,8 @@ class Options(TypedDict, total=False):
     macs: float | None
     params: float | None
     entry: int | None
+    latency_ms: float | None
+    latency: LatencyTable | None
     shares: Sequence[float] | None
     convention: str
     corrected: bool | str
@@ -67,6 +70,8 @@ def export(
     macs: float | None = None,
     params: float | None = None,
     entry: int | None = None,
+    latency_ms: float | None = None,
+    latency: LatencyTable | None = None,
     shares: Sequence[float] | None = None,
     convention: str = "full",
     corrected: bool | str = True,
@@ -87,7 +92,10 @@ def export(
         network: a super-network, or a plain model such as `skd.finetune` leaves; not changed.
         out: a new or empty folder for "timm" or with `shares`; otherwise a file, which is replaced; a
             package beside a "pt2" goes with it.
-        macs, params, entry, convention, corrected: one sub-network, as for `skd.extract`; none for a plain model.
+        macs, params, entry, latency_ms, convention, corrected: one sub-network, as for `skd.extract`; none for a
+            plain model.
+        latency: a table (`skd.measure_latency`), which `latency_ms` needs; without it, and with `shares`, its
+            predictions go into the manifest.
         shares: instead of these, a share of the MACs for each of several sub-networks. `out` then gets one file or
             folder for each, and a manifest.json (``from skd.export import read_manifest`` reads it).
         top1: top-1 in percent, by entry, where it is known; for the manifest.
@@ -106,8 +114,8 @@ def export(
     """
     network = unwrapped(network)
     write = _writer(format, compiled, device)
-    choices = _choices(network, macs, params, entry, shares, convention)
-    _check_others(network, convention, corrected, top1)
+    choices = _choices(network, macs, params, entry, latency_ms, latency, shares, convention)
+    _check_others(network, convention, corrected, top1, latency)
     ending = FORMATS[format].ending
     place = _place(out, ending if shares is None else "")
     package = pt2.compiled_path(place) if format == "pt2" and shares is None else None
@@ -119,7 +127,7 @@ def export(
         for choice in choices:
             name = place.name if shares is None else f"macs-{choice.share}{ending}"
             (own := work / f"one-{len(members)}").mkdir()
-            model, member = _member(network, choice, corrected, top1 or {})
+            model, member = _member(network, choice, corrected, top1 or {}, latency)
             member["layout"] = write(model, own / name)
             member["files"] = digests(own)
             members.append(member)
@@ -157,11 +165,13 @@ def _choices(
     macs: float | None,
     params: float | None,
     entry: int | None,
+    latency_ms: float | None,
+    latency: LatencyTable | None,
     shares: Sequence[float] | None,
     convention: str,
 ) -> list[_Choice]:
     """The sub-networks to write, each once, the largest first."""
-    budget = {"macs": macs, "params": params, "entry": entry, "shares": shares}
+    budget = {"macs": macs, "params": params, "entry": entry, "latency_ms": latency_ms, "shares": shares}
     given = [name for name, value in budget.items() if value is not None]
     if not isinstance(network, SuperNet):
         describe(network)  # which refuses what is no timm model
@@ -169,7 +179,9 @@ def _choices(
             raise ValueError(f"{given[0]} is given with a plain model; only a super-network has sub-networks")
         return [_Choice(None)]
     if len(given) != 1:
-        raise ValueError(f"exactly one of macs, params, entry and shares must be given; got {given or 'none'}")
+        raise ValueError(f"exactly one of {', '.join(budget)} must be given; got {given or 'none'}")
+    if latency_ms is not None:
+        return [_Choice(choose_entry(network, latency_ms=latency_ms, latency=latency, convention=convention))]
     if shares is None:
         return [_Choice(choose_entry(network, macs=macs, params=params, entry=entry, convention=convention))]
     if isinstance(shares, str) or not shares or not all(isinstance(x, float | int) and 0 < x <= 1 for x in shares):
@@ -181,10 +193,16 @@ def _choices(
 
 
 def _check_others(
-    network: nn.Module, convention: str, corrected: bool | str, top1: Mapping[int, float] | None
+    network: nn.Module,
+    convention: str,
+    corrected: bool | str,
+    top1: Mapping[int, float] | None,
+    latency: LatencyTable | None,
 ) -> None:
     """Refuse what says nothing about the network."""
     if isinstance(network, SuperNet):
+        if latency is not None:
+            as_table(latency).check(network)
         for entry in top1 or {}:
             network.widths(entry)  # which refuses what is no entry
         return
@@ -192,13 +210,18 @@ def _check_others(
         ("convention", convention, "full"),
         ("corrected", corrected, True),
         ("top1", top1, None),
+        ("latency", latency, None),
     ):
         if value != usual:
             raise ValueError(f"{name} is {value!r}, with a plain model; only a super-network has sub-networks")
 
 
 def _member(
-    network: nn.Module, choice: _Choice, corrected: bool | str, top1: Mapping[int, float]
+    network: nn.Module,
+    choice: _Choice,
+    corrected: bool | str,
+    top1: Mapping[int, float],
+    latency: LatencyTable | None,
 ) -> tuple[nn.Module, Member]:
     """The model to write, and what is known of it before it is written."""
     if isinstance(network, SuperNet) and choice.entry is not None:
@@ -206,11 +229,12 @@ def _member(
         macs, linear, params, fraction = row["macs"], row["macs_linear"], row["params"], row["macs_fraction"]
         compensated = corrected == "moments" or (bool(corrected) and choice.entry in network.corrections)
         known = top1.get(choice.entry)
+        ms = None if latency is None else float(latency.predict(network, choice.entry)[0])
         model = extract(network, entry=choice.entry, corrected=corrected).eval()
     else:
         full, model = cost(network), copy.deepcopy(network).eval()
         macs, linear, params, fraction = full.macs, cost(network, convention="linear").macs, full.params, None
-        compensated, known = False, None
+        compensated, known, ms = False, None, None
     return model, {
         "entry": choice.entry,
         "share": choice.share,
@@ -219,7 +243,7 @@ def _member(
         "macs_fraction": fraction,
         "params": params,
         "compensated": compensated,
-        "latency_ms": None,
+        "latency_ms": ms,
         "top1": None if known is None else float(known),
         "layout": "",
         "files": {},

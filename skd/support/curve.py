@@ -9,6 +9,7 @@ import numpy as np
 
 from skd.evaluate import evaluate
 from skd.extract import choose_entry
+from skd.latency import LatencyTable
 from skd.supernet import SuperNet
 from skd.support.settings import TrainConfig
 from skd.support.types import Progress
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class Row(TypedDict):
-    """One sub-network: its entry, its cost and, if it was measured, the budget that it meets and its top-1.
+    """One sub-network: its entry, its cost and, where they are known, the budget that it meets, top-1 and latency.
 
     Attributes:
         macs, macs_linear: in the full and in the linear convention.
         macs_fraction: share of the full network's MACs.
         budget: share of the MACs that it had to stay within.
         top1: in percent.
+        latency_ms: predicted for a batch, where there is a table (`skd.latency`).
     """
 
     entry: int
@@ -34,6 +36,7 @@ class Row(TypedDict):
     params: int
     budget: NotRequired[float]
     top1: NotRequired[float]
+    latency_ms: NotRequired[float]
 
 
 Rows = list[Row]
@@ -55,13 +58,13 @@ def usual_entries(supernet: SuperNet) -> list[int]:
     return list(dict.fromkeys(entries_within(supernet, TrainConfig().budgets).values()))
 
 
-def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
-    """The cost of each of these entries of the dropout list."""
+def sizes_of(supernet: SuperNet, entries: Sequence[int], latency: LatencyTable | None = None) -> Rows:
+    """The cost of each of these entries of the dropout list and, with a table, the latency that it predicts."""
     widths = supernet.dropout_list.widths[list(entries)]
     macs, linear = supernet.costs.macs(widths), supernet.costs.macs(widths, "linear")
     params = supernet.costs.params(widths)
     full = int(supernet.costs.macs(supernet.widths()))
-    return [
+    rows: Rows = [
         {
             "entry": int(entry),
             "macs": int(macs[row]),
@@ -71,6 +74,10 @@ def sizes_of(supernet: SuperNet, entries: Sequence[int]) -> Rows:
         }
         for row, entry in enumerate(entries)
     ]
+    if latency is not None:
+        for one, ms in zip(rows, latency.predict(supernet, entries), strict=True):
+            one["latency_ms"] = float(ms)
+    return rows
 
 
 def measure_curve(

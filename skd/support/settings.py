@@ -26,6 +26,7 @@ AMP_DTYPES = ("auto", "float32", "bfloat16", "float16")
 BAD_IMAGES = ("skip", "fail")
 AUGMENT_ON = ("auto", "device", "cpu")
 LOGS = ("tensorboard",)
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of networks that are timed
 CONVENTIONS = ("full", "linear")  # how MACs are counted
 CENTERINGS = ("dataset", "batch")  # of the statistics of a conversion
 QK, V, NEURONS = ("joint", "balanced"), ("variance", "output"), ("taylor", "residual")  # the defaults come first
