@@ -69,7 +69,7 @@ def agreement(one: Proposal, other: Proposal) -> dict[str, float]:
 
 def train(supernet: skd.SuperNet, data: demo.Data, importance: str, epochs: int, seed: int) -> Info:
     """One PIAD run: seconds, and top-1 of the largest sub-network within each share of the MACs."""
-    recipe = {**demo.RECIPE, "budgets": SHARES, "importance": importance}
+    recipe = {**demo.RECIPE, "budgets": SHARES, "planner": "paper", "importance": importance}
     config = skd.TrainConfig(epochs=epochs, warmup_epochs=0, eval_every=epochs, seed=seed, **recipe)
     batches = demo.ShiftedBatches(data.train, demo.BATCH, seed)
     quiet = Console(quiet=True)
