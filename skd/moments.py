@@ -48,7 +48,6 @@ class FeatureMoments(NamedTuple):
         return self.mean.nbytes + self.covariance.nbytes
 
 
-@torch.no_grad()
 def moments(
     supernet: SuperNet,
     batches: Iterable[object],
@@ -76,12 +75,12 @@ def moments(
     supernet = unwrapped(supernet)
     check_supernet(supernet)
     check_group(group)
-    supernet.moments = found = measured(supernet, batches, progress, group)
+    supernet.moments = found = measure_moments(supernet, batches, progress, group)
     return found
 
 
 @torch.no_grad()
-def measured(
+def measure_moments(
     supernet: SuperNet,
     batches: Iterable[object],
     progress: Progress | None = None,
@@ -102,7 +101,9 @@ def measured(
             batch.clear()
             model(images)
             if all_finite(tensor for own in batch.values() for tensor in own):
-                sums = {name: sums[name].plus(own) if name in sums else own for name, own in batch.items()}
+                for name in list(batch):  # one after the other, since together they may be larger than the weights
+                    own = batch.pop(name)
+                    sums[name] = sums[name].plus(own) if name in sums else own
             else:
                 left_out += 1
     device = next(supernet.parameters()).device
@@ -221,7 +222,8 @@ class Predicting:
     """The modules of a super-network, each of which predicts what it drops from what it keeps.
 
     At any width a module runs with the output layer that `moments_correction` gives it; skipped, it adds its mean,
-    if its output layer has a bias to put a mean in. A module with a norm behind it stays as it is.
+    if its output layer has a bias to put a mean in. So it does too where no module runs before it, whose bias could
+    take the mean up in a correction. A module with a norm behind it stays as it is.
 
     Args:
         moments: of the present weights.

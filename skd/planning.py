@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +143,7 @@ def plan(
 
     Args:
         supernet: the converted network; not changed. Assign the result to ``supernet.dropout_list``.
-        batches: proxy images as for `importance`; read in every round, so a list or a DataLoader.
+        batches: proxy images as for `importance`; read once, and kept while it plans.
         target: share of the model's MACs that the smallest entry has removed; None: 0.875, as the paper trains with,
             where no `latency_ms` is given.
         latency_ms: instead of it, milliseconds for a batch: the list grows until the smallest entry is within them.
@@ -157,7 +157,7 @@ def plan(
             published one, "loss" measures what narrowing costs.
         keep: by the name of a module ("3.attn", "0.mlp"), the smallest width that it may get.
         exclude: names of modules that stay at their full width.
-        options: of the planner's own, such as ``sensitivity="sqrt"`` of "paper".
+        options: of the planner's own, such as ``points=8`` of "loss".
 
     Returns:
         A `DropoutList` that starts at the full network.
@@ -181,8 +181,7 @@ def plan(
     check_convention(convention)
     if table is not None:
         table.check(supernet)
-    if isinstance(batches, Iterator):
-        batches = list(batches)  # an iterator would be empty in the second round
+    batches = list(batches)  # planners read them many times, and decoding takes longer than most of what they do
     total = int(supernet.costs.macs(supernet.widths(), convention))
     least = _least(supernet, keep or {}, exclude)
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs, least=least)

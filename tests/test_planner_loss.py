@@ -13,7 +13,7 @@ from helpers import digit_data, digit_net, nested, random_batches, run_training,
 
 import skd
 from skd.moments import Predicting
-from skd.planners.loss import SHAPES, Measured, _convex, _shaped, rises
+from skd.planners.loss import SHAPES, Setting, _convex, _shaped, rises
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 1.5}
 
@@ -22,7 +22,7 @@ def test_a_rise_is_the_divergence_of_the_network_narrowed_there() -> None:
     """Against extracted sub-networks, whole passes each; others stay as in the last entry."""
     net = nested(skd.SuperNet(tiny_vit()), [16, 48, 16, 72])
     batches, present = random_batches(), [16, 48, 16, 72]
-    found = rises(Measured(net, batches, None, "kl", net.step), present, [[8, 0], [24, 0], [8], [0]])
+    found = rises(Setting(net, batches, None, "kl", net.step), present, [[8, 0], [24, 0], [8], [0]])
     for index, curve in enumerate(found):
         base = divergence(net, batches, present)
         for width, rise in curve:
@@ -90,7 +90,7 @@ def test_labels_do_not_matter_and_points_do() -> None:
 def test_cross_entropy_is_that_of_the_labels() -> None:
     net, batches = skd.SuperNet(tiny_vit()), random_batches()
     widths = net.widths()
-    (curve, *_) = rises(Measured(net, batches, None, "cross_entropy", net.step), widths, [[8], [], [], []])
+    (curve, *_) = rises(Setting(net, batches, None, "cross_entropy", net.step), widths, [[8], [], [], []])
     nested(net, [8, *widths[1:]])
     with torch.no_grad():
         full, cut = (
@@ -100,7 +100,7 @@ def test_cross_entropy_is_that_of_the_labels() -> None:
     unlabelled = [(images, None) for images, _ in batches]
     for other in (batches, unlabelled):
         kl, entropy = (
-            rises(Measured(net, images, None, criterion, net.step), widths, [[8], [0], [0], [0]])
+            rises(Setting(net, images, None, criterion, net.step), widths, [[8], [0], [0], [0]])
             for images, criterion in ((unlabelled, "kl"), (other, "cross_entropy"))
         )
         assert (entropy == kl) is (other is unlabelled)
@@ -131,7 +131,7 @@ def test_what_kept_features_predict_costs_nothing() -> None:
     net, batches = skd.SuperNet(model), random_batches()
     rise = {}
     for step in (net.step, Predicting(net, skd.moments(net, batches), ridge=1e-9).step):
-        *_, curve = rises(Measured(net, batches, None, "kl", step), net.widths(), [[], [], [], [36, 0]])
+        *_, curve = rises(Setting(net, batches, None, "kl", step), net.widths(), [[], [], [], [36, 0]])
         rise[step.__self__.__class__] = dict(curve)
     assert rise[Predicting][36] < 1e-6 * rise[skd.SuperNet][36]
     assert rise[Predicting][0] > 1e-2 * rise[skd.SuperNet][0]  # its mean alone replaces it

@@ -38,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         type=options.json_object,
         default={},
-        help='of the planner\'s own, such as \'{"sensitivity": "sqrt"}\'',
+        help="of the planner's own, such as '{\"points\": 8}'",
     )
     parser.add_argument(
         "--keep",

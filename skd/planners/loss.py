@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
-from skd.moments import Predicting
-from skd.moments import measured as measured_moments
+from skd.moments import Predicting, measure_moments
 from skd.planners import register
 from skd.supernet import SuperNet
 from skd.support.ranks import in_step, summed, total
@@ -76,13 +75,18 @@ def loss(
         raise ValueError(f"reach is {reach!r}; it must be above 0 and at most 1")
     if not isinstance(compensated, bool):
         raise ValueError(f"compensated is {compensated!r}; it must be True or False")
-    step = Predicting(supernet, measured_moments(supernet, batches, group=group)).step if compensated else None
-    measured = Measured(supernet, batches, group, criterion, step or supernet.step)
+    # In training no moments are stored: they are of the present weights.
+    moments = (supernet.moments or measure_moments(supernet, batches, group=group)) if compensated else None
     while True:
-        operations, sensitivity = _ranked(measured, current, convention, points, shape)
+        step = supernet.step if moments is None else Predicting(supernet, moments).step
+        setting = Setting(supernet, batches, group, criterion, step)
+        operations, sensitivity = _ranked(setting, current, convention, points, shape)
         near = min(target, current.removed_macs + reach * supernet.costs.macs(current.widths[-1], convention))
         grown = current.extended(operations, near)
-        if len(grown) == len(current):  # the next operation is larger than that
+        if len(grown) == len(current) and operations:  # the next operation is larger than that
+            near = min(target, current.removed_macs + operations[0].macs)
+            grown = current.extended(operations, near)
+        if len(grown) == len(current):  # it is larger than the target, or must not be taken
             near, grown = target, current.extended(operations, target)
         current = replace(grown, sensitivity=sensitivity)
         if near >= target:
@@ -97,7 +101,7 @@ class Step(Protocol):
     ) -> torch.Tensor: ...
 
 
-class Measured(NamedTuple):
+class Setting(NamedTuple):
     """What rises are measured of, and on which images."""
 
     supernet: SuperNet
@@ -108,14 +112,14 @@ class Measured(NamedTuple):
 
 
 def _ranked(
-    measured: Measured, current: DropoutList, convention: str, points: int, shape: str
+    setting: Setting, current: DropoutList, convention: str, points: int, shape: str
 ) -> tuple[list[Operation], dict[str, float]]:
     """The operations at the widths of the last entry, sorted, and the rise that skipping each module brings."""
-    supernet, widths = measured.supernet, list(current.entry(len(current) - 1).values())
+    supernet, widths = setting.supernet, list(current.entry(len(current) - 1).values())
     pairs = zip(supernet.infos, widths, strict=True)
-    curves = rises(measured, widths, [_widths_to_measure(module, width, points) for module, width in pairs])
+    curves = rises(setting, widths, [_widths_to_measure(module, width, points) for module, width in pairs])
     if shape == "taylor":
-        scores, _ = importance(supernet, measured.batches, widths=widths, group=measured.group)
+        scores, _ = importance(supernet, setting.batches, widths=widths, group=setting.group)
         curves = [_shaped(m, curve, scores[m.name]) for m, curve in zip(supernet.infos, curves, strict=True)]
     prices = supernet.costs.planned_per_unit(convention)
     steps: list[tuple[float, float, int, Operation]] = []
@@ -140,19 +144,19 @@ def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
 
 
 @torch.no_grad()
-def rises(measured: Measured, widths: Sequence[int], below: Sequence[Sequence[int]]) -> list[Curve]:
+def rises(setting: Setting, widths: Sequence[int], below: Sequence[Sequence[int]]) -> list[Curve]:
     """For each module the rise of the loss per image, at its present width (0) and at those `below` it.
 
     The part before a module is computed once per batch: each variant starts from the stream that enters the module.
     """
-    supernet, group = measured.supernet, measured.group
+    supernet, group = setting.supernet, setting.group
     sums = [torch.zeros(1 + len(own), dtype=torch.float64) for own in below]
     images, left_out = 0, 0
     with frozen(supernet):
-        with_labels = measured.criterion == "cross_entropy"
-        batches = checked(supernet.model, measured.batches, with_labels=with_labels)
+        with_labels = setting.criterion == "cross_entropy"
+        batches = checked(supernet.model, setting.batches, with_labels=with_labels)
         for batch, labels in in_step(batches, group):
-            losses = _losses(measured, batch, labels, widths, below)
+            losses = _losses(setting, batch, labels, widths, below)
             if all_finite(losses):
                 images += len(batch)
                 for added, own in zip(sums, losses, strict=True):
@@ -171,14 +175,14 @@ def rises(measured: Measured, widths: Sequence[int], below: Sequence[Sequence[in
 
 
 def _losses(
-    measured: Measured,
+    setting: Setting,
     images: torch.Tensor,
     labels: torch.Tensor | None,
     widths: Sequence[int],
     below: Sequence[Sequence[int]],
 ) -> list[torch.Tensor]:
     """For each module the losses of one batch: with nothing narrowed further, then at each of the widths below."""
-    supernet, step = measured.supernet, measured.step
+    supernet, step = setting.supernet, setting.step
     headless = supernet.model.num_classes == 0
     if labels is None or headless:
         distance = partial(_distance, reference=supernet(images), headless=headless)

@@ -262,7 +262,7 @@ class TrainConfig:
         choices=planners.names,
     )
     planner_options: dict[str, Any] | None = _option(  # noqa: RUF009 (None is the default)
-        None, 'of the planner\'s own, such as {"sensitivity": "sqrt"}; unset: none'
+        None, 'of the planner\'s own, such as {"points": 8}; unset: none'
     )
     importance: str = _option(
         "passes",

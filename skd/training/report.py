@@ -253,9 +253,9 @@ def _importance(history: History, supernet: SuperNet) -> _Section | None:
         values[index, smallest == 0] = np.nan
     figure = plots.importance_figure(modules, values, [epoch + 1 for epoch in measured])
     text = (
-        "Sensitivity: the share of the correctly classified calibration images that is lost when the module is "
-        "skipped, in the smallest sub-network of that time. Bright modules tend to be narrowed last; in the darkest "
-        "the loss was none, or too small to count."
+        "Sensitivity: what the planner measured that the smallest sub-network of that time loses when the module is "
+        "skipped: with 'loss' the rise of the loss, with 'paper' the share of the correctly classified calibration "
+        "images. Bright modules tend to be narrowed last; in the darkest the loss was none, or too small to count."
     )
     return _Section("importance.png", "Importance of the modules", figure, text)
 

@@ -147,7 +147,7 @@ def _without_skipped(tensors: Tensors, numbers: Numbers, names: set[str]) -> tup
 def _check_same_settings(run: Run, header: Header) -> None:
     mine = run.config.to_dict()
     # A setting that a checkpoint does not know yet was what is its default now, or all that there was.
-    before = TrainConfig().to_dict() | {"augment_on": "cpu"} | header["config"]
+    before = TrainConfig().to_dict() | {"augment_on": "cpu", "planner": "paper"} | header["config"]
     other = [
         f"{name} is {mine.get(name)}, it was {value}"
         for name, value in before.items()

@@ -358,8 +358,11 @@ class Network(ABC):
 
     @property
     def attention_group(self) -> int | None:
-        """The coordinates of a head that one pruning step removes; None where no attention's heads are narrowed."""
-        return next((group for module in self.modules if (group := module.chosen_group) is not None), None)
+        """The coordinates of a head that one pruning step removes; None where no attention's heads are narrowed.
+
+        A head that has fewer goes as a whole, so that the largest group is the one that was chosen.
+        """
+        return max((group for module in self.modules if (group := module.chosen_group) is not None), default=None)
 
     def with_attention_group(self, size: int | None) -> Network:
         """The same network with another `attention_group`, at most a whole head; None: as it is.
