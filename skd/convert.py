@@ -8,6 +8,7 @@ K, and per MLP a permutation of its neurons; an attention that no rotation leave
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,10 @@ def convert(
         raise ValueError("model belongs to a SuperNet already; convert what skd.extract gives, or the original")
     check_group(group)
     network = describe(model).with_attention_group(attention_group)
+    if attention_group is not None and network.attention_group is None:
+        warnings.warn(
+            f"attention_group is {attention_group}; this model has no heads that are narrowed", stacklevel=2
+        )
     converted = copy.deepcopy(model)
     statistics = WpacStatistics(centering, choices)
     statistics.tokens_read = {network.modules[-1].block: network.tokens_read(model)}

@@ -159,8 +159,8 @@ def table() -> str:
     lines = [
         f"timm {timm.__version__} builds {good + bad} names as a VisionTransformer, an Eva or a Beit; "
         f"{good} of them convert.",
-        "A group is 8 coordinates of every head by default, or about 1/32 of the MLP's neurons. Where an attention is cut by",
-        "heads, they are sorted and nothing is rotated within them.",
+        "A group is 8 coordinates of every head by default, or about 1/32 of the MLP's neurons. Where an attention",
+        "is cut by heads, they are sorted and nothing is rotated within them.",
         "",
         "| family | names | example | V | Q, K | MLP neurons | attention widths | MLP widths | notes |",
         "|---|---|---|---|---|---|---|---|---|",

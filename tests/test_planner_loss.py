@@ -135,11 +135,10 @@ def test_what_kept_features_predict_costs_nothing() -> None:
         rise[step.__self__.__class__] = dict(curve)
     assert rise[Predicting][36] < 1e-6 * rise[skd.SuperNet][36]
     assert rise[Predicting][0] > 1e-2 * rise[skd.SuperNet][0]  # its mean alone replaces it
-    plain, aware = (
-        skd.plan(net, batches, target=0.2, rounds=1, planner="loss", compensated=compensated)
-        for compensated in (False, True)
-    )
-    assert aware.widths[-1, 3] <= 36 < plain.widths[-1, 3] or plain != aware
+    copies = skd.plan(net, batches, target=0.2, rounds=1, planner="loss", reach=1.0)
+    assert copies.widths[12].tolist() == [*net.widths()[:3], 36]  # 36 copies in groups of three go first
+    other = skd.plan(net, batches, target=0.2, rounds=1, planner="loss", reach=1.0, compensated=False)
+    assert other.widths[1].tolist() != copies.widths[1].tolist()
     with pytest.raises(ValueError, match="compensated is 1"):
         skd.plan(net, batches, planner="loss", compensated=1)
 

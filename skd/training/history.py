@@ -38,8 +38,8 @@ class Epoch(Mapping[str, Any]):
         images: that were trained on.
         entries: length of the dropout list.
         macs_fraction: of the smallest entry.
-        sensitivity: {module: what the planner measured of skipping it} in epochs that grew the list (with importance="online" its share of the scores;
-            empty with a planner that does not measure it), else None.
+        sensitivity: in epochs that grew the list, what the planner measured of skipping each module (with
+            importance="online" its share of the scores; empty with a planner that does not measure it), else None.
         drawn: the steps by size of the sub-network.
         curve: rows of `skd.support.curve.measure_curve`, where it was evaluated, else None.
         area: under that curve, percent, or None.
