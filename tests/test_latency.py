@@ -26,11 +26,11 @@ from torch.nn.modules.module import register_module_forward_hook
 import skd
 from benchmarks import latency as measurement
 from benchmarks.result import Info, split
+from skd.benchmark import benchmark
 from skd.export import read_manifest
 from skd.latency import Architecture, Curve, agreement
-from skd.measuring import _grid, _shapes, fit, thinned
+from skd.latency_measuring import _grid, _shapes, fit, thinned
 from skd.support.clocks import Conditions, Timing, dtype_named, in_turn, threads_of
-from skd.timing import benchmark
 
 PAGE = Path(__file__).parents[1] / "docs" / "LATENCY.md"
 HERE = Conditions("cpu", "a processor", "float32", 1, 1, "2.14", "1.0.31", "0.1.0", "2026-11-28")

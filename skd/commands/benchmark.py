@@ -12,7 +12,7 @@ from skd.support.outputs import Files
 from skd.support.types import Document
 
 if TYPE_CHECKING:
-    from skd.timing import Times
+    from skd.benchmark import Times
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +34,9 @@ def files(given: argparse.Namespace) -> Files:
 def run(given: argparse.Namespace) -> Document:
     from dataclasses import asdict
 
+    from skd.benchmark import ROUNDS, benchmark
     from skd.commands import _work as work
     from skd.latency import agreement
-    from skd.timing import ROUNDS, benchmark
 
     table, settings = work.latency_table(given), work.timing(given)
     if table is not None:
