@@ -120,7 +120,7 @@ def benchmark(
             if compiled:
                 calls[row["entry"], True] = call_of(torch.compile(network, dynamic=False), place.images)
         with _as_many_graphs_as(len(rows) if compiled else 0):
-            found = in_turn(calls, rounds, timer=timer)
+            found = in_turn(calls, rounds, place.device, timer=timer)
     return [_times(row, found) for row in rows], place.conditions
 
 

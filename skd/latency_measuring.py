@@ -72,7 +72,7 @@ def measure_latency(
             calls |= {(shape, width): stack.at(width) for width in widths}
         for row in dict.fromkeys([*rows, *others, skipped]):
             calls[None, row] = call_of(place.ready(cut_at(supernet, row)), place.images)
-        found = in_turn(calls, rounds, timer=timer)
+        found = in_turn(calls, rounds, place.device, timer=timer)
     curves = [
         stack.curve({width: timing for (own, width), timing in found.items() if own == shape})
         for shape, stack in enumerate(stacks)

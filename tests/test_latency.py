@@ -284,12 +284,22 @@ def test_calls_take_turns_and_their_medians_count() -> None:
 
         return run
 
-    found = in_turn({"a": call("a", 1, 2, 9, 3, 4), "b": call("b", 5, 5, 5, 5, 5)}, 5, timer=lambda: now[0])
+    calls = {"a": call("a", 1, 2, 9, 3, 4), "b": call("b", 5, 5, 5, 5, 5)}
+    found = in_turn(calls, 5, torch.device("cpu"), timer=lambda: now[0])
     assert found == {"a": Timing(3000.0, 2000.0), "b": Timing(5000.0, 0.0)}
     rounds = [log[index : index + 2] for index in range(4, 14, 2)]
     assert log[:4] == ["a", "a", "b", "b"] and all(sorted(one) == ["a", "b"] for one in rounds)
     assert len({tuple(one) for one in rounds}) == 2  # not always the same first
     assert Timing.of([2.0]) == Timing(2.0, 0.0)
+
+
+def test_the_device_that_is_timed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[Any]()
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *device: waited.append(device))
+    in_turn({"a": list}, 1, torch.device("cuda:1"))
+    assert waited == [(torch.device("cuda:1"),)] * 2
+    skd.measure_latency(digit_net(depth=1), rounds=1, device="cpu")
+    assert len(waited) == 2
 
 
 @pytest.mark.parametrize("planned", [True, False])
