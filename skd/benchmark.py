@@ -156,5 +156,10 @@ def check_settings(table: Conditions, here: Conditions) -> None:
             raise ValueError(f"{name} is {ours!r}, but the table was measured with {theirs!r}; they must be the same")
 
 
+def same_machine(table: Conditions, here: Conditions) -> bool:
+    """Whether a table was measured on a device of the same name and with the same version of PyTorch."""
+    return (table.device_name, table.torch_version) == (here.device_name, here.torch_version)
+
+
 def call_of(network: Callable[..., object], *arguments: torch.Tensor) -> Call:
     return lambda: network(*arguments)

@@ -34,7 +34,7 @@ def files(given: argparse.Namespace) -> Files:
 def run(given: argparse.Namespace) -> Document:
     from dataclasses import asdict
 
-    from skd.benchmark import ROUNDS, benchmark
+    from skd.benchmark import ROUNDS, benchmark, same_machine
     from skd.commands import _work as work
     from skd.latency import agreement
 
@@ -56,6 +56,8 @@ def run(given: argparse.Namespace) -> Document:
     }
     if table is None:
         return document
+    if not same_machine(table.conditions, conditions):
+        print(f"the table was measured on {table.conditions}")
     error, rank = agreement([row["latency_ms"] for row in rows], [row["ms"] for row in rows])
     print(f"predicted against measured: median error {error:.1%}, rank correlation {rank:.3f}")
     return {**document, "median_error": error, "rank_correlation": None if math.isnan(rank) else rank}
