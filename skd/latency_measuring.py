@@ -57,8 +57,8 @@ def measure_latency(
         A table for sub-networks of this architecture, at this batch size, on this device.
 
     Raises:
-        ValueError: a device that cannot be used, an unknown dtype, fewer than one image, thread or round, an entry
-            out of range.
+        ValueError: a device that cannot be used, an unknown dtype, fewer than one image, thread or round, `check` is
+            no list, or has an entry out of range.
     """
     supernet = unwrapped(supernet)
     check_count("rounds", rounds)
