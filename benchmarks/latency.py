@@ -23,7 +23,7 @@ import torch
 import skd
 from benchmarks.result import Info, rewrite, rows_of
 from benchmarks.timing import as_json, provenance, write_json
-from skd.measuring import whole_widths
+from skd.latency_measuring import whole_widths
 from skd.support.curve import sizes_of
 
 BEGIN, END = "<!-- latency:begin -->", "<!-- latency:end -->"

@@ -21,9 +21,9 @@ The method, in the order of its steps:
     corrections     the output layers that this gives an entry
     evaluate        top-1 of a model and of many sub-networks
     cost            MACs and parameters, at any widths
-    timing          sub-networks timed as they run once they are extracted
+    benchmark       sub-networks timed as they run once they are extracted
     latency         the table of what modules take, which predicts any sub-network
-    measuring       modules timed for that table
+    latency_measuring   modules timed for that table
     files           networks as safetensors files
     family          all sizes in one process, on one copy of the weights
 
@@ -53,6 +53,7 @@ import skd.support.requirements  # noqa: F401  (before all else: it says what is
 TYPE_CHECKING = False  # type checkers take it for true, as they do typing's
 
 if TYPE_CHECKING:
+    from skd.benchmark import benchmark
     from skd.compensation import compensate
     from skd.convert import convert
     from skd.corrections import Correction
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from skd.files import load, save
     from skd.importance import importance
     from skd.latency import LatencyTable
-    from skd.measuring import measure_latency
+    from skd.latency_measuring import measure_latency
     from skd.moments import FeatureMoments, moments
     from skd.planning import plan, rank_operations
     from skd.supernet import SuperNet
@@ -87,6 +88,7 @@ __all__ = [
     "Operation",
     "SuperNet",
     "TrainConfig",
+    "benchmark",
     "compensate",
     "convert",
     "cost",
@@ -119,6 +121,7 @@ _MODULES = {
     "Operation": "skd.dropout_list",
     "SuperNet": "skd.supernet",
     "TrainConfig": "skd.support.settings",
+    "benchmark": "skd.benchmark",
     "compensate": "skd.compensation",
     "convert": "skd.convert",
     "cost": "skd.cost",
@@ -130,7 +133,7 @@ _MODULES = {
     "finetune_config": "skd.support.settings",
     "importance": "skd.importance",
     "load": "skd.files",
-    "measure_latency": "skd.measuring",
+    "measure_latency": "skd.latency_measuring",
     "moments": "skd.moments",
     "plan": "skd.planning",
     "push_to_hub": "skd.export.hub",

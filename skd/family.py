@@ -11,6 +11,7 @@ import torch
 
 from skd.extract import choose_entry
 from skd.files import load
+from skd.latency import LatencyTable
 from skd.supernet import SuperNet
 from skd.support.curve import sizes_of
 from skd.vit import TimmModel
@@ -118,6 +119,8 @@ class Family:
         macs: float | None = None,
         params: float | None = None,
         entry: int | None = None,
+        latency_ms: float | None = None,
+        latency: LatencyTable | None = None,
         convention: str = "full",
     ) -> Size:
         """The largest size within a budget, or that of an entry; the arguments and errors are those of `skd.extract`.
@@ -125,6 +128,7 @@ class Family:
         A budget that was asked for before is looked up.
         """
         given: dict[str, Any] = {"macs": macs, "params": params, "entry": entry, "convention": convention}
+        given |= {"latency_ms": latency_ms, "latency": latency}
         try:
             return self.sizes[self._chosen(**given)]
         except TypeError:  # a list, for example, cannot be looked up, and is refused

@@ -172,6 +172,14 @@ class LatencyTable:
         numbers_ = [self.skipped_ms, self.scale, self.offset_ms, *(ms for curve in self.curves for ms in curve.ms)]
         if not all(math.isfinite(number) for number in numbers_) or not self.scale > 0:
             raise ValueError("times must be finite, and scale above 0")
+        modules = len(self.architecture.modules)
+        for name, widths in (
+            ("full_widths", [self.architecture.full_widths]),
+            ("whole", [one.widths for one in self.whole]),
+            ("checked", [one.widths for one in self.checked]),
+        ):
+            if any(len(row) != modules for row in widths):
+                raise ValueError(f"{name} must have a width for each of the {modules} modules")
 
     def check(self, supernet: SuperNet) -> None:
         """Raise ValueError if the table is of another architecture than `supernet`."""
@@ -201,7 +209,11 @@ class LatencyTable:
         return self.at([supernet.widths(entry) for entry in chosen])
 
     def at(self, widths: npt.ArrayLike) -> np.ndarray:
-        """Milliseconds at widths (..., modules), one for each module in order: (...) float64."""
+        """Milliseconds at widths (..., modules), one for each module in order: (...) float64.
+
+        Raises:
+            ValueError: there are more widths than modules, or fewer.
+        """
         return self.scale * self.sum_at(widths) + self.offset_ms
 
     def sum_at(self, widths: npt.ArrayLike) -> np.ndarray:
@@ -279,6 +291,10 @@ def _tuples(value: Any) -> Any:
 def summed(modules: Sequence[str], curves: Iterable[Curve], skipped_ms: float, widths: npt.ArrayLike) -> np.ndarray:
     """The sum of all modules at widths (..., modules): (...) milliseconds."""
     rows = np.asarray(widths)
+    if rows.shape[-1:] != (len(modules),):
+        raise ValueError(
+            f"widths has shape {rows.shape}; its last axis must have one for each of {len(modules)} modules"
+        )
     column = {name: index for index, name in enumerate(modules)}
     total: np.ndarray = np.full(rows.shape[:-1], skipped_ms)
     for curve in curves:

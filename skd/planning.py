@@ -7,6 +7,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -194,8 +195,8 @@ def plan(
     steps: Iterable[int] = range(1, rounds + 1)
     shown: Iterable[Any] = steps if progress is None else progress(steps)
     if table is not None and latency_ms is not None:
-        most = total - int(supernet.costs.macs([least.get(name, 0) for name in grown.modules], convention))
-        return _grown_to_latency(grow, grown, latency_ms, table, shown, rounds, most)
+        macs = partial(supernet.costs.macs, convention=convention)
+        return _grown_to_latency(grow, grown, latency_ms, table, shown, rounds, macs)
     for step in shown:
         grown = grow(grown, goal * total * step / rounds)
     _warn_if_out_of_reach(supernet, grown, goal, convention, least)
@@ -222,15 +223,16 @@ def _grown_to_latency(
     table: LatencyTable,
     steps: Iterable[Any],
     rounds: int,
-    most: int,
+    macs: Callable[[npt.ArrayLike], np.ndarray],
 ) -> DropoutList:
     """The list grown, and cut short, to the first entry that is predicted to be within `latency_ms`.
 
     `grow` takes a list and a total of MACs to remove. The milliseconds of a round's target decrease linearly, and are
-    taken for as many MACs as they are on the line from the present entry to the smallest possible one, which has
-    removed `most`.
+    taken for as many MACs as they are on the line from the present entry to the smallest possible one. `macs` gives
+    those of widths.
     """
     smallest = [(grown.least or {}).get(name, 0) for name in grown.modules]
+    most = int(macs(grown.widths[0]) - macs(smallest))
     full, least = table.at([grown.widths[0], smallest]).tolist()
     if full <= latency_ms:
         _warn(
@@ -255,7 +257,10 @@ def _grown_to_latency(
         )
         return grown
     kept = int(within[0]) + 1
-    return grown if kept == len(grown) else replace(grown, widths=grown.widths[:kept], removed_macs=None)
+    if kept == len(grown):
+        return grown
+    removed = float(macs(grown.widths[0]) - macs(grown.widths[kept - 1]))
+    return replace(grown, widths=grown.widths[:kept], removed_macs=removed, sensitivity=None)
 
 
 def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) -> dict[str, int]:

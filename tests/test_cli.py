@@ -143,7 +143,7 @@ def test_advice_on_memory_names_options_that_the_command_has(command: str) -> No
     commands.COMMANDS[command].arguments(own)
     known = set(re.findall(r"--[a-z0-9-]+", own.format_help()))
     advice = own.get_default("saves_memory")
-    assert (advice is not None) == ("--data" in known)
+    assert (advice is not None) == bool({"--data", "--batch-size"} & known)
     assert {word.strip(",") for word in (advice or "").split() if word.startswith("--")} <= known
 
 

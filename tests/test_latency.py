@@ -20,17 +20,18 @@ import timm
 import torch
 from helpers import digit_net, nested, noted, tiny_vit, with_twenty_one_entries
 from test_readme import snippet
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import skd
 from benchmarks import latency as measurement
 from benchmarks.result import Info, split
+from skd.benchmark import benchmark
 from skd.export import read_manifest
 from skd.latency import Architecture, Curve, agreement
-from skd.measuring import _grid, _shapes, fit, thinned
+from skd.latency_measuring import _grid, _shapes, fit, thinned
 from skd.support.clocks import Conditions, Timing, dtype_named, in_turn, threads_of
-from skd.timing import benchmark
 
 PAGE = Path(__file__).parents[1] / "docs" / "LATENCY.md"
 HERE = Conditions("cpu", "a processor", "float32", 1, 1, "2.14", "1.0.31", "0.1.0", "2026-11-28")
@@ -79,6 +80,11 @@ def test_an_entry_is_the_sum_of_its_modules_on_the_scale_of_whole_networks() -> 
     assert table.predict(net, 1).tolist() == [half] and table.predict(net, [2, 0]).tolist() == [smallest, full]
     with pytest.raises(ValueError, match="entry is 3"):
         table.predict(net, 3)
+    for widths in ([8, 6, 16], [[8, 6, 16, 24, 0]], 8):
+        with pytest.raises(
+            ValueError, match=r"widths has shape .*; its last axis must have one for each of 4 modules"
+        ):
+            table.at(widths)
 
 
 def test_a_table_is_of_one_architecture() -> None:
@@ -117,6 +123,17 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         ({**good, "skipped_ms": math.nan}, "times must be finite"),
         ({**good, "curves": [{**good["curves"][0], "widths": [0, 16, 8]}]}, "must ascend from 0"),
         ({**good, "curves": [{**good["curves"][0], "ms": [0.0]}]}, "as many widths as times"),
+        *(
+            (
+                {**good, name: [{"widths": [1], "ms": 1.0, "sum_ms": 1.0}]},
+                f"{name} must have a width for each of the 4",
+            )
+            for name in ("whole", "checked")
+        ),
+        (
+            {**good, "architecture": {**good["architecture"], "full_widths": [16]}},
+            "full_widths must have a width for",
+        ),
         ({"version": 1}, "KeyError"),
         ([], "TypeError"),
     ):
@@ -169,6 +186,11 @@ def test_the_first_entry_within_the_latency_is_taken(tmp_path: Path) -> None:
         assert skd.cost(skd.extract(net, latency_ms=between, latency=table)) == skd.cost(net, entry=entry)
     (member,) = skd.export(net, tmp_path / "one", latency_ms=float(predicted[7]), latency=table)
     assert member["entry"] == 7 and member["latency_ms"] == predicted[7]
+    skd.save(net, tmp_path / "net.safetensors")
+    family = skd.Family(tmp_path / "net.safetensors")
+    assert family.at(latency_ms=float(predicted[7]), latency=table).entry == 7
+    with pytest.raises(ValueError, match="there is no table"):
+        family.at(latency_ms=1.0)
     # A larger entry that is quicker goes before a smaller one that is slower.
     slow = replace(table.curves[0], ms=(0.0, 9.0, 3.0))
     jagged = replace(table, curves=(slow, table.curves[1]))
@@ -225,7 +247,7 @@ def test_a_table_of_another_network_or_without_use_is_refused(tmp_path: Path) ->
             refuses()
     with pytest.raises(ValueError, match="latency is given with entry"):
         skd.extract(net, entry=0, latency=table_of(net))
-    with pytest.raises(ValueError, match=r"latency is LatencyTable.*, with a plain model"):
+    with pytest.raises(ValueError, match="latency is a table, with a plain model"):
         skd.export(net.model, tmp_path / "out", latency=table_of(net))
     with pytest.raises(ValueError, match="the full network alone"):
         skd.extract(net, latency_ms=1.0, latency=table_of(net))
@@ -245,6 +267,22 @@ def test_a_plan_ends_at_the_first_entry_within_the_latency(planner: str, batches
         net.dropout_list = grown
         assert skd.cost(skd.extract(net, latency_ms=budget, latency=table)) == skd.cost(net, entry=len(grown) - 1)
         net.dropout_list = skd.DropoutList(net.modules_in_order, [net.widths()])
+
+
+def test_a_list_that_is_cut_short_counts_what_it_removed() -> None:
+    net = skd.SuperNet(tiny_vit())
+    full, half = net.widths(), [net.widths()[0] // 2, *net.widths()[1:]]
+
+    def at_once(supernet: Any, batches: Any, target: float, *, current: Any, convention: str, group: Any) -> Any:
+        rows = [full, half, [0, 0, 0, 0]]
+        return replace(skd.DropoutList(current.modules, rows, costs=current.costs), sensitivity={"0.attn": 1.0})
+
+    table = table_of(net)
+    budget = float(table.at(half))
+    grown = skd.plan(net, [], latency_ms=budget, latency=table, rounds=1, planner=at_once, convention="linear")
+    assert grown.widths.tolist() == [full, half] and grown.sensitivity is None
+    sizes = net.costs.macs([full, half], "linear")
+    assert grown.removed_macs == sizes[0] - sizes[1] != grown.macs[0] - grown.macs[1]
 
 
 def test_a_plan_says_which_latency_it_cannot_reach(batches: Any) -> None:
@@ -284,12 +322,22 @@ def test_calls_take_turns_and_their_medians_count() -> None:
 
         return run
 
-    found = in_turn({"a": call("a", 1, 2, 9, 3, 4), "b": call("b", 5, 5, 5, 5, 5)}, 5, timer=lambda: now[0])
+    calls = {"a": call("a", 1, 2, 9, 3, 4), "b": call("b", 5, 5, 5, 5, 5)}
+    found = in_turn(calls, 5, torch.device("cpu"), timer=lambda: now[0])
     assert found == {"a": Timing(3000.0, 2000.0), "b": Timing(5000.0, 0.0)}
     rounds = [log[index : index + 2] for index in range(4, 14, 2)]
     assert log[:4] == ["a", "a", "b", "b"] and all(sorted(one) == ["a", "b"] for one in rounds)
     assert len({tuple(one) for one in rounds}) == 2  # not always the same first
     assert Timing.of([2.0]) == Timing(2.0, 0.0)
+
+
+def test_the_device_that_is_timed_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[Any]()
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *device: waited.append(device))
+    in_turn({"a": list}, 1, torch.device("cuda:1"))
+    assert waited == [(torch.device("cuda:1"),)] * 2
+    skd.measure_latency(digit_net(depth=1), rounds=1, device="cpu")
+    assert len(waited) == 2
 
 
 @pytest.mark.parametrize("planned", [True, False])
@@ -298,7 +346,7 @@ def test_a_table_predicts_what_is_linear_in_the_widths_exactly(planned: bool, co
     rows, listed = net.dropout_list.widths, net.dropout_list
     if not planned:
         net.dropout_list = skd.DropoutList(net.modules_in_order, [net.widths()])
-    table = skd.measure_latency(net, batch_size=2, rounds=1, check=[5, 20, 3] if planned else [], timer=counted)
+    table = skd.measure_latency(net, batch_size=2, rounds=1, check=[5, 20, 3, 5] if planned else [], timer=counted)
     if planned:
         # The smallest, 20, is one of those that the table is fitted to.
         assert [one.widths for one in table.checked] == [tuple(net.widths(5)), tuple(net.widths(3))]
@@ -349,6 +397,22 @@ def test_every_family_can_be_measured(
     assert max(abs(row["error"]) for row in times) < 1e-6 and table.conditions.dtype == "bfloat16"
 
 
+def test_modules_are_timed_on_all_tokens() -> None:
+    """Also where the super-network is in training mode, in which it drops patches."""
+    net, seen = digit_net(depth=1, patch_drop_rate=0.5).train(), set[int]()
+
+    def note(layer: Any, inputs: Any, output: Any) -> None:
+        if isinstance(layer, Block):
+            seen.add(output.shape[1])
+
+    hook = register_module_forward_hook(note)
+    try:
+        skd.measure_latency(net, rounds=1)
+    finally:
+        hook.remove()
+    assert len(seen) == 1 and all(module.training for module in net.modules())
+
+
 def test_modules_of_one_shape_are_timed_once() -> None:
     net = with_twenty_one_entries()
     assert [len(modules) for modules in _shapes(net)] == [2, 2]
@@ -371,6 +435,9 @@ def test_the_fit_to_whole_networks() -> None:
     assert fit(sums, 1.5 * sums + 4) == (pytest.approx(1.5), pytest.approx(4))
     assert fit(sums, np.array([1.0, 2.0, 3.0])) == (1 / 3, 0.0)  # no line falls
     assert fit(np.array([10.0, 9.9, 9.8]), np.array([20.0, 19.0, 21.0])) == (2.0, 0.0)  # too near to each other
+    negative = np.array([10.0, 9.0, 8.0, 1.0]), np.array([10.0, 5.0, 0.1, 1000.0])
+    scale, offset = np.polyfit(*negative, 1, w=1 / negative[1])
+    assert scale > 0 > scale + offset and fit(*negative) == (pytest.approx(7 / 9), 0.0)
 
 
 def test_compiled_networks_are_timed_beside_the_others(monkeypatch: pytest.MonkeyPatch, counted: Any) -> None:
@@ -409,6 +476,7 @@ def test_settings_are_checked_and_given_back() -> None:
         ({"rounds": 0}, "rounds is 0"),
         ({"dtype": "int8"}, "dtype is 'int8'; it may be one of"),
         ({"device": "nonsense"}, "device is 'nonsense'"),
+        ({"check": 3}, "check is 3; it must be a list of entries"),
     ):
         with pytest.raises(ValueError, match=told):
             skd.measure_latency(net, **given)
@@ -475,13 +543,18 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert document()["table"] == json.loads(Path("real.json").read_text()) and real.conditions.batch_size == 2
     assert main(["benchmark", *place, "--latency-table", "real.json", "--entries", "9,20", "--rounds", "2"]) == 0
     found = document()
-    assert "median error" in capsys.readouterr().out and found["conditions"]["batch_size"] == 2
+    said = capsys.readouterr().out
+    assert "median error" in said and "the table was measured on" not in said
+    assert found["conditions"]["batch_size"] == 2
     assert [row["entry"] for row in found["subnetworks"]] == [0, 9, 20] and found["rounds"] == 2
     pairs = [(row["latency_ms"], row["ms"]) for row in found["subnetworks"]]
     assert agreement(*zip(*pairs, strict=True)) == (found["median_error"], found["rank_correlation"])
 
     table = table_of(net)
     table.save("table.json")
+    table_of(digit_net(depth=1)).save("other.json")
+    assert main(["benchmark", *place, "--latency-table", "table.json", "--entries", "20", "--rounds", "1"]) == 0
+    assert "the table was measured on a processor, 1 thread" in capsys.readouterr().out
     budget = float(table.predict(net)[9])
     within = ["--latency-ms", str(budget), "--latency-table", "table.json"]
     assert main(["latency", *place, "--latency-table", "table.json", "--entries", "9"]) == 0
@@ -496,6 +569,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         (["extract", "--out", "x", "--latency-ms", "9"], "it needs --latency-table FILE"),
         (["extract", "--out", "x", "--latency-ms", "nan", *within[2:]], "latency_ms is nan"),
         (["extract", "--out", "x", "--latency-ms", "0.5", *within[2:]], "the fastest of this list is entry 20"),
+        (["extract", "--out", "x", "--entry", "0", "--latency-table", "other.json"], "latency is a table of"),
         (["export", "--out", "x", "--entry", "0", "--latency-table", "net.safetensors"], "is not a table"),
         (["latency", "--latency-table", "table.json", "--check"], "--check is given with --latency-table"),
         (["latency", "--latency-table", "table.json", "--rounds", "3"], "--rounds is given with --latency-table"),
@@ -506,6 +580,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for (command, *more), told in mistakes:
         assert main([command, "--supernet", "net.safetensors", *more]) == 2, told
         assert told in capsys.readouterr().err
+    assert not Path("x").exists()
+    monkeypatch.setattr(skd, "measure_latency", lambda *_, **__: table)
+    assert main(["latency", *place, "--out", "fitted.json", "--entries", "20", "--check"]) == 0
+    assert "nothing to check" in capsys.readouterr().out
 
 
 def test_plan_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -532,4 +610,7 @@ def test_plan_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows[0]["latency_ms"] == 41 and rows[-1]["latency_ms"] <= 25
     planned = skd.load("planned.safetensors")
     assert table_of(net).predict(planned)[-1] == rows[-1]["latency_ms"]
+    table_of(digit_net(depth=1)).save("other.json")
+    assert main([*common, "--latency-table", "other.json", "--out", "refused.safetensors"]) == 2
+    assert "latency is a table of" in capsys.readouterr().err and not Path("refused.safetensors").exists()
     assert main([*common, "--latency-ms", "25"]) == 2 and "it needs --latency-table" in capsys.readouterr().err

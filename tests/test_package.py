@@ -53,7 +53,7 @@ import pickle
 {first}
 import skd
 from skd import convert, plan
-import skd.convert as again, skd.evaluate, skd.importance
+import skd.convert as again, skd.benchmark, skd.evaluate, skd.importance
 from skd import *
 names = {skd.__all__}
 assert again is convert is skd.convert and set(names) <= set(dir(skd)) and set(names) <= set(globals())

@@ -140,6 +140,7 @@ def add_latency_table(
 
 def add_timing(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is timed, each None where it is not given, and on which device."""
+    parser.set_defaults(saves_memory="a smaller --batch-size, or --device cpu")
     group = parser.add_argument_group("timing")
     group.add_argument("--batch-size", type=whole, metavar="N", help="images in a call (default: 1)")
     group.add_argument("--dtype", choices=DTYPES, help="of weights and images (default: float32)")

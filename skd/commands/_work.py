@@ -214,18 +214,21 @@ def supernet(path: str, where: torch.device) -> SuperNet:
     return found
 
 
-def latency_table(arguments: argparse.Namespace) -> LatencyTable | None:
+def latency_table(arguments: argparse.Namespace, network: SuperNet | None = None) -> LatencyTable | None:
     """The table in --latency-table, which --latency-ms needs.
 
     Raises:
-        ValueError: it is not given, with --latency-ms; or it is no table.
+        ValueError: it is not given, with --latency-ms; or it is no table, or one of another network than `network`.
     """
     wanted: float | None = getattr(arguments, "latency_ms", None)
     if arguments.latency_table is None:
         if wanted is not None:
             raise ValueError(f"--latency-ms is {wanted}; it needs --latency-table FILE, which skd latency writes")
         return None
-    return LatencyTable.load(arguments.latency_table)
+    table = LatencyTable.load(arguments.latency_table)
+    if network is not None:
+        table.check(network)
+    return table
 
 
 def timing(arguments: argparse.Namespace) -> dict[str, Any]:

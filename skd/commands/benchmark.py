@@ -12,7 +12,7 @@ from skd.support.outputs import Files
 from skd.support.types import Document
 
 if TYPE_CHECKING:
-    from skd.timing import Times
+    from skd.benchmark import Times
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +34,9 @@ def files(given: argparse.Namespace) -> Files:
 def run(given: argparse.Namespace) -> Document:
     from dataclasses import asdict
 
+    from skd.benchmark import ROUNDS, benchmark, same_machine
     from skd.commands import _work as work
     from skd.latency import agreement
-    from skd.timing import ROUNDS, benchmark
 
     table, settings = work.latency_table(given), work.timing(given)
     if table is not None:
@@ -56,6 +56,8 @@ def run(given: argparse.Namespace) -> Document:
     }
     if table is None:
         return document
+    if not same_machine(table.conditions, conditions):
+        print(f"the table was measured on {table.conditions}")
     error, rank = agreement([row["latency_ms"] for row in rows], [row["ms"] for row in rows])
     print(f"predicted against measured: median error {error:.1%}, rank correlation {rank:.3f}")
     return {**document, "median_error": error, "rank_correlation": None if math.isnan(rank) else rank}

@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> Document:
 
     work.model_file(given.out)
     supernet = work.supernet(given.supernet, torch.device("cpu"))
-    table = work.latency_table(given)
+    table = work.latency_table(given, supernet)
     entry = choose_entry(
         supernet,
         macs=given.macs,

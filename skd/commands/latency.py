@@ -48,6 +48,8 @@ def run(given: argparse.Namespace) -> Document:
     if given.out is not None:
         table.save(given.out)
     _print(table)
+    if given.check and not table.checked:
+        print("nothing to check: the table is fitted to all of these sub-networks; --shares or --entries name others")
     rows = sizes_of(supernet, chosen, table)
     work.print_sizes(rows, f"Predicted for {given.supernet}")
     return {"out": given.out, "table": table.to_dict(), "subnetworks": rows}

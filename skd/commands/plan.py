@@ -79,8 +79,8 @@ def run(given: argparse.Namespace) -> Document:
     from skd.support.curve import sizes_of, usual_entries
 
     work.model_file(given.out)
-    table = work.latency_table(given)
     supernet = work.supernet(given.supernet, work.device(given))
+    table = work.latency_table(given, supernet)
     batches = work.calibration(given, supernet.model)
     planners.check_options(given.planner, given.planner_options)
     start = time.perf_counter()

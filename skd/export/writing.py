@@ -213,7 +213,8 @@ def _check_others(
         ("latency", latency, None),
     ):
         if value != usual:
-            raise ValueError(f"{name} is {value!r}, with a plain model; only a super-network has sub-networks")
+            shown = "a table" if isinstance(value, LatencyTable) else repr(value)
+            raise ValueError(f"{name} is {shown}, with a plain model; only a super-network has sub-networks")
 
 
 def _member(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,16 +79,16 @@ class Timing:
         return cls(middle, last - first)
 
 
-def seconds() -> float:
-    """Of the wall clock, once the GPU, where there is one, has done all that it was given."""
-    if (
-        torch.accelerator.is_available()
-    ):  # as torch.utils.benchmark.timer, whose import warns where CUDA is half there
-        torch.accelerator.synchronize()
+def seconds(device: torch.device) -> float:
+    """Of the wall clock, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
-def in_turn(calls: Mapping[Name, Call], rounds: int, *, timer: Timer | None = None) -> dict[Name, Timing]:
+def in_turn(
+    calls: Mapping[Name, Call], rounds: int, device: torch.device, *, timer: Timer | None = None
+) -> dict[Name, Timing]:
     """Time every call once in each round, in an order that is another one each time.
 
     What the machine does beside it then concerns all of them alike.
@@ -95,9 +96,10 @@ def in_turn(calls: Mapping[Name, Call], rounds: int, *, timer: Timer | None = No
     Args:
         calls: what to call, by name. Each is called twice before the first round.
         rounds: how often each is timed.
-        timer: gives seconds; by default `seconds`.
+        device: where they run, which is waited for before and after each.
+        timer: gives seconds; by default `seconds` of the device.
     """
-    timer = seconds if timer is None else timer
+    timer = partial(seconds, device) if timer is None else timer
     for call in calls.values():
         for _ in range(_WARM_UP):
             call()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from skd.benchmark import ROUNDS, Bench, bench, call_of
 from skd.extract import cut_at
 from skd.latency import Architecture, Curve, LatencyTable, Whole, summed
 from skd.supernet import SuperNet
 from skd.support.clocks import Call, Conditions, Timer, Timing, check_count, in_turn
-from skd.timing import ROUNDS, Bench, bench, call_of
 from skd.vit import Module, unwrapped
 
 # Blocks that are timed one after another. The weights of one alone would stay in the caches from call to call.
@@ -57,22 +57,24 @@ def measure_latency(
         A table for sub-networks of this architecture, at this batch size, on this device.
 
     Raises:
-        ValueError: a device that cannot be used, an unknown dtype, fewer than one image, thread or round, an entry
-            out of range.
+        ValueError: a device that cannot be used, an unknown dtype, fewer than one image, thread or round, `check` is
+            no list, or has an entry out of range.
     """
     supernet = unwrapped(supernet)
     check_count("rounds", rounds)
+    if isinstance(check, str) or not isinstance(check, Iterable):
+        raise ValueError(f"check is {check!r}; it must be a list of entries")
     with bench(supernet, batch_size, device, dtype, threads) as place:
         stacks = [_Stack.of(supernet, modules, place) for modules in _shapes(supernet)]
         rows, skipped = whole_widths(supernet), tuple([0] * len(supernet.infos))
-        others = [row for row in (tuple(supernet.widths(entry)) for entry in check) if row not in rows]
+        others = [row for row in dict.fromkeys(tuple(supernet.widths(entry)) for entry in check) if row not in rows]
         calls: dict[tuple[int | None, Any], Call] = {}
         for shape, stack in enumerate(stacks):
             widths = _timed_widths(supernet, stack.modules, max(4, _ALL_WIDTHS // len(stacks)))
             calls |= {(shape, width): stack.at(width) for width in widths}
         for row in dict.fromkeys([*rows, *others, skipped]):
             calls[None, row] = call_of(place.ready(cut_at(supernet, row)), place.images)
-        found = in_turn(calls, rounds, timer=timer)
+        found = in_turn(calls, rounds, place.device, timer=timer)
     curves = [
         stack.curve({width: timing for (own, width), timing in found.items() if own == shape})
         for shape, stack in enumerate(stacks)
@@ -96,8 +98,8 @@ class _Stack:
     @classmethod
     def of(cls, supernet: SuperNet, modules: Sequence[Module], place: Bench) -> _Stack:
         model = supernet.model
-        own = next(model.parameters())
-        x, shared = supernet.embed(place.images.to(own.device, own.dtype))
+        # Of a copy, in evaluation mode: in training mode a network may drop patches.
+        x, shared = supernet.network.embed(place.ready(cut_at(supernet, [0] * len(supernet.infos))), place.images)
         there = [None if tensor is None else tensor.to(place.device, place.dtype) for tensor in shared]
         size = sum(parameter.numel() for parameter in modules[0].of(model).parameters()) * place.dtype.itemsize
         count = max(1, min(len(modules), _BLOCKS, _STACK_BYTES // max(size, 1)))
@@ -214,10 +216,11 @@ def _fitted(
 def fit(sums: np.ndarray, times: np.ndarray) -> tuple[float, float]:
     """The scale and the offset with the least squares of the relative error of ``scale * sums + offset``.
 
-    Where networks do not differ enough for both, or the line falls, the scale alone.
+    Where networks do not differ enough for both, or the line falls, or is not above 0 at the smallest network, the
+    scale alone.
     """
     alone = float(np.median(times / sums)), 0.0
     if len(sums) < 3 or sums.max() < 1.2 * sums.min():
         return alone
     scale, offset = np.polyfit(sums, times, 1, w=1 / times)
-    return (float(scale), float(offset)) if scale > 0 else alone
+    return (float(scale), float(offset)) if scale > 0 and scale * sums.min() + offset > 0 else alone

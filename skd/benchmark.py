@@ -120,7 +120,7 @@ def benchmark(
             if compiled:
                 calls[row["entry"], True] = call_of(torch.compile(network, dynamic=False), place.images)
         with _as_many_graphs_as(len(rows) if compiled else 0):
-            found = in_turn(calls, rounds, timer=timer)
+            found = in_turn(calls, rounds, place.device, timer=timer)
     return [_times(row, found) for row in rows], place.conditions
 
 
@@ -154,6 +154,11 @@ def check_settings(table: Conditions, here: Conditions) -> None:
         theirs, ours = getattr(table, name), getattr(here, name)
         if theirs != ours:
             raise ValueError(f"{name} is {ours!r}, but the table was measured with {theirs!r}; they must be the same")
+
+
+def same_machine(table: Conditions, here: Conditions) -> bool:
+    """Whether a table was measured on a device of the same name and with the same version of PyTorch."""
+    return (table.device_name, table.torch_version) == (here.device_name, here.torch_version)
 
 
 def call_of(network: Callable[..., object], *arguments: torch.Tensor) -> Call:
