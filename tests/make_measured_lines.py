@@ -48,7 +48,7 @@ def accuracy() -> str:
     )
     trained, planned, published = (
         [mean(curve[share] for curve in fashion.curves[name].values()) for share in (0.25, 0.15, 0.12)]
-        for name in ("all, original teaches, compensated", "all, planned, compensated", "published")
+        for name in ("groups of 4, original teaches, compensated", "groups of 4, planned, compensated", "published")
     )
     full = mean({row.number("seed"): row.number("full") for row in fashion.records["published"]}.values())
     texts = [
