@@ -40,11 +40,10 @@ LOSS: Settings = {"planner": "loss", "rounds": 5}
 _PUBLISHED: Settings = {"planner": published.NAME, "convention": "linear"}
 _PER_BATCH: Settings = {"centering": "batch"}
 
-_LOSS: Settings = {"planner": "loss"}
 GROUPS: Settings = {"attention_group": 4}
 # The planner's defaults, written out: a stored unit is known by what it was measured with.
 MEASURED: Settings = {"compensated": True, "reach": 0.25}
-_GROUPS: Settings = {**_LOSS, "planner_options": MEASURED}
+TRAINED: Settings = {"planner": "loss", "planner_options": MEASURED}
 
 CONTENDERS: dict[str, Contender] = {
     "published": Contender(dict(_PUBLISHED), convert=_PER_BATCH, compensation=None, never_drawn=1),
@@ -52,7 +51,7 @@ CONTENDERS: dict[str, Contender] = {
     # The published planner and the one that measures the loss, in skd.
     "paper": Contender({"planner": "paper"}),
     "paper, planned": Contender(),
-    "loss": Contender(_LOSS),
+    "loss": Contender({"planner": "loss"}),
     "loss, planned": Contender(plan=LOSS),
     # One option of planning or conversion at a time.
     "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),
@@ -66,12 +65,12 @@ CONTENDERS: dict[str, Contender] = {
     # With smaller groups of coordinates in the heads too; then one option of training at a time.
     "groups of 4, planned": Contender(plan={**LOSS, **MEASURED}, convert=GROUPS),
     "groups of 4, planned, from moments": Contender(plan={**LOSS, **MEASURED}, convert=GROUPS, from_moments=True),
-    "groups of 4": Contender(_GROUPS, convert=GROUPS),
-    "groups of 4, original teaches": Contender({**_GROUPS, "kd_teacher": "original"}, convert=GROUPS),
-    "groups of 4, larger teaches": Contender({**_GROUPS, "kd_teacher": "larger"}, convert=GROUPS),
-    "groups of 4, small more often": Contender({**_GROUPS, "entry_sampling": "small"}, convert=GROUPS),
-    "groups of 4, sandwich": Contender({**_GROUPS, "entry_sampling": "sandwich"}, convert=GROUPS),
-    "groups of 4, fitted start": Contender({**_GROUPS, "refit_start": True}, convert=GROUPS),
+    "groups of 4": Contender(TRAINED, convert=GROUPS),
+    "groups of 4, original teaches": Contender({**TRAINED, "kd_teacher": "original"}, convert=GROUPS),
+    "groups of 4, larger teaches": Contender({**TRAINED, "kd_teacher": "larger"}, convert=GROUPS),
+    "groups of 4, small more often": Contender({**TRAINED, "entry_sampling": "small"}, convert=GROUPS),
+    "groups of 4, sandwich": Contender({**TRAINED, "entry_sampling": "sandwich"}, convert=GROUPS),
+    "groups of 4, fitted start": Contender({**TRAINED, "refit_start": True}, convert=GROUPS),
     "paper, headless": Contender(headless=True),
     "groups of 4, headless": Contender(plan={**LOSS, **MEASURED}, convert=GROUPS, headless=True),
 }
