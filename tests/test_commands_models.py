@@ -40,7 +40,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = ["--checkpoint", folder / "model.safetensors"]
     command("convert", *own, *data, "--out", converted, *LOADING, folder / "convert.json")
     plan = ["--supernet", converted, *data, "--out", planned, "--rounds", 1, "--target", 0.6]
-    command("plan", *plan, *LOADING, folder / "plan.json")
+    command("plan", *plan, "--planner", "paper", *LOADING, folder / "plan.json")
     return folder
 
 
@@ -78,7 +78,7 @@ def test_classes_are_matched_by_name(work: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found, of_given, atol=1e-3, rtol=1e-3)
     planned = tmp_path / "planned.safetensors"
     plan = ["--supernet", converted, "--data", images, "--out", planned, "--rounds", 1, "--target", 0.6, *LOADING]
-    command("plan", *plan, tmp_path / "b.json")
+    command("plan", *plan, "--planner", "paper", tmp_path / "b.json")
     assert skd.load(planned).dropout_list == skd.load(work / "planned.safetensors").dropout_list
     trained, tuned = tmp_path / "trained", tmp_path / "tuned"
     still = [*TRAIN, "--lr", "1e-12", "--warmup-lr", "1e-12", "--min-lr", "1e-12"]
