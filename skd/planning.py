@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -144,7 +144,7 @@ def plan(
 
     Args:
         supernet: the converted network; not changed. Assign the result to ``supernet.dropout_list``.
-        batches: proxy images as for `importance`; read once, and kept while it plans.
+        batches: proxy images as for `importance`; read several times in every round, so a list or a DataLoader.
         target: share of the model's MACs that the smallest entry has removed; None: 0.875, as the paper trains with,
             where no `latency_ms` is given.
         latency_ms: instead of it, milliseconds for a batch: the list grows until the smallest entry is within them.
@@ -182,7 +182,8 @@ def plan(
     check_convention(convention)
     if table is not None:
         table.check(supernet)
-    batches = list(batches)  # planners read them many times, and decoding takes longer than most of what they do
+    if isinstance(batches, Iterator):
+        batches = list(batches)  # an iterator would be empty in the second round
     total = int(supernet.costs.macs(supernet.widths(), convention))
     least = _least(supernet, keep or {}, exclude)
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs, least=least)

@@ -10,8 +10,6 @@ from skd.support.ranks import everyone
 from skd.training.batches import Anew
 from skd.training.run import Run
 
-READING = "Measuring importance"
-
 
 def grow(run: Run) -> None:
     """Run one round of planning at the current weights (not their average), and use the grown list on every rank."""
@@ -23,11 +21,10 @@ def grow(run: Run) -> None:
         proposal = run.online.propose(config.convention, options.get("sensitivity", "count"))
         grown, sensitivity = current.extended(proposal.operations, target), proposal.sensitivity
     else:
-        images = list(run.stoppable(run.calibration, READING))  # planners may read them many times
         grown = planners.grow(
             config.chosen_planner,
             supernet,
-            Anew(partial(run.stoppable, images, READING)),
+            Anew(partial(run.stoppable, run.calibration, "Measuring importance")),
             target,
             current=current,
             convention=config.convention,
