@@ -13,7 +13,8 @@ from torch import nn
 from skd.extract import extract
 from skd.latency import LatencyTable
 from skd.supernet import SuperNet, check_supernet
-from skd.support.clocks import Call, Conditions, Timer, Timing, check_count, dtype_named, in_turn, threads_of
+from skd.support.checks import check_count
+from skd.support.clocks import Call, Conditions, Timer, Timing, dtype_named, in_turn, threads_of
 from skd.support.curve import Row, sizes_of
 from skd.support.devices import usable_device
 from skd.vit import image_size, unwrapped

@@ -13,7 +13,8 @@ from skd.benchmark import ROUNDS, Bench, bench, call_of
 from skd.extract import cut_at
 from skd.latency import Architecture, Curve, LatencyTable, Whole, summed
 from skd.supernet import SuperNet
-from skd.support.clocks import Call, Conditions, Timer, Timing, check_count, in_turn
+from skd.support.checks import check_count
+from skd.support.clocks import Call, Conditions, Timer, Timing, in_turn
 from skd.vit import Module, unwrapped
 
 # Blocks that are timed one after another. The weights of one alone would stay in the caches from call to call.

@@ -19,6 +19,7 @@ from skd.dropout_list import DropoutList, Operation
 from skd.importance import importance
 from skd.latency import LatencyTable, checked
 from skd.supernet import SuperNet, check_supernet
+from skd.support.checks import check_count
 from skd.support.types import Progress
 from skd.vit import unwrapped
 
@@ -175,8 +176,7 @@ def plan(
     """
     table = None if latency_ms is None else checked(latency_ms, latency)
     goal = _checked_target(target, latency_ms, latency)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds is {rounds!r}; it must be an int of at least 1")
+    check_count("rounds", rounds)
     supernet = unwrapped(supernet)
     check_supernet(supernet)
     check_convention(convention)

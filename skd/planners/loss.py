@@ -17,6 +17,7 @@ from skd.importance import importance
 from skd.moments import Predicting, measure_moments
 from skd.planners import register
 from skd.supernet import SuperNet
+from skd.support.checks import check_count
 from skd.support.ranks import in_step, summed, total
 from skd.support.taps import all_finite, checked, frozen, report_left_out
 from skd.vit import Module
@@ -69,8 +70,7 @@ def loss(
     for name, value, known in (("criterion", criterion, CRITERIA), ("shape", shape, SHAPES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it may be one of {known}")
-    if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-        raise ValueError(f"points is {points!r}; it must be an int of at least 1")
+    check_count("points", points)
     if isinstance(reach, bool) or not isinstance(reach, int | float) or not 0 < reach <= 1:
         raise ValueError(f"reach is {reach!r}; it must be above 0 and at most 1")
     if not isinstance(compensated, bool):

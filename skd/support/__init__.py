@@ -5,6 +5,7 @@
     requirements  what skd needs, said at its first import if it is missing
     process       the process ``skd``: its first import, Ctrl-C, its last line
     outputs       files and folders that are written: checked first, and whole or not at all
+    checks        of arguments that many functions take; imports no torch
     clocks        calls timed in turn, and what they were timed on
     devices       the device that was asked for
     ranks         several processes: sums, broadcasts, and ranks that fail

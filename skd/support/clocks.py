@@ -18,6 +18,7 @@ import timm
 import torch
 
 from skd import __version__
+from skd.support.checks import check_count
 from skd.support.settings import DTYPES
 
 Call = Callable[[], object]
@@ -129,12 +130,6 @@ def threads_of(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless `value`, called `name`, is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
 
 
 def dtype_named(name: object) -> torch.dtype:
