@@ -110,6 +110,7 @@ def test_files_load_and_agree(finished: Any) -> None:
         assert tuple(plain.pretrained_cfg["input_size"]) == (1, 8, 8)
 
 
+@pytest.mark.slow
 def test_same_seed_same_summary(finished: Any, tmp_path: Path) -> None:
     """Whatever state the caller's random numbers are in; and that state stays as it was."""
     torch.manual_seed(1234)

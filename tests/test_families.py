@@ -223,7 +223,9 @@ def test_one_compiled_graph_serves_every_entry(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "eva02_base_patch14_224", "beit_base_patch16_224"])
-@pytest.mark.parametrize("entry", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "entry", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_cut_models_are_exported(name: str, entry: int, tmp_path: Path) -> None:
     """torch.export and ONNX, each run again with another number of images.

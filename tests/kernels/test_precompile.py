@@ -188,6 +188,7 @@ def test_another_machine_compiles_nothing(folder: Path, tmp_path: Path) -> None:
     assert set(precompile.compiled_since(cache, before)) <= OF_THE_MACHINE
 
 
+@pytest.mark.slow
 def test_without_its_key_everything_is_compiled_and_counted(folder: Path, tmp_path: Path) -> None:
     precompile.use(folder, tmp_path)
     before = precompile.compiled_in(tmp_path / "triton")
