@@ -18,7 +18,7 @@ train_set, test_set = random_split(dataset, [1347, 450], torch.Generator().manua
 train = DataLoader(train_set, batch_size=64, shuffle=True, drop_last=True)
 test = DataLoader(test_set, batch_size=256)
 # Un-augmented training images in a fixed order; importance is measured on them.
-calibration = DataLoader(Subset(train_set, range(512)), batch_size=256)
+calibration = DataLoader(Subset(train_set, range(256)), batch_size=256)
 
 size = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
 model = timm.create_model("deit_small_patch16_224", **size)

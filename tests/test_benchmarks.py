@@ -161,7 +161,8 @@ def test_recorded(benchmark):
 """
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(1.09, 0), pytest.param(1.11, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "status"), [(1.09, 0), (1.11, 1)])
 def test_a_regression_of_recorded_times_is_found(tmp_path: Path, seconds: float, status: int) -> None:
     """By pytest-benchmark itself, whose clock repeats what contenders in turn took."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
@@ -295,6 +296,7 @@ def test_the_peak_memory_of_a_call() -> None:
     assert peak_of_call(call, "cpu") == 8.0
 
 
+@pytest.mark.slow
 def test_the_peak_memory_of_a_process() -> None:
     small, large = (peak_of_process(ones, size, "cpu") for size in (1, 50_000_000))
     assert 190 < large - small < 220

@@ -40,6 +40,9 @@ by_heads = pytest.mark.parametrize("name", BY_HEADS)
 ENTRIES = [("cut", 40, "cut", 24), ("skipped", 40, "cut", 0), ("skipped", 0, "cut", 0), ("skipped", 0) * 2]
 
 
+EXPORTED = ("vit_small_patch16_dinov3_qkvb", "eva02_base_patch14_224", "beit_base_patch16_224")
+
+
 def small(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A perturbed two-block model with 3 heads of 16 and 72 neurons."""
     torch.manual_seed(0)
@@ -222,9 +225,14 @@ def test_one_compiled_graph_serves_every_entry(name: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "eva02_base_patch14_224", "beit_base_patch16_224"])
 @pytest.mark.parametrize(
-    "entry", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+    ("name", "entry"),
+    [
+        ("eva02_base_patch14_224", 1),
+        ("beit_base_patch16_224", 1),
+        pytest.param("vit_small_patch16_dinov3_qkvb", 1, marks=pytest.mark.slow),
+        *(pytest.param(name, entry, marks=pytest.mark.slow) for name in EXPORTED for entry in (2, 4)),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_cut_models_are_exported(name: str, entry: int, tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ def test_the_imports_for_type_checkers_are_those_of_the_interpreter() -> None:
     "first",
     [
         "import skd.convert, skd.extract, skd.cost",
-        pytest.param("from skd import files, recipes", marks=pytest.mark.slow),
-        "",
+        *(pytest.param(first, marks=pytest.mark.slow) for first in ("from skd import files, recipes", "")),
     ],
 )
 def test_public_names_are_what_they_are_called_whatever_is_imported_first(first: str) -> None:

@@ -71,8 +71,8 @@ def signal_rank(run: list[str], out: Path, rank: int, number: int, *, after: int
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_stopped_and_resumed_two_processes_train_what_one_trains(tmp_path: Path, killed: bool) -> None:
+@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_train_what_one_trains(tmp_path: Path, interrupted: bool) -> None:
     """float32: weights to 1e-3 of their norm after 88 steps of AdamW, which divides by what may be rounding.
 
     Rank 0 keeps what both have converted, with which the run of one process begins.
@@ -81,16 +81,16 @@ def test_stopped_and_resumed_two_processes_train_what_one_trains(tmp_path: Path,
     skd.save(skd.create_model(MODEL[1], **json.loads(KWARGS)), plain)
     run = [*TRAIN, *MODEL, "--checkpoint", str(plain)]
 
-    output = signal_rank(run, out, 1, signal.SIGTERM, after=10)
-    assert output.count("stopped by SIGTERM") == 2 and "FAILED" not in output, output
-    if killed:
+    if interrupted:
+        output = signal_rank(run, out, 1, signal.SIGTERM, after=10)
+        assert output.count("stopped by SIGTERM") == 2 and "FAILED" not in output, output
         step = read_checkpoint(checkpoint_files(out)[-1])[1]["step"]
         output = signal_rank(run, out, 1, signal.SIGKILL, after=step + 10)
         assert "rank 0: error: another rank has died" in output, output
-    assert not leftovers(out)
+        assert not leftovers(out)
     output = finished(torchrun(*run, "--out", str(out), "--resume", "auto"))
 
-    assert output.count("going on after") == output.count("wrote ") == 1, "only rank 0 prints"
+    assert output.count("wrote ") == 1 and output.count("going on after") == interrupted, "only rank 0 prints"
     converted, alone = out / "converted.safetensors", tmp_path / "alone.safetensors"
     assert main([*CONVERT, "--checkpoint", str(plain), "--out", str(alone)]) == 0
     assert_converted_alike(converted, alone)

@@ -29,7 +29,7 @@ class TestMlp(Interpreted):
     at_half = 5
     large = Mlp((1, 8, 16), full=256)
     # Buffers of three tiles of 128, or six of 64; the width takes the first two, or three.
-    tiled = Mlp((1, 70, 140), full=300, dtype=HALF, gated=True), Mlp((1, 70, 80), full=300)
+    tiled = Mlp((1, 70, 80), full=300), Mlp((1, 70, 140), full=300, dtype=HALF, gated=True)
     at_tiles = 131
     repeated = Mlp((1, 70, 24), full=40), (29,)
     compiled = (Mlp((1, 5, 16), full=20),)
@@ -46,7 +46,7 @@ class TestMlp(Interpreted):
         "widths of two parts": in_dtypes(Mlp(SHAPE, full=72, gated=True), (63,)),
         "parameters in float32": [(Mlp(SHAPE, full=72, gated=g, dtype=HALF, mixed=True), 45) for g in (False, True)],
         "several tiles": [
-            (tiled[1], 131),
+            (tiled[0], 131),
             (Mlp((2, 75, 144), full=256, dtype=HALF), 131),  # in float16, rows that a descriptor describes
         ],
         "whole tiles": in_dtypes(Mlp((2, 64, 128), full=128, bias=False), (128,), (HALF,)),
@@ -68,7 +68,7 @@ class TestMlp(Interpreted):
             *in_dtypes(Mlp(SHAPE, full=72), (0, 8), (HALF,)),
         ],
         "widths of two parts": in_dtypes(Mlp(SHAPE, full=72, gated=True), (0,)),
-        "several tiles": [(tiled[0], 131), (Mlp((1, 70, 80), full=200, gated=True), 131)],
+        "several tiles": [(tiled[1], 131), (Mlp((1, 70, 80), full=200, gated=True), 131)],
         "nothing is a multiple of 8": in_dtypes(Mlp((1, 33, 130), full=67, bias=False), (66,), (HALF,)),
         "whole tiles": in_dtypes(Mlp((2, 64, 128), full=128, bias=False), (128,), (torch.float32,)),
     }
