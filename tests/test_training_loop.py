@@ -47,7 +47,7 @@ def test_the_list_grows_as_the_planner_would_grow_it(tmp_path, convention):
     """
     net = digit_net(torch.float64)
     config = training_config(epochs=5, progressive_epochs=3, target=0.8, drop_path=0.9, lr=1e-30, checkpoint_hist=9)
-    config = config.changed(convention=convention, checkpoint_steps=0)
+    config = config.changed(convention=convention, checkpoint_steps=0, planner=None)
     history = run_training(net, config, tmp_path)
     planned = skd.plan(digit_net(torch.float64), digit_data()[2], target=0.8, rounds=3, convention=convention)
     assert net.dropout_list == planned
@@ -77,9 +77,7 @@ def test_importance_is_measured_on_the_raw_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_module, "propose", spy)
     net = digit_net()
     start = raw_bytes(weights(net))
-    config = training_config(
-        planner="paper", checkpoint_hist=9, checkpoint_steps=0, model_ema_decay=0.99, model_ema_warmup=False
-    )
+    config = training_config(checkpoint_hist=9, checkpoint_steps=0, model_ema_decay=0.99, model_ema_warmup=False)
     run_training(net, config, tmp_path)
     tensors, header = read_checkpoint(checkpoint_files(tmp_path)[0])
     raw, average = (
@@ -105,7 +103,7 @@ def test_importance_reads_the_calibration_images_in_evaluation_mode_and_draws_no
     propose = paper_module.propose
     monkeypatch.setattr(paper_module, "propose", spy)
     calibration = Hooked(digit_data()[2], lambda _: modes.append(net.training))
-    run_training(net, training_config(planner="paper"), calibration=calibration)
+    run_training(net, training_config(), calibration=calibration)
     assert calibration.given == 2 * 2, "one pass in each growing epoch"
     assert modes == [False] * 4
     assert len(states) == 4 and states[0] == states[1] and states[2] == states[3]
@@ -337,7 +335,7 @@ def test_bad_batches_of_other_loaders_are_named(kind, which, index):
     change, message = BAD_BATCHES[kind]
     batches = spoilt(digit_data()[index], 1, change)
     with pytest.raises(ValueError, match=message) as refusal:
-        run_training(digit_net(), training_config(planner="paper"), **{which: batches})  # which looks at labels
+        run_training(digit_net(), training_config(), **{which: batches})  # which looks at labels
     assert "[1]" in str(refusal.value)
 
 

@@ -53,7 +53,7 @@ def signalling(batches, at, number):
 PLACES = {
     "before the first step": (1, 0, 0),  # while the network before training is evaluated
     "in the first importance": (2, 1, 0),
-    "in the second importance": (2, 9, 4),  # for the first one, the planner "loss" reads eight
+    "in the second importance": (2, 2, 4),
     "first step": (0, 0, 1),
     "in an epoch": (0, 5, 6),
     "last step of an epoch": (0, 3, 4),
@@ -151,6 +151,7 @@ def test_training_in_a_thread(tmp_path, references):
         {"model_ema": False},
         {"grad_checkpointing": True, "clip_grad": 0.1},
         {"warmup_epochs": 1, "convention": "linear"},
+        {"planner": "loss"},
     ],
 )
 def test_every_state_is_put_away(tmp_path, changes):
