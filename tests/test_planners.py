@@ -209,8 +209,8 @@ def test_the_targets_of_training_are_those_of_plan() -> None:
 
 
 def test_online_importance_is_the_paper_planners_alone(toy: str) -> None:
-    assert training_config(importance="online").chosen_planner == "paper"
-    assert training_config().chosen_planner == "loss"
+    assert skd.TrainConfig(importance="online").chosen_planner == "paper"
+    assert skd.TrainConfig().chosen_planner == "loss"
     with pytest.raises(
         ValueError, match=r"^importance is 'online', which only the planner 'paper' has; planner is 'toy'"
     ):
@@ -239,6 +239,43 @@ def test_the_train_command_passes_the_name_on(tmp_path: Path, toy: str, capsys: 
     assert main([*argv, "--out", str(tmp_path / "run"), "--planner", "toy", "--device", "cpu"]) == 0
     listed = skd.load(tmp_path / "run" / "supernet.safetensors").dropout_list
     assert np.array_equal(listed.widths, halved(1)), capsys.readouterr()
+
+
+def test_the_plan_command_says_whether_corrections_follow(tmp_path: Path) -> None:
+    """To a planner with that option: they do if they are asked for, or moments are made or were stored."""
+    told = []
+
+    def asking(*arguments: Any, compensated: bool = True, **options: Any) -> Any:
+        told.append(compensated)
+        return halving(*arguments, **options)
+
+    source, out = str(tmp_path / "converted.safetensors"), str(tmp_path / "planned.safetensors")
+    skd.save(digit_net(), source)
+    with registered("asking", asking):
+        for more in (
+            [],
+            ["--compensate", "0.95"],
+            ["--planner-options", '{"compensated": true}'],
+            ["--moments"],
+            ["--supernet", out],  # with the moments of the line above
+            ["--supernet", out, "--planner-options", '{"compensated": false}'],
+        ):
+            argv = ["plan", "--supernet", source, "--data", "digits", "--workers", "0", "--calibration-images", "64"]
+            argv += [
+                "--out",
+                out,
+                "--rounds",
+                "1",
+                "--target",
+                "0.1",
+                "--planner",
+                "asking",
+                "--device",
+                "cpu",
+                *more,
+            ]
+            assert main(argv) == 0
+    assert told == [False, True, True, True, True, False]
 
 
 def test_a_planner_can_be_forgotten() -> None:

@@ -53,6 +53,7 @@ CONTENDERS: dict[str, Contender] = {
     "paper, planned": Contender(),
     "loss": Contender({"planner": "loss"}),
     "loss, planned": Contender(plan=LOSS),
+    "loss, rises not compensated": Contender({"planner": "loss", "planner_options": {"compensated": False}}),
     # One option of planning or conversion at a time.
     "square root, planned": Contender(plan={**PAPER, "sensitivity": "sqrt"}),
     "loss, Taylor between, planned": Contender(plan={**LOSS, "shape": "taylor"}),

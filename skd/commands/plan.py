@@ -38,7 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         type=options.json_object,
         default={},
-        help="of the planner's own, such as '{\"points\": 8}'",
+        help="of the planner's own, such as '{\"points\": 8}'; its option compensated, if it has one, is by default "
+        "whether corrections follow: with --compensate, or moments made now or stored in the file",
     )
     parser.add_argument(
         "--keep",
@@ -83,6 +84,7 @@ def run(given: argparse.Namespace) -> Document:
     table = work.latency_table(given, supernet)
     batches = work.calibration(given, supernet.model)
     planners.check_options(given.planner, given.planner_options)
+    own = _planner_options(given, supernet)
     start = time.perf_counter()
     supernet.dropout_list = skd.plan(
         supernet,
@@ -97,7 +99,7 @@ def run(given: argparse.Namespace) -> Document:
         planner=given.planner,
         keep=given.keep,
         exclude=given.exclude,
-        **given.planner_options,
+        **own,
     )
     seconds = time.perf_counter() - start
     if given.moments:
@@ -118,6 +120,13 @@ def run(given: argparse.Namespace) -> Document:
         **compensation,
         **images,
     }
+
+
+def _planner_options(given: argparse.Namespace, supernet: skd.SuperNet) -> dict[str, object]:
+    """With `compensated`, where the planner has it: plan for the networks as they will be, corrected or not."""
+    corrected = given.compensate is not None or given.moments or bool(supernet.moments)
+    told = {"compensated": corrected} if "compensated" in planners.option_names(given.planner) else {}
+    return told | given.planner_options
 
 
 def _compensate(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:

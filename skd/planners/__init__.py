@@ -112,6 +112,17 @@ def planner(name: str) -> Planner:
     return _PLANNERS[name]
 
 
+def option_names(chosen: str) -> list[str]:
+    """The names of the options that a planner has of its own.
+
+    Raises:
+        ValueError: there is no planner of that name.
+    """
+    call: Any = planner(chosen)
+    own = [p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return [name for name in own if name not in ("current", "convention", "group")]
+
+
 def check_options(chosen: str, options: Mapping[str, object] | None) -> None:
     """Check that a planner has options of these names; their values it checks itself, when it is called.
 
@@ -119,8 +130,7 @@ def check_options(chosen: str, options: Mapping[str, object] | None) -> None:
         ValueError: it does not.
     """
     call: Any = planner(chosen)
-    own = [p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    own = [name for name in own if name not in ("current", "convention", "group")]
+    own = option_names(chosen)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call).parameters.values())
     unknown = [name for name in options or {} if name not in own]
     if unknown and not takes_any:
