@@ -159,7 +159,8 @@ def plan(
             published one, "loss" measures what narrowing costs.
         keep: by the name of a module ("3.attn", "0.mlp"), the smallest width that it may get.
         exclude: names of modules that stay at their full width.
-        options: of the planner's own, such as ``points=8`` of "loss".
+        options: of the planner's own, such as ``points=8`` of "loss", or its ``compensated=False``, which is better
+            where sub-networks will be neither trained nor corrected (`skd.compensate`).
 
     Returns:
         A `DropoutList` that starts at the full network.
