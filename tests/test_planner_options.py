@@ -72,7 +72,7 @@ def test_options_are_checked_by_name() -> None:
     for name in ("point", "current", "target"):
         with pytest.raises(ValueError, match=f"planner 'loss' has no option '{name}'; it has .'points'"):
             planners.check_options("loss", {name: 3})
-    config = training_config(planner_options={"skip": "published"})
+    config = training_config(planner=None, planner_options={"skip": "published"})
     with pytest.raises(ValueError, match="planner 'loss' has no option 'skip'"):
         run_training(digit_net(), config)
 
