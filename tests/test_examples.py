@@ -51,6 +51,7 @@ def test_train(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "supernet.safetensors").is_file() and (tmp_path / "run" / "history.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_own_dataloader(tmp_path: Path) -> None:
     found = accuracies(run(tmp_path, "own_dataloader.py"))
     assert len(found) > 2 and found[0] > 40

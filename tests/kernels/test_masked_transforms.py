@@ -45,7 +45,7 @@ def test_scores_compile_as_one_graph(case: Any, on_device: bool) -> None:
     assert expected.count_nonzero()
 
 
-@pytest.mark.parametrize("case", ["attention", pytest.param("mlp", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_compiled_code_takes_width_zero_after_others(case: Any) -> None:
     function, inputs, _ = case
     torch._dynamo.reset()
