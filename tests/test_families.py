@@ -36,11 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
 BY_HEADS = [name for name in MODELS if "mixed" not in name and "beit" not in name]
 every_model = pytest.mark.parametrize("name", MODELS)
 by_heads = pytest.mark.parametrize("name", BY_HEADS)
+# One of each kind of attention, for what takes long.
+FEW = ("vit_small_patch16_dinov3_qkvb", "eva02_base_patch14_224", "beit_base_patch16_224")
 # Neurons and whether an attention is whole, cut (where it can be) or skipped, block by block.
 ENTRIES = [("cut", 40, "cut", 24), ("skipped", 40, "cut", 0), ("skipped", 0, "cut", 0), ("skipped", 0) * 2]
-
-
-EXPORTED = ("vit_small_patch16_dinov3_qkvb", "eva02_base_patch14_224", "beit_base_patch16_224")
 
 
 def small(name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -177,7 +176,7 @@ def test_timms_own_forward_runs_on_the_blocks_of_a_super_network(name: str) -> N
             supernet.model(images, attn_mask=torch.zeros(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3_qkvb", "eva02_base_patch14_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", FEW)
 @pytest.mark.parametrize("changes", [{}, {"decay": "expected", "drop_path": 0.3, "grad_checkpointing": True}])
 def test_training(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """It learns, grows its list, stops and goes on to the same weights."""
@@ -231,7 +230,7 @@ def test_one_compiled_graph_serves_every_entry(name: str) -> None:
         ("eva02_base_patch14_224", 1),
         ("beit_base_patch16_224", 1),
         pytest.param("vit_small_patch16_dinov3_qkvb", 1, marks=pytest.mark.slow),
-        *(pytest.param(name, entry, marks=pytest.mark.slow) for name in EXPORTED for entry in (2, 4)),
+        *(pytest.param(name, entry, marks=pytest.mark.slow) for name in FEW for entry in (2, 4)),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -84,7 +84,8 @@ def run(given: argparse.Namespace) -> Document:
     table = work.latency_table(given, supernet)
     batches = work.calibration(given, supernet.model)
     planners.check_options(given.planner, given.planner_options)
-    own = _planner_options(given, supernet)
+    if given.moments:  # before planning, which would measure them again
+        skd.moments(supernet, batches, progress=work.progress("Moments"), group=given.group)
     start = time.perf_counter()
     supernet.dropout_list = skd.plan(
         supernet,
@@ -99,11 +100,9 @@ def run(given: argparse.Namespace) -> Document:
         planner=given.planner,
         keep=given.keep,
         exclude=given.exclude,
-        **own,
+        **_planner_options(given, supernet),
     )
     seconds = time.perf_counter() - start
-    if given.moments:
-        skd.moments(supernet, batches, progress=work.progress("Moments"), group=given.group)
     compensation = {} if given.compensate is None else _compensate(given, supernet, batches)
     work.write(supernet, given.out, given.group)
     rows = sizes_of(supernet, list(dict.fromkeys([*usual_entries(supernet), len(supernet.dropout_list) - 1])), table)
@@ -124,7 +123,7 @@ def run(given: argparse.Namespace) -> Document:
 
 def _planner_options(given: argparse.Namespace, supernet: skd.SuperNet) -> dict[str, object]:
     """With `compensated`, where the planner has it: plan for the networks as they will be, corrected or not."""
-    corrected = given.compensate is not None or given.moments or bool(supernet.moments)
+    corrected = given.compensate is not None or bool(supernet.moments)
     told = {"compensated": corrected} if "compensated" in planners.option_names(given.planner) else {}
     return told | given.planner_options
 

@@ -62,8 +62,8 @@ def loss(
             holds near the widths at which it was measured; with 1 it is measured once.
         compensated: measure networks in which every module predicts what it drops from what it keeps, and a skipped
             one is its mean, as `skd.compensate` does it without images. What can be made up for costs nothing then.
-            With False untrained sub-networks that are left uncorrected are better; corrected ones are worse, as are
-            trained ones (docs/ACCURACY.md). The command `skd plan` sets it by whether corrections follow.
+            With False untrained sub-networks that are left uncorrected are better, corrected ones worse, and trained
+            ones no better (docs/ACCURACY.md). The command `skd plan` sets it by whether corrections follow.
 
     Raises:
         ValueError: bad batches, none whose outputs are finite, points < 1, a reach out of its range, or another

@@ -48,7 +48,7 @@ class TestAttention(Interpreted):
         # Blocks of 16 to 64 tokens: without a query, with some, with all; two images, so that rows may be confused.
         "few queries": [
             (Attention((2, 70, 16), full=12, heads=2, queries=1), 9),
-            (Attention((2, 40, 16), full=16, queries=35, dtype=HALF), 5),
+            (Attention((2, 40, 16), full=16, queries=35), 5),
             (Attention((2, 20, 16), full=8, heads=2, queries=2), 0),
         ],
         # A plain mean, a negative scale, and one so large that all but one of the probabilities underflow.
@@ -61,6 +61,7 @@ class TestAttention(Interpreted):
         "heads of 128": in_dtypes(Attention((1, 17, 32), full=128), (17,), (HALF,)),
         "nothing is a multiple of 8": [(Attention((3, 5, 45), full=15, heads=3), 15)],
         "several tiles": [(tiled[1], 20)],
+        "few queries": [(Attention((2, 70, 16), full=16, heads=2, queries=1, dtype=HALF), 13)],
         "many images": [(Attention((3, 33, 16), full=8), 5)],
     }
 
