@@ -69,6 +69,13 @@ def test_a_comparison_is_resumed_and_shown(tmp_path: Path, capsys: pytest.Captur
     again = [unit for unit in both["units"] if unit["seed"] == 0]
     for before, after in zip(first["units"], again, strict=True):
         assert before["rows"] == after["rows"], "the same network, images and steps"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    both["contenders"]["published"]["convert"] = {}  # as if it had been another one
+    (tmp_path / "known.json").write_text(json.dumps(both))
+    taken = run(elsewhere, "--known", str(tmp_path / "known.json"), "--hours", "0")
+    assert taken["units"] == [unit for unit in both["units"] if unit["contender"] != "published"]
+    assert taken["device"] == both["device"] and not (elsewhere / "networks").exists()
     page = tmp_path / "page.md"
     page.write_text(f"{summary.BEGIN}\nold\n{summary.END}\n")
     shown = ["--table", str(tmp_path / "result.json"), "--write", str(page), "--plot", str(tmp_path / "curves.svg")]

@@ -2,12 +2,14 @@
 
 python -m benchmarks.accuracy.compare --data DIR --out DIR --plan ablation    hours on a CPU; goes on where it stopped
 python -m benchmarks.accuracy.compare --out DIR --json FILE    collects what is finished
+python -m benchmarks.accuracy.compare --out DIR --known FILE --data DIR    goes on from a result, without its folder
 python -m benchmarks.accuracy.compare --table FILE --write docs/ACCURACY.md --plot docs/accuracy.svg
 
 A unit is one contender on one network, and a file under DIR/units as soon as it is finished; pre-trained networks
 are kept under DIR/networks. A unit is measured again if its contender or its set are described differently, but not
 if skd itself has changed: then delete DIR/units. A second process may share the folder with `--part`; each has one
-thread.
+thread. A network that is pre-trained on another kind of processor is another network: with `--known`, add networks
+rather than contenders of the networks that FILE has.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from benchmarks.result import Info, rewrite
 from benchmarks.timing import as_json, provenance, write_json
 from skd.demo.running import reproducible
 from skd.support import outputs
+
+WHERE = ("device", "cores", "versions", "commit", "date")  # provenance
 
 
 def settings(unit: Unit) -> Info:
@@ -101,13 +105,32 @@ def collected(units: Sequence[Unit], out: Path) -> Info:
     records = [record for unit in units if (record := finished(unit, out)) is not None]
     if not records:
         raise ValueError(f"--out is {str(out)!r}; it has no finished unit of these")
-    where = {key: records[-1][key] for key in ("device", "cores", "versions", "commit", "date")}
-    rows = [{key: value for key, value in record.items() if key not in {*where, "settings"}} for record in records]
+    latest = max(records, key=lambda record: record.text("date"))
+    where = {key: latest[key] for key in WHERE}
+    rows = [
+        {key: value for key, value in record.items() if key != "settings" and value != where.get(key, ...)}
+        for record in records
+    ]
     contenders = {unit.contender: described(CONTENDERS[unit.contender]) for unit in units}
     images: dict[str, object] = {name: described(task) for name, task in TASKS.items()}
     document = as_json({"units": rows, "contenders": contenders, "tasks": images, "sizes": SIZES, **where})
     assert isinstance(document, dict)
     return Info(document)
+
+
+def take_known(units: Sequence[Unit], result: Info, out: Path) -> None:
+    """Write the units of a collected result back as files, but for those that are there, or are of other settings."""
+    (out / "units").mkdir(parents=True, exist_ok=True)
+    shared = {key: result[key] for key in WHERE}
+    wanted = {tuple(unit): unit for unit in units}
+    for row in result.rows("units"):
+        unit = wanted.get((row["task"], row["size"], int(row.number("seed")), row["contender"]))
+        if unit is None or finished(unit, out) is not None:
+            continue
+        described_as = [("contenders", unit.contender), ("tasks", unit.task), ("sizes", unit.size)]
+        known, now = [result.part(kind)[name] for kind, name in described_as], settings(unit)
+        if known == [now["contender"], now["task"], now["size"]]:
+            outputs.write_json(file_of(unit, out), {**shared, **row, "settings": now})
 
 
 def part_of(units: Sequence[Unit], part: str) -> list[Unit]:
@@ -127,13 +150,14 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help='such as "harder/*/0/loss*"')
     parser.add_argument("--hours", type=float, default=5.0, help="begin no unit after so long (default: %(default)s)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="for N processes that share --out")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="a result to take finished units from")
     parser.add_argument("--json", type=Path, metavar="FILE", help="collect finished units into a result")
     parser.add_argument("--table", type=Path, metavar="FILE", help="a result to show in place of running")
     parser.add_argument("--write", type=Path, metavar="FILE", help="rewrite the tables between FILE's markers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves (.svg, .png)")
     args = parser.parse_args(arguments)
-    if args.table is None and args.out is None:
-        parser.error("give --out, or --table")
+    if args.out is None and (args.table is None or args.known is not None):
+        parser.error("give --out, or --table without --known")
     return args
 
 
@@ -143,6 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
         names = list(PLANS) if args.plan == "all" else [args.plan]
         units = list(dict.fromkeys(unit for name in names for unit in PLANS[name]()))
         units = [unit for unit in part_of(units, args.part) if unit.matches(args.only)]
+        if args.known is not None:
+            take_known(units, Info(json.loads(args.known.read_text())), args.out)
         if args.data is not None:
             run(units, args.data, args.out, args.hours)
         result = collected(units, args.out)

@@ -88,9 +88,10 @@ def spread(values: Sequence[float], sign: bool = False) -> str:
 def tables(result: Info) -> str:
     """The page's text."""
     versions = result.part("versions")
+    devices = dict.fromkeys(str(row.get("device", result["device"])) for row in result.rows("units"))
     lines = [
-        f"{result['device']}, one thread, torch {versions['torch']}, {result['date']}; mean ± standard error of the "
-        "mean over seeds. Area: mean top-1 over the logarithm of the MACs, between the budgets that all rows have.",
+        f"{' and '.join(devices)}, one thread, torch {versions['torch']}, {result['date']}; mean ± standard error of "
+        "the mean over seeds. Area: mean top-1 over the logarithm of the MACs, between the budgets of all rows.",
     ]
     for group in groups(result):
         seeds = max(len(by_seed) for by_seed in group.curves.values())
