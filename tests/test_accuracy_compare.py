@@ -16,7 +16,7 @@ from benchmarks.accuracy import compare, contenders, counting, images, measuring
 from benchmarks.accuracy.contenders import CONTENDERS, Contender, Unit
 from benchmarks.result import Info
 
-SHORT = ("published", "paper, planned", "loss", "paper, headless")
+SHORT = ("published", "paper, planned", "loss", "groups of 4, headless")
 
 
 @pytest.fixture
@@ -104,15 +104,32 @@ def test_differences_are_of_the_same_seeds() -> None:
     units = [record("published", seed, {1.0: 80.0 + seed, 0.1: 60.0 + 10 * seed}) for seed in (0, 1)]
     units += [record("loss", seed, {1.0: 81.0 + seed, 0.1: 63.0 + 12 * seed}) for seed in (0, 1, 2)]
     (group,) = summary.groups(Info(units=units, contenders={}))
-    assert summary.differences(group)[-1] == "| loss | +1.00 ± 0.00 | +4.00 ± 1.00 | +2.50 ± 0.50 |"
-    assert summary.accuracies(group)[-1].startswith("| loss | 82.00 ± 0.58 | 75.00 ± 6.93 |")
+    assert summary.differences(group)[-1] == "| loss | 2 | +1.00 ± 0.00 | +4.00 ± 1.00 | +2.50 ± 0.50 |"
+    assert summary.accuracies(group)[-1].startswith("| loss | 3 | 82.00 ± 0.58 | 75.00 ± 6.93 |")
+
+
+def test_an_option_is_compared_with_what_it_changes() -> None:
+    names = ("paper", "loss", "groups of 4", "groups of 4, sandwich", "published")
+    units = [record(name, 0, {1.0: 80.0 + 3 * index, 0.1: 60.0}) for index, name in enumerate(names)]
+    units[1]["rows"][0]["compensated"] = 90.0  # type: ignore[index,call-overload]
+    (group,) = summary.groups(Info(units=units, contenders={}))
+    found = [row.split(" | ")[:3] for row in summary.differences(group, contenders.without_option)[2:]]
+    assert found == [
+        ["| loss", "1", "+3.00"],
+        ["| loss, compensated", "1", "+10.00"],
+        ["| groups of 4", "1", "+3.00"],
+        ["| groups of 4, sandwich", "1", "+3.00"],
+    ]
+    others = {contenders.without_option(name) for name in CONTENDERS} - {None}
+    assert others <= set(CONTENDERS)
+    assert contenders.without_option("loss, balanced, planned") == "loss, planned"
 
 
 def test_a_budget_that_one_contender_misses_is_in_no_area() -> None:
     units = [record("published", 0, {1.0: 80.0, 0.5: 70.0}), record("loss", 0, {1.0: 80.0, 0.5: 70.0, 0.1: 0.0})]
     (group,) = summary.groups(Info(units=units, contenders={}))
     assert group.shares == [1.0, 0.5] and group.all_shares() == [1.0, 0.5, 0.1]
-    assert summary.differences(group)[-1] == "| loss | +0.00 | +0.00 |  | +0.00 |"
+    assert summary.differences(group)[-1] == "| loss | 1 | +0.00 | +0.00 |  | +0.00 |"
 
 
 def test_the_area_is_over_the_logarithm() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -47,7 +47,6 @@ TRAINED: Settings = {"planner": "loss", "planner_options": MEASURED}
 
 CONTENDERS: dict[str, Contender] = {
     "published": Contender(dict(_PUBLISHED), convert=_PER_BATCH, compensation=None, never_drawn=1),
-    "published, planned": Contender(plan={**_PUBLISHED, "rounds": 10}, convert=_PER_BATCH, compensation=None),
     # The published planner and the one that measures the loss, in skd.
     "paper": Contender({"planner": "paper"}),
     "paper, planned": Contender(),
@@ -72,7 +71,6 @@ CONTENDERS: dict[str, Contender] = {
     "groups of 4, small more often": Contender({**TRAINED, "entry_sampling": "small"}, convert=GROUPS),
     "groups of 4, sandwich": Contender({**TRAINED, "entry_sampling": "sandwich"}, convert=GROUPS),
     "groups of 4, fitted start": Contender({**TRAINED, "refit_start": True}, convert=GROUPS),
-    "paper, headless": Contender(headless=True),
     "groups of 4, headless": Contender(plan={**LOSS, **MEASURED}, convert=GROUPS, headless=True),
 }
 BASE = "published"  # what differences are from
@@ -102,12 +100,56 @@ class Unit(NamedTuple):
 # The winners of the ablation, which the final plan runs on two sizes.
 FINAL = ("published", "groups of 4, original teaches", "groups of 4, planned")
 
+# The simpler way that a contender without options is a change of.
+SIMPLER = {"loss": "paper", "square root": "paper", "groups of 4": "loss"}
+
+
+def options_of(contender: str) -> list[str]:
+    return [part for part in contender.split(", ")[1:] if part != "planned"]
+
+
+def without_option(contender: str) -> str | None:
+    """The contender that differs in one option alone, the last of the name; None: there is none.
+
+    That of "groups of 4, sandwich" is "groups of 4", whose own is "loss"; that of "loss, balanced, planned" is
+    "loss, planned".
+    """
+    first, *others = contender.split(", ")
+    if options := options_of(contender):
+        others.remove(options[-1])
+    elif first in SIMPLER:
+        first = SIMPLER[first]
+    else:
+        return None
+    return ", ".join((first, *others))
+
+
+# Set, seeds and contenders. An option is paired with the contender without it, on the same networks.
+ABLATION: tuple[tuple[str, Sequence[int], tuple[str, ...]], ...] = (
+    ("harder", range(3), ("paper", "paper, planned", "loss", "loss, planned", "groups of 4")),
+    ("harder", range(3), ("square root, planned", "loss, Taylor between, planned", "loss, cross-entropy, planned")),
+    ("harder", range(3), ("loss, measured once a round, planned", "loss, rises not compensated, planned")),
+    ("harder", range(3), ("loss, rises not compensated", "groups of 4, planned, from moments")),
+    ("harder", range(3), ("groups of 4, larger teaches", "groups of 4, headless")),
+    ("harder", range(2), ("groups of 4, sandwich", "groups of 4, fitted start")),
+    ("harder", range(1), ("loss, balanced, planned", "groups of 4, small more often")),
+    ("harder", range(5, 8), ("loss, planned", "loss, balanced, planned", "loss, V by output, planned")),
+    ("harder", range(5, 8), ("loss, neurons by residual, planned", "groups of 4", "groups of 4, original teaches")),
+    ("harder", range(5, 8), ("groups of 4, small more often", "groups of 4, sandwich", "groups of 4, fitted start")),
+    ("fashion", range(3), ("paper, planned", "loss, planned", "groups of 4, headless")),
+    ("fashion", range(2), ("paper", "loss", "groups of 4")),
+    ("fashion", range(1), ("groups of 4, small more often",)),
+    ("fashion", range(5, 8), ("groups of 4", "groups of 4, original teaches")),
+    ("digits", range(3), (*FINAL, "groups of 4, headless")),
+)
+
 
 def ablation() -> Iterator[Unit]:
-    """Every contender on the small networks of three seeds, the digits last."""
-    for tasks in (("harder", "fashion"), ("digits",)):
-        for seed in range(3):
-            yield from (Unit(task, "small", seed, name) for task in tasks for name in CONTENDERS)
+    """Every contender on small networks, one network after the other."""
+    for task in dict.fromkeys(task for task, _, _ in ABLATION):
+        rows = [(seeds, names) for set_, seeds, names in ABLATION if set_ == task]
+        for seed in sorted({seed for seeds, _ in rows for seed in seeds}):
+            yield from (Unit(task, "small", seed, name) for seeds, names in rows if seed in seeds for name in names)
 
 
 def final() -> Iterator[Unit]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.accuracy.contenders import BASE, FINAL
+from benchmarks.accuracy.contenders import BASE, FINAL, options_of, without_option
 from benchmarks.result import Info, rows_of, three_digits
 
 BEGIN, END = "<!-- comparison:begin -->", "<!-- comparison:end -->"
@@ -94,15 +94,17 @@ def tables(result: Info) -> str:
         "the mean over seeds. Area: mean top-1 over the logarithm of the MACs, between the budgets of all rows.",
     ]
     for group in groups(result):
-        seeds = max(len(by_seed) for by_seed in group.curves.values())
+        count = len({seed for by_seed in group.curves.values() for seed in by_seed})
         lines += [
             "",
-            f"**{group.title}** ({seeds} {'seed' if seeds == 1 else 'seeds'}; the network before: {before(group)})",
+            f"**{group.title}** ({count} {'network' if count == 1 else 'networks'}; before: {before(group)})",
             "",
             *accuracies(group),
         ]
         if BASE in group.curves and not group.headless:
-            lines += ["", f"The same, less `{BASE}` on the same network:", "", *differences(group)]
+            lines += ["", f"Less `{BASE}` on the same networks:", "", *differences(group)]
+        if options := differences(group, without_option):
+            lines += ["", "Each option, less the same without it, on the same networks:", "", *options]
         lines += ["", *costs(group)]
     return "\n".join(lines)
 
@@ -117,24 +119,43 @@ def accuracies(group: Group) -> list[str]:
     rows = []
     for name, by_seed in group.curves.items():
         cells = [spread([curve[s] for curve in by_seed.values() if s in curve]) for s in group.all_shares()]
-        rows.append([name, *cells, spread([group.area(name, seed) for seed in by_seed])])
-    return rows_of(["contender", *(f"{share:.0%}" for share in group.all_shares()), "area"], rows, 1)
+        rows.append([name, str(len(by_seed)), *cells, spread([group.area(name, seed) for seed in by_seed])])
+    return rows_of(columns_of(group), rows, 1)
 
 
-def differences(group: Group) -> list[str]:
-    """Paired: only seeds that both have."""
-    base, rows = group.curves[BASE], []
+def columns_of(group: Group) -> list[str]:
+    return ["contender", "networks", *(f"{share:.0%}" for share in group.all_shares()), "area"]
+
+
+def less_published(contender: str) -> str | None:
+    """The published method, for the winners and for what has no single option."""
+    return BASE if contender in FINAL or not options_of(contender) else None
+
+
+def differences(group: Group, reference: Callable[[str], str | None] = less_published) -> list[str]:
+    """Of contenders and their references, paired: only seeds that both have. Empty if there is no pair."""
+    rows = []
     for name, by_seed in group.curves.items():
+        base = _reference_of(group, name, reference)
         seeds = [seed for seed in by_seed if seed in base]
-        if name == BASE or not seeds:
+        if not seeds:
             continue
         cells = []
         for share in group.all_shares():
             both = [seed for seed in seeds if share in by_seed[seed] and share in base[seed]]
             cells.append(spread([by_seed[seed][share] - base[seed][share] for seed in both], sign=True))
-        areas = [group.area(name, seed) - group.area(BASE, seed) for seed in seeds]
-        rows.append([name, *cells, spread(areas, sign=True)])
-    return rows_of(["contender", *(f"{share:.0%}" for share in group.all_shares()), "area"], rows, 1)
+        areas = [area(by_seed[seed], group.shares) - area(base[seed], group.shares) for seed in seeds]
+        rows.append([name, str(len(seeds)), *cells, spread(areas, sign=True)])
+    return rows_of(columns_of(group), rows, 1) if rows else []
+
+
+def _reference_of(group: Group, name: str, reference: Callable[[str], str | None]) -> dict[int, Curve]:
+    """The curves that those of a contender are compared with: after compensation too, if there are such."""
+    alone = name.removesuffix(AFTER)
+    other = reference(alone)
+    if other is None or other == alone:
+        return {}
+    return group.curves.get(other + name[len(alone) :]) or group.curves.get(other, {})
 
 
 def costs(group: Group) -> list[str]:
