@@ -140,7 +140,9 @@ ABLATION: tuple[tuple[str, Sequence[int], tuple[str, ...]], ...] = (
     ("fashion", range(2), ("paper", "loss", "groups of 4")),
     ("fashion", range(1), ("groups of 4, small more often",)),
     ("fashion", range(5, 8), ("groups of 4", "groups of 4, original teaches")),
-    ("digits", range(3), (*FINAL, "groups of 4, headless")),
+    ("digits", range(8), FINAL),
+    ("digits", range(3), ("groups of 4, headless",)),
+    ("digits", range(3, 8), ("groups of 4",)),
 )
 
 
