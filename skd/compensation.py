@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@torch.inference_mode(False)  # the corrections must be tensors that autograd may save
 @torch.no_grad()
 def compensate(
     supernet: SuperNet,

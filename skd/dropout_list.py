@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -46,8 +46,7 @@ class DropoutList:
             `SuperNet` sets it.
         removed_macs: MACs removed by the last entry as the planner counted them (METHOD 2, step 4); the next round's
             target is measured against it. Where it is not given, the difference of the last and the first `macs`.
-        least: of some modules, the smallest width that `extended` gives them; part neither of the JSON nor of a
-            comparison.
+        least: of some modules, the smallest width that `extended` gives them; not part of a comparison.
         sensitivity: of each module, where the planner that added the last entries measured it for them; part neither
             of the JSON nor of a comparison.
     """
@@ -152,6 +151,8 @@ class DropoutList:
             "params": None if self.params is None else self.params.tolist(),
             "removed_macs": list(float(self.removed_macs).as_integer_ratio()),
         }
+        if self.least:
+            document["least"] = dict(self.least)
         return json.dumps(document)
 
     @staticmethod
@@ -166,9 +167,27 @@ class DropoutList:
             fields = {name: document.get(name) for name in ("macs", "params", "removed_macs")}
             if fields["removed_macs"] is not None:
                 fields["removed_macs"] = float(Fraction(*fields["removed_macs"]))
-            return DropoutList(document["modules"], document["widths"], **fields)
+            found = DropoutList(document["modules"], document["widths"], **fields)
+            return replace(found, least=_least(found, document.get("least")))
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
             raise ValueError(f"text is not a dropout list: {error}") from None
+
+
+def _least(found: DropoutList, given: Any) -> dict[str, int] | None:
+    """The smallest widths of a JSON document.
+
+    Raises:
+        ValueError: they are not of modules of the list, or above their full width.
+    """
+    if given is None:
+        return None
+    full = found.entry(0)
+    for name, width in given.items():
+        if name not in full or isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= full[name]:
+            raise ValueError(
+                f"least has {width!r} for {name!r}; it must be a width in 0..{full.get(name)} of a module"
+            )
+    return dict(given)
 
 
 def _integers(name: str, values: object) -> np.ndarray:

@@ -194,6 +194,8 @@ def _predicted(model: TimmModel, module: Module, moments: FeatureMoments, width:
         weight += change.to(weight.dtype)
         if bias is not None:
             bias += shift.to(bias.dtype)
+        if not all_finite([weight] if bias is None else [weight, bias]):
+            raise ValueError(f"the correction of {module.name} at width {width} overflows {weight.dtype}")
     return OutputLayer(weight, bias)
 
 
@@ -215,7 +217,9 @@ def _add_mean(supernet: SuperNet, before: Module, skipped: Module, layers: dict[
     divided = output_factors(before, supernet.network.blocks(supernet.model)[before.block])
     if divided is not None:  # no bias reaches a channel whose factor is 0
         mean = torch.where(divided == 0, 0.0, mean / divided.double())
-    bias += mean.to(bias.dtype)
+    raised = bias + mean.to(bias.dtype)
+    # Where layer scale multiplies by next to nothing, float16 cannot hold the quotient, and nothing is lost.
+    bias.copy_(torch.where(raised.isfinite(), raised, bias))
 
 
 class Predicting:

@@ -186,7 +186,7 @@ def plan(
     if isinstance(batches, Iterator):
         batches = list(batches)  # an iterator would be empty in the second round
     total = int(supernet.costs.macs(supernet.widths(), convention))
-    least = _least(supernet, keep or {}, exclude)
+    least = _least(supernet, {} if keep is None else keep, exclude)
     grown = DropoutList(supernet.modules_in_order, [supernet.widths()], costs=supernet.costs, least=least)
 
     def grow(current: DropoutList, removed: float) -> DropoutList:
@@ -202,6 +202,8 @@ def plan(
     for step in shown:
         grown = grow(grown, goal * total * step / rounds)
     _warn_if_out_of_reach(supernet, grown, goal, convention, least)
+    if len(grown) == 1:
+        _warn(f"target is {goal}, less than any module can lose by itself: the list has the full network alone")
     return grown
 
 
@@ -267,9 +269,11 @@ def _grown_to_latency(
 
 def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) -> dict[str, int]:
     """The smallest width that `keep` and `exclude` allow, of each module that they name."""
-    if isinstance(exclude, str) or not isinstance(keep, Mapping):
+    is_list = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    excluded = list(exclude) if is_list else []
+    if not is_list or not isinstance(keep, Mapping) or not all(isinstance(name, str) for name in [*keep, *excluded]):
         raise ValueError(f"keep is {keep!r} and exclude {exclude!r}; they must map names to widths, and list names")
-    known, excluded = {info.name: info for info in supernet.infos}, list(exclude)
+    known = {info.name: info for info in supernet.infos}
     least = dict(keep) | {name: known[name].full_width for name in excluded if name in known}
     for argument, names in (("keep", list(keep)), ("exclude", excluded)):
         unknown = [name for name in names if name not in known]

@@ -337,6 +337,9 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["top1"] == pytest.approx(skd_top1(planned, entries[1], tmp_path / "images"))
     curve = command("evaluate", "--supernet", planned, "--budgets", 1, 0.5, *data, report)
     assert curve["corrections"] == made["corrections"]
+    made = command(*plan, "--compensate", "0.5,0.01", report)  # a plan is not lost for a share that is out of reach
+    assert "no sub-network is within 0.01 of the MACs; the smallest is corrected" in capsys.readouterr().out
+    assert [row["entry"] for row in made["corrections"]] == [entries[0], made["entries"] - 1]
     for bad in ("0.5,2", "much", "0"):
         with pytest.raises(SystemExit):
             main([str(word) for word in (*plan, "--compensate", bad)])
@@ -372,3 +375,36 @@ def test_a_file_with_other_tensors_or_entries_is_refused(tmp_path: Path) -> None
         save_file(changed, file, metadata={"skd": json.dumps({**document, "corrections": entries})})
         with pytest.raises(ValueError, match="cannot be rebuilt"):
             skd.load(file)
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "moments"])
+def test_a_channel_that_float16_cannot_hold_stays(images: bool) -> None:
+    """Layer scale multiplies it by next to nothing, so that its bias would have to be enormous."""
+    model = tiny_vit(init_values=1.0)
+    with torch.no_grad():
+        model.blocks[0].ls1.gamma[3] = 1e-6
+    net = nested(skd.SuperNet(model.half()), [16, 0, 16, 0])
+    batches = [(x.half(), y) for x, y in random_batches()]
+    skd.moments(net, batches)
+    found = skd.compensate(net, batches if images else None, entries=[1])
+    layer, own = found[1].layers["0.attn"], net.model.blocks[0].attn.proj
+    assert layer.bias is not None and torch.equal(layer.bias[3], own.bias[3])
+    assert not torch.equal(layer.bias, own.bias)
+    with torch.no_grad():
+        assert net(batches[0][0], entry=1).isfinite().all()
+
+
+def test_corrections_are_made_in_inference_mode_too() -> None:
+    net = nested(skd.SuperNet(tiny_vit()), [16, 24, 16, 24])
+    with torch.inference_mode():
+        skd.compensate(net, random_batches(), entries=[1])
+    net(random_batches()[0][0], entry=1).sum().backward()
+
+
+def test_an_empty_batch_changes_no_moments() -> None:
+    """As a process has it, of a last batch with fewer images than processes."""
+    net = skd.SuperNet(tiny_vit())
+    images, labels = random_batches()[0]
+    found = skd.moments(net, [(images, labels), (images[:0], labels[:0])])
+    for name, own in skd.moments(net, [(images, labels)]).items():
+        assert torch.equal(found[name].covariance, own.covariance), name

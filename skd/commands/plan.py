@@ -129,15 +129,24 @@ def _planner_options(given: argparse.Namespace, supernet: skd.SuperNet) -> dict[
 
 
 def _compensate(given: argparse.Namespace, supernet: skd.SuperNet, batches: Loader) -> Document:
-    """Correct the sub-networks within the shares of --compensate; print what that took."""
-    from skd.commands import _work as work
+    """Correct the sub-networks within the shares of --compensate; print what that took.
 
-    start = time.perf_counter()
+    A plan rarely ends exactly at its target, and it must not be lost for that: in place of a share that no
+    sub-network is within, the smallest one is corrected.
+    """
+    from skd.commands import _work as work
+    from skd.support.curve import entries_within
+
+    start, last = time.perf_counter(), len(supernet.dropout_list) - 1
+    within = entries_within(supernet, given.compensate, given.convention)
+    beyond = [share for share in given.compensate if share not in within]
+    if beyond:
+        named = ", ".join(f"{share:g}" for share in beyond)
+        print(f"--compensate: no sub-network is within {named} of the MACs; the smallest is corrected")
     skd.compensate(
         supernet,
         batches,
-        macs=given.compensate,
-        convention=given.convention,
+        entries=list(dict.fromkeys([*within.values(), *([last] if beyond else [])])),
         progress=work.progress("Compensating"),
         group=given.group,
     )

@@ -13,6 +13,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -171,4 +172,4 @@ def grow(
     below = [name for name, width in (current.least or {}).items() if narrowest[name] < width]
     if below:
         raise ValueError(f"planner {shown} narrows {below[0]} to {narrowest[below[0]]}; it must keep `current.least`")
-    return grown
+    return replace(grown, least=current.least)  # which a planner that made a list of its own has not handed on

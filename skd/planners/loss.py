@@ -116,10 +116,12 @@ class Setting(NamedTuple):
 def _ranked(
     setting: Setting, current: DropoutList, convention: str, points: int, shape: str
 ) -> tuple[list[Operation], dict[str, float]]:
-    """The operations at the widths of the last entry, sorted, and the rise that skipping each module brings."""
+    """The operations at the widths of the last entry, sorted, and the rise at the smallest width of each module."""
     supernet, widths = setting.supernet, list(current.entry(len(current) - 1).values())
     pairs = zip(supernet.infos, widths, strict=True)
-    curves = rises(setting, widths, [_widths_to_measure(module, width, points) for module, width in pairs])
+    least = current.least or {}
+    below = [_widths_to_measure(module, width, points, least.get(module.name, 0)) for module, width in pairs]
+    curves = rises(setting, widths, below)
     if shape == "taylor":
         scores, _ = importance(supernet, setting.batches, widths=widths, group=setting.group)
         curves = [_shaped(m, curve, scores[m.name]) for m, curve in zip(supernet.infos, curves, strict=True)]
@@ -135,14 +137,17 @@ def _ranked(
     return [operation for *_, operation in steps], rise
 
 
-def _widths_to_measure(module: Module, width: int, points: int) -> list[int]:
-    """Whole numbers of groups, evenly spaced below the present width, in falling order; the last is 0."""
+def _widths_to_measure(module: Module, width: int, points: int, least: int) -> list[int]:
+    """`least`, and above it whole numbers of groups, evenly spaced below the present width; in falling order."""
+    if width <= least:
+        return []
     if module.binary:
-        return [0] if width else []
-    groups = -(-width // module.group_size)
+        return [0]
+    groups = -(-width // module.group_size) - least // module.group_size
     count = min(points, groups)
-    kept = {round(groups * step / count) for step in range(count)}
-    return [number * module.group_size for number in sorted(kept, reverse=True)]
+    kept = {round(groups * step / count) for step in range(1, count)}
+    above = (least // module.group_size + number for number in sorted(kept, reverse=True))
+    return [number * module.group_size for number in above] + [least]
 
 
 @torch.no_grad()
@@ -239,7 +244,7 @@ def _operations(module: Module, curve: Curve, price: float) -> list[Operation]:
     for (wide, low), (narrow, high) in pairwise(corners):
         # Each slope is divided by the same price, so that rounding cannot change the order of the scores.
         slope, end = _slope((wide, low), (narrow, high)) / price, wide
-        for width in range((wide - 1) // group * group, narrow - 1, -group):
+        for width in (*range((wide - 1) // group * group, narrow, -group), narrow):
             operations.append(Operation(module.name, width, (end - width) * price, slope))
             end = width
     return operations

@@ -62,11 +62,19 @@ class Sums(NamedTuple):
         return weight.mT, bias
 
     def correct(self, layer: nn.Linear, ridge: float) -> bool:
-        """Add the solution to the layer in place; False, and the layer stays, if the solution is not finite."""
+        """Add the solution to the layer in place; False, and the layer stays, if the solution is not finite.
+
+        An output channel whose solution the layer's dtype cannot hold stays too. In float16 it is one that layer
+        scale multiplies by next to nothing, so that nothing is lost.
+        """
         weight, bias = self.solved(ridge, intercept=layer.bias is not None)
         if not bool(weight.isfinite().all() & bias.isfinite().all()):
             return False
-        layer.weight.add_(weight.to(layer.weight.dtype))
+        wide = layer.weight + weight.to(layer.weight.dtype)
+        fits = wide.isfinite().all(1)
         if layer.bias is not None:
-            layer.bias.add_(bias.to(layer.bias.dtype))
+            high = layer.bias + bias.to(layer.bias.dtype)
+            fits &= high.isfinite()
+            layer.bias.copy_(torch.where(fits, high, layer.bias))
+        layer.weight.copy_(torch.where(fits[:, None], wide, layer.weight))
         return True

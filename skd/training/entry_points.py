@@ -91,7 +91,7 @@ def train(
     _check(supernet, train_loader, val_loader, config, calibration, resume, group)
     with together(group):
         check_log(config.log, out)
-    folder = None if out is None else _run_folder(out, resume, group)
+    folder = _run_folder(out, resume, group)
     supernet.corrections, supernet.moments = {}, {}
     screen = Screen(console, verbose)
     run = make_run(
@@ -141,7 +141,7 @@ def finetune(
     _check(supernet, train_loader, val_loader, config, None, resume, group)
     with together(group):
         check_log(config.log, out)
-    folder = None if out is None else _run_folder(out, resume, group)
+    folder = _run_folder(out, resume, group)
     screen = Screen(console, verbose)
     run = make_run(supernet, train_loader, val_loader, config, screen=screen, folder=folder, plain=True, group=group)
     history = _run(run, resume)
@@ -150,8 +150,6 @@ def finetune(
 
 
 def _run(run: Run, resume: str | None) -> History:
-    if resume is not None and run.folder is None:
-        raise ValueError(f"resume is {resume!r}, but there is no `out` to go on in")
     if resume is not None and take_up_newest(run):
         run.screen.line(f"going on after {run.position.epoch} epochs, {run.step} steps")
     history = run_epochs(run)
@@ -204,7 +202,11 @@ def _check(
     warn_of_ignored(config, **loaders)
 
 
-def _run_folder(out: str | os.PathLike[str], resume: str | None, group: Group) -> Path:
+def _run_folder(out: str | os.PathLike[str] | None, resume: str | None, group: Group) -> Path | None:
+    if out is None:
+        if resume is not None:
+            raise ValueError(f"resume is {resume!r}, but there is no `out` to go on in")
+        return None
     folder = Path(out)
     with together(group):
         if rank_of(group) == 0:

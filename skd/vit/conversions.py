@@ -49,7 +49,7 @@ class SecondMoments(NamedTuple):
     def of(cls, features: torch.Tensor) -> SecondMoments:
         """The sums over (G, rows, D) features."""
         features = features.double()
-        rows = torch.full_like(features[:, 0, 0], features.shape[1])
+        rows = features.new_full(features.shape[:1], features.shape[1])
         return cls(rows, features.sum(1), features.mT @ features)
 
     @classmethod
