@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +86,27 @@ def save(obj: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(os.path.realpath(path))  # a link stays, and its target is replaced
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         raise ValueError(f"path is {str(path)!r}; it must be a file in an existing folder")
-    header = header_of(obj)
-    tensors = _tensors(obj, header) | (_added_tensors(obj) if isinstance(obj, SuperNet) else {})
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    header, tensors = _contents(obj)
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
     with replacing(path) as temporary:
         _write(tensors, header, temporary)
-        _verify(obj, temporary)
+        _verify(obj, partial(_read, temporary))
+
+
+def check_saveable(obj: SuperNet | TimmModel) -> None:
+    """Check that a file of `obj` could be rebuilt, without writing one.
+
+    Raises:
+        ValueError: it could not.
+    """
+    header, tensors = _contents(obj)
+    _verify(obj, lambda _: (json.loads(json.dumps(header)), tensors))
+
+
+def _contents(obj: SuperNet | TimmModel) -> tuple[Header, dict[str, torch.Tensor]]:
+    header = header_of(obj)
+    tensors = _tensors(obj, header) | (_added_tensors(obj) if isinstance(obj, SuperNet) else {})
+    return header, {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
@@ -324,8 +341,10 @@ def _check_fit(model: TimmModel, state: dict[str, torch.Tensor], placeholders: d
 
 
 @torch.no_grad()
-def _verify(obj: SuperNet | TimmModel, path: Path) -> None:
-    """Check that the file at `path` can be rebuilt to a network with the logits of `obj`.
+def _verify(
+    obj: SuperNet | TimmModel, read: Callable[[torch.device], tuple[Header, dict[str, torch.Tensor]]]
+) -> None:
+    """Check that what `read` gives, on a device, can be rebuilt to a network with the logits of `obj`.
 
     Raises:
         ValueError: it cannot.
@@ -333,7 +352,7 @@ def _verify(obj: SuperNet | TimmModel, path: Path) -> None:
     model = obj.model if isinstance(obj, SuperNet) else obj
     parameter = next(model.parameters())
     try:
-        copy = _rebuild(*_read(path, parameter.device), parameter.device)
+        copy = _rebuild(*read(parameter.device), parameter.device)
     except Exception as reason:
         raise ValueError(f"obj cannot be rebuilt from its constructor arguments: {reason}") from reason
     image = probe(model)

@@ -374,3 +374,24 @@ def test_a_supernetwork_has_its_own_weights(work: Path, tmp_path: Path, capsys: 
     line = ["--supernet", work / "none.safetensors", "--checkpoint", "x.pth", "--out", tmp_path / "run"]
     assert run("train", *line, "--data", work / "images") == 2
     assert "--supernet is given, a file with its own weights" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_model_that_it_converted_alone(work: Path, tmp_path: Path, capsys: Any) -> None:
+    kwargs = {key: value for key, value in KWARGS.items() if key != "num_classes"}
+    argv = [
+        "train",
+        *MODEL,
+        json.dumps(kwargs),
+        "--num-classes",
+        2,
+        "--data",
+        work / "two",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert run(*argv, *TRAIN) == 0
+    capsys.readouterr()
+    for more in (["--num-classes", 3], ["--model-kwargs", json.dumps({**kwargs, "depth": 1})]):
+        assert run(*argv, *more, *TRAIN, "--resume", "auto") == 2
+        assert f"resume: {more[0]} is " in capsys.readouterr().err
+    assert run(*argv, *TRAIN, "--resume", "auto") == 0

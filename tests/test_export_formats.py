@@ -321,6 +321,7 @@ def test_a_damaged_manifest(text: str, tmp_path: Path) -> None:
         ("new", {"entry": 0, "shares": [0.5]}, "exactly one"),
         ("new", {"shares": [1.5]}, "shares is"),
         ("new", {"shares": []}, "shares is"),
+        ("new", {"shares": (share for share in [0.5])}, "shares is"),
         ("new", {"macs": 0.01}, "smallest sub-network"),
         ("new", {"entry": 9}, "entry is 9"),
         ("new", {"entry": 0, "compiled": True}, "goes with 'pt2' alone"),
@@ -499,6 +500,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "its own model.py loads it" in capsys.readouterr().out
     assert read_manifest("family") == json.loads(Path("out.json").read_text())["members"]
     assert [member["top1"] for member in read_manifest("family")] == [None, 66.0]
+    corrected = json.loads(Path("top1.json").read_text()) | {"corrections": [{"entry": half}]}
+    Path("corrected.json").write_text(json.dumps(corrected))
+    assert main([*common, "--all", "0.5", "--evaluated", "corrected.json", "--out", "without"]) == 0
+    assert f"entry {half} was measured with a correction and is written without one" in capsys.readouterr().out
+    assert [member["top1"] for member in read_manifest("without")] == [None]
     assert main(["export", "--model", "sub.safetensors", "--out", "sub"]) == 0
     torch.testing.assert_close(standalone.load("sub")(IMAGES), expected(network, 2))
     for more, told in (

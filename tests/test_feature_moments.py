@@ -139,7 +139,8 @@ def test_files_keep_them(tmp_path: Path) -> None:
     )
     assert sum(own.nbytes for own in again.moments.values()) == 4 * 2 * (48 + 48**2 + 72 + 72**2)
     one, other = (skd.extract(each, entry=2, corrected="moments") for each in (net, again))
-    assert torch.equal(one(batches[0][0]), other(batches[0][0]))
+    # Tensors of a file lie at other addresses, by which some processors round sums differently.
+    assert largest(one(batches[0][0]), other(batches[0][0])) < 1e-9
 
 
 def test_they_go_when_the_weights_change() -> None:

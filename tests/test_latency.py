@@ -614,3 +614,9 @@ def test_plan_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert main([*common, "--latency-table", "other.json", "--out", "refused.safetensors"]) == 2
     assert "latency is a table of" in capsys.readouterr().err and not Path("refused.safetensors").exists()
     assert main([*common, "--latency-ms", "25"]) == 2 and "it needs --latency-table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [3, -1, 1.5])
+def test_what_is_no_entry_is_not_timed(entry: Any) -> None:
+    with pytest.raises(ValueError, match=f"entry is {entry}"):
+        benchmark(nested(digit_net(), [8, 6, 16, 24], [0, 0, 12, 0]), [1, entry])

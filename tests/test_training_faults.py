@@ -265,3 +265,31 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^out is .*a file"):
         run_training(digit_net(), training_config(), tmp_path / "file")
+
+
+# Lost work
+
+
+def test_what_cannot_be_saved_is_not_trained(tmp_path: Path) -> None:
+    """It is said before the first step, and not at the first evaluation."""
+    steps: list[int] = []
+    loader = Hooked(digit_data()[0], steps.append)
+    net = digit_net()
+    net.model.head = torch.nn.Sequential(torch.nn.Dropout(0.1), net.model.head)
+    with pytest.raises(ValueError, match="obj cannot be rebuilt from its constructor arguments"):
+        run_training(net, training_config(), tmp_path / "a", train_loader=loader)
+    (tmp_path / "b" / "supernet.safetensors").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"out has a folder supernet\.safetensors"):
+        run_training(digit_net(), training_config(), tmp_path / "b", train_loader=loader)
+    assert steps == [] and not checkpoint_files(tmp_path / "a")
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_finished_run_is_not_overwritten_when_its_checkpoints_are_gone(tmp_path: Path, resume: str | None) -> None:
+    run_training(digit_net(), training_config(epochs=1, progressive_epochs=0), tmp_path)
+    written = (tmp_path / "supernet.safetensors").read_bytes()
+    for path in checkpoint_files(tmp_path):
+        path.unlink()
+    with pytest.raises(ValueError, match="a finished run whose checkpoints are gone"):
+        run_training(digit_net(), training_config(epochs=1, progressive_epochs=0), tmp_path, resume=resume)
+    assert (tmp_path / "supernet.safetensors").read_bytes() == written

@@ -5,6 +5,7 @@ import copy
 import itertools
 import random
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from helpers import (
     training_config,
     weights,
 )
+from torch.utils.data import DataLoader, IterableDataset
 
 import skd
 import skd.planners.paper as paper_module
@@ -389,3 +391,37 @@ def test_epochs_read_the_loader_once_each(tmp_path):
     run_training(digit_net(), training_config(), train_loader=loader)
     assert loader.given == 3 * 4
     assert len(list(start_epoch(loader, 0, 0, 0))) == 4
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """A data set that does not know how many batches it has, as PyTorch's streams."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def test_loaders_of_streams_have_no_length() -> None:
+    train, test, calibration = (DataLoader(Stream(part), batch_size=None) for part in digit_data())
+    net = digit_net()
+    run_training(net, training_config(), train_loader=train, val_loader=test, calibration=calibration)
+    other = digit_net()
+    run_training(other, training_config())
+    assert raw_bytes(net.state_dict()) == raw_bytes(other.state_dict())
+
+
+def test_a_list_that_was_planned_with_another_convention_grows_to_the_target_of_the_run() -> None:
+    net, calibration = digit_net(), digit_data()[2]
+    net.dropout_list = skd.plan(net, calibration, target=0.5, rounds=1, convention="linear", planner="paper")
+    config = training_config(epochs=1, progressive_epochs=1, target=0.6, convention="full", checkpoint_steps=0)
+    run_training(net, config)
+    sizes = net.dropout_list.macs
+    largest_step = -min(sizes[1:] - sizes[:-1])
+    assert sizes[0] * 0.4 <= sizes[-1] <= sizes[0] * 0.4 + largest_step
+
+
+def test_a_teacher_that_there_is_not_is_said() -> None:
+    with pytest.warns(UserWarning, match="kd_teacher is 'larger', but there is only the full network"):
+        run_training(digit_net(), training_config(epochs=1, progressive_epochs=0, kd_teacher="larger"))

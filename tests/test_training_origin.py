@@ -75,6 +75,19 @@ def test_other_numbers_of_images_are_refused(half: Path, name: str, told: str) -
         assert "another network" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_validation_images_for_a_part_of_a_run_are_refused(tmp_path: Path, first: bool) -> None:
+    """The best weights so far would be given up, or could not be compared with."""
+    test = digit_data()[1]
+    with pytest.raises(OSError, match="gone"):
+        loader = raising(digit_data()[0], 7, OSError("gone"))
+        run_training(
+            digit_net(), training_config(), tmp_path, train_loader=loader, val_loader=test if first else None
+        )
+    with pytest.raises(ValueError, match=f"there were{'' if first else ' no'} validation images"):
+        run_training(digit_net(), training_config(), tmp_path, resume="auto", val_loader=None if first else test)
+
+
 def test_other_classes_are_refused(tmp_path: Path) -> None:
     """As many, with other names or in another order; all that differs is said at once."""
     train, test, _ = digit_data()

@@ -276,3 +276,14 @@ def test_dataloaders_to_evaluate_and_calibrate_with(tmp_path):
     run(1, tmp_path / "one")
     run(2, tmp_path / "other")
     assert_same_outcome(tmp_path / "other", tmp_path / "one")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """As nohup and scripts ask for it, of programs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loader = signalling(digit_data()[0], 2, signal.SIGINT)
+        run_training(digit_net(), training_config(epochs=1, progressive_epochs=0), tmp_path, train_loader=loader)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

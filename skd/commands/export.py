@@ -91,7 +91,7 @@ def run(given: argparse.Namespace) -> Document:
         shares=given.all,
         convention=given.convention,
         corrected=given.compensate or not given.uncorrected,
-        top1=None if given.evaluated is None else _top1(given.evaluated, network),
+        top1=None if given.evaluated is None else _top1(given, network),
         compiled=given.compiled,
         device=given.device,
     )
@@ -105,18 +105,23 @@ def run(given: argparse.Namespace) -> Document:
     return {"out": given.out, "format": given.format, "members": members}
 
 
-def _top1(file: str, network: nn.Module) -> dict[int, float]:
+def _top1(given: argparse.Namespace, network: nn.Module) -> dict[int, float]:
     """Top-1 by entry, from what skd evaluate --json wrote of this super-network.
+
+    An entry that was measured with a correction, and is written without one or the other way round, is left out.
 
     Raises:
         ValueError: it is something else, or its entries have other sizes than those of the network.
     """
     from skd.support.curve import sizes_of
 
+    file: str = given.evaluated
     try:
         document = json.loads(Path(file).read_text(encoding="utf-8"))
         rows = document.get("curve", [document])
         found = {int(row["entry"]): (float(row["top1"]), int(row["macs"])) for row in rows}
+        corrected = document.get("corrections", rows if document.get("compensated") else [])
+        measured = {int(row["entry"]) for row in corrected}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         what = error.strerror if isinstance(error, OSError) else "it has no top-1 and MACs of entries"
         raise ValueError(f"--evaluated is {file!r}: {what}; it must be what skd evaluate --json wrote") from None
@@ -129,7 +134,18 @@ def _top1(file: str, network: nn.Module) -> dict[int, float]:
                     f"--evaluated is {file!r}, of another super-network: its entry {entry} has {macs:,} MACs, "
                     f"and here it has {size['macs']:,}"
                 )
+    for entry in [entry for entry in found if entry and (entry in measured) != _corrected(given, network, entry)]:
+        was, will = ("with", "without") if entry in measured else ("without", "with")
+        print(f"--evaluated: entry {entry} was measured {was} a correction and is written {will} one: no top-1 of it")
+        del found[entry]
     return {entry: top1 for entry, (top1, _) in found.items()}
+
+
+def _corrected(given: argparse.Namespace, network: nn.Module, entry: int) -> bool:
+    """Whether an entry is written with a correction."""
+    if given.uncorrected or not isinstance(network, skd.SuperNet):
+        return False
+    return given.compensate is not None or entry in network.corrections
 
 
 COMMAND = Command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import skd
 from skd.commands import Command
 from skd.commands import _arguments as options
-from skd.support.outputs import Files, output_folder
+from skd.support.outputs import Files, output_folder, write_json
 from skd.support.settings import RESUME, TrainConfig
 from skd.support.types import Document
 
@@ -84,7 +85,7 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     """
     from skd.commands import _work as work
     from skd.data.building import calibration
-    from skd.support.ranks import check_same, spread
+    from skd.support.ranks import check_same, rank_of, spread
 
     where = work.device(given)
     if given.supernet is not None:
@@ -98,6 +99,7 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     if file.exists() and given.resume is None:
         raise ValueError(f"{file} is there already; resume its run (--resume auto), or choose another folder")
     if file.exists():
+        _check_same_model(given, file)
         return work.supernet(str(file), where), {}
     model = work.build_model(given).to(where)
     work.warn_if_random(given)
@@ -107,7 +109,33 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     supernet = skd.convert(model, batches, progress=work.progress("Converting"), group=given.group)
     conversion = work.images_read(given, conversion=batches)["images"]
     work.write(supernet, file, given.group)
+    if rank_of(given.group) == 0:
+        write_json(file.with_suffix(".json"), _named_model(given))
     return supernet, conversion
+
+
+def _named_model(given: argparse.Namespace) -> Document:
+    """The options that say which model is converted."""
+    names = ("model", "model_kwargs", "checkpoint", "pretrained", "num_classes")
+    return {name: getattr(given, name) for name in names}
+
+
+def _check_same_model(given: argparse.Namespace, file: Path) -> None:
+    """Check that `file` was converted from the model of these options, as far as it is known.
+
+    Raises:
+        ValueError: from another one.
+    """
+    known = file.with_suffix(".json")
+    if not known.exists():  # of an earlier version, or the run was stopped while it wrote them
+        return
+    before = json.loads(known.read_text(encoding="utf-8"))
+    for name, now in json.loads(json.dumps(_named_model(given))).items():
+        if before.get(name) != now:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"resume: {option} is {now!r}, but {file} was made with {before.get(name)!r}; choose another folder"
+            )
 
 
 def _given_supernet(given: argparse.Namespace, where: torch.device) -> skd.SuperNet:

@@ -184,7 +184,8 @@ def _choices(
         return [_Choice(choose_entry(network, latency_ms=latency_ms, latency=latency, convention=convention))]
     if shares is None:
         return [_Choice(choose_entry(network, macs=macs, params=params, entry=entry, convention=convention))]
-    if isinstance(shares, str) or not shares or not all(isinstance(x, float | int) and 0 < x <= 1 for x in shares):
+    is_list = isinstance(shares, Sequence) and not isinstance(shares, str)
+    if not is_list or not shares or not all(isinstance(x, float | int) and 0 < x <= 1 for x in shares):
         raise ValueError(f"shares is {shares!r}; it must be a list of numbers above 0 and at most 1")
     found = {
         choose_entry(network, macs=share, convention=convention): share for share in sorted(map(float, set(shares)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sized
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 from skd import planners
 from skd.data.building import warn_of_ignored
 from skd.supernet import SuperNet, belongs_to_supernet, check_supernet
+from skd.support.checks import length_of
 from skd.support.outputs import output_folder, remove_leftovers, write_json
 from skd.support.ranks import check_group, check_same, rank_of, together
 from skd.support.settings import RESUME, TrainConfig, finetune_config
@@ -94,9 +96,8 @@ def train(
     folder = _run_folder(out, resume, group)
     supernet.corrections, supernet.moments = {}, {}
     screen = Screen(console, verbose)
-    run = make_run(
-        supernet, train_loader, val_loader, config, calibration or (), screen=screen, folder=folder, group=group
-    )
+    batches = () if calibration is None else calibration
+    run = make_run(supernet, train_loader, val_loader, config, batches, screen=screen, folder=folder, group=group)
     return _run(run, resume)
 
 
@@ -152,6 +153,8 @@ def finetune(
 def _run(run: Run, resume: str | None) -> History:
     if resume is not None and take_up_newest(run):
         run.screen.line(f"going on after {run.position.epoch} epochs, {run.step} steps")
+    else:
+        run.check_product()
     history = run_epochs(run)
     with together(run.group):
         if run.folder is not None and run.state.rank == 0:
@@ -193,13 +196,18 @@ def _check(
             raise ValueError(
                 f"{name} is an iterator, empty after one pass; it must be a list, a DataLoader or the like"
             )
-    steps = len(train_loader) if isinstance(train_loader, Sized) else None
+    steps = length_of(train_loader)
     check_same([steps, config.to_dict()], "the batches of an epoch and the settings", group)
     if calibration is None and (config.growing_epochs or config.refit_start):
         raise ValueError(
             "calibration is None; importance and refit_start need un-augmented batches of training images"
         )
     warn_of_ignored(config, **loaders)
+    if config.kd_teacher == "larger" and config.growing_epochs == 0 and len(supernet.dropout_list) == 1:
+        warnings.warn(
+            "kd_teacher is 'larger', but there is only the full network, which has no larger one: it has no effect",
+            stacklevel=3,
+        )
 
 
 def _run_folder(out: str | os.PathLike[str] | None, resume: str | None, group: Group) -> Path | None:
@@ -213,7 +221,13 @@ def _run_folder(out: str | os.PathLike[str] | None, resume: str | None, group: G
             output_folder(out)
             output_folder(folder / "checkpoints")
             remove_leftovers(folder, folder / "checkpoints")
-            if resume is None and checkpoints(folder / "checkpoints"):
+            there_is_one = bool(checkpoints(folder / "checkpoints"))
+            if not there_is_one and (folder / "run.json").exists():
+                raise ValueError(
+                    f"out is {str(folder)!r}, which holds a finished run whose checkpoints are gone; choose another "
+                    "folder"
+                )
+            if resume is None and there_is_one:
                 raise ValueError(
                     f"out is {str(folder)!r}, which holds a run already; resume it (--resume auto, in "
                     "Python resume='auto'), or choose another folder"

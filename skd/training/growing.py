@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from skd import planners
@@ -15,6 +16,9 @@ def grow(run: Run) -> None:
     """Run one round of planning at the current weights (not their average), and use the grown list on every rank."""
     supernet, config, options = run.supernet, run.config, run.config.planner_options or {}
     current = supernet.dropout_list
+    if run.position.epoch == 0:  # the list may have been planned with another convention
+        sizes = supernet.costs.macs(current.widths[[0, -1]], config.convention)
+        current = replace(current, removed_macs=float(sizes[0] - sizes[1]))
     total = int(supernet.costs.macs(supernet.widths(), config.convention))
     target = config.target * (run.position.epoch + 1) / config.growing_epochs * total
     if run.online is not None and run.online.steps:  # the planner "paper", with scores from the training steps

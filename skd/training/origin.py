@@ -120,7 +120,10 @@ def _differences(now: Mapping[str, Images], was: Mapping[str, Images]) -> list[s
         images, number = now[name]["images"], was[name]["images"]
         if images is not None and number is not None and images != number:
             found.setdefault(f"are {images}, not {number}", []).append(name)
-    return [f"the {' and '.join(names)} images {text}" for text, names in found.items()]
+    differences = [f"the {' and '.join(names)} images {text}" for text, names in found.items()]
+    if ("validation" in now) != ("validation" in was):  # by which the best weights are chosen
+        differences.append(f"{'there were no' if 'validation' in now else 'there were'} validation images")
+    return differences
 
 
 def _classes(names: list[str]) -> str:

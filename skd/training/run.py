@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from skd.extract import extract
-from skd.files import save
+from skd.files import check_saveable, save
 from skd.supernet import SuperNet
+from skd.support.checks import length_of
 from skd.support.outputs import replacing
 from skd.support.ranks import StopAll, largest, together
 from skd.support.settings import TrainConfig
@@ -156,6 +157,18 @@ class Run:
             if self.folder is not None and self.state.rank == 0:
                 save(extract(averaged, entry=0) if self.plain else averaged, self.product)
 
+    def check_product(self) -> None:
+        """Check that the weights can be saved, before there are any that could be lost.
+
+        Raises:
+            ValueError: the network cannot be rebuilt from a file, or a folder has the file's name.
+        """
+        with together(self.group):
+            if self.folder is not None and self.state.rank == 0:
+                if self.product.is_dir():
+                    raise ValueError(f"out has a folder {self.product.name}, which is the name of a file to write")
+                check_saveable(extract(self.supernet, entry=0) if self.plain else self.supernet)
+
     def begin_tracking(self) -> None:
         """Open the files for TensorBoard, if the settings ask for them."""
         with together(self.group):
@@ -201,7 +214,8 @@ def make_run(
     state = make_state(supernet, config, group)
     _tell_of_graph(state, config, screen)
     loaders = {"training": train_loader, "validation": val_loader, "calibration": calibration}
-    steps_per_epoch = len(train_loader) // config.grad_accum_steps if isinstance(train_loader, Sized) else None
+    batches = length_of(train_loader)
+    steps_per_epoch = None if batches is None else batches // config.grad_accum_steps
     online = None
     if config.importance == "online" and config.growing_epochs > 1:
         if state.precision == torch.float16:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from skd.support.checks import length_of
 from skd.training.history import Epoch
 
 _Item = TypeVar("_Item")
@@ -69,7 +70,7 @@ class Screen:
 
     def bar(self, items: Iterable[_Item], description: str) -> Iterator[_Item]:
         """`items`, with a bar that goes away when they are through."""
-        total = len(items) if isinstance(items, Sized) else None
+        total = length_of(items)
         with self._progress(BarColumn(), TimeRemainingColumn()) as progress:
             yield from progress.track(items, total=total, description=description)
 

@@ -43,12 +43,16 @@ class StopSignal:
 
 @contextmanager
 def stop_signals(enabled: bool) -> Iterator[StopSignal]:
-    """Inside the block SIGTERM and SIGINT are remembered; the handlers of before return after it."""
+    """Inside the block SIGTERM and SIGINT are remembered; the handlers of before return after it.
+
+    A signal that is ignored stays ignored: nohup and scripts that run a program in the background ask for that.
+    """
     stop = StopSignal()
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, stop.remember) for number in heard}
     try:
         yield stop
     finally:
