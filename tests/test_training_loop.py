@@ -412,14 +412,13 @@ def test_loaders_of_streams_have_no_length() -> None:
     assert raw_bytes(net.state_dict()) == raw_bytes(other.state_dict())
 
 
-def test_a_list_that_was_planned_with_another_convention_grows_to_the_target_of_the_run() -> None:
-    net, calibration = digit_net(), digit_data()[2]
+def test_a_list_that_was_planned_with_another_convention_does_not_grow_beyond_the_target_of_the_run() -> None:
+    """With 64 tokens, where most of an attention's MACs are products that one convention does not count."""
+    net, calibration = digit_net(patch_size=1), digit_data()[2]
     net.dropout_list = skd.plan(net, calibration, target=0.5, rounds=1, convention="linear", planner="paper")
     config = training_config(epochs=1, progressive_epochs=1, target=0.6, convention="full", checkpoint_steps=0)
     run_training(net, config)
-    sizes = net.dropout_list.macs
-    largest_step = -min(sizes[1:] - sizes[:-1])
-    assert sizes[0] * 0.4 <= sizes[-1] <= sizes[0] * 0.4 + largest_step
+    assert net.dropout_list.macs[-1] >= 0.4 * net.dropout_list.macs[0]
 
 
 def test_a_teacher_that_there_is_not_is_said() -> None:
