@@ -220,6 +220,7 @@ def test_the_table_of_steps_tells_the_host_time_where_it_was_taken() -> None:
     assert lines[4:] == ["", "Milliseconds of the host at 50 % of the MACs: ours: 0.3; ours, scores: 0.31."]
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     make = steps.make
 

@@ -126,7 +126,7 @@ runpy.run_module("skd", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("again", ["pass", "interrupt()"])
+@pytest.mark.parametrize("again", ["pass", pytest.param("interrupt()", marks=pytest.mark.slow)])
 def test_ctrl_c_at_work_removes_what_was_being_written(tmp_path: Path, again: str) -> None:
     """The second one does not wait for what the first has begun."""
     child = process("-c", WORKING.replace("AGAIN", again), "info", cwd=tmp_path)

@@ -45,6 +45,7 @@ def test_convert_and_extract(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("digits-*.safetensors"))) == 4
 
 
+@pytest.mark.slow
 def test_train(tmp_path: Path) -> None:
     printed = run(tmp_path, "train.py", "digits", "run")
     assert "4 epochs" in printed and accuracies(printed)[0] > 30

@@ -39,6 +39,7 @@ def test_they_can_be_imported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_all_of_these_tests_are_found(tmp_path: Path) -> None:
     done = run(
         tmp_path, "-m", "pytest", "-p", "forbid", "-p", "no:cacheprovider", "--collect-only", "-q", "tests/kernels"

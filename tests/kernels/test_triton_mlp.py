@@ -66,6 +66,7 @@ with kernels.use("triton"):
     assert result.stdout.split() == ["slices", "triton"], result.stderr
 
 
+@pytest.mark.slow
 def test_one_compilation_on_the_cpu_serves_every_width() -> None:
     """Through the reference, which is what a width in a compiled graph gets where there is no GPU."""
     torch.manual_seed(0)
