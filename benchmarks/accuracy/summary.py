@@ -200,7 +200,7 @@ def _work(stages: Mapping[str, float]) -> float:
 def plot(result: Info, path: Path) -> None:
     """One panel for each set and size: mean top-1 against MACs, with bars of one standard error.
 
-    Only the contenders of the final plan are drawn, so that the curves can be told apart.
+    Only the contenders of the final plan are drawn, on the networks that all of them have.
     """
     from matplotlib.figure import Figure
 
@@ -208,10 +208,12 @@ def plot(result: Info, path: Path) -> None:
     figure = Figure(figsize=(7.2, 3.6 * len(drawn)), dpi=120, layout="constrained")
     for axes, group in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
         shown = {name: curve for name, curve in group.curves.items() if name.removesuffix(AFTER) in FINAL}
-        for index, (name, by_seed) in enumerate(shown.items()):
-            points = [_point(by_seed.values(), share) for share in group.shares]
+        seeds = set.intersection(*(set(by_seed) for by_seed in shown.values())) if shown else set()
+        for name, by_seed in shown.items() if seeds else ():
+            points = [_point([by_seed[seed] for seed in sorted(seeds)], share) for share in group.shares]
             means, errors = zip(*points, strict=True)
-            style = {"color": "0.2", "linewidth": 2} if name == BASE else {"color": f"C{index % 10}", "linewidth": 1}
+            color = "0.2" if name == BASE else f"C{FINAL.index(name.removesuffix(AFTER))}"
+            style = {"color": color, "linewidth": 2 if name == BASE else 1}
             dashes = ":" if AFTER in name else "--" if "planned" in name else "-"
             percents = [100 * share for share in group.shares]
             axes.errorbar(percents, means, errors, linestyle=dashes, marker=".", label=name, capsize=2, **style)
