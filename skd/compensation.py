@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@torch.inference_mode(False)  # the corrections must be tensors that autograd may save
 @torch.no_grad()
 def compensate(
     supernet: SuperNet,
@@ -93,6 +92,9 @@ def compensate(
         found = {entry: moments_correction(supernet, entry, float(ridge)) for entry in chosen}
     else:
         found = _fitted(supernet, batches, chosen, float(ridge), progress, group)
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # copies that may be used outside of it
+            found = {entry: correction.mapped(torch.clone) for entry, correction in found.items()}
     supernet.corrections = {**supernet.corrections, **found}
     return found
 

@@ -152,7 +152,7 @@ class DropoutList:
             "removed_macs": list(float(self.removed_macs).as_integer_ratio()),
         }
         if self.least:
-            document["least"] = dict(self.least)
+            document["least"] = {name: int(width) for name, width in self.least.items()}
         return json.dumps(document)
 
     @staticmethod

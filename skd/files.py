@@ -100,6 +100,10 @@ def check_saveable(obj: SuperNet | TimmModel) -> None:
         ValueError: it could not.
     """
     header, tensors = _contents(obj)
+    owners: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.is_meta and owners.setdefault(tensor.data_ptr(), name) != name:
+            raise ValueError(f"obj cannot be saved: {owners[tensor.data_ptr()]} and {name} are one tensor")
     _verify(obj, lambda _: (json.loads(json.dumps(header)), tensors))
 
 

@@ -202,8 +202,11 @@ def plan(
     for step in shown:
         grown = grow(grown, goal * total * step / rounds)
     _warn_if_out_of_reach(supernet, grown, goal, convention, least)
-    if len(grown) == 1:
-        _warn(f"target is {goal}, less than any module can lose by itself: the list has the full network alone")
+    if len(grown) == 1 and any(width > least.get(name, 0) for name, width in grown.entry(0).items()):
+        _warn(
+            f"target is {goal}, and the first step that the planner would take removes more: the list has the full "
+            "network alone"
+        )
     return grown
 
 

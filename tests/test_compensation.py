@@ -397,8 +397,11 @@ def test_a_channel_that_float16_cannot_hold_stays(images: bool) -> None:
 def test_corrections_are_made_in_inference_mode_too() -> None:
     net = nested(skd.SuperNet(tiny_vit()), [16, 24, 16, 24])
     with torch.inference_mode():
-        skd.compensate(net, random_batches(), entries=[1])
+        found = skd.compensate(net, random_batches(), entries=[1])
+        made_inside = nested(skd.SuperNet(tiny_vit()), [16, 24, 16, 24])
+        other = skd.compensate(made_inside, random_batches(), entries=[1])
     net(random_batches()[0][0], entry=1).sum().backward()
+    assert torch.equal(found[1].layers["0.mlp"].weight, other[1].layers["0.mlp"].weight)
 
 
 def test_an_empty_batch_changes_no_moments() -> None:

@@ -278,6 +278,10 @@ def test_what_cannot_be_saved_is_not_trained(tmp_path: Path) -> None:
     net.model.head = torch.nn.Sequential(torch.nn.Dropout(0.1), net.model.head)
     with pytest.raises(ValueError, match="obj cannot be rebuilt from its constructor arguments"):
         run_training(net, training_config(), tmp_path / "a", train_loader=loader)
+    tied = digit_net()
+    tied.model.blocks[1].mlp.fc1.weight = tied.model.blocks[0].mlp.fc1.weight
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1\.\w+ and blocks\.1\.mlp\.fc1\.\w+ are one tensor"):
+        run_training(tied, training_config(), tmp_path / "a", train_loader=loader)
     (tmp_path / "b" / "supernet.safetensors").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"out has a folder supernet\.safetensors"):
         run_training(digit_net(), training_config(), tmp_path / "b", train_loader=loader)

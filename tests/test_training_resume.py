@@ -279,7 +279,7 @@ def test_dataloaders_to_evaluate_and_calibrate_with(tmp_path):
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
-    """As nohup and scripts ask for it, of programs in the background."""
+    """As a script asks for it, of what it runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         loader = signalling(digit_data()[0], 2, signal.SIGINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def files(given: argparse.Namespace) -> Files:
     products = [PRODUCT, "dropout_list.json", *RECORDS]
     if given.supernet is None:  # with --supernet, the file of that name in --out may belong to an earlier run
-        products.append(CONVERTED)
+        products += [CONVERTED, str(Path(CONVERTED).with_suffix(".json"))]
     return Files(
         reads=options.model_read(given) | options.options(given, "supernet", "config") | options.data_read(given),
         folders={"--out": (None if given.dry_run else given.out, products)},
@@ -85,7 +86,7 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     """
     from skd.commands import _work as work
     from skd.data.building import calibration
-    from skd.support.ranks import check_same, rank_of, spread
+    from skd.support.ranks import check_same, rank_of, spread, together
 
     where = work.device(given)
     if given.supernet is not None:
@@ -109,15 +110,17 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     supernet = skd.convert(model, batches, progress=work.progress("Converting"), group=given.group)
     conversion = work.images_read(given, conversion=batches)["images"]
     work.write(supernet, file, given.group)
-    if rank_of(given.group) == 0:
-        write_json(file.with_suffix(".json"), _named_model(given))
+    with together(given.group):
+        if rank_of(given.group) == 0:
+            write_json(file.with_suffix(".json"), _named_model(given))
     return supernet, conversion
 
 
 def _named_model(given: argparse.Namespace) -> Document:
     """The options that say which model is converted."""
-    names = ("model", "model_kwargs", "checkpoint", "pretrained", "num_classes")
-    return {name: getattr(given, name) for name in names}
+    names = ("model", "model_kwargs", "pretrained", "num_classes")
+    checkpoint = None if given.checkpoint is None else os.path.realpath(given.checkpoint)
+    return {"checkpoint": checkpoint, **{name: getattr(given, name) for name in names}}
 
 
 def _check_same_model(given: argparse.Namespace, file: Path) -> None:

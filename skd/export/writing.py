@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,7 +184,7 @@ def _choices(
         return [_Choice(choose_entry(network, latency_ms=latency_ms, latency=latency, convention=convention))]
     if shares is None:
         return [_Choice(choose_entry(network, macs=macs, params=params, entry=entry, convention=convention))]
-    is_list = isinstance(shares, Sequence) and not isinstance(shares, str)
+    is_list = isinstance(shares, Collection) and not isinstance(shares, str)
     if not is_list or not shares or not all(isinstance(x, float | int) and 0 < x <= 1 for x in shares):
         raise ValueError(f"shares is {shares!r}; it must be a list of numbers above 0 and at most 1")
     found = {

@@ -55,6 +55,10 @@ def check_origin(mine: Origin, product: Path, tensors: Mapping[str, torch.Tensor
             "(random weights are others every time, unless a seed is set)"
         )
     data = _differences(mine["data"], known["data"])
+    validated = "validation" in known["data"]
+    if header["epoch"] < header["config"]["epochs"] and ("validation" in mine["data"]) != validated:
+        # By these images the best weights are chosen, among those of all epochs.
+        data.append(f"there were {'' if validated else 'no '}validation images")
     if data:
         other.append(f"of a run on other data: {'; '.join(data)}")
     if other:
@@ -120,10 +124,7 @@ def _differences(now: Mapping[str, Images], was: Mapping[str, Images]) -> list[s
         images, number = now[name]["images"], was[name]["images"]
         if images is not None and number is not None and images != number:
             found.setdefault(f"are {images}, not {number}", []).append(name)
-    differences = [f"the {' and '.join(names)} images {text}" for text, names in found.items()]
-    if ("validation" in now) != ("validation" in was):  # by which the best weights are chosen
-        differences.append(f"{'there were no' if 'validation' in now else 'there were'} validation images")
-    return differences
+    return [f"the {' and '.join(names)} images {text}" for text, names in found.items()]
 
 
 def _classes(names: list[str]) -> str:

@@ -45,7 +45,7 @@ class StopSignal:
 def stop_signals(enabled: bool) -> Iterator[StopSignal]:
     """Inside the block SIGTERM and SIGINT are remembered; the handlers of before return after it.
 
-    A signal that is ignored stays ignored: nohup and scripts that run a program in the background ask for that.
+    A signal that is ignored stays ignored: a script that runs a program in the background asks for that.
     """
     stop = StopSignal()
     if not enabled or threading.current_thread() is not threading.main_thread():
