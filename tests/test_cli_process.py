@@ -96,7 +96,11 @@ def test_ctrl_c_at_any_moment() -> None:
             lines += 1
             assert (out, child.returncode) == ("", 130)
         elif child.returncode:
-            named = [line for line in err.splitlines() if "skd/" in line and "requirements" not in line]
+            named = [
+                line
+                for line in err.splitlines()
+                if line.startswith("  File ") and "skd/" in line and "requirements" not in line
+            ]
             first = ("skd/__init__.py", "skd/support/__init__.py", "skd/support/process.py")
             assert all(any(file in line for file in first) for line in named), err
     assert lines > 5
