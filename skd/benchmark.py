@@ -10,7 +10,7 @@ from typing import NotRequired, cast
 import torch
 from torch import nn
 
-from skd.extract import choose_entry, extract
+from skd.extract import extract
 from skd.latency import LatencyTable
 from skd.supernet import SuperNet, check_supernet
 from skd.support.checks import check_count
@@ -110,8 +110,6 @@ def benchmark(
     """
     supernet = unwrapped(supernet)
     check_count("rounds", rounds)
-    for entry in entries:
-        choose_entry(supernet, entry=entry)  # which refuses what is none
     with bench(supernet, batch_size, device, dtype, threads) as place:
         rows = sizes_of(supernet, list(dict.fromkeys([0, *entries])), latency)
         if latency is not None:

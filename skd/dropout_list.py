@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -67,6 +67,8 @@ class DropoutList:
         set_field = partial(object.__setattr__, self)
         set_field("modules", tuple(self.modules))
         set_field("widths", widths)
+        if self.least is not None:
+            set_field("least", _limits(self.least, self.entry(0)))
         if self.costs is not None:
             set_field("macs", self.costs.macs(widths))
             set_field("params", self.costs.params(widths))
@@ -152,7 +154,7 @@ class DropoutList:
             "removed_macs": list(float(self.removed_macs).as_integer_ratio()),
         }
         if self.least:
-            document["least"] = {name: int(width) for name, width in self.least.items()}
+            document["least"] = self.least
         return json.dumps(document)
 
     @staticmethod
@@ -167,27 +169,26 @@ class DropoutList:
             fields = {name: document.get(name) for name in ("macs", "params", "removed_macs")}
             if fields["removed_macs"] is not None:
                 fields["removed_macs"] = float(Fraction(*fields["removed_macs"]))
-            found = DropoutList(document["modules"], document["widths"], **fields)
-            return replace(found, least=_least(found, document.get("least")))
+            return DropoutList(document["modules"], document["widths"], least=document.get("least"), **fields)
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
             raise ValueError(f"text is not a dropout list: {error}") from None
 
 
-def _least(found: DropoutList, given: Any) -> dict[str, int] | None:
-    """The smallest widths of a JSON document.
+def _limits(given: object, full: Mapping[str, int]) -> dict[str, int]:
+    """The smallest widths of modules, as ints.
 
     Raises:
-        ValueError: they are not of modules of the list, or above their full width.
+        ValueError: they are not of modules of the list, or not widths that these have.
     """
-    if given is None:
-        return None
-    full = found.entry(0)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"least is {given!r}; it must map names of modules to widths")
     for name, width in given.items():
-        if name not in full or isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= full[name]:
+        is_whole = isinstance(width, numbers.Integral) and not isinstance(width, bool)
+        if name not in full or not is_whole or not 0 <= width <= full[name]:
             raise ValueError(
                 f"least has {width!r} for {name!r}; it must be a width in 0..{full.get(name)} of a module"
             )
-    return dict(given)
+    return {name: int(width) for name, width in given.items()}
 
 
 def _integers(name: str, values: object) -> np.ndarray:

@@ -202,11 +202,6 @@ def plan(
     for step in shown:
         grown = grow(grown, goal * total * step / rounds)
     _warn_if_out_of_reach(supernet, grown, goal, convention, least)
-    if len(grown) == 1 and any(width > least.get(name, 0) for name, width in grown.entry(0).items()):
-        _warn(
-            f"target is {goal}, and the first step that the planner would take removes more: the list has the full "
-            "network alone"
-        )
     return grown
 
 
@@ -294,14 +289,23 @@ def _least(supernet: SuperNet, keep: Mapping[str, int], exclude: Iterable[str]) 
 def _warn_if_out_of_reach(
     supernet: SuperNet, grown: DropoutList, target: float, convention: str, least: Mapping[str, int]
 ) -> None:
-    """Warn if the embedding and the head, and what modules must keep, have more MACs than the target leaves."""
+    """Warn if the embedding and the head, and what modules must keep, have more MACs than the target leaves.
+
+    Or if the target is so small that the list has the full network alone.
+    """
     sizes = supernet.costs.macs(grown.widths[[0, -1]], convention)
     left = int(sizes[1]) / int(sizes[0])
     smallest = [least.get(name, 0) for name in grown.modules]
-    if grown.widths[-1].tolist() == smallest and left > 1 - target + _ROUNDING:
+    at_the_end = grown.widths[-1].tolist() == smallest
+    if at_the_end and left > 1 - target + _ROUNDING:
         _warn(
             f"target is {target}, which cannot be had: the smallest sub-network, {_smallest(smallest)}, "
             f"still has {left:.4f} of the MACs ({convention}), so a target up to {1 - left:.4f} is within reach"
+        )
+    elif len(grown) == 1 and not at_the_end:
+        _warn(
+            f"target is {target}, and the first step that the planner would take removes more: the list has the full "
+            "network alone"
         )
 
 

@@ -62,8 +62,8 @@ CONTENDERS: dict[str, Contender] = {
     "loss, balanced, planned": Contender(plan=LOSS, convert={"qk": "balanced"}),
     "loss, V by output, planned": Contender(plan=LOSS, convert={"v": "output"}),
     "loss, neurons by residual, planned": Contender(plan=LOSS, convert={"neurons": "residual"}),
-    # With smaller groups of coordinates in the heads too; then one option of training at a time. A teacher takes a
-    # third more time, and so do 16 epochs instead of 12.
+    # With smaller groups of coordinates in the heads too; then one option of training at a time. A teacher takes
+    # more time, and 16 epochs instead of 12 show what more steps give.
     "groups of 4, planned": Contender(plan={**LOSS, **MEASURED}, convert=GROUPS),
     "groups of 4, planned, from moments": Contender(plan={**LOSS, **MEASURED}, convert=GROUPS, from_moments=True),
     "groups of 4": Contender(TRAINED, convert=GROUPS),

@@ -44,6 +44,11 @@ class Group:
     def all_shares(self) -> list[float]:
         return sorted({s for by_seed in self.curves.values() for curve in by_seed.values() for s in curve})[::-1]
 
+    @property
+    def seeds(self) -> set[int]:
+        """Of the networks that any contender was measured on."""
+        return {seed for by_seed in self.curves.values() for seed in by_seed}
+
     def area(self, name: str, seed: int) -> float:
         return area(self.curves[name][seed], self.shares)
 
@@ -94,7 +99,7 @@ def tables(result: Info) -> str:
         "the mean over seeds. Area: mean top-1 over the logarithm of the MACs, between the budgets of all rows.",
     ]
     for group in groups(result):
-        count = len({seed for by_seed in group.curves.values() for seed in by_seed})
+        count = len(group.seeds)
         lines += [
             "",
             f"**{group.title}** ({count} {'network' if count == 1 else 'networks'}; before: {before(group)})",
@@ -208,9 +213,9 @@ def plot(result: Info, path: Path) -> None:
     figure = Figure(figsize=(7.2, 3.6 * len(drawn)), dpi=120, layout="constrained")
     for axes, group in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
         shown = {name: curve for name, curve in group.curves.items() if name.removesuffix(AFTER) in FINAL}
-        seeds = set.intersection(*(set(by_seed) for by_seed in shown.values())) if shown else set()
+        seeds = [seed for seed in sorted(group.seeds) if all(seed in by_seed for by_seed in shown.values())]
         for name, by_seed in shown.items() if seeds else ():
-            points = [_point([by_seed[seed] for seed in sorted(seeds)], share) for share in group.shares]
+            points = [_point([by_seed[seed] for seed in seeds], share) for share in group.shares]
             means, errors = zip(*points, strict=True)
             color = "0.2" if name == BASE else f"C{FINAL.index(name.removesuffix(AFTER))}"
             style = {"color": color, "linewidth": 2 if name == BASE else 1}

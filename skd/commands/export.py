@@ -113,6 +113,7 @@ def _top1(given: argparse.Namespace, network: nn.Module) -> dict[int, float]:
     Raises:
         ValueError: it is something else, or its entries have other sizes than those of the network.
     """
+    from skd.export.writing import has_correction
     from skd.support.curve import sizes_of
 
     file: str = given.evaluated
@@ -120,32 +121,28 @@ def _top1(given: argparse.Namespace, network: nn.Module) -> dict[int, float]:
         document = json.loads(Path(file).read_text(encoding="utf-8"))
         rows = document.get("curve", [document])
         found = {int(row["entry"]): (float(row["top1"]), int(row["macs"])) for row in rows}
-        corrected = document.get("corrections", rows if document.get("compensated") else [])
-        measured = {int(row["entry"]) for row in corrected}
+        with_correction = document.get("corrections", rows if document.get("compensated") else [])
+        measured = {int(row["entry"]) for row in with_correction}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         what = error.strerror if isinstance(error, OSError) else "it has no top-1 and MACs of entries"
         raise ValueError(f"--evaluated is {file!r}: {what}; it must be what skd evaluate --json wrote") from None
     if isinstance(network, skd.SuperNet):  # `export` refuses a plain model
         for entry, (_, macs) in found.items():
-            network.widths(entry)  # which refuses what is no entry
             (size,) = sizes_of(network, [entry])
             if size["macs"] != macs:
                 raise ValueError(
                     f"--evaluated is {file!r}, of another super-network: its entry {entry} has {macs:,} MACs, "
                     f"and here it has {size['macs']:,}"
                 )
-    for entry in [entry for entry in found if entry and (entry in measured) != _corrected(given, network, entry)]:
-        was, will = ("with", "without") if entry in measured else ("without", "with")
-        print(f"--evaluated: entry {entry} was measured {was} a correction and is written {will} one: no top-1 of it")
-        del found[entry]
+        corrected = given.compensate or not given.uncorrected
+        for entry in [entry for entry in found if entry]:
+            before, after = entry in measured, has_correction(network, entry, corrected)
+            if before != after:
+                was, will = ("with", "without") if before else ("without", "with")
+                text = f"entry {entry} was measured {was} a correction and is written {will} one: no top-1 of it"
+                print(f"--evaluated: {text}")
+                del found[entry]
     return {entry: top1 for entry, (top1, _) in found.items()}
-
-
-def _corrected(given: argparse.Namespace, network: nn.Module, entry: int) -> bool:
-    """Whether an entry is written with a correction."""
-    if given.uncorrected or not isinstance(network, skd.SuperNet):
-        return False
-    return given.compensate is not None or entry in network.corrections
 
 
 COMMAND = Command(

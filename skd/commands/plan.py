@@ -146,7 +146,7 @@ def _compensate(given: argparse.Namespace, supernet: skd.SuperNet, batches: Load
     skd.compensate(
         supernet,
         batches,
-        entries=list(dict.fromkeys([*within.values(), *([last] if beyond else [])])),
+        entries=[*within.values(), *([last] if beyond else [])],
         progress=work.progress("Compensating"),
         group=given.group,
     )

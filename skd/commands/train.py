@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PRODUCT = "supernet.safetensors"
 CONVERTED = "converted.safetensors"  # the super-network that --model is converted to, in --out
+CONVERTED_FROM = "converted.json"  # the options that said which model
 # What train and finetune both write to --out besides their networks.
 RECORDS = ("history.jsonl", "run.json", "report.md", "report/*", "checkpoints/*", "tensorboard/*")
 
@@ -47,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def files(given: argparse.Namespace) -> Files:
     products = [PRODUCT, "dropout_list.json", *RECORDS]
     if given.supernet is None:  # with --supernet, the file of that name in --out may belong to an earlier run
-        products += [CONVERTED, str(Path(CONVERTED).with_suffix(".json"))]
+        products += [CONVERTED, CONVERTED_FROM]
     return Files(
         reads=options.model_read(given) | options.options(given, "supernet", "config") | options.data_read(given),
         folders={"--out": (None if given.dry_run else given.out, products)},
@@ -112,7 +113,7 @@ def _supernet(given: argparse.Namespace, config: TrainConfig) -> tuple[skd.Super
     work.write(supernet, file, given.group)
     with together(given.group):
         if rank_of(given.group) == 0:
-            write_json(file.with_suffix(".json"), _named_model(given))
+            write_json(file.with_name(CONVERTED_FROM), _named_model(given))
     return supernet, conversion
 
 
@@ -129,11 +130,11 @@ def _check_same_model(given: argparse.Namespace, file: Path) -> None:
     Raises:
         ValueError: from another one.
     """
-    known = file.with_suffix(".json")
+    known = file.with_name(CONVERTED_FROM)
     if not known.exists():  # of an earlier version, or the run was stopped while it wrote them
         return
     before = json.loads(known.read_text(encoding="utf-8"))
-    for name, now in json.loads(json.dumps(_named_model(given))).items():
+    for name, now in _named_model(given).items():
         if before.get(name) != now:
             option = "--" + name.replace("_", "-")
             raise ValueError(

@@ -218,6 +218,11 @@ def _check_others(
             raise ValueError(f"{name} is {shown}, with a plain model; only a super-network has sub-networks")
 
 
+def has_correction(network: SuperNet, entry: int, corrected: bool | str) -> bool:
+    """Whether an entry is written with a correction, for `corrected` as `skd.extract` takes it."""
+    return corrected == "moments" or (bool(corrected) and entry in network.corrections)
+
+
 def _member(
     network: nn.Module,
     choice: _Choice,
@@ -229,7 +234,7 @@ def _member(
     if isinstance(network, SuperNet) and choice.entry is not None:
         (row,) = sizes_of(network, [choice.entry])
         macs, linear, params, fraction = row["macs"], row["macs_linear"], row["params"], row["macs_fraction"]
-        compensated = corrected == "moments" or (bool(corrected) and choice.entry in network.corrections)
+        compensated = has_correction(network, choice.entry, corrected)
         known = top1.get(choice.entry)
         ms = None if latency is None else float(latency.predict(network, choice.entry)[0])
         model = extract(network, entry=choice.entry, corrected=corrected).eval()

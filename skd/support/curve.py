@@ -59,7 +59,13 @@ def usual_entries(supernet: SuperNet) -> list[int]:
 
 
 def sizes_of(supernet: SuperNet, entries: Sequence[int], latency: LatencyTable | None = None) -> Rows:
-    """The cost of each of these entries of the dropout list and, with a table, the latency that it predicts."""
+    """The cost of each of these entries of the dropout list and, with a table, the latency that it predicts.
+
+    Raises:
+        ValueError: an entry out of range.
+    """
+    for entry in entries:
+        supernet.widths(entry)  # which refuses what is none
     widths = supernet.dropout_list.widths[list(entries)]
     macs, linear = supernet.costs.macs(widths), supernet.costs.macs(widths, "linear")
     params = supernet.costs.params(widths)

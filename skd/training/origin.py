@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping, Sized
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from skd.data.iteration import Loader
 from skd.files import load
 from skd.supernet import SuperNet
+from skd.support.checks import length_of
 from skd.training.checkpoints import Header, Images, Origin
 from skd.training.types import Batches, Group
 
@@ -94,8 +94,7 @@ def images_of(loader: Batches, group: Group) -> Images:
     classes, count = getattr(source, "classes", None), None
     whole = group is None or isinstance(loader, Loader)  # skd's loaders know the images of all ranks
     if isinstance(source, Sized) and whole:
-        with contextlib.suppress(TypeError, NotImplementedError):  # a stream may not know
-            count = len(source) or None
+        count = length_of(source) or None
     elif isinstance(loader, list | tuple) and whole:
         firsts = [batch[0] for batch in loader if isinstance(batch, list | tuple) and batch]
         count = sum(len(images) for images in firsts if isinstance(images, Sized))

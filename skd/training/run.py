@@ -28,6 +28,7 @@ from skd.training.step import Stepper
 from skd.training.stopping import Diverged, StopSignal
 from skd.training.tracking import FOLDER, Tracker
 from skd.training.types import Batches, Group
+from skd.vit import TimmModel
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Run:
         self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in averaged.state_dict().items()}
         with together(self.group):
             if self.folder is not None and self.state.rank == 0:
-                save(extract(averaged, entry=0) if self.plain else averaged, self.product)
+                save(self._as_saved(averaged), self.product)
 
     def check_product(self) -> None:
         """Check that the weights can be saved, before there are any that could be lost.
@@ -167,7 +168,10 @@ class Run:
             if self.folder is not None and self.state.rank == 0:
                 if self.product.is_dir():
                     raise ValueError(f"out has a folder {self.product.name}, which is the name of a file to write")
-                check_saveable(extract(self.supernet, entry=0) if self.plain else self.supernet)
+                check_saveable(self._as_saved(self.supernet))
+
+    def _as_saved(self, network: SuperNet) -> SuperNet | TimmModel:
+        return extract(network, entry=0) if self.plain else network
 
     def begin_tracking(self) -> None:
         """Open the files for TensorBoard, if the settings ask for them."""
