@@ -92,6 +92,8 @@ def test_limits_of_another_network_are_refused(least: Any) -> None:
     document = json.loads(digit_net().dropout_list.to_json()) | {"least": least}
     with pytest.raises(ValueError, match="text is not a dropout list"):
         skd.DropoutList.from_json(json.dumps(document))
+    with pytest.raises(ValueError, match="least"):
+        skd.DropoutList(["0.mlp"], [[24]], least=least)
 
 
 def test_losses_are_measured_at_widths_that_a_module_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +119,6 @@ def test_losses_are_measured_at_widths_that_a_module_may_have(monkeypatch: pytes
 
 
 def test_a_target_below_every_step_is_said() -> None:
-    with pytest.warns(UserWarning, match="target is 0.001, and the first step .* removes more"):
+    with pytest.warns(UserWarning, match="target is 0.001, and the first step .* removes more") as found:
         assert len(skd.plan(digit_net(), digit_data()[2], target=0.001, rounds=1)) == 1
+    assert found[0].filename == __file__, "as if it came from the caller"
